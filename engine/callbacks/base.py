@@ -1,0 +1,62 @@
+"""What the trainer tells the world: one small interface, one file per purpose beside it.
+
+A callback sees the run at its start, every finished optimizer step, and the end. Callbacks that only log are
+constructed on world rank 0 alone; the trainer builds the others on every rank, in the same order, so that
+they may hold collectives.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Record = Mapping[str, float]
+"""One optimizer step, flat, python numbers only (the trainer has already taken them off the device).
+
+`step` (0-based index of the finished step), `loss` (nats), `lr_vision`, `lr_text`, `grad_norm` (before
+clipping), `samples_seen` (of the whole run, this step included), `step_time_s` (wall time, waiting for data
+included), `data_time_s` (of it, waiting for data), `i2t_top1`, `t2i_top1` (0..1, within the global batch),
+and whatever else the trainer measures.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What is known about a run before its first step."""
+
+    run_dir: Path
+    """Folder of the run's files; exists."""
+    config: dict[str, Any]
+    """The resolved config as plain nested containers."""
+    total_steps: int
+    """Optimizer steps of the whole run, resumed ones included."""
+    start_step: int
+    """Steps already done, which is the index of the first step to come; 0 for a fresh run."""
+    world_size: int
+    """Ranks of the job."""
+    layout: str
+    """The mesh in words, e.g. "TP 2 × PP 2 × DP 1"."""
+    parameters: int
+    """Logical parameters of both towers: nothing is counted twice over ranks."""
+    global_batch_size: int
+    """Pairs per optimizer step."""
+
+
+class Callback:
+    """Base with every hook doing nothing; a callback overrides what it needs."""
+
+    def on_start(self, run: RunInfo) -> None:
+        """Once, after a checkpoint is loaded and before the first step."""
+
+    def on_step(self, record: Record) -> None:
+        """After every optimizer step."""
+
+    def on_end(self, record: Record) -> None:
+        """Once, also when training stops with an error; `record` is the last step's, empty if none."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to carry for this callback; plain containers and tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave; called before `on_start`."""

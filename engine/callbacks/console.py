@@ -1,0 +1,106 @@
+"""What a person sees: a progress bar on a terminal, plain lines in a log file.
+
+Numbers come from the step records alone, so this callback never waits for the device. Rates are means over
+the steps since the last line, on a terminal over the last `log_every_steps` steps.
+"""
+
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from engine.callbacks.base import Callback, Record, RunInfo
+
+
+class ConsoleProgress(Callback):
+    """Header, then a bar (terminal) or a line every `log_every_steps` (file or pipe). World rank 0 only."""
+
+    def __init__(self, *, log_every_steps: int = 10, console: Console | None = None) -> None:
+        """`console` defaults to standard output.
+
+        Raises:
+            ValueError: `log_every_steps` is below 1.
+        """
+        if log_every_steps < 1:
+            raise ValueError(f"log_every_steps is {log_every_steps}; it must be at least 1")
+        self._log_every_steps = log_every_steps
+        self._console = console if console is not None else Console(highlight=False)
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._window: list[Record] = []
+        self._run: RunInfo | None = None
+
+    def on_start(self, run: RunInfo) -> None:
+        self._run = run
+        self._print(f"{run.layout} on {run.world_size} {'rank' if run.world_size == 1 else 'ranks'}")
+        self._print(f"{_count(run.parameters)} parameters, global batch {run.global_batch_size:,}")
+        self._print(f"steps {run.start_step:,} to {run.total_steps:,}, files in {run.run_dir}")
+        if self._console.is_terminal:
+            self._progress = Progress(
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}", markup=False),
+                console=self._console,
+            )
+            self._task = self._progress.add_task("", total=run.total_steps, completed=run.start_step)
+            self._progress.start()
+
+    def on_step(self, record: Record) -> None:
+        assert self._run is not None, "on_start comes first"
+        self._window.append(record)
+        done_steps = int(record["step"]) + 1
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done_steps, description=self._printable(self._summary()))
+            self._window = self._window[-self._log_every_steps :]
+        elif (
+            done_steps % self._log_every_steps == 0
+            or done_steps
+            in (self._run.start_step + 1, self._run.total_steps)  # first and last: a sign of life, the result
+        ):
+            self._print(f"step {done_steps:,}/{self._run.total_steps:,}  {self._summary()}")
+            self._window = []
+
+    def on_end(self, record: Record) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _summary(self) -> str:
+        """The last record in words, with rates over the window."""
+        assert self._run is not None
+        last = self._window[-1]
+        seconds = sum(record["step_time_s"] for record in self._window)
+        mean_step_s = seconds / len(self._window)
+        parts = [
+            f"loss {last['loss']:.4f}",
+            f"lr {last['lr_vision']:.2e}/{last['lr_text']:.2e}",
+            f"grad {last['grad_norm']:.3g}",
+            f"top-1 {100 * last['i2t_top1']:.1f}/{100 * last['t2i_top1']:.1f} %",
+        ]
+        if seconds > 0:
+            waiting = sum(record["data_time_s"] for record in self._window) / seconds
+            parts.append(f"{self._run.global_batch_size / mean_step_s:,.1f} samples/s")
+            parts.append(f"data {100 * waiting:.0f} %")
+        remaining_steps = self._run.total_steps - int(last["step"]) - 1
+        parts.append(f"ETA {timedelta(seconds=round(remaining_steps * mean_step_s))}")
+        return "  ".join(parts)
+
+    def _print(self, text: str) -> None:
+        # soft_wrap: a log line stays one line however narrow the terminal claims to be.
+        self._console.print(self._printable(text), markup=False, highlight=False, soft_wrap=True)
+
+    def _printable(self, text: str) -> str:
+        """What the output's encoding can hold: a log in the C locale must not end a training run."""
+        encoding = self._console.encoding
+        try:
+            text.encode(encoding)
+        except UnicodeEncodeError:
+            return text.replace("×", "x").encode(encoding, "replace").decode(encoding)
+        return text
+
+
+def _count(number: int) -> str:
+    """Short reading of a parameter count, e.g. 17.53 B."""
+    for size, unit in ((10**9, " B"), (10**6, " M"), (10**3, " k")):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return str(number)

@@ -1,0 +1,90 @@
+"""`run_dir/metrics.jsonl`: the curve of a run, one JSON object a step.
+
+The file is append-only while a run lives, flushed every step, and cut back to the checkpoint's step on
+resume, so it always holds one clean curve: every step once, in order, whatever was killed in between. JSON
+has no NaN, so a non-finite number is written as null.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from engine.callbacks.base import Callback, Record, RunInfo
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Records of a metrics file, in file order; values are numbers or None (was not finite).
+
+    A last line that is not whole (the writer was killed, or is writing now) is left out.
+
+    Raises:
+        ValueError: a line before the last is not a JSON object with an integer `step`.
+    """
+    lines = path.read_bytes().splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        record = _parse(line)
+        if record is not None:
+            records.append(record)
+        elif number < len(lines):
+            raise ValueError(f"{path}, line {number}: not a JSON object with an integer 'step'; remove that line")
+    return records
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _to_line(record: Record) -> str:
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+class MetricsFile(Callback):
+    """Writes the metrics file. World rank 0 only."""
+
+    def __init__(self) -> None:
+        self._file: TextIO | None = None
+
+    def on_start(self, run: RunInfo) -> None:
+        """Open for appending after the steps before `start_step`.
+
+        A fresh run in a folder that already has a curve keeps that curve as `metrics.previous.jsonl`.
+        """
+        path = run.run_dir / METRICS_FILE
+        if path.exists():
+            if run.start_step == 0:
+                path.replace(path.with_name("metrics.previous.jsonl"))
+            else:
+                _keep_steps_before(path, run.start_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def on_step(self, record: Record) -> None:
+        assert self._file is not None, "on_start comes first"
+        self._file.write(_to_line(record))
+        self._file.flush()
+
+    def on_end(self, record: Record) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _keep_steps_before(path: Path, start_step: int) -> None:
+    kept = [record for record in read_metrics(path) if record["step"] < start_step]
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(_to_line(record) for record in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    # Rename is atomic: whoever is killed here leaves the old file or the new one, never half of one.
+    partial.replace(path)

@@ -1,0 +1,29 @@
+"""`run_dir/tensorboard/`: the same numbers as metrics.jsonl as TensorBoard scalars, tagged `train/<name>`."""
+
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+from engine.callbacks.base import Callback, Record, RunInfo
+
+
+class TensorBoard(Callback):
+    """Writes scalars and, once, the resolved config as text. World rank 0 only."""
+
+    def __init__(self) -> None:
+        self._writer: SummaryWriter | None = None
+
+    def on_start(self, run: RunInfo) -> None:
+        # Event files are append-only: purge_step hides what an interrupted run wrote from this step on.
+        self._writer = SummaryWriter(log_dir=str(run.run_dir / "tensorboard"), purge_step=run.start_step)
+        config_block = "\n".join("    " + line for line in yaml.safe_dump(run.config).splitlines())
+        self._writer.add_text("config", config_block, global_step=run.start_step)
+
+    def on_step(self, record: Record) -> None:
+        assert self._writer is not None, "on_start comes first"
+        for name, value in record.items():
+            if name != "step":
+                self._writer.add_scalar(f"train/{name}", value, global_step=int(record["step"]))
+
+    def on_end(self, record: Record) -> None:
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,83 @@
+"""The only file that tells CUDA from CPU: device, backend, stand-in for megatron-core, memory and time.
+
+megatron-core takes torch.cuda.current_device() and torch.cuda.synchronize() as given, keeps a generator per device and
+one all-gather buffer. `prepare()` provides them where there is no GPU, so that its tensor-parallel layers and gradient
+buffers run on gloo. A test asserts that each replaced name still exists (tests/engine/test_device.py).
+"""
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import random as megatron_random
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where this rank computes."""
+
+    torch_device: torch.device
+    backend: str
+    """Process group backend: nccl or gloo."""
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether this rank owns a GPU."""
+        return self.torch_device.type == "cuda"
+
+    def clock_s(self) -> float:
+        """Seconds on a clock that waits for the device: for phase times at log steps, not for the hot path."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def peak_memory_gb(self) -> float:
+        """Peak memory of this rank in GB: allocated on a GPU, resident on the CPU."""
+        if self.is_cuda:
+            return torch.cuda.max_memory_allocated() / 1e9
+        with open("/proc/self/status") as status:
+            peak_kb = next(line for line in status if line.startswith("VmHWM")).split()[1]
+        return int(peak_kb) * 1024 / 1e9
+
+
+def prepare() -> Device:
+    """Choose the device of this rank and make megatron-core ready for it. Idempotent; needs no process group."""
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local_rank)
+        device = Device(torch.device("cuda", local_rank), "nccl")
+    else:
+        _stand_in_for_cuda()
+        device = Device(CPU, "gloo")
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+        # The groups are ours (mesh.py), so megatron-core's initialize_model_parallel, which would make it, never runs.
+        parallel_state._set_global_memory_buffer()
+    # Nothing draws from it (no dropout inside the layers), but the sequence-parallel block forks it.
+    megatron_random.model_parallel_cuda_manual_seed(0, tp_rank=0, ep_rank=0, etp_rank=0)
+    return device
+
+
+_STAND_INS: dict[str, Any] = {
+    "current_device": lambda: CPU,
+    "synchronize": lambda device=None: None,
+    "manual_seed": lambda seed: torch.manual_seed(seed) and None,
+    "get_rng_state": lambda device=None: torch.get_rng_state(),
+    "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+}
+
+
+def _stand_in_for_cuda() -> None:
+    if torch.cuda.current_device is _STAND_INS["current_device"]:
+        return
+    for name, stand_in in _STAND_INS.items():
+        setattr(torch.cuda, name, stand_in)
+    megatron_random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
+    # fork() warns when the CPU generator moves inside it; without CUDA that generator is the one that must.
+    logging.getLogger(megatron_random.__name__).addFilter(lambda r: "CPU RNG state changed" not in r.getMessage())

@@ -1,0 +1,1 @@
+"""Optimizer: which tensor gets which rate (groups), rates over time (schedule), sharded state (shards) and LAMB."""

@@ -1,0 +1,49 @@
+"""Which rate and which decay a logical tensor gets: towers, layer-wise decay, no-decay (authors' optim.py).
+
+A tower of L blocks has L + 2 layer ids; scale(id) = decay^(L + 1 - id). Id 0: patch embedding, class and mask token,
+position tables, token table; id k + 1: block k; id L + 1: final norm, head, projections.
+"""
+
+import re
+from dataclasses import dataclass
+
+from engine.config import OptimConfig
+from models.config import ModelConfig
+
+_BLOCK = re.compile(r"(vision|text)\.blocks\.(\d+)\.")
+_FIRST_LAYER = ("vision.embed.", "text.token_embedding", "text.pos_embed")
+_NEVER_DECAYED = ("vision.embed.cls_token", "vision.embed.pos_embed", "text.pos_embed", "logit_scale.log_scale")
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """Settings of one logical tensor."""
+
+    tower: str
+    """vision | text | other; each has a base rate of its own."""
+    lr_scale: float
+    """Layer decay."""
+    weight_decay: float
+
+
+def tensor_group(name: str, dims: int, model: ModelConfig, optim: OptimConfig) -> TensorGroup:
+    """The group of logical tensor `name` with `dims` dimensions."""
+    tower = name.split(".", 1)[0]
+    if tower not in ("vision", "text"):
+        return TensorGroup("other", 1.0, 0.0)
+    depth = model.vision.depth if tower == "vision" else model.text.depth
+    decay = optim.layer_decay_vision if tower == "vision" else optim.layer_decay_text
+    plain = dims <= 1 or name.endswith(".bias") or name in _NEVER_DECAYED
+    return TensorGroup(tower, decay ** (depth + 1 - _layer_id(name, depth)), 0.0 if plain else optim.weight_decay)
+
+
+def _layer_id(name: str, depth: int) -> int:
+    block = _BLOCK.match(name)
+    if block is not None:
+        return int(block[2]) + 1
+    return 0 if name.startswith(_FIRST_LAYER) else depth + 1
+
+
+def base_rate(tower: str, optim: OptimConfig) -> float:
+    """Peak learning rate of a tower."""
+    return {"vision": optim.lr_vision, "text": optim.lr_text, "other": optim.lr_other}[tower]

@@ -1,0 +1,144 @@
+"""LAMB and AdamW over sharded state, exact per logical tensor (docs/optimizer.md).
+
+State (fp32 master weight, first and second moment) exists for the owned elements only; the trust ratio of a tensor uses
+the norms of the whole tensor, however tensor and data parallelism cut it. So the update does not depend on the layout,
+unlike LAMB on flattened ZeRO partitions.
+
+Rules, step t = 1, 2, …, m and v the moments, c1 = 1 - b1^t, c2 = 1 - b2^t, per tensor p:
+- paper  (DeepSpeed's FusedLamb, which trained the released models): u = m / (sqrt(v) + eps) + wd p;
+  ratio = clamp(|p| / |u|, trust_min, trust_max), 1 if either norm is 0; p -= lr sqrt(c2) / c1 ratio u.
+- nvlamb (the authors' own class): u = (m / c1) / (sqrt(v) / sqrt(c2) + eps) + wd p; ratio = |p| / |u| where wd > 0.
+- adamw  (Loshchilov, Hutter 2019): u = (m / c1) / (sqrt(v / c2) + eps) + wd p; ratio 1.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.config import OptimConfig
+from engine.mesh import Axis
+from engine.optim.groups import TensorGroup, base_rate
+from engine.optim.schedule import warmup_cosine
+from engine.optim.shards import TowerShards
+
+
+class ShardedOptimizer:
+    """One optimizer over several towers: shared clipping, per-tower shards, per-tensor rates and ratios."""
+
+    def __init__(
+        self, towers: list[tuple[TowerShards, list[TensorGroup]]], optim: OptimConfig, total_steps: int, world: Axis
+    ):
+        self.optim = optim
+        self.total_steps = total_steps
+        self.world = world
+        self.towers = [_TowerState(shards, groups) for shards, groups in towers]
+        self.step_count = 0
+
+    def rates(self) -> dict[str, float]:
+        """Learning rate of each tower (before layer decay) at the next step."""
+        factor = warmup_cosine(
+            self.step_count,
+            warmup_steps=self.optim.warmup_steps,
+            total_steps=self.total_steps,
+            min_ratio=self.optim.min_lr_ratio,
+        )
+        return {tower: factor * base_rate(tower, self.optim) for tower in ("vision", "text", "other")}
+
+    @torch.no_grad()
+    def step(self) -> float:
+        """Update the owned weights from the reduced gradients; returns the global gradient norm before clipping."""
+        norm = self.gradient_norm()
+        clip = self.optim.clip_grad_norm
+        scale = clip / norm if 0 < clip < norm else 1.0
+        rates = self.rates()
+        self.step_count += 1
+        for tower in self.towers:
+            updates = tower.direction(self.optim, scale, self.step_count)
+            ratios = tower.trust_ratios(updates, self.optim)
+            tower.apply(updates, ratios, rates, _step_factor(self.optim, self.step_count))
+        return norm
+
+    def gradient_norm(self) -> float:
+        """Norm over every tensor of every tower, each element once."""
+        device = self.towers[0].shards.counted.device
+        total = torch.zeros(1, dtype=torch.float64, device=device)
+        for tower in self.towers:
+            total += tower.shards.squares([shard.gradient for shard in tower.shards.shards]).sum()
+        dist.all_reduce(total, group=self.world.group)
+        return math.sqrt(total.item())
+
+
+def _step_factor(optim: OptimConfig, t: int) -> float:
+    """DeepSpeed corrects the bias on the step, the others inside the update."""
+    if optim.name == "lamb" and optim.mode == "paper":
+        return math.sqrt(1 - optim.betas[1] ** t) / (1 - optim.betas[0] ** t)
+    return 1.0
+
+
+class _TowerState:
+    def __init__(self, shards: TowerShards, groups: list[TensorGroup]):
+        self.shards = shards
+        self.groups = groups
+        weights = [shard.weight for shard in shards.shards]
+        # fp32 weights are their own masters; lower precisions keep an fp32 copy of the owned elements.
+        self.master = [w if w.dtype == torch.float32 else w.float() for w in weights]
+        self.first = [torch.zeros_like(w) for w in self.master]
+        self.second = [torch.zeros_like(w) for w in self.master]
+
+    def direction(self, optim: OptimConfig, gradient_scale: float, t: int) -> list[Tensor]:
+        """u of every owned element; moments move on."""
+        b1, b2 = optim.betas
+        corrected = not (optim.name == "lamb" and optim.mode == "paper")
+        c1, c2 = (1 - b1**t, 1 - b2**t) if corrected else (1.0, 1.0)
+        updates = []
+        for shard, m, v in zip(self.shards.shards, self.first, self.second, strict=True):
+            gradient = shard.gradient
+            if gradient_scale != 1.0:
+                gradient.mul_(gradient_scale)
+            m.lerp_(gradient, 1 - b1)
+            v.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
+            u = v.sqrt()
+            if c2 != 1.0:
+                u.div_(math.sqrt(c2))
+            u.add_(optim.eps).reciprocal_().mul_(m)
+            updates.append(u if c1 == 1.0 else u.div_(c1))
+        self._add_weight_decay(updates)
+        return updates
+
+    def _add_weight_decay(self, updates: list[Tensor]) -> None:
+        for i, piece in self.shards.owned():
+            decay = self.groups[piece.tensor].weight_decay
+            if decay:
+                part = slice(piece.start, piece.stop)
+                updates[i][part].add_(self.master[i][part], alpha=decay)
+
+    def trust_ratios(self, updates: list[Tensor], optim: OptimConfig) -> list[float]:
+        """One ratio a logical tensor, from the norms of the whole tensor."""
+        if optim.name == "adamw":
+            return [1.0] * len(self.groups)
+        both = torch.cat([self.shards.squares(self.master), self.shards.squares(updates)])
+        weight, update = self.shards.over_holders(both).sqrt().cpu().view(2, -1).tolist()
+        tensors = zip(self.shards.tensors, self.groups, weight, update, strict=True)
+        return [_trust_ratio(w, u, optim, len(t.shape), g.weight_decay) for t, g, w, u in tensors]
+
+    def apply(self, updates: list[Tensor], ratios: list[float], rates: dict[str, float], factor: float) -> None:
+        """p -= rate x layer decay x ratio x u, then the copy in the model's dtype."""
+        steps = [
+            rates[group.tower] * group.lr_scale * ratio * factor
+            for group, ratio in zip(self.groups, ratios, strict=True)
+        ]
+        self.shards.scale_pieces(updates, steps)
+        for shard, master, update in zip(self.shards.shards, self.master, updates, strict=True):
+            master.sub_(update)
+            if master is not shard.weight:
+                shard.weight.copy_(master)
+
+
+def _trust_ratio(weight: float, update: float, optim: OptimConfig, dims: int, weight_decay: float) -> float:
+    if weight == 0 or update == 0 or (optim.trust_exclude_1d and dims <= 1):
+        return 1.0
+    if optim.mode == "nvlamb":
+        return weight / update if weight_decay else 1.0
+    return min(max(weight / update, optim.trust_min), optim.trust_max)

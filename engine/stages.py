@@ -1,0 +1,59 @@
+"""What the schedule runs: this rank's vision stage and text tower on the current batch."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.stateless import kept_patches
+from data.transforms import normalise
+from engine.feed import LocalBatch
+from models.clip import embedding
+from models.text import TextTower, trim_padding
+from models.vision import VisionTower
+
+
+class VisionStageRunner:
+    """(stage input, micro-batch) -> stage output, with the pixels and kept patches of the current batch.
+
+    Kept patches follow from (seed, sample position), so every stage, the replay included, sees the same ones.
+    """
+
+    def __init__(self, tower: VisionTower, *, micro_batch: int, patch_dropout: float, seed: int, device: torch.device):
+        self.tower, self.micro_batch, self.seed, self.device = tower, micro_batch, seed, device
+        self.kept_count = tower.vision.kept_tokens(patch_dropout) - 1
+        self.batch: LocalBatch | None = None
+
+    def __call__(self, hidden: Tensor | None, i: int) -> Tensor:
+        """Run micro-batch i of the current batch."""
+        assert self.batch is not None
+        rows = slice(i * self.micro_batch, (i + 1) * self.micro_batch)
+        inputs = hidden
+        if self.tower.is_first:
+            assert self.batch.images is not None
+            pixels = self.batch.images[rows].to(self.device, non_blocking=True)
+            inputs = normalise(pixels, self.tower.config.params_dtype)
+        output = self.tower(inputs, self._kept(self.batch.positions[rows]), samples=self.micro_batch)
+        return embedding(output) if self.tower.is_last else output
+
+    def _kept(self, positions: np.ndarray) -> Tensor | None:
+        patches = self.tower.vision.patches
+        if self.kept_count == patches:
+            return None
+        kept = kept_patches(self.seed, positions, patches, self.kept_count)
+        return torch.from_numpy(kept).to(self.device, non_blocking=True)
+
+
+class TextRunner:
+    """chunk -> embeddings of this rank's captions; padding behind the longest caption of a chunk is cut off."""
+
+    def __init__(self, tower: TextTower, *, chunks: list[slice], device: torch.device):
+        """chunks: rows of the replica's batch; the first starts where this rank's captions do."""
+        self.tower, self.chunks, self.device = tower, chunks, device
+        self.batch: LocalBatch | None = None
+
+    def __call__(self, chunk: int) -> Tensor:
+        """Run one chunk of the current batch."""
+        assert self.batch is not None
+        rows, first = self.chunks[chunk], self.chunks[0].start
+        tokens = trim_padding(self.batch.tokens[rows.start - first : rows.stop - first])
+        return embedding(self.tower(tokens.to(self.device, non_blocking=True)))

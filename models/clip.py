@@ -1,0 +1,27 @@
+"""What joins the two towers: unit-length embeddings and the logit scale."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LEARNED_SCALE_INIT = math.log(1 / 0.07)  # CLIP (arXiv 2103.00020, section 2.5)
+LEARNED_SCALE_MAX = math.log(100)
+
+
+def embedding(features: Tensor) -> Tensor:
+    """Features [M, D] in any dtype -> embeddings fp32 [M, D] of length 1 (x / max(|x|, 1e-12))."""
+    return F.normalize(features.float(), dim=-1)
+
+
+class LogitScale(nn.Module):
+    """The logarithm of the logit scale as a parameter (fp32 under every precision: bf16 cannot hold ln 100)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.empty(1, dtype=torch.float32))
+
+    def forward(self) -> Tensor:
+        """The factor on the cosine similarities, 0-d."""
+        return self.log_scale.exp().squeeze(0)
