@@ -1,0 +1,109 @@
+"""Every kind of image becomes RGB by the stated policy; every kind of rubbish is rejected with its reason."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.decode import Decoder, make_decoder
+from data.errors import DataError, Rejected
+from data.transforms import Window
+from tests.data.shard_factory import encode, picture
+
+DECODER: Decoder = make_decoder("auto")
+SIDE = 16
+
+
+def _decode(encoded: bytes, *, flip: bool = False) -> np.ndarray:
+    width, height = DECODER.size(encoded)
+    return DECODER.decode(encoded, Window(box=(0, 0, width, height), size=SIDE, flip=flip))
+
+
+def _flat(mode: str, colour: object) -> Image.Image:
+    return Image.new(mode, (SIDE, SIDE), colour)  # type: ignore[arg-type]
+
+
+def _palette() -> Image.Image:
+    image = _flat("P", 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    return image
+
+
+def _wide(value: int) -> Image.Image:
+    return Image.fromarray(np.full((SIDE, SIDE), value, dtype=np.uint16))
+
+
+FRAMES = [_flat("RGB", (200, 100, 50)), _flat("RGB", (0, 0, 255))]
+KINDS = {
+    "rgb": (encode(_flat("RGB", (200, 100, 50))), (200, 100, 50)),
+    "grey": (encode(_flat("L", 77)), (77, 77, 77)),
+    "one bit": (encode(_flat("1", 1)), (255, 255, 255)),
+    "palette": (encode(_palette()), (200, 100, 50)),
+    "palette with a transparent entry": (encode(_palette(), transparency=1), (255, 255, 255)),
+    "transparent": (encode(_flat("RGBA", (200, 100, 50, 0))), (255, 255, 255)),
+    "half transparent": (encode(_flat("RGBA", (0, 0, 0, 128))), (127, 127, 127)),
+    "grey with alpha": (encode(_flat("LA", (10, 255))), (10, 10, 10)),
+    "transparent colour": (encode(_flat("RGB", (1, 2, 3)), transparency=(1, 2, 3)), (255, 255, 255)),
+    "16 bit": (encode(_wide(0x4D12)), (0x4D, 0x4D, 0x4D)),
+    "cmyk": (encode(_flat("CMYK", (0, 255, 255, 0)), "JPEG", quality=95), (255, 0, 0)),
+    "webp": (encode(FRAMES[0], "WEBP", lossless=True), (200, 100, 50)),
+    "animated gif": (encode(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), (200, 100, 50)),
+    "animated webp": (
+        encode(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:], lossless=True),
+        (200, 100, 50),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_mode_becomes_rgb(kind: str) -> None:
+    encoded, colour = KINDS[kind]
+    pixels = _decode(encoded)
+    assert pixels.dtype == np.uint8 and pixels.shape == (3, SIDE, SIDE)
+    assert np.abs(pixels.reshape(3, -1).T.astype(int) - colour).max() <= 2
+
+
+def test_a_flip_mirrors_left_and_right() -> None:
+    encoded = encode(picture(0))
+    assert np.array_equal(_decode(encoded, flip=True), _decode(encoded)[:, :, ::-1])
+
+
+def test_exif_rotation_is_not_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    encoded = encode(picture(0, 40, 30), "JPEG", exif=exif)
+    assert DECODER.size(encoded) == (40, 30)
+
+
+JPEG = encode(picture(3, 200, 200), "JPEG")
+BROKEN_PNG = bytearray(encode(picture(3)))
+BROKEN_PNG[60] ^= 0xFF
+
+
+@pytest.mark.parametrize(
+    ("encoded", "reason"),
+    [
+        (b"", "empty_image"),
+        (b"<!DOCTYPE html><html>404</html>", "not_an_image"),
+        (b"\0" * 1000, "not_an_image"),
+        (JPEG[: len(JPEG) // 2], "truncated_image"),
+        (JPEG[:2], "not_an_image"),
+        (bytes(BROKEN_PNG), "undecodable_image"),
+        (encode(Image.new("1", (12_000, 9_000))), "too_many_pixels"),
+        (encode(Image.new("1", (30_000, 9_000))), "too_many_pixels"),
+        (encode(picture(0), "BMP"), "not_an_image"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_rubbish_is_rejected_with_its_reason(encoded: bytes, reason: str) -> None:
+    with pytest.raises(Rejected, match=f"^{reason}$"):
+        _decode(encoded)
+
+
+def test_a_mistake_of_the_caller_does_not_pass_for_a_bad_image() -> None:
+    with pytest.raises(ValueError, match=r"[Bb]ox"):
+        DECODER.decode(encode(picture(0)), Window(box=(0, 0, 500, 500), size=SIDE))
+
+
+def test_an_unknown_decoder_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"data\.decoder='gpu' is unknown"):
+        make_decoder("gpu")

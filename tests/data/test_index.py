@@ -1,0 +1,118 @@
+"""The shard index: what it finds, and when its cache is believed."""
+
+import logging
+import os
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.errors import DataError
+from data.index import IndexStore, Place, build_index, cache_path, load_index
+from data.write import write_shard
+from tests.data.shard_factory import good_sample, make_shards
+
+
+def _member(path: str, span: tuple[int, int] | None) -> bytes:
+    assert span is not None
+    return Path(path).read_bytes()[span[0] : span[0] + span[1]]
+
+
+def test_spans_point_at_the_members(tmp_path: Path) -> None:
+    (path,) = make_shards(tmp_path, [5])
+    index = build_index(path)
+    assert [index.key(sample) for sample in range(len(index))] == [f"good{number}" for number in range(5)]
+    for number in range(5):
+        _, members = good_sample(number)
+        for place, suffix in ((Place.IMAGE, "png"), (Place.CAPTION, "txt"), (Place.METADATA, "json")):
+            assert _member(path, index.span(number, place)) == members[suffix]
+
+
+def test_grouping_follows_the_webdataset_rules(tmp_path: Path) -> None:
+    path = str(tmp_path / "odd.tar")
+    with tarfile.open(path, "w") as tar:
+        for name in (
+            "a/1.JPG",
+            "b/1.jpeg",
+            "a/1.txt",
+            "a/1.jpg",
+            "a/1.cls",
+            "c.only.txt",
+            "long" * 60 + ".txt",
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(name)
+            tar.addfile(member, BytesIO(name.encode()))
+    index = build_index(path)
+    assert [index.key(sample) for sample in range(len(index))] == ["a/1", "b/1", "long" * 60]
+    assert _member(path, index.span(0, Place.IMAGE)) == b"a/1.JPG"
+    assert index.span(1, Place.CAPTION) is None
+    assert index.span(2, Place.IMAGE) is None
+
+
+def test_a_valid_cache_is_used_and_a_stale_one_rebuilt(tmp_path: Path) -> None:
+    (path,) = make_shards(tmp_path, [3])
+    load_index(path)
+    built = os.stat(cache_path(path)).st_mtime_ns
+    load_index(path)
+    assert os.stat(cache_path(path)).st_mtime_ns == built
+    status = os.stat(path)
+    write_shard(path, [good_sample(number) for number in (7, 8, 9)])  # same size, other content
+    assert os.stat(path).st_size == status.st_size
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert load_index(path).key(0) == "good7"
+    assert IndexStore([path], max_loaded=1)[0].key(0) == "good7"
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 no zip", b"garbage"])
+def test_a_damaged_cache_is_rebuilt(tmp_path: Path, damage: bytes) -> None:
+    (path,) = make_shards(tmp_path, [3])
+    load_index(path)
+    Path(cache_path(path)).write_bytes(damage)
+    assert IndexStore([path], max_loaded=1).counts.tolist() == [3]
+    with np.load(cache_path(path)) as cache:
+        assert int(cache["count"]) == 3
+
+
+def test_without_a_writable_place_the_index_lives_in_memory(tmp_path: Path) -> None:
+    (path,) = make_shards(tmp_path, [3])
+    os.mkdir(cache_path(path))
+    assert len(load_index(path)) == 3
+    assert sorted(os.listdir(tmp_path)) == ["00000.tar", "00000.tar.index.npz"]
+
+
+def test_counts_come_without_loading_the_indices(tmp_path: Path) -> None:
+    paths = make_shards(tmp_path, [2, 4, 1])
+    assert IndexStore(paths, max_loaded=1).counts.tolist() == [2, 4, 1]
+    again = IndexStore(paths, max_loaded=1)
+    assert again.counts.tolist() == [2, 4, 1]
+    assert len(again._loaded) == 0
+
+
+def test_a_truncated_tar_keeps_what_is_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (path,) = make_shards(tmp_path, [4])
+    whole = build_index(path)
+    start, size = whole.span(2, Place.IMAGE) or (0, 0)
+    os.truncate(path, start + size // 2)
+    with caplog.at_level(logging.WARNING, logger="data.index"):
+        index = build_index(path)
+    assert index.truncated and not whole.truncated
+    assert [index.key(sample) for sample in range(len(index))] == ["good0", "good1"]
+    assert "2 samples before the damage" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>" * 100, bytes(10240), b"\x1f\x8b\x08" + bytes(600)])
+def test_not_a_tar_is_an_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.tar"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.tar .*(is not an uncompressed tar|holds no sample)"):
+        load_index(str(path))
+
+
+def test_a_tar_cut_in_its_first_sample_is_an_error(tmp_path: Path) -> None:
+    (path,) = make_shards(tmp_path, [1])
+    os.truncate(path, 700)
+    with pytest.raises(DataError, match="cut before the end of its first sample"):
+        load_index(path)

@@ -1,0 +1,92 @@
+"""Reader processes change nothing but the waiting: same batches, order and errors; none is left behind."""
+
+import itertools
+import multiprocessing
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.config import DataConfig
+from data.errors import DataError
+from data.loader import PrefetchLoader
+from data.reader import SampleBatch, SampleReader
+from data.write import write_shard
+from tests.data.shard_factory import make_shards
+
+
+def _reader(shards: list[str]) -> SampleReader:
+    return SampleReader(DataConfig(shards=shards), image_size=16, context_length=8, seed=0, train=True)
+
+
+def _batches(count: int | None = None) -> itertools.islice:
+    return itertools.islice((np.arange(6 * step, 6 * step + 6) for step in itertools.count()), count)
+
+
+def _read(shards: list[str], workers: int) -> list[SampleBatch]:
+    with PrefetchLoader(_reader(shards), _batches(9), workers=workers) as loader:
+        return list(loader)
+
+
+def test_readers_give_the_batches_of_one_process(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path, [7, 5, 8])
+    alone, forked = _read(shards, 0), _read(shards, 2)
+    assert len(alone) == len(forked) == 9
+    for one, other in zip(alone, forked, strict=True):
+        assert one.keys == other.keys and one.captions == other.captions
+        assert one.images.equal(other.images) and one.tokens.equal(other.tokens)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_error_of_a_reader_arrives_as_it_was(tmp_path: Path, workers: int) -> None:
+    path = str(tmp_path / "bad.tar")
+    write_shard(path, [("bad", {"png": b"", "txt": b"words"})])
+    with (
+        PrefetchLoader(_reader([path]), _batches(), workers=workers) as loader,
+        pytest.raises(DataError, match=r"^100 bad samples in a row from position 0 on"),
+    ):
+        next(loader)
+
+
+def test_close_ends_the_readers_of_an_endless_loader(tmp_path: Path) -> None:
+    loader = PrefetchLoader(_reader(make_shards(tmp_path, [5])), _batches(), workers=2)
+    next(loader)
+    assert len(multiprocessing.active_children()) == 2
+    loader.close()
+    loader.close()
+    assert multiprocessing.active_children() == []
+    assert next(loader, None) is None
+
+
+_ORPHAN_MAKER = """
+import itertools, multiprocessing, sys
+import numpy as np
+from tests.data.test_loader import _batches, _reader
+from data.loader import PrefetchLoader
+loader = PrefetchLoader(_reader(sys.argv[1:]), _batches(), workers=1)
+next(loader)
+print(multiprocessing.active_children()[0].pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_readers_end_when_the_training_process_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _ORPHAN_MAKER, *make_shards(tmp_path, [5])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as trainer:
+        assert trainer.stdout is not None
+        reader = os.pidfd_open(int(trainer.stdout.readline()))
+        trainer.send_signal(signal.SIGKILL)
+    ended, _, _ = select.select([reader], [], [], 60)
+    os.close(reader)
+    assert ended
+
+
+@pytest.mark.parametrize(("workers", "prefetch"), [(-1, 2), (1, 0)])
+def test_wrong_settings_are_an_error(tmp_path: Path, workers: int, prefetch: int) -> None:
+    with pytest.raises(DataError, match="workers="):
+        PrefetchLoader(_reader(make_shards(tmp_path, [1])), _batches(), workers=workers, prefetch=prefetch)

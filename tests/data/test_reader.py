@@ -1,0 +1,134 @@
+"""Bad samples are counted by reason and replaced in order; too many of them end the run."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.config import DataConfig
+from data.errors import DataError
+from data.reader import SampleReader
+from data.write import write_shard
+from tests.data.shard_factory import encode, good_sample, make_shards, picture
+
+IMAGE = encode(picture(5))
+JPEG = encode(picture(5, 100, 100), "JPEG")
+BAD = {
+    "missing_image": {"txt": b"words"},
+    "missing_caption": {"png": IMAGE},
+    "empty_image": {"jpg": b"", "txt": b"words"},
+    "not_an_image": {"jpg": b"<html>not found</html>", "txt": b"words"},
+    "truncated_image": {"jpg": JPEG[: len(JPEG) // 2], "txt": b"words"},
+    "undecodable_image": {"png": IMAGE[:60] + b"\xff" + IMAGE[61:], "txt": b"words"},
+    "empty_caption": {"png": IMAGE, "txt": b" &nbsp; \n"},
+}
+
+
+def _reader(shards: list[str], *, train: bool = True, **config: object) -> SampleReader:
+    settings = DataConfig(shards=shards, **config)  # type: ignore[arg-type]
+    return SampleReader(settings, image_size=24, context_length=12, seed=0, train=train)
+
+
+def _shard(folder: Path, samples: list[tuple[str, dict[str, bytes]]]) -> list[str]:
+    path = str(folder / "shard.tar")
+    write_shard(path, samples)
+    return [path]
+
+
+def test_a_batch_holds_the_samples_of_its_positions(tmp_path: Path) -> None:
+    reader = _reader(make_shards(tmp_path, [3, 4]), shuffle=False)
+    batch = reader.read(np.array([5, 0, 6, 7]))
+    assert reader.total_samples == 7
+    assert batch.keys == ["good5", "good0", "good6", "good0"]
+    assert batch.captions[0] == "picture number 5"
+    assert batch.images.shape == (4, 3, 24, 24) and batch.images.dtype.is_floating_point is False
+    assert batch.tokens.shape == (4, 12)
+    assert not batch.images[1].equal(batch.images[3])  # same sample, next epoch: another window
+
+
+def test_reading_does_not_depend_on_the_batch_split(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path, [3, 4, 5])
+    whole = _reader(shards).read(np.arange(24))
+    reader = _reader(shards)
+    for part in np.array_split(np.arange(24)[::-1], 5):
+        batch = reader.read(part)
+        assert batch.keys == [whole.keys[position] for position in part]
+        assert batch.images.equal(whole.images[part.copy()])
+
+
+def test_evaluation_reads_in_listed_order_without_augmentation(tmp_path: Path) -> None:
+    reader = _reader(make_shards(tmp_path, [3, 4]), train=False)
+    batch = reader.read(np.arange(14))
+    assert batch.keys[:7] == [f"good{number}" for number in range(7)]
+    assert batch.images[:7].equal(batch.images[7:])
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_a_bad_sample_is_counted_and_replaced_by_the_next(tmp_path: Path, reason: str) -> None:
+    good = good_sample(1)
+    reader = _reader(_shard(tmp_path, [("bad", BAD[reason]), good, good_sample(2)]), shuffle=False)
+    batch = reader.read(np.array([0, 1, 2]))
+    assert batch.keys == ["good1", "good1", "good2"]
+    (bad,) = batch.bad
+    assert (bad.key, bad.reason, bad.position) == ("bad", reason, 0)
+    assert reader.bad_by_reason == {reason: 1} and reader.reads == 4
+    (tmp_path / "plain").mkdir()
+    unharmed = _reader(_shard(tmp_path / "plain", [good]), shuffle=False).read(np.array([0]))
+    assert batch.images[0].equal(unharmed.images[0])  # the window of position 0, not of 1
+    assert not batch.images[0].equal(batch.images[1])
+
+
+def test_a_run_of_bad_samples_is_passed_over_together(tmp_path: Path) -> None:
+    samples = [(reason, BAD[reason]) for reason in BAD]
+    reader = _reader(_shard(tmp_path, [*samples, good_sample(1)]), shuffle=False)
+    batch = reader.read(np.array([0]))
+    assert batch.keys == ["good1"]
+    assert [bad.reason for bad in batch.bad] == list(BAD)
+    assert {bad.position for bad in batch.bad} == {0}
+
+
+def test_a_shard_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path, [2, 2])
+    reader = _reader(shards, shuffle=False)
+    reader.read(np.arange(4))
+    os.truncate(shards[0], 600)
+    batch = reader.read(np.array([1]))
+    assert batch.keys == ["good2"] and batch.bad[0].reason == "truncated_shard"
+
+
+def test_captions_are_repaired_and_cut(tmp_path: Path) -> None:
+    odd = [
+        ("latin", {"png": IMAGE, "txt": b"caf\xe9 table"}),
+        ("huge", {"png": IMAGE, "txt": b"word " * 200_000}),
+    ]
+    batch = _reader(_shard(tmp_path, odd), shuffle=False).read(np.arange(2))
+    assert batch.bad == []
+    assert batch.captions[0] == "caf\N{REPLACEMENT CHARACTER} table"
+    assert len(batch.captions[1]) < 20_000
+
+
+def test_nothing_but_bad_samples_ends_the_run(tmp_path: Path) -> None:
+    reader = _reader(_shard(tmp_path, [("bad", BAD["empty_image"])]))
+    with pytest.raises(DataError, match=r"100 bad samples in a row from position 3 on \(empty_image 100\)"):
+        reader.read(np.array([3]))
+
+
+def test_too_large_a_share_of_bad_samples_ends_the_run(tmp_path: Path) -> None:
+    samples = [good_sample(number) for number in range(9)]
+    shards = _shard(tmp_path, [*samples, ("bad", BAD["empty_caption"])])
+    _reader(shards, max_bad_fraction=0.2).read(np.arange(1100))
+    reader = _reader(shards, max_bad_fraction=0.05)
+    reader.read(np.arange(800))  # too early to judge
+    with pytest.raises(DataError, match=r"of 1\d\d\d samples were bad \(empty_caption 1\d\d\), more than .*=0.05"):
+        reader.read(np.arange(800, 1100))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [(DataConfig(decoder="magic"), "data.decoder"), (DataConfig(crop_scale=[0.9]), "needs two numbers")],
+)
+def test_wrong_settings_are_refused_at_the_start(tmp_path: Path, config: DataConfig, words: str) -> None:
+    config.shards = make_shards(tmp_path, [1])
+    with pytest.raises(DataError, match=words):
+        SampleReader(config, image_size=24, context_length=12, seed=0, train=True)

@@ -1,0 +1,38 @@
+"""Token ids equal those of the authors' tokenizer (golden fixture G7), cleaning included."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data.errors import DataError
+from data.tokenizer import EOT, PAD, SOT, VOCAB_SIZE, Tokenizer, clean
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden/g7-tokenizer/tokens.json").read_text(encoding="utf-8"))
+ROWS = GOLDEN["rows"]
+
+
+def test_constants_are_those_of_the_fixture() -> None:
+    fixture = (GOLDEN["vocab_size"], GOLDEN["sot"], GOLDEN["eot"], GOLDEN["pad"])
+    assert fixture == (VOCAB_SIZE, SOT, EOT, PAD)
+
+
+def test_full_context_rows_equal_the_fixture() -> None:
+    tokens = Tokenizer(GOLDEN["context_length"]).encode([row["text"] for row in ROWS])
+    assert tokens.shape == (len(ROWS), GOLDEN["context_length"]) and tokens.dtype == "int64"
+    for row, ids in zip(ROWS, tokens.tolist(), strict=True):
+        assert ids == row["ids"] + [PAD] * (len(ids) - row["length"]), row["text"]
+
+
+def test_rows_cut_to_16_equal_the_fixture() -> None:
+    tokens = Tokenizer(16).encode([row["text"] for row in ROWS])
+    assert tokens.tolist() == [row["ids_context16"] for row in ROWS]
+
+
+def test_entities_are_unescaped_twice_where_ftfy_keeps_out() -> None:
+    assert clean("<b> Fish &amp;amp;\tChips ") == "<b> fish & chips"  # markup stops ftfy's own unescaping
+
+
+def test_a_context_without_room_is_an_error() -> None:
+    with pytest.raises(DataError, match="context length 1"):
+        Tokenizer(1)
