@@ -1,0 +1,180 @@
+"""The logging callbacks against real files, real event files and a real rich console."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from engine.callbacks.base import RunInfo
+from engine.callbacks.console import ConsoleProgress
+from engine.callbacks.metrics import MetricsFile, read_metrics
+from engine.callbacks.tensorboard import TensorBoard
+
+
+def run_info(run_dir: Path, *, start_step: int = 0, total_steps: int = 100) -> RunInfo:
+    return RunInfo(
+        run_dir=run_dir,
+        config={"train": {"steps": total_steps}},
+        total_steps=total_steps,
+        start_step=start_step,
+        world_size=4,
+        layout="TP 2 × PP 2 × DP 1",
+        parameters=17_534_112_000,
+        global_batch_size=256,
+    )
+
+
+def record(step: int, **changes: float) -> dict[str, float]:
+    values = {
+        "step": step, "loss": 5.0 - 0.01 * step, "lr_vision": 4e-4, "lr_text": 4e-5, "grad_norm": 0.5,
+        "samples_seen": 256 * (step + 1), "step_time_s": 0.5, "data_time_s": 0.05,
+        "i2t_top1": 0.25, "t2i_top1": 0.5,
+    }  # fmt: skip
+    return values | changes
+
+
+def write_steps(run_dir: Path, start: int, stop: int, **changes: float) -> None:
+    metrics = MetricsFile()
+    metrics.on_start(run_info(run_dir, start_step=start))
+    for step in range(start, stop):
+        metrics.on_step(record(step, **changes))
+    metrics.on_end({})
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    return [entry["step"] for entry in read_metrics(run_dir / "metrics.jsonl")]
+
+
+def test_every_step_is_in_the_file_at_once(tmp_path):
+    metrics = MetricsFile()
+    metrics.on_start(run_info(tmp_path))
+    for step in range(3):
+        metrics.on_step(record(step))
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines] == [record(done) for done in range(step + 1)]
+    metrics.on_end(record(2))
+
+
+def test_resume_cuts_back_to_the_checkpoint_and_goes_on(tmp_path):
+    write_steps(tmp_path, 0, 8, loss=1.0)
+    write_steps(tmp_path, 5, 10, loss=2.0)
+    entries = read_metrics(tmp_path / "metrics.jsonl")
+    assert [entry["step"] for entry in entries] == list(range(10))
+    assert [entry["loss"] for entry in entries] == [1.0] * 5 + [2.0] * 5
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_resume_drops_a_half_written_line(tmp_path):
+    write_steps(tmp_path, 0, 4)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 3.')
+    assert steps_of(tmp_path) == [0, 1, 2, 3]
+    write_steps(tmp_path, 4, 6)
+    assert steps_of(tmp_path) == [0, 1, 2, 3, 4, 5]
+
+
+def test_killed_writer_leaves_whole_lines(tmp_path):
+    """SIGKILL right after a step: nothing of the finished steps is in a buffer."""
+    program = (
+        "import os, pathlib, signal, sys\n"
+        "from tests.engine.test_callbacks import MetricsFile, record, run_info\n"
+        "metrics = MetricsFile(); metrics.on_start(run_info(pathlib.Path(sys.argv[1])))\n"
+        "[metrics.on_step(record(step)) for step in range(7)]\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"}\n")
+    assert steps_of(tmp_path) == list(range(7))
+
+
+def test_fresh_run_keeps_the_older_curve_beside_it(tmp_path):
+    write_steps(tmp_path, 0, 3)
+    write_steps(tmp_path, 0, 1)
+    assert steps_of(tmp_path) == [0]
+    assert len(read_metrics(tmp_path / "metrics.previous.jsonl")) == 3
+
+
+def test_damaged_line_in_the_middle_is_named(tmp_path):
+    write_steps(tmp_path, 0, 3)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], lines[1][:9], lines[2]]) + "\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_non_finite_numbers_stay_valid_json(tmp_path):
+    write_steps(tmp_path, 0, 1, loss=float("nan"), grad_norm=float("inf"))
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=pytest.fail)["loss"] is None
+    assert json.loads(line)["grad_norm"] is None
+
+
+def test_tensorboard_curve_is_clean_after_resume(tmp_path):
+    for start, stop, loss in ((0, 8, 1.0), (5, 10, 2.0)):
+        board = TensorBoard()
+        board.on_start(run_info(tmp_path, start_step=start))
+        for step in range(start, stop):
+            board.on_step(record(step, loss=loss))
+        board.on_end({})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert "train/step" not in events.Tags()["scalars"]
+    curve = events.Scalars("train/loss")
+    assert [event.step for event in curve] == list(range(10))
+    assert [event.value for event in curve] == [1.0] * 5 + [2.0] * 5
+    assert [event.step for event in events.Scalars("train/lr_text")] == list(range(10))
+
+
+def console_output(tmp_path: Path, *, terminal: bool, encoding: str, steps: int = 25, start_step: int = 0) -> str:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding)
+    console = Console(file=stream, force_terminal=terminal, width=200, color_system=None)
+    progress = ConsoleProgress(log_every_steps=10, console=console)
+    progress.on_start(run_info(tmp_path, start_step=start_step, total_steps=steps))
+    for step in range(start_step, steps):
+        progress.on_step(record(step))
+    progress.on_end(record(steps - 1))
+    stream.flush()
+    return raw.getvalue().decode(encoding)
+
+
+def test_plain_lines_every_n_steps_and_first_and_last(tmp_path):
+    lines = console_output(tmp_path, terminal=False, encoding="utf-8").splitlines()
+    assert lines[0] == "TP 2 × PP 2 × DP 1 on 4 ranks"
+    assert lines[1] == "17.53 B parameters, global batch 256"
+    assert [line.split()[1] for line in lines[3:]] == ["1/25", "10/25", "20/25", "25/25"]
+    # 256 pairs in 0.5 s, a tenth of it waiting for data, 15 steps to go.
+    assert "loss 4.9100" in lines[4]
+    assert "512.0 samples/s  data 10 %  ETA 0:00:08" in lines[4]
+    assert lines[-1].endswith("ETA 0:00:00")
+
+
+def test_resumed_run_counts_from_its_first_step(tmp_path):
+    lines = console_output(tmp_path, terminal=False, encoding="utf-8", start_step=13).splitlines()
+    assert [line.split()[1] for line in lines[3:]] == ["14/25", "20/25", "25/25"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_ascii_output_does_not_stop_the_run(tmp_path, terminal):
+    output = console_output(tmp_path / "größe", terminal=terminal, encoding="ascii")
+    assert "TP 2 x PP 2 x DP 1" in output
+    assert "gr??e" in output
+
+
+def test_terminal_shows_a_bar_with_loss_and_rate(tmp_path):
+    output = console_output(tmp_path, terminal=True, encoding="utf-8")
+    assert "25/25" in output and "loss 4.7600" in output and "512.0 samples/s" in output
+    assert "step 10/25" not in output
+
+
+def test_log_every_steps_must_be_positive():
+    with pytest.raises(ValueError, match="log_every_steps is 0"):
+        ConsoleProgress(log_every_steps=0)

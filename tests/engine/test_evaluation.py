@@ -1,0 +1,171 @@
+"""Zero-shot and retrieval against brute force in plain Python: sort everything, look the answer up."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from engine.evaluation.ranking import score_tiles
+from engine.evaluation.retrieval import mean_recall, predictions, recall
+from engine.evaluation.zero_shot import class_weights, top_k_accuracy
+
+
+def embeddings(rows: int, width: int = 16, seed: int = 0) -> torch.Tensor:
+    return normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def integer_embeddings(rows: int, seed: int) -> torch.Tensor:
+    """Few distinct exact values: scores tie all the time, and every sum is exact in any order."""
+    return torch.randint(-1, 2, (rows, 4), generator=torch.Generator().manual_seed(seed)).float()
+
+
+def sorted_candidates(query: torch.Tensor, candidates: torch.Tensor) -> list[int]:
+    """Candidate indices by falling score, lower index first: Python's sort is stable."""
+    scores = (candidates.double() @ query.double()).float().tolist()
+    return sorted(range(len(scores)), key=lambda index: -scores[index])
+
+
+def brute_recall(image, text, text_to_image, k):
+    own = text_to_image.tolist()
+    image_hits = [any(own[t] == i for t in sorted_candidates(image[i], text)[:k]) for i in range(len(image))]
+    text_hits = [own[t] in sorted_candidates(text[t], image)[:k] for t in range(len(text))]
+    return sum(image_hits) / len(image), sum(text_hits) / len(text)
+
+
+def test_class_weights_are_the_normalised_mean_of_normalised_prompts():
+    prompts = torch.tensor([[3.0, 0.0], [0.0, 5.0], [1.0, 0.0], [2.0, 0.0]])
+    weights = class_weights(prompts, templates_per_class=2)
+    torch.testing.assert_close(weights, torch.tensor([[0.5**0.5, 0.5**0.5], [1.0, 0.0]]))
+    assert class_weights(prompts.bfloat16(), 2).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("rows", "templates"), [(5, 2), (0, 1), (4, 0)])
+def test_class_weights_refuse_uneven_prompts(rows, templates):
+    with pytest.raises(ValueError, match="templates per class"):
+        class_weights(torch.ones(rows, 3), templates)
+
+
+def test_class_weights_refuse_cancelling_prompts():
+    with pytest.raises(ValueError, match="cancel out"):
+        class_weights(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), 2)
+
+
+@pytest.mark.parametrize("tile_rows", [1, 7, 1000])
+@pytest.mark.parametrize("ties", [False, True])
+def test_top_k_equals_brute_force(tile_rows, ties):
+    image, classes = (
+        (integer_embeddings(60, 1), integer_embeddings(11, 2)) if ties else (embeddings(60), embeddings(11, seed=1))
+    )
+    labels = torch.randint(0, 11, (60,), generator=torch.Generator().manual_seed(3))
+    got = top_k_accuracy(image, classes, labels, ks=(1, 5, 11), tile_rows=tile_rows)
+    expected = {
+        f"top{k}": sum(int(labels[i]) in sorted_candidates(image[i], classes)[:k] for i in range(60)) / 60
+        for k in (1, 5, 11)
+    }
+    assert got == expected
+    assert got["top11"] == 1.0
+
+
+@pytest.mark.parametrize("tile_rows", [1, 7, 1000])
+@pytest.mark.parametrize("ties", [False, True])
+def test_recall_equals_brute_force_with_several_captions(tile_rows, ties):
+    image, text = (
+        (integer_embeddings(20, 4), integer_embeddings(53, 5)) if ties else (embeddings(20), embeddings(53, seed=6))
+    )
+    # Uneven caption counts in shuffled order: each image has one to many.
+    order = torch.randperm(53, generator=torch.Generator().manual_seed(7))
+    text_to_image = torch.cat([torch.arange(20), torch.arange(33) % 9])[order]
+    got = recall(image, text, text_to_image, ks=(1, 5, 10), tile_rows=tile_rows)
+    for k in (1, 5, 10):
+        by_image, by_text = brute_recall(image, text, text_to_image, k)
+        assert got[f"image_to_text_recall_at_{k}"] == by_image
+        assert got[f"text_to_image_recall_at_{k}"] == by_text
+
+
+def test_any_caption_counts_for_an_image_but_each_caption_for_itself():
+    image = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    text = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    got = recall(image, text, torch.tensor([0, 0, 1]), ks=(1,))
+    # Captions 1 and 2 tie for image 1: the lower index (a caption of image 0) comes first.
+    assert got == {"image_to_text_recall_at_1": 0.5, "text_to_image_recall_at_1": 2 / 3}
+
+
+def test_mean_recall_is_the_mean_over_data_sets_and_directions():
+    assert mean_recall({"a": 1.0, "b": 0.5}, {"a": 0.0, "b": 0.5}) == 0.5
+    with pytest.raises(ValueError, match="at least one"):
+        mean_recall()
+
+
+@pytest.mark.parametrize("tile_rows", [1, 4, 100])
+def test_predictions_are_the_best_captions_in_order(tile_rows):
+    image, text = integer_embeddings(9, 8), integer_embeddings(12, 9)
+    captions = [f"caption {index}" for index in range(12)]
+    got = predictions(image, text, captions, k=3, tile_rows=tile_rows)
+    for row, embedding in zip(got, image, strict=True):
+        expected = sorted_candidates(embedding, text)[:3]
+        assert [entry["caption"] for entry in row] == [captions[index] for index in expected]
+        assert [entry["score"] for entry in row] == [float(text[index] @ embedding) for index in expected]
+
+
+@pytest.mark.parametrize("tile_rows", [1, 5, 100])
+def test_scores_are_the_exact_sums_rounded_once(tile_rows):
+    """math.fsum has no rounding error; a float32 matrix product differs from it in most places."""
+    image, text = embeddings(12, width=512), embeddings(9, width=512, seed=1)
+    scores = torch.cat([tile for _, tile in score_tiles(image, text, tile_rows=tile_rows)])
+    exact = [[math.fsum((query.double() * candidate.double()).tolist()) for candidate in text] for query in image]
+    assert torch.equal(scores, torch.tensor(exact, dtype=torch.float64).float())
+
+
+def test_equal_embeddings_tie_whatever_the_width():
+    """A long dot product rounds differently in different BLAS kernels; the float64 sums must hide that."""
+    image = embeddings(40, width=1027)
+    classes = embeddings(1, width=1027, seed=1).repeat(33, 1)
+    for label in (0, 32):
+        labels = torch.full((40,), label)
+        assert top_k_accuracy(image, classes, labels, ks=(1,))["top1"] == float(label == 0)
+
+
+def test_not_finite_embeddings_are_an_error_not_a_perfect_score():
+    image = embeddings(4)
+    image[2, 3] = float("nan")
+    with pytest.raises(ValueError, match="1 of 4 query embeddings are not finite"):
+        top_k_accuracy(image, embeddings(5), torch.zeros(4, dtype=torch.int64), ks=(1,))
+    with pytest.raises(ValueError, match="1 of 4 query embeddings"):
+        predictions(image, embeddings(5), list("abcde"))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: top_k_accuracy(embeddings(4), embeddings(3), torch.zeros(4).long()),
+            "ks .* classes, which is 3",
+        ),
+        (
+            lambda: top_k_accuracy(embeddings(4), embeddings(6), torch.full((4,), 6)),
+            r"labels must lie in \[0, 6\)",
+        ),
+        (
+            lambda: top_k_accuracy(embeddings(4), embeddings(6), torch.zeros(3).long()),
+            r"labels must be int64 \[4\]",
+        ),
+        (
+            lambda: top_k_accuracy(embeddings(4), embeddings(6, width=8), torch.zeros(4).long()),
+            r"of one D, got \[4, 16\] and \[6, 8\]",
+        ),
+        (
+            lambda: recall(embeddings(3), embeddings(3), torch.tensor([0, 0, 2]), ks=(1,)),
+            "1 of 3 images have no",
+        ),
+        (
+            lambda: recall(embeddings(3), embeddings(3), torch.tensor([0, 1, -1]), ks=(1,)),
+            "text_to_image must lie",
+        ),
+        (lambda: predictions(embeddings(3), embeddings(4), ["a"]), "1 captions for 4"),
+        (lambda: top_k_accuracy(embeddings(0), embeddings(6), torch.zeros(0).long()), "0 queries"),
+    ],
+)
+def test_input_that_cannot_be_ranked_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

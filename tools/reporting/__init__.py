@@ -1,0 +1,1 @@
+"""The parts of `python -m tools.report`: reading runs, drawing curves, writing the page and the picture."""
