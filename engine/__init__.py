@@ -5,6 +5,8 @@ installed package; training with somebody else's `data` must stop before anythin
 """
 
 import importlib.util
+import logging
+import warnings
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -23,3 +25,16 @@ def _refuse_shadowed_rooms() -> None:
 
 
 _refuse_shadowed_rooms()
+
+
+def _quiet_third_parties() -> None:
+    """Silence what a user can do nothing about; before megatron-core is imported, since it warns on import."""
+    # Every rank would be told that Transformer Engine and Apex are absent; model.backend says what is used.
+    warnings.filterwarnings("ignore", module="megatron.*")
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
+    # all_gather_single and reduce_scatter_single do not exist in every torch of our range.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated.*")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+_quiet_third_parties()

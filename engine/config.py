@@ -336,5 +336,5 @@ def check_vocabulary(config: Config) -> None:
     size = config.model.text.vocab_size
     _require(
         size == VOCAB_SIZE,
-        f"model.text.vocab_size is {size}, but captions are tokenised with CLIP's {VOCAB_SIZE} ids: set it to {VOCAB_SIZE}",
+        f"model.text.vocab_size is {size}, but the tokenizer of captions has {VOCAB_SIZE} ids: set it to {VOCAB_SIZE}",
     )

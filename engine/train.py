@@ -3,23 +3,14 @@
 A mistake in the config, the layout, the shards or a checkpoint ends with one line that says what to do.
 """
 
-import logging
 import os
 import sys
-import warnings
-from datetime import timedelta
 from pathlib import Path
 
 import yaml
 
 from data.errors import DataError
 from engine.config import Config, ConfigError, check_layout, check_vocabulary, load_config, to_dict
-
-# megatron-core tells every rank that Transformer Engine and Apex are absent; model.backend says what is used.
-warnings.filterwarnings("ignore", module="megatron.*")
-warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
-# all_gather_single and reduce_scatter_single do not exist in every torch of our range.
-warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated.*")
 
 
 def main(arguments: list[str]) -> int:
@@ -38,34 +29,21 @@ def main(arguments: list[str]) -> int:
 
 def _train(config: Config) -> int:
     # Importing torch and megatron-core takes seconds: after the checks, so that a typing mistake answers at once.
-    import torch.distributed as dist
-
     from engine.callbacks.checkpoint import CheckpointCallback
     from engine.checkpoint.simple import CheckpointError
-    from engine.device import prepare
-    from engine.mesh import LayoutError, build_mesh
+    from engine.launch import job
+    from engine.mesh import LayoutError
     from engine.trainer import NonFiniteLoss, Trainer
 
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    device = prepare()
-    os.environ.setdefault("RANK", "0")
-    os.environ.setdefault("WORLD_SIZE", "1")
-    os.environ.setdefault("MASTER_ADDR", "localhost")
-    os.environ.setdefault("MASTER_PORT", "0")
-    dist.init_process_group(device.backend, timeout=timedelta(minutes=30))
     try:
-        world = dist.distributed_c10d._get_default_group()
-        mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, world)
-        trainer = Trainer(config, mesh, device)
-        trainer.resume()
-        if mesh.world.rank == 0:
-            _write_config(config)
-        trainer.fit([*_logging_callbacks(config, mesh.world.rank), CheckpointCallback(trainer)])
-        dist.barrier(group=mesh.world.group)
+        with job(config.parallel) as (mesh, device):
+            trainer = Trainer(config, mesh, device)
+            trainer.resume()
+            if mesh.world.rank == 0:
+                _write_config(config)
+            trainer.fit([*_logging_callbacks(config, mesh.world.rank), CheckpointCallback(trainer)])
     except (LayoutError, DataError, CheckpointError, NonFiniteLoss) as error:
         return _fail(error)
-    finally:
-        dist.destroy_process_group()
     return 0
 
 

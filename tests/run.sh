@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The tests on a fresh machine: makes .venv if no environment is active, installs what is missing, runs pytest.
+#
+#   bash tests/run.sh                    everything that a CPU can run in minutes
+#   bash tests/run.sh -m "slow or not slow"    the slow ones as well
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. examples/setup.sh
+ensure_environment test
+if [ $# -eq 0 ]; then set -- -m "not slow"; fi
+python -m pytest "$@"
