@@ -1,17 +1,22 @@
-"""From a config and a mesh to this rank's towers, their flat buffers and the optimizer over them."""
+"""From a config and a mesh to this rank's parts of the model, their flat buffers and the optimizer over them.
 
+A rank holds one or more chunks of the vision tower (more than one with virtual stages) and the whole text side. Each is
+wrapped in megatron-core's DistributedDataParallel on its own: flat fp32 gradient buckets, reduce-scatter, all-gather.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from torch import Tensor, nn
+from torch import nn
 
 from engine.config import Config
-from engine.mesh import Mesh, stage_layers
+from engine.mesh import Axis, Mesh, stage_layers
 from engine.optim.groups import tensor_group
 from engine.optim.lamb import ShardedOptimizer
 from engine.optim.shards import TowerShards
-from models.clip import LogitScale
+from models.clip import LogitBias, LogitScale
 from models.init import initialise
 from models.naming import LogicalTensor, logical_name, logical_tensors
 from models.text import TextTower
@@ -21,107 +26,163 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class TextSide(nn.Module):
-    """What every rank holds whole: the text tower and, if it is learned, the logit scale."""
+    """What every rank holds whole: the text tower and, where they are learned, the logit scale and bias."""
 
-    def __init__(self, tower: TextTower, logit_scale: LogitScale | None):
+    def __init__(self, tower: TextTower, logit_scale: LogitScale | None, logit_bias: LogitBias | None):
         super().__init__()
         self.tower = tower
         self.logit_scale = logit_scale
+        self.logit_bias = logit_bias
+
+
+@dataclass
+class Part:
+    """One wrapped module and who shares it."""
+
+    ddp: DistributedDataParallel
+    logical: dict[str, LogicalTensor]
+    """Local parameter name -> logical tensor."""
+    owners: Axis
+    """Ranks with the same slices: gradients are reduce-scattered and weights all-gathered over them."""
+    holders: Axis
+    """Ranks with any slice of these logical tensors."""
+    tensor_rank: int
+
+    def last_backward(self, is_last: bool) -> AbstractContextManager:
+        """Context of a backward: a bucket's reduction starts in the step's last one, as soon as it is complete."""
+        overlapped = self.ddp.ddp_config.overlap_grad_reduce
+        return self.ddp.no_sync() if overlapped and not is_last else nullcontext()
 
 
 @dataclass
 class Towers:
-    """This rank's part of the model, wrapped in megatron-core's gradient buffers."""
+    """This rank's part of the model."""
 
-    vision: VisionTower
-    text: TextTower
-    logit_scale: LogitScale | None
-    vision_ddp: DistributedDataParallel
-    text_ddp: DistributedDataParallel
-    vision_logical: dict[str, LogicalTensor]
-    """Local parameter name of the stage -> logical tensor."""
-    text_logical: dict[str, LogicalTensor]
     mesh: Mesh
+    vision: list[VisionTower]
+    """Chunks in tower order."""
+    side: TextSide
+    parts: list[Part]
+    """Wrapped: the vision chunks, then the text side."""
 
     @property
-    def ddps(self) -> tuple[DistributedDataParallel, DistributedDataParallel]:
-        """Both wrapped towers."""
-        return self.vision_ddp, self.text_ddp
-
-    def scale(self, fixed: float | None) -> Tensor | float:
-        """The factor on the cosine similarities of this step."""
-        return fixed if self.logit_scale is None else self.logit_scale()  # type: ignore[return-value]
+    def text(self) -> TextTower:
+        """The caption tower."""
+        return self.side.tower
 
     def logical_parameters(self) -> list[tuple[LogicalTensor, nn.Parameter]]:
         """(logical tensor, local slice) of everything this rank holds."""
-        pairs = []
-        for ddp, table in ((self.vision_ddp, self.vision_logical), (self.text_ddp, self.text_logical)):
-            pairs += [(table[name], parameter) for name, parameter in ddp.module.named_parameters()]
-        return pairs
+        return [
+            (part.logical[name], parameter)
+            for part in self.parts
+            for name, parameter in part.ddp.module.named_parameters()
+        ]
+
+    def zero_gradients(self) -> None:
+        """Before a step."""
+        for part in self.parts:
+            part.ddp.zero_grad_buffer()
+
+    def finish_reduction(self) -> None:
+        """After the last backward: gradients of the owned elements are complete. Collective."""
+        for part in self.parts:
+            part.ddp.finish_grad_sync()
+
+    def gather_weights(self) -> None:
+        """After the update: start (overlapped) or do the all-gather of the new weights. Collective."""
+        for part in self.parts:
+            part.ddp.start_param_sync()
+
+    def wait_for_weights(self) -> None:
+        """Before weights are read outside a forward pass, by a checkpoint for example."""
+        for part in self.parts:
+            if part.ddp.ddp_config.overlap_param_gather:
+                for group in part.ddp.bucket_groups:
+                    group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
 def build_towers(config: Config, mesh: Mesh, device: torch.device) -> Towers:
     """Build, initialise and wrap. Collective over the mesh."""
-    dtype = DTYPES[config.train.precision]
-    layers = stage_layers(config.model.vision.depth, mesh.pipeline.size)[mesh.pipeline.rank]
-    with torch.device(device):
-        vision = VisionTower(
-            config.model,
-            groups=mesh.vision_groups(),
-            layers=layers,
-            sequence_parallel=config.parallel.sequence,
-            dtype=dtype,
+    chunks = build_vision(config, mesh, device)
+    side = _build_text_side(config, mesh, device)
+    parts = [
+        Part(
+            ddp=_wrap(chunk, chunk.config, mesh.vision_groups(), config),
+            logical=logical_tensors(chunk, "vision", chunk.layers.start, mesh.tensor.size),
+            owners=mesh.data,
+            holders=mesh.stage,
+            tensor_rank=mesh.tensor.rank,
         )
-        text = TextTower(config.model, groups=mesh.text_groups(), dtype=dtype)
-        logit_scale = LogitScale() if config.train.logit_scale is None else None
-    side = TextSide(text, logit_scale)
-    vision_logical = logical_tensors(vision, "vision", layers.start, mesh.tensor.size)
-    text_logical = _text_side_tensors(side)
-    seed = config.train.seed
-    initialise(vision, vision_logical, config.model, seed, mesh.tensor.rank, mesh.tensor.size)
-    initialise(side, text_logical, config.model, seed, 0, 1)
-    return Towers(
-        vision=vision,
-        text=text,
-        logit_scale=logit_scale,
-        vision_ddp=_wrap(vision, vision.config, mesh.vision_groups()),
-        text_ddp=_wrap(side, text.config, mesh.text_groups()),
-        vision_logical=vision_logical,
-        text_logical=text_logical,
-        mesh=mesh,
-    )
+        for chunk in chunks
+    ]
+    ddp = _wrap(side, side.tower.config, mesh.text_groups(), config)
+    parts.append(Part(ddp, _text_side_tensors(side), owners=mesh.world, holders=mesh.world, tensor_rank=0))
+    for part in parts:
+        size = 1 if part.ddp.module is side else mesh.tensor.size
+        initialise(part.ddp.module, part.logical, config.model, config.train.seed, part.tensor_rank, size)
+    return Towers(mesh=mesh, vision=chunks, side=side, parts=parts)
+
+
+def build_vision(config: Config, mesh: Mesh, device: torch.device) -> list[VisionTower]:
+    """This rank's chunks of the vision tower, not initialised."""
+    parallel, stages = config.parallel, mesh.pipeline.size
+    layers = stage_layers(config.model.vision.depth, stages * parallel.virtual, parallel.layers)
+    with torch.device(device):
+        return [
+            VisionTower(
+                config.model,
+                groups=mesh.vision_groups(),
+                layers=layers[chunk * stages + mesh.pipeline.rank],
+                sequence_parallel=parallel.sequence,
+                dtype=DTYPES[config.train.precision],
+                recompute=config.train.recompute,
+            )
+            for chunk in range(parallel.virtual)
+        ]
+
+
+def _build_text_side(config: Config, mesh: Mesh, device: torch.device) -> TextSide:
+    train = config.train
+    with torch.device(device):
+        text = TextTower(config.model, groups=mesh.text_groups(), dtype=DTYPES[train.precision])
+        scale = LogitScale() if train.logit_scale is None else None
+        return TextSide(text, scale, LogitBias() if train.loss == "sigmoid" else None)
 
 
 def _text_side_tensors(side: TextSide) -> dict[str, LogicalTensor]:
     table = {}
     for local, parameter in side.named_parameters():
-        tower, _, rest = local.partition(".")
-        name = f"{local}" if tower == "logit_scale" else logical_name(rest, "text")
+        part, _, rest = local.partition(".")
+        name = logical_name(rest, "text") if part == "tower" else local
         table[local] = LogicalTensor(name, tuple(parameter.shape), None)
     return table
 
 
-def _wrap(module: nn.Module, transformer_config, groups) -> DistributedDataParallel:
+def _wrap(module: nn.Module, transformer_config, groups, config: Config) -> DistributedDataParallel:
     """Flat buckets, fp32 gradient sums, reduce-scatter and all-gather over groups.dp."""
+    overlap = config.parallel.overlap and groups.dp.size() > 1
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+        bucket_size=config.parallel.bucket_size,
     )
-    return DistributedDataParallel(transformer_config, settings, module, pg_collection=groups)
+    ddp = DistributedDataParallel(transformer_config, settings, module, pg_collection=groups)
+    for group in ddp.bucket_groups:
+        # Fresh weights are the same everywhere; without this the first forward would gather them, and an evaluation
+        # in which some ranks have nothing to do would wait for ever.
+        group.param_gather_dispatched = True
+    return ddp
 
 
 def build_optimizer(config: Config, towers: Towers) -> ShardedOptimizer:
-    """LAMB or AdamW over the owned shards of both towers."""
-    mesh = towers.mesh
-    vision = TowerShards(
-        towers.vision_ddp,
-        towers.vision_logical,
-        owners=mesh.data,
-        holders=mesh.stage,
-        tensor_rank=mesh.tensor.rank,
-    )
-    text = TowerShards(towers.text_ddp, towers.text_logical, owners=mesh.world, holders=mesh.world, tensor_rank=0)
-    pairs = [
-        (shards, [tensor_group(t.name, len(t.shape), config.model, config.optim) for t in shards.tensors])
-        for shards in (vision, text)
-    ]
-    return ShardedOptimizer(pairs, config.optim, config.train.steps, mesh.world)
+    """LAMB or AdamW over the owned shards of every part."""
+    pairs = []
+    for part in towers.parts:
+        shards = TowerShards(
+            part.ddp, part.logical, owners=part.owners, holders=part.holders, tensor_rank=part.tensor_rank
+        )
+        groups = [tensor_group(t.name, len(t.shape), config.model, config.optim) for t in shards.tensors]
+        pairs.append((shards, groups))
+    return ShardedOptimizer(pairs, config.optim, config.train.steps, towers.mesh.world)

@@ -5,7 +5,7 @@ Source: the symmetric InfoNCE loss of CLIP (Radford et al. 2021, figure 3), here
     ∂L/∂I_i = σ/(2B) Σ_j [exp(s_ij − r_i) + exp(s_ij − c_j) − 2 δ_ij] T_j,   and ∂L/∂T_j its mirror image.
 Notable choices:
 * Two passes over tiles of logits, no B × B and no rows × B matrix: O(tile² + B·D) memory for "gather",
-  O(tile² + B·D/W) for "ring". What fits `keep_bytes` is kept from the first pass and not computed again.
+  O(tile² + B·D/W) for "ring". The second pass computes the logits again, unless they are few enough to keep.
 * The first pass reads own images × all texts only. Column sums are completed by two all-reduces of B floats,
   so it needs no second strip; in the second pass the own block serves images and texts at once.
 * The pair's own logit stays out of the sums: with n_i the log-sum-exp over j ≠ i, r_i − s_ii = softplus(n_i −
@@ -76,19 +76,19 @@ def contrastive_loss(
     group. tile: largest side of a logit tile, in rows; None picks one for the device. variant: "gather" holds
     the embeddings of one tower at a time, "ring" two blocks of them, whose transfer overlaps the compute.
     row_counts: rows of every rank, where known; otherwise one small collective asks, and a GPU waits for it.
-    keep_bytes: memory for logits that the second pass takes over instead of computing them again.
+    keep_bytes: up to this size, the logits of rows × B are kept for the second pass; beyond, computed again.
     Raises ValueError for shapes, dtypes, counts or options that do not fit.
     """
     check_pairs(image, text)
     check_variant(variant)
-    exchange = RowExchange.create(image, group, row_counts)
+    exchange, dtype = RowExchange.create(image, group, row_counts), compute_dtype(image)
     strips = _Strips(
         exchange=exchange,
         image=image,
         text=text,
-        scale=torch.as_tensor(logit_scale, dtype=compute_dtype(image), device=image.device),
+        scale=torch.as_tensor(logit_scale, dtype=dtype, device=image.device),
         tiling=Tiling.create(image, tile, max(exchange.counts)),
-        kept=KeptTiles(budget_bytes=keep_bytes),
+        kept=KeptTiles(active=image.shape[0] * exchange.total * dtype.itemsize <= keep_bytes),
     )
     text_blocks = exchange.blocks(text, variant)
     rows, columns, own = strips.sums(text_blocks)

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 Variant = Literal["gather", "ring"]
+# torch 2.13 renamed all_gather_into_tensor and warns at the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def check_variant(variant: str) -> None:
@@ -94,7 +96,7 @@ class RowExchange:
             padded = rows.new_zeros(height, *rows.shape[1:])
             padded[: rows.shape[0]] = rows
         gathered = rows.new_empty(len(self.counts) * height, *rows.shape[1:])
-        dist.all_gather_into_tensor(gathered, padded, group=self.group)
+        _all_gather(gathered, padded, group=self.group)
         return [block[:count] for block, count in zip(gathered.split(height), self.counts, strict=True)]
 
     def blocks(self, rows: Tensor, variant: Variant) -> Iterable[tuple[int, Tensor]]:
@@ -150,5 +152,5 @@ def _ask_counts(rows: Tensor, world: int, group: dist.ProcessGroup | None) -> li
         return [rows.shape[0]]
     counts = torch.empty(world, dtype=torch.int64, device=rows.device)
     own = torch.tensor([rows.shape[0]], dtype=torch.int64, device=rows.device)
-    dist.all_gather_into_tensor(counts, own, group=group)
+    _all_gather(counts, own, group=group)
     return counts.tolist()

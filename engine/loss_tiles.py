@@ -16,7 +16,7 @@ from torch import Tensor
 # wants fewer and larger kernels.
 DEFAULT_TILE_CPU = 1024
 DEFAULT_TILE_CUDA = 8192
-KEEP_BYTES = 32 * 2**20
+KEEP_BYTES = 64 * 2**20
 
 
 def compute_dtype(embeddings: Tensor) -> torch.dtype:
@@ -80,23 +80,20 @@ class Tiling:
         return out.mul_(scale)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class KeptTiles:
-    """Logits of the first pass that the second pass takes over, as many tiles as fit a budget."""
+    """Logits of the first pass that the second pass takes over: the whole strip where it is small, else none."""
 
-    budget_bytes: int
-    """Memory still free for tiles."""
+    active: bool
+    """Whether tiles are kept at all."""
     tiles: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
     """Logits by (owner of the text block, first image row, first text row)."""
 
     def reserve(self, key: tuple[int, int, int], rows: slice, columns: slice, like: Tensor) -> Tensor | None:
-        """A tensor for a tile to be computed into and kept, or None when the budget is used up."""
-        shape = (rows.stop - rows.start, columns.stop - columns.start)
-        size_bytes = shape[0] * shape[1] * like.element_size()
-        if size_bytes > self.budget_bytes:
+        """A tensor for a tile to be computed into and kept, or None when nothing is kept."""
+        if not self.active:
             return None
-        self.budget_bytes -= size_bytes
-        self.tiles[key] = like.new_empty(shape)
+        self.tiles[key] = like.new_empty(rows.stop - rows.start, columns.stop - columns.start)
         return self.tiles[key]
 
     def take(self, key: tuple[int, int, int]) -> Tensor | None:

@@ -6,6 +6,7 @@ default process group: every collective names one of the groups below.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -97,12 +98,15 @@ def build_mesh(tensor: int, pipeline: int, world: Group) -> Mesh:
     )
 
 
-def stage_layers(depth: int, stages: int) -> list[range]:
-    """Blocks of each stage: as even as can be, the remainder on the middle stages (the ends also embed and project)."""
-    if stages > depth:
-        raise LayoutError(f"parallel.pipeline {stages} exceeds the {depth} blocks of the vision tower")
-    base, extra = divmod(depth, stages)
-    first = (stages - extra) // 2
-    counts = [base + (first <= stage < first + extra) for stage in range(stages)]
-    starts = [sum(counts[:stage]) for stage in range(stages)]
-    return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+def stage_layers(depth: int, stages: int, counts: list[int] | None = None) -> list[range]:
+    """Blocks of each stage (in tower order; with virtual stages, of each chunk).
+
+    counts: blocks of each, by hand. None: as even as can be, the remainder on the middle stages, since the first one
+    also embeds patches and the last one projects.
+    """
+    if counts is None:
+        base, extra = divmod(depth, stages)
+        first = (stages - extra) // 2
+        counts = [base + (first <= stage < first + extra) for stage in range(stages)]
+    starts = [0, *accumulate(counts)]
+    return [range(start, stop) for start, stop in pairwise(starts)]

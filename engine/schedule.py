@@ -12,9 +12,8 @@ Every rank also encodes captions of its own, where its stage would otherwise wai
 before the first gradient does.
 """
 
-import time
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -22,15 +21,20 @@ from torch import Tensor
 
 from engine.loss import ContrastiveLoss
 from engine.mesh import Mesh
-from engine.p2p import StageLink
+from engine.pipeline import Pipeline, Unit, forward_order
 from engine.rows import deal_from_last_stage, gather_rows
+from engine.sigmoid_loss import SigmoidLoss
+from engine.timeline import Phases
 
-VisionStage = Callable[[Tensor | None, int], Tensor]
-"""(stage input or None on the first stage, micro-batch) -> stage output; on the last stage embeddings [M, D], fp32."""
+VisionChunk = Callable[[Tensor | None, int], Tensor]
+"""(chunk input, or None where the tower starts; micro-batch) -> chunk output; where it ends embeddings [M, D], fp32."""
 TextTower = Callable[[int], Tensor]
-"""chunk of this rank's captions -> embeddings [·, D], fp32."""
-Loss = Callable[[Tensor, Tensor], ContrastiveLoss]
+"""part of this rank's captions -> embeddings [·, D], fp32."""
+LossResult = ContrastiveLoss | SigmoidLoss
+Loss = Callable[[Tensor, Tensor], LossResult]
 """(image rows, text rows) of this rank -> global loss and the gradients of these rows."""
+Backward = Callable[[bool], AbstractContextManager]
+"""(this is the last backward of these parameters in this step) -> context for it; where gradient reduction starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,140 +52,141 @@ class StepShape:
     dtype: torch.dtype
     """Its dtype."""
     keep: int
-    """k, micro-batches that keep their activations."""
+    """k, micro-batches of this stage that keep their activations; ranks may differ."""
+    keep_text: bool = False
+    """The captions keep their activations, too."""
 
 
-@dataclass
-class Phases:
-    """Wall seconds of the phases of one step on this rank (CPU clock: on a GPU the launches, unless synchronised)."""
+@dataclass(kw_only=True)
+class Work:
+    """What a step runs on this rank."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def time(self, name: str):
-        """Add the block's time to phase `name`."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+    vision: Sequence[VisionChunk]
+    """The chunks of this rank, in tower order."""
+    vision_backward: Sequence[Backward]
+    """One a chunk."""
+    text: TextTower
+    text_rows: list[slice]
+    """This rank's own rows of the local batch, in parts for the text tower."""
+    text_backward: Backward
+    loss: Loss
 
 
 class ContrastiveSchedule:
-    """Runs steps of one shape; holds the stash during a step."""
+    """Runs steps of one shape."""
 
-    def __init__(self, mesh: Mesh, shape: StepShape, device: torch.device):
+    def __init__(self, mesh: Mesh, shape: StepShape, device: torch.device, chunks: int = 1):
         self.mesh, self.shape, self.device = mesh, shape, device
-        link = lambda neighbour: StageLink(mesh.pipeline, neighbour, shape.hidden, shape.dtype, device)  # noqa: E731
-        self.previous = None if mesh.is_first_stage else link(mesh.pipeline.rank - 1)
-        self.next = None if mesh.is_last_stage else link(mesh.pipeline.rank + 1)
+        self.pipeline = Pipeline(mesh, chunks, shape.hidden, shape.dtype, device)
+        self.units = forward_order(shape.micro_batches, mesh.pipeline.size, chunks)
 
-    def run(
-        self, vision: VisionStage, text: TextTower, text_chunks: list[slice], loss: Loss
-    ) -> tuple[ContrastiveLoss, Phases]:
-        """One step; gradients are left in the parameters. text_chunks: this rank's own rows, cut for the text tower."""
-        phases = Phases()
-        step = _Step(self, vision, text, text_chunks, phases)
+    def run(self, work: Work, phases: Phases) -> LossResult:
+        """One step; gradients are left in the parameters. Collective over the mesh."""
+        step = _Step(self, work, phases)
         image_rows, text_rows = step.encode()
         with phases.time("loss"):
-            result = loss(image_rows, text_rows)
+            result = work.loss(image_rows, text_rows)
+        with phases.time("exchange"):
             image_gradient = gather_rows(result.grad_image, self.shape.local_batch, self.mesh.replica)
         step.backprop(image_gradient, result.grad_text)
-        return result, phases
+        return result
 
 
+@dataclass
 class _Step:
-    """State of one step: the stash, and the captions' embeddings."""
+    """State of one step: the stash, kept outputs, and the captions' embeddings."""
 
-    def __init__(
-        self, schedule: ContrastiveSchedule, vision: VisionStage, text: TextTower, text_chunks, phases: Phases
-    ):
-        self.mesh, self.shape, self.device = schedule.mesh, schedule.shape, schedule.device
-        self.previous, self.next = schedule.previous, schedule.next
-        self.vision, self.text, self.text_chunks, self.phases = vision, text, text_chunks, phases
-        self.inputs: list[Tensor | None] = []
-        self.kept: dict[int, Tensor] = {}
-        self.text_embeddings: list[Tensor] = []
+    schedule: ContrastiveSchedule
+    work: Work
+    phases: Phases
+    inputs: dict[Unit, Tensor | None] = field(default_factory=dict)
+    kept: dict[Unit, Tensor] = field(default_factory=dict)
+    text_embeddings: list[Tensor] = field(default_factory=list)
 
-    # --- phase 1 ---------------------------------------------------------------------------------------------------
+    def __post_init__(self) -> None:
+        self.shape, self.mesh = self.schedule.shape, self.schedule.mesh
+        self.pipeline, self.units = self.schedule.pipeline, self.schedule.units
+
+    # --- phase 1 -------------------------------------------------------------------------------------------------
 
     def encode(self) -> tuple[Tensor, Tensor]:
         """(image rows, text rows) of this rank, [·, D] fp32 without graph."""
-        if self.previous:
-            self.previous.post_receive()
+        inbox = self.pipeline.forward_inbox(self.units)
+        if not self.mesh.is_first_stage:
             self._encode_text()
-        outputs = [self._encode_micro_batch(i) for i in range(self.shape.micro_batches)]
-        if not self.previous:
+        embeddings = []
+        for unit in self.units:
+            output = self._encode_unit(unit, inbox)
+            if self.pipeline.ends(unit):
+                embeddings.append(output)
+        if self.mesh.is_first_stage:
             self._encode_text()
-        embeddings = torch.cat(outputs) if self.mesh.is_last_stage else None
+        shape = self.shape
         with self.phases.time("exchange"):
-            if self.next:
-                self.next.drain()
-            shape = self.shape
-            image_rows = deal_from_last_stage(embeddings, shape.local_batch, shape.embed_dim, self.mesh, self.device)
+            self.pipeline.next.drain()
+            mine = torch.cat(embeddings) if embeddings else None
+            rows = deal_from_last_stage(mine, shape.local_batch, shape.embed_dim, self.mesh, self.schedule.device)
         own_text = [embedding.detach() for embedding in self.text_embeddings]
-        return image_rows, torch.cat(own_text) if own_text else image_rows.new_empty(0, shape.embed_dim)
+        return rows, torch.cat(own_text) if own_text else rows.new_empty(0, shape.embed_dim)
 
-    def _encode_micro_batch(self, i: int) -> Tensor:
-        hidden = self._receive(self.previous, is_last=i == self.shape.micro_batches - 1) if self.previous else None
-        keep = i >= self.shape.micro_batches - self.shape.keep
-        with self.phases.time("encode"), torch.set_grad_enabled(keep):
+    def _encode_unit(self, unit: Unit, inbox) -> Tensor:
+        hidden = None if self.pipeline.starts(unit) else self._receive(inbox)
+        keep = unit.micro_batch >= self.shape.micro_batches - self.shape.keep
+        with self.phases.time("encode", unit), torch.set_grad_enabled(keep):
             if keep and hidden is not None:
                 hidden.requires_grad_()
-            output = self.vision(hidden, i)
-        self.inputs.append(hidden)
+            output = self.work.vision[unit.chunk](hidden, unit.micro_batch)
+        self.inputs[unit] = hidden
         if keep:
-            self.kept[i] = output
-        if self.next:
-            self.next.send(output)
+            self.kept[unit] = output
+        if not self.pipeline.ends(unit):
+            self.pipeline.next.send(output)
         return output.detach()
 
     def _encode_text(self) -> None:
-        with self.phases.time("encode_text"), torch.set_grad_enabled(self._keeps_text):
-            self.text_embeddings = [self.text(chunk) for chunk in range(len(self.text_chunks))]
+        with self.phases.time("encode_text"), torch.set_grad_enabled(self.shape.keep_text):
+            self.text_embeddings = [self.work.text(part) for part in range(len(self.work.text_rows))]
 
-    @property
-    def _keeps_text(self) -> bool:
-        return self.shape.keep == self.shape.micro_batches
-
-    # --- phase 3 ---------------------------------------------------------------------------------------------------
+    # --- phase 3 -------------------------------------------------------------------------------------------------
 
     def backprop(self, image_gradient: Tensor, text_gradient: Tensor) -> None:
         """Gradients of the embeddings (local batch; this rank's captions) -> gradients of all parameters."""
         micro = image_gradient.split(self.shape.local_batch // self.shape.micro_batches)
-        if self.next:
-            self.next.post_receive()
+        inbox = self.pipeline.backward_inbox(self.units)
+        if not self.mesh.is_last_stage:
             self._backprop_text(text_gradient)
-        for i in reversed(range(self.shape.micro_batches)):
-            self._backprop_micro_batch(i, micro[i])
-        if not self.next:
+        for unit in reversed(self.units):
+            self._backprop_unit(unit, inbox, micro[unit.micro_batch])
+        if self.mesh.is_last_stage:
             self._backprop_text(text_gradient)
-        if self.previous:
-            self.previous.drain()
+        self.pipeline.previous.drain()
 
-    def _backprop_micro_batch(self, i: int, embedding_gradient: Tensor) -> None:
-        hidden, output = self.inputs.pop(), self.kept.pop(i, None)
+    def _backprop_unit(self, unit: Unit, inbox, embedding_gradient: Tensor) -> None:
+        hidden, output = self.inputs.pop(unit), self.kept.pop(unit, None)
         if output is None:
-            with self.phases.time("replay"):  # needs nothing from upstream: it runs while the gradient travels
-                output = self.vision(hidden.requires_grad_() if hidden is not None else None, i)
-        gradient = self._receive(self.next, is_last=i == 0) if self.next else embedding_gradient
-        with self.phases.time("backward"):
+            with self.phases.time("replay", unit):  # needs nothing from upstream: runs while the gradient travels
+                output = self.work.vision[unit.chunk](
+                    hidden.requires_grad_() if hidden is not None else None, unit.micro_batch
+                )
+        gradient = embedding_gradient if self.pipeline.ends(unit) else self._receive(inbox)
+        is_last = unit.micro_batch == 0  # of this chunk: units come in reverse order
+        with self.phases.time("backward", unit), self.work.vision_backward[unit.chunk](is_last):
             torch.autograd.backward(output, gradient)
-        if self.previous:
-            assert hidden is not None and hidden.grad is not None
-            self.previous.send(hidden.grad)
+        if hidden is not None:
+            assert hidden.grad is not None
+            self.pipeline.previous.send(hidden.grad)
 
     def _backprop_text(self, gradient: Tensor) -> None:
-        first = self.text_chunks[0].start if self.text_chunks else 0
+        parts = self.work.text_rows
+        first = parts[0].start if parts else 0
         with self.phases.time("backward_text"):
-            for chunk in reversed(range(len(self.text_chunks))):
-                rows = self.text_chunks[chunk]
-                embedding = self.text_embeddings[chunk] if self._keeps_text else self.text(chunk)
-                torch.autograd.backward(embedding, gradient[rows.start - first : rows.stop - first])
+            for part in reversed(range(len(parts))):
+                rows = slice(parts[part].start - first, parts[part].stop - first)
+                embedding = self.text_embeddings[part] if self.shape.keep_text else self.work.text(part)
+                with self.work.text_backward(part == 0):
+                    torch.autograd.backward(embedding, gradient[rows])
         self.text_embeddings = []
 
-    def _receive(self, link: StageLink, *, is_last: bool) -> Tensor:
-        """The message of this micro-batch; the next one is asked for before this one is worked on."""
+    def _receive(self, inbox) -> Tensor:
         with self.phases.time("wait"):
-            message = link.receive()
-        if not is_last:
-            link.post_receive()
-        return message
+            return inbox.receive()

@@ -1,4 +1,4 @@
-"""What the schedule runs: this rank's vision stage and text tower on the current batch."""
+"""What the schedule runs: this rank's vision chunks and text tower on the current batch."""
 
 import numpy as np
 import torch
@@ -12,8 +12,8 @@ from models.text import TextTower, trim_padding
 from models.vision import VisionTower
 
 
-class VisionStageRunner:
-    """(stage input, micro-batch) -> stage output, with the pixels and kept patches of the current batch.
+class VisionRunner:
+    """(chunk input, micro-batch) -> chunk output, with the pixels and kept patches of the current batch.
 
     Kept patches follow from (seed, sample position), so every stage, the replay included, sees the same ones.
     """
@@ -44,16 +44,16 @@ class VisionStageRunner:
 
 
 class TextRunner:
-    """chunk -> embeddings of this rank's captions; padding behind the longest caption of a chunk is cut off."""
+    """part -> embeddings of this rank's captions; padding behind the longest caption of a part is cut off."""
 
-    def __init__(self, tower: TextTower, *, chunks: list[slice], device: torch.device):
-        """chunks: rows of the replica's batch; the first starts where this rank's captions do."""
-        self.tower, self.chunks, self.device = tower, chunks, device
+    def __init__(self, tower: TextTower, *, rows: list[slice], device: torch.device):
+        """rows: parts of the replica's batch; the first starts where this rank's captions do."""
+        self.tower, self.rows, self.device = tower, rows, device
         self.batch: LocalBatch | None = None
 
-    def __call__(self, chunk: int) -> Tensor:
-        """Run one chunk of the current batch."""
+    def __call__(self, part: int) -> Tensor:
+        """Run one part of the current batch."""
         assert self.batch is not None
-        rows, first = self.chunks[chunk], self.chunks[0].start
+        rows, first = self.rows[part], self.rows[0].start
         tokens = trim_padding(self.batch.tokens[rows.start - first : rows.stop - first])
         return embedding(self.tower(tokens.to(self.device, non_blocking=True)))

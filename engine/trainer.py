@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from engine.build import DTYPES, build_optimizer, build_towers
+from engine.build import build_optimizer, build_towers
 from engine.callbacks.base import Callback, RunInfo
 from engine.checkpoint.simple import (
     CheckpointError,
@@ -24,12 +23,9 @@ from engine.checkpoint.simple import (
 from engine.config import Config, to_dict
 from engine.device import Device
 from engine.feed import Feed, LocalBatch
-from engine.loss import ContrastiveLoss, contrastive_loss
 from engine.mesh import Mesh
-from engine.rows import own_rows
-from engine.schedule import ContrastiveSchedule, Phases, StepShape
-from engine.stages import TextRunner, VisionStageRunner
-from models.clip import LEARNED_SCALE_MAX
+from engine.step import ContrastiveStep, StepOutcome
+from engine.timeline import Phases, write_spans
 
 
 class NonFiniteLoss(Exception):
@@ -42,21 +38,10 @@ class Trainer:
     def __init__(self, config: Config, mesh: Mesh, device: Device):
         """Build everything. Collective over the mesh."""
         self.config, self.mesh, self.device = config, mesh, device
-        train = config.train
         self.towers = build_towers(config, mesh, device.torch_device)
         self.optimizer = build_optimizer(config, self.towers)
+        self.contrastive_step = ContrastiveStep(config, mesh, device.torch_device, self.towers, self.optimizer)
         self.position = Position(step=0, samples_seen=0)
-        local_batch = train.global_batch_size // mesh.data.size
-        self.vision = VisionStageRunner(
-            self.towers.vision,
-            micro_batch=train.micro_batch_size,
-            patch_dropout=train.patch_dropout,
-            seed=train.seed,
-            device=device.torch_device,
-        )
-        chunks = _text_chunks(own_rows(local_batch, mesh), train.text_micro_batch_size)
-        self.text = TextRunner(self.towers.text, chunks=chunks, device=device.torch_device)
-        self.schedule = ContrastiveSchedule(mesh, _step_shape(config, mesh, local_batch), device.torch_device)
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
@@ -80,8 +65,8 @@ class Trainer:
                 started = time.perf_counter()
                 batch = next(feed)
                 fetched = time.perf_counter()
-                loss, gradient_norm, rates, phases = self.step(batch)
-                record = self._record(loss, gradient_norm, rates, phases, batch, started, fetched)
+                outcome, phases = self._traced_step(batch)
+                record = self._record(outcome, phases, batch, started, fetched)
                 for callback in callbacks:
                     callback.on_step(record)
         finally:
@@ -89,71 +74,33 @@ class Trainer:
             for callback in callbacks:
                 callback.on_end(record)
 
-    def step(self, batch: LocalBatch) -> tuple[ContrastiveLoss, float, dict[str, float], Phases]:
+    def step(self, batch: LocalBatch, phases: Phases | None = None) -> StepOutcome:
         """One optimizer step on one global batch. Collective over the mesh."""
-        for ddp in self.towers.ddps:
-            ddp.zero_grad_buffer()
-        self.vision.batch = self.text.batch = batch
-        result, phases = self.schedule.run(self.vision, self.text, self.text.chunks, self._loss)
-        with phases.time("reduce"):
-            self._reduce_gradients()
-        rates = self.optimizer.rates()
-        with phases.time("optimizer"):
-            gradient_norm = self.optimizer.step()
-        with phases.time("gather_weights"):
-            for ddp in self.towers.ddps:
-                ddp.start_param_sync(force_sync=True)
-        self._clamp_logit_scale()
+        outcome = self.contrastive_step(batch, phases or Phases())
         self.position.step += 1
         self.position.samples_seen += self.config.train.global_batch_size
-        return result, gradient_norm, rates, phases
+        return outcome
 
-    def _loss(self, image_rows: Tensor, text_rows: Tensor) -> ContrastiveLoss:
-        scale = self.towers.scale(self.config.train.logit_scale)
-        value = scale.detach() if isinstance(scale, Tensor) else scale
-        result = contrastive_loss(
-            image_rows, text_rows, value, group=self.mesh.world.group, tile=self.config.train.loss_tile
-        )
-        if isinstance(scale, Tensor):
-            # Every rank knows the whole gradient and the text side sums over ranks: one rank adds it.
-            own = result.grad_logit_scale if self.mesh.world.rank == 0 else torch.zeros_like(result.grad_logit_scale)
-            scale.backward(own)
-        return result
-
-    def _reduce_gradients(self) -> None:
-        self._reduce_over_tensor_ranks()
-        for ddp in self.towers.ddps:
-            ddp.finish_grad_sync()
-
-    def _reduce_over_tensor_ranks(self) -> None:
-        """Sum gradients that each tensor rank computed from its own tokens only (norms, biases, embedding)."""
-        partial = [p for p in self.towers.vision.parameters() if getattr(p, "sequence_parallel", False)]
-        if not partial:
-            return
-        gradients: list[Tensor] = [p.main_grad for p in partial]  # type: ignore[attr-defined]
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat, group=self.mesh.tensor.group)
-        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(total.view_as(gradient))
-
-    @torch.no_grad()
-    def _clamp_logit_scale(self) -> None:
-        """The learned scale stays within [1, 100], on the fp32 parameter itself (it is its own master weight)."""
-        if self.towers.logit_scale is not None:
-            self.towers.logit_scale.log_scale.clamp_(0, LEARNED_SCALE_MAX)
+    def _traced_step(self, batch: LocalBatch) -> tuple[StepOutcome, Phases]:
+        """A step whose spans are written if log.timeline_steps asks for it."""
+        step = self.position.step
+        if step not in self.config.log.timeline_steps:
+            phases = Phases()
+            return self.step(batch, phases), phases
+        phases = Phases(clock=self.device.clock_s, record_spans=True)
+        dist.barrier(group=self.mesh.world.group)
+        zero_s = self.device.clock_s()
+        outcome = self.step(batch, phases)
+        place = {"tensor": self.mesh.tensor.rank, "pipeline": self.mesh.pipeline.rank, "data": self.mesh.data.rank}
+        write_spans(Path(self.config.run_dir), self.mesh.world.rank, place, step, zero_s, phases)
+        return outcome, phases
 
     # --- reports ---------------------------------------------------------------------------------------------------
 
     def _record(
-        self,
-        loss: ContrastiveLoss,
-        gradient_norm: float,
-        rates: dict[str, float],
-        phases: Phases,
-        batch: LocalBatch,
-        started: float,
-        fetched: float,
+        self, outcome: StepOutcome, phases: Phases, batch: LocalBatch, started: float, fetched: float
     ) -> dict[str, Any]:
+        loss, rates = outcome.loss, outcome.rates
         bad = torch.tensor([batch.bad_samples], device=self.device.torch_device)
         dist.all_reduce(bad, group=self.mesh.world.group)
         self.position.bad_samples += int(bad)
@@ -163,7 +110,7 @@ class Trainer:
             "loss": value,
             "lr_vision": rates["vision"],
             "lr_text": rates["text"],
-            "grad_norm": gradient_norm,
+            "grad_norm": outcome.gradient_norm,
             "samples_seen": self.position.samples_seen,
             "step_time_s": time.perf_counter() - started,
             "data_time_s": fetched - started,
@@ -172,12 +119,13 @@ class Trainer:
             "bad_samples": self.position.bad_samples,
             **{f"phase_{name}_s": seconds for name, seconds in phases.seconds.items()},
         }
-        if self.towers.logit_scale is not None:
-            record["logit_scale"] = float(self.towers.logit_scale.log_scale.exp())
+        if self.towers.side.logit_scale is not None:
+            record["logit_scale"] = float(self.towers.side.logit_scale())
         if not torch.isfinite(loss.loss):
             raise NonFiniteLoss(
-                f"loss is {value} at step {record['step']} (gradient norm {gradient_norm}, lr {rates['vision']:g}): "
-                "resume from the last checkpoint with a lower optim.lr_vision or a longer optim.warmup_steps"
+                f"loss is {value} at step {record['step']} (gradient norm {outcome.gradient_norm}, "
+                f"lr {rates['vision']:g}): resume from the last checkpoint with a lower optim.lr_vision or a longer "
+                "optim.warmup_steps"
             )
         return record
 
@@ -195,10 +143,10 @@ class Trainer:
 
     def _count_parameters(self) -> int:
         """Elements of the whole model: every stage's tensors once, the text side once."""
-        stage = sum(_numel(t.shape) for t in self.towers.vision_logical.values())
-        total = torch.tensor([stage], dtype=torch.int64, device=self.device.torch_device)
+        *vision, side = [sum(_numel(t.shape) for t in part.logical.values()) for part in self.towers.parts]
+        total = torch.tensor([sum(vision)], dtype=torch.int64, device=self.device.torch_device)
         dist.all_reduce(total, group=self.mesh.pipeline.group)
-        return int(total) + sum(_numel(t.shape) for t in self.towers.text_logical.values())
+        return int(total) + side
 
     def resume(self) -> None:
         """Load what checkpoint.resume asks for."""
@@ -215,24 +163,3 @@ class Trainer:
 
 def _numel(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
-
-
-def _step_shape(config: Config, mesh: Mesh, local_batch: int) -> StepShape:
-    train, vision = config.train, config.model.vision
-    tokens = train.micro_batch_size * vision.kept_tokens(train.patch_dropout)
-    split = mesh.tensor.size if config.parallel.sequence else 1
-    micro_batches = local_batch // train.micro_batch_size
-    return StepShape(
-        micro_batches=micro_batches,
-        local_batch=local_batch,
-        embed_dim=config.model.embed_dim,
-        hidden=(tokens // split, 1, vision.width),
-        dtype=DTYPES[train.precision],
-        keep=micro_batches if train.keep_activations < 0 else train.keep_activations,
-    )
-
-
-def _text_chunks(own: slice, size: int) -> list[slice]:
-    """This rank's rows in chunks of `size` captions (0: one chunk)."""
-    step = size or max(1, own.stop - own.start)
-    return [slice(start, min(start + step, own.stop)) for start in range(own.start, own.stop, step)]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 LEARNED_SCALE_INIT = math.log(1 / 0.07)  # CLIP (arXiv 2103.00020, section 2.5)
 LEARNED_SCALE_MAX = math.log(100)
+LOGIT_BIAS_INIT = -10.0
 
 
 def embedding(features: Tensor) -> Tensor:
@@ -25,3 +26,15 @@ class LogitScale(nn.Module):
     def forward(self) -> Tensor:
         """The factor on the cosine similarities, 0-d."""
         return self.log_scale.exp().squeeze(0)
+
+
+class LogitBias(nn.Module):
+    """The bias on the logits of the sigmoid loss (SigLIP, arXiv 2303.15343, section 3.2), fp32, starting at -10."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(1, dtype=torch.float32))
+
+    def forward(self) -> Tensor:
+        """The bias, 0-d."""
+        return self.bias.squeeze(0)

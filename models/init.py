@@ -10,12 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from models.clip import LEARNED_SCALE_INIT
+from models.clip import LEARNED_SCALE_INIT, LOGIT_BIAS_INIT
 from models.config import ModelConfig
 from models.naming import LogicalTensor
 
 _VISION_STD = 0.02
 _HEAD_SCALE = 0.001  # init_scale of the authors
+_SCALARS = {"logit_scale.log_scale": LEARNED_SCALE_INIT, "logit_bias.bias": LOGIT_BIAS_INIT}
 
 
 def _normal(std: float) -> Callable[[Tensor, torch.Generator], Tensor]:
@@ -62,8 +63,8 @@ def _text_rule(name: str, model: ModelConfig):
 
 
 def _rule(name: str, model: ModelConfig):
-    if name == "logit_scale.log_scale":
-        return _fill(LEARNED_SCALE_INIT)
+    if name in _SCALARS:
+        return _fill(_SCALARS[name])
     parts = name.split(".")
     if any(part.startswith("norm") for part in parts[:-1]):
         return _fill(1.0 if parts[-1] == "weight" else 0.0)

@@ -323,11 +323,19 @@ def build_block(
     return block
 
 
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
 def vision_transformer_config(
-    vision: VisionConfig, *, tensor_size: int, sequence_parallel: bool, dtype: torch.dtype
+    vision: VisionConfig, *, tensor_size: int, sequence_parallel: bool, dtype: torch.dtype, recompute: str = "none"
 ) -> TransformerConfig:
-    """megatron-core's settings of the image tower."""
+    """megatron-core's settings of the image tower; recompute: none, selective (core attention) or full (layers)."""
     return _transformer_config(
+        **_RECOMPUTE[recompute],
         num_layers=vision.depth,
         hidden_size=vision.width,
         num_attention_heads=vision.heads,

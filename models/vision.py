@@ -113,6 +113,7 @@ class VisionTower(nn.Module):
         layers: range | None = None,
         sequence_parallel: bool = False,
         dtype: torch.dtype = torch.float32,
+        recompute: str = "none",
     ):
         """`groups` needs tp, cp and pp (the latter two of one rank: stages are cut here, not by megatron-core)."""
         super().__init__()
@@ -125,6 +126,7 @@ class VisionTower(nn.Module):
             tensor_size=groups.tp.size(),
             sequence_parallel=sequence_parallel and groups.tp.size() > 1,
             dtype=dtype,
+            recompute=recompute,
         )
         if self.is_first:
             self.embed = PatchEmbedding(vision, self.config, groups.tp)

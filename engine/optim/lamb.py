@@ -7,7 +7,8 @@ unlike LAMB on flattened ZeRO partitions.
 Rules, step t = 1, 2, …, m and v the moments, c1 = 1 - b1^t, c2 = 1 - b2^t, per tensor p:
 - paper  (DeepSpeed's FusedLamb, which trained the released models): u = m / (sqrt(v) + eps) + wd p;
   ratio = clamp(|p| / |u|, trust_min, trust_max), 1 if either norm is 0; p -= lr sqrt(c2) / c1 ratio u.
-- nvlamb (the authors' own class): u = (m / c1) / (sqrt(v) / sqrt(c2) + eps) + wd p; ratio = |p| / |u| where wd > 0.
+- nvlamb (the authors' own class): u = (m / c1) / (sqrt(v) / sqrt(c2) + eps) + wd p; ratio = |p| / |u| where wd > 0
+  (everywhere with nvlamb_always_adapt), 1 if either norm is 0.
 - adamw  (Loshchilov, Hutter 2019): u = (m / c1) / (sqrt(v / c2) + eps) + wd p; ratio 1.
 """
 
@@ -59,6 +60,16 @@ class ShardedOptimizer:
             ratios = tower.trust_ratios(updates, self.optim)
             tower.apply(updates, ratios, rates, _step_factor(self.optim, self.step_count))
         return norm
+
+    @torch.no_grad()
+    def clamp(self, name: str, low: float, high: float) -> None:
+        """Keep the owned elements of logical tensor `name`, if there is one, within bounds."""
+        for tower in self.towers:
+            for i, piece in tower.shards.owned():
+                if tower.shards.tensors[piece.tensor].name == name:
+                    part = slice(piece.start, piece.stop)
+                    tower.master[i][part].clamp_(low, high)
+                    tower.shards.shards[i].weight[part].copy_(tower.master[i][part])
 
     def gradient_norm(self) -> float:
         """Norm over every tensor of every tower, each element once."""
@@ -140,5 +151,5 @@ def _trust_ratio(weight: float, update: float, optim: OptimConfig, dims: int, we
     if weight == 0 or update == 0 or (optim.trust_exclude_1d and dims <= 1):
         return 1.0
     if optim.mode == "nvlamb":
-        return weight / update if weight_decay else 1.0
+        return weight / update if weight_decay or optim.nvlamb_always_adapt else 1.0
     return min(max(weight / update, optim.trust_min), optim.trust_max)

@@ -1,0 +1,30 @@
+"""How many micro-batches may keep their activations: the budget in GB against what one micro-batch really keeps."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+
+def saved_bytes(forward: Callable[[], Tensor], weights: list[Tensor]) -> int:
+    """Bytes that autograd keeps for the backward of `forward`, each storage once, the weights not counted."""
+    known = {weight.untyped_storage().data_ptr() for weight in weights}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    # The pack hook sees storages while they are alive; everything counted is still held by `output`'s graph here.
+    del output
+    return sum(sizes.values())
+
+
+def keep_within(budget_gb: float, bytes_each: int, micro_batches: int) -> int:
+    """k: micro-batches whose activations fit into the budget."""
+    return min(micro_batches, int(budget_gb * 1e9 // max(1, bytes_each)))

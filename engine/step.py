@@ -1,0 +1,181 @@
+"""One optimizer step on one global batch: towers, schedule, loss, gradient reduction and update put together."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.build import DTYPES, Towers
+from engine.config import Config
+from engine.feed import LocalBatch
+from engine.loss import contrastive_loss
+from engine.memory import keep_within, saved_bytes
+from engine.mesh import Mesh
+from engine.optim.lamb import ShardedOptimizer
+from engine.rows import own_rows
+from engine.schedule import ContrastiveSchedule, LossResult, StepShape, Work
+from engine.sigmoid_loss import sigmoid_loss
+from engine.stages import TextRunner, VisionRunner
+from engine.timeline import Phases
+from models.clip import LEARNED_SCALE_MAX
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step reports."""
+
+    loss: LossResult
+    gradient_norm: float
+    """Before clipping."""
+    rates: dict[str, float]
+    """Base rates of this step by tower, before layer decay."""
+
+
+class ContrastiveStep:
+    """Steps of one shape on this rank. Collective over the mesh."""
+
+    def __init__(self, config: Config, mesh: Mesh, device: torch.device, towers: Towers, optimizer: ShardedOptimizer):
+        self.config, self.mesh, self.device = config, mesh, device
+        self.towers, self.optimizer = towers, optimizer
+        train = config.train
+        self.local_batch = train.global_batch_size // mesh.data.size
+        self.vision = [
+            VisionRunner(
+                chunk,
+                micro_batch=train.micro_batch_size,
+                patch_dropout=train.patch_dropout,
+                seed=train.seed,
+                device=device,
+            )
+            for chunk in towers.vision
+        ]
+        rows = own_rows(self.local_batch, mesh)
+        self.text = TextRunner(towers.text, rows=_parts(rows, train.text_micro_batch_size), device=device)
+        self.work = Work(
+            vision=self.vision,
+            vision_backward=[part.last_backward for part in towers.parts[:-1]],
+            text=self.text,
+            text_rows=self.text.rows,
+            text_backward=towers.parts[-1].last_backward,
+            loss=self._loss,
+        )
+        self.schedule = ContrastiveSchedule(mesh, self._shape(), device, config.parallel.virtual)
+
+    def __call__(self, batch: LocalBatch, phases: Phases) -> StepOutcome:
+        """Train on one batch."""
+        self.towers.zero_gradients()
+        self.text.batch = batch
+        for runner in self.vision:
+            runner.batch = batch
+        result = self.schedule.run(self.work, phases)
+        with phases.time("reduce"):
+            self.towers.finish_reduction()
+            self._reduce_over_tensor_ranks()
+        rates = self.optimizer.rates()
+        with phases.time("optimizer"):
+            gradient_norm = self.optimizer.step()
+            # On the master weight, before the all-gather: the learned scale stays within [1, 100].
+            self.optimizer.clamp("logit_scale.log_scale", 0.0, LEARNED_SCALE_MAX)
+        with phases.time("gather_weights"):
+            self.towers.gather_weights()
+        return StepOutcome(result, gradient_norm, rates)
+
+    def _loss(self, image_rows: Tensor, text_rows: Tensor) -> LossResult:
+        side, train = self.towers.side, self.config.train
+        scale = side.logit_scale() if side.logit_scale is not None else torch.tensor(train.logit_scale)
+        # A dict of Any: mypy cannot see which keyword gets which value.
+        where: dict[str, Any] = {
+            "group": self.mesh.world.group,
+            "tile": train.loss_tile,
+            "variant": train.loss_variant,
+        }
+        result: LossResult
+        if side.logit_bias is not None:
+            bias = side.logit_bias()
+            result = sigmoid_loss(image_rows, text_rows, scale.detach(), bias.detach(), **where)
+            self._backward_scalar(bias, result.grad_bias)
+        else:
+            result = contrastive_loss(image_rows, text_rows, scale.detach(), **where)
+        if scale.requires_grad:
+            self._backward_scalar(scale, result.grad_logit_scale)
+        return result
+
+    def _backward_scalar(self, value: Tensor, gradient: Tensor) -> None:
+        """Every rank knows the whole gradient and the text side sums over ranks: one rank adds it."""
+        value.backward(gradient if self.mesh.world.rank == 0 else torch.zeros_like(gradient))
+
+    def _reduce_over_tensor_ranks(self) -> None:
+        """Sum gradients that each tensor rank computed from its own tokens only (norms, biases, embedding).
+
+        After the reduction over data ranks: both are sums, and that one may still be running during the backward.
+        """
+        partial = [
+            p for chunk in self.towers.vision for p in chunk.parameters() if getattr(p, "sequence_parallel", False)
+        ]
+        if not partial:
+            return
+        gradients: list[Tensor] = [p.main_grad for p in partial]  # type: ignore[attr-defined]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat, group=self.mesh.tensor.group)
+        torch._foreach_copy_(
+            gradients,
+            [t.view_as(g) for t, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)],
+        )
+
+    # --- sizes ---------------------------------------------------------------------------------------------------
+
+    def _shape(self) -> StepShape:
+        train, vision = self.config.train, self.config.model.vision
+        tokens = train.micro_batch_size * vision.kept_tokens(train.patch_dropout)
+        split = self.mesh.tensor.size if self.config.parallel.sequence else 1
+        micro_batches = self.local_batch // train.micro_batch_size
+        keep = self._keep(micro_batches)
+        return StepShape(
+            micro_batches=micro_batches,
+            local_batch=self.local_batch,
+            embed_dim=self.config.model.embed_dim,
+            hidden=(tokens // split, 1, vision.width),
+            dtype=DTYPES[train.precision],
+            keep=keep,
+            keep_text=keep == micro_batches,
+        )
+
+    def _keep(self, micro_batches: int) -> int:
+        train = self.config.train
+        if train.activation_budget_gb is None:
+            return micro_batches if train.keep_activations < 0 else train.keep_activations
+        keep = keep_within(train.activation_budget_gb, self.activation_bytes(), micro_batches)
+        # A replay runs the stage's collectives again, so the ranks of a tensor group have to agree.
+        agreed = torch.tensor([keep], device=self.device)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self.mesh.tensor.group)
+        return int(agreed)
+
+    def activation_bytes(self) -> int:
+        """Bytes that one micro-batch keeps for backward on this rank, measured by one forward. Collective over TP."""
+        return sum(self._chunk_bytes(runner) for runner in self.vision)
+
+    def _chunk_bytes(self, runner: VisionRunner) -> int:
+        train, model = self.config.train, self.config.model
+        side = model.vision.image_size
+        runner.batch = LocalBatch(
+            positions=np.arange(train.micro_batch_size),
+            images=torch.zeros(train.micro_batch_size, 3, side, side, dtype=torch.uint8),
+            tokens=torch.empty(0),
+            bad_samples=0,
+        )
+        hidden = None
+        if not runner.tower.is_first:
+            tokens = train.micro_batch_size * model.vision.kept_tokens(train.patch_dropout)
+            rows = tokens // (self.mesh.tensor.size if self.config.parallel.sequence else 1)
+            hidden = torch.zeros(rows, 1, model.vision.width, dtype=DTYPES[train.precision], device=self.device)
+            hidden.requires_grad_()
+        return saved_bytes(lambda: runner(hidden, 0), list(runner.tower.parameters()))
+
+
+def _parts(own: slice, size: int) -> list[slice]:
+    """This rank's rows in parts of `size` captions (0: one part)."""
+    step = size or max(1, own.stop - own.start)
+    return [slice(start, min(start + step, own.stop)) for start in range(own.start, own.stop, step)]

@@ -1,0 +1,136 @@
+"""The losses over several ranks equal one process with the whole batch, whatever the split and variant."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from engine.loss import contrastive_loss
+from engine.loss_exchange import RowExchange, Variant
+from engine.sigmoid_loss import sigmoid_loss
+from tests.distributed import run_distributed
+from tests.engine.loss_reference import contrastive_reference, pairs, sigmoid_reference, worst_error
+
+pytestmark = pytest.mark.dist
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "g9-loss-ranks" / "ranks.safetensors"
+VARIANTS: tuple[Variant, ...] = ("gather", "ring")
+SPLITS = {
+    2: [[6, 6], [9, 4], [0, 11], [7, 0]],
+    3: [[5, 5, 5], [7, 1, 9], [0, 8, 3], [0, 0, 6]],
+    4: [[4, 4, 4, 4], [5, 0, 9, 2], [0, 7, 0, 0], [1, 1, 1, 1]],
+}
+
+
+def _own_rows(counts: list[int]) -> slice:
+    start = sum(counts[: dist.get_rank()])
+    return slice(start, start + counts[dist.get_rank()])
+
+
+def _compare_splits(splits: list[list[int]]) -> dict[str, float]:
+    """Worst error of this rank for every case; runs in each rank."""
+    errors = {}
+    for counts, variant, tile in itertools.product(splits, VARIANTS, (1, 3, 64)):
+        own, case = _own_rows(counts), f"{counts} {variant} tile {tile}"
+        image, text = pairs(sum(counts), noise=1.0)  # a tiny loss would have few digits in the reference
+        common: dict[str, Any] = {"group": dist.group.WORLD, "tile": tile, "variant": variant}
+        for keep_bytes in (0, 2**20):
+            result = contrastive_loss(image[own], text[own], 12.0, **common, keep_bytes=keep_bytes)
+            reference = contrastive_reference(image, text, 12.0)
+            errors[f"contrastive {case} keep {keep_bytes}"] = worst_error(result, reference, own)
+        sigmoid = sigmoid_loss(image[own], text[own], 10.0, -5.0, **common, row_counts=counts)
+        errors[f"sigmoid {case}"] = worst_error(sigmoid, sigmoid_reference(image, text, 10.0, -5.0), own)
+    return errors
+
+
+@pytest.mark.parametrize("world_size", list(SPLITS))
+def test_float64_equals_the_full_matrix_for_every_split(world_size: int) -> None:
+    for rank, errors in enumerate(run_distributed(_compare_splits, world_size, splits=SPLITS[world_size])):
+        too_large = {case: error for case, error in errors.items() if not error < 1e-12}
+        assert not too_large, f"rank {rank}: {too_large}"
+
+
+def _compare_with_golden() -> float:
+    """Worst error against the one-process numbers of the authors' code."""
+    golden = load_file(GOLDEN)
+    prefix = f"world{dist.get_world_size()}"
+    own = _own_rows([6] * dist.get_world_size())
+    image, text = golden[f"{prefix}.image_features_norm"], golden[f"{prefix}.text_features_norm"]
+    worst = 0.0
+    for variant in VARIANTS:
+        result = contrastive_loss(image[own], text[own], 14.285714, group=dist.group.WORLD, tile=4, variant=variant)
+        # Their local loss leaves W times the gradient, to be averaged by data parallelism; ours is the
+        # average.
+        for got, expected in (
+            (result.loss, golden[f"{prefix}.full.loss"]),
+            (result.grad_image, golden[f"{prefix}.full.grad_image"][own]),
+            (result.grad_text, golden[f"{prefix}.full.grad_text"][own]),
+            (result.grad_image, golden[f"{prefix}.local_grad.grad_image"][own] / dist.get_world_size()),
+            (result.grad_logit_scale, golden[f"{prefix}.full.grad_scale"]),
+        ):
+            worst = max(worst, ((got - expected).norm() / expected.norm()).item())
+    return worst
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_golden_numbers_of_the_authors_code(world_size: int) -> None:
+    assert max(run_distributed(_compare_with_golden, world_size)) < 5e-6
+
+
+def _compare_half_precision() -> float:
+    counts = [9, 14]
+    own = _own_rows(counts)
+    image, text = (rows.to(torch.bfloat16) for rows in pairs(sum(counts)))
+    reference = contrastive_reference(image, text, 100.0)
+    return max(
+        worst_error(
+            contrastive_loss(image[own], text[own], 100.0, group=dist.group.WORLD, tile=5, variant=variant),
+            reference,
+            own,
+        )
+        for variant in VARIANTS
+    )
+
+
+def test_bfloat16_embeddings_travel_as_they_are_and_give_float32_results() -> None:
+    assert max(run_distributed(_compare_half_precision, 2)) < 2e-5
+
+
+def _compare_within_subgroups() -> float:
+    """Ranks 0, 2 and ranks 1, 3 hold the same pairs, as tensor-parallel copies do."""
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    group = groups[dist.get_rank() % 2]
+    image, text = pairs(13)
+    own = slice(0, 5) if dist.get_rank() < 2 else slice(5, 13)
+    reference = contrastive_reference(image, text, 30.0)
+    return max(
+        worst_error(contrastive_loss(image[own], text[own], 30.0, group=group, variant=variant), reference, own)
+        for variant in VARIANTS
+    )
+
+
+def test_copies_in_another_group_are_never_negatives() -> None:
+    assert max(run_distributed(_compare_within_subgroups, 4)) < 1e-12
+
+
+def _largest_blocks() -> tuple[list[int], list[int]]:
+    """Owners and rows that a ring shows this rank, twice in a row."""
+    rows = torch.full((dist.get_rank() + 1, 2), float(dist.get_rank()))
+    ring = RowExchange.create(rows, dist.group.WORLD).blocks(rows, "ring")
+    owners, heights = [], []
+    for _ in range(2):
+        for owner, block in ring:
+            assert (block == owner).all()
+            owners.append(owner)
+            heights.append(block.shape[0])
+    return owners, heights
+
+
+def test_a_ring_shows_every_block_own_first_and_can_turn_again() -> None:
+    for rank, (owners, heights) in enumerate(run_distributed(_largest_blocks, 3)):
+        assert owners == [(rank + step) % 3 for step in range(3)] * 2
+        assert heights == [owner + 1 for owner in owners]
