@@ -99,22 +99,10 @@ class _TowerState:
         self.second = [torch.zeros_like(w) for w in self.master]
 
     def direction(self, optim: OptimConfig, gradient_scale: float, t: int) -> list[Tensor]:
-        """u of every owned element; moments move on."""
-        b1, b2 = optim.betas
-        corrected = not (optim.name == "lamb" and optim.mode == "paper")
-        c1, c2 = (1 - b1**t, 1 - b2**t) if corrected else (1.0, 1.0)
-        updates = []
-        for shard, m, v in zip(self.shards.shards, self.first, self.second, strict=True):
-            gradient = shard.gradient
-            if gradient_scale != 1.0:
-                gradient.mul_(gradient_scale)
-            m.lerp_(gradient, 1 - b1)
-            v.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
-            u = v.sqrt()
-            if c2 != 1.0:
-                u.div_(math.sqrt(c2))
-            u.add_(optim.eps).reciprocal_().mul_(m)
-            updates.append(u if c1 == 1.0 else u.div_(c1))
+        """u of every owned element, written over the gradient (no longer needed); moments move on."""
+        updates = [shard.gradient for shard in self.shards.shards]
+        for gradient, m, v in zip(updates, self.first, self.second, strict=True):
+            _direction(gradient, m, v, optim, gradient_scale, t)
         self._add_weight_decay(updates)
         return updates
 
@@ -140,11 +128,25 @@ class _TowerState:
             rates[group.tower] * group.lr_scale * ratio * factor
             for group, ratio in zip(self.groups, ratios, strict=True)
         ]
-        self.shards.scale_pieces(updates, steps)
-        for shard, master, update in zip(self.shards.shards, self.master, updates, strict=True):
-            master.sub_(update)
+        for i, piece in self.shards.owned():
+            part = slice(piece.start, piece.stop)
+            self.master[i][part].sub_(updates[i][part], alpha=steps[piece.tensor])
+        for shard, master in zip(self.shards.shards, self.master, strict=True):
             if master is not shard.weight:
                 shard.weight.copy_(master)
+
+
+def _direction(g: Tensor, m: Tensor, v: Tensor, optim: OptimConfig, scale: float, t: int) -> None:
+    """g <- u (before weight decay); m, v <- moments of scale x g."""
+    b1, b2 = optim.betas
+    m.mul_(b1).add_(g, alpha=(1 - b1) * scale)
+    v.mul_(b2).addcmul_(g, g, value=(1 - b2) * scale**2)
+    if optim.name == "lamb" and optim.mode == "paper":
+        torch.div(m, torch.sqrt(v, out=g).add_(optim.eps), out=g)
+        return
+    # (m / c1) / (sqrt(v) / sqrt(c2) + eps), with both corrections moved to where they cost one scalar
+    c1, root_c2 = 1 - b1**t, math.sqrt(1 - b2**t)
+    torch.div(m, torch.sqrt(v, out=g).add_(optim.eps * root_c2), out=g).mul_(root_c2 / c1)
 
 
 def _trust_ratio(weight: float, update: float, optim: OptimConfig, dims: int, weight_decay: float) -> float:

@@ -89,15 +89,6 @@ class TowerShards:
         dist.all_reduce(sums, group=self.holders.group)
         return sums
 
-    def scale_pieces(self, flats: list[Tensor], factors: list[float]) -> None:
-        """Multiply the owned elements of tensor i by factors[i], in place."""
-        views, scalars = [], []
-        for flat, shard in zip(flats, self.shards, strict=True):
-            views += [flat[piece.start : piece.stop] for piece in shard.pieces]
-            scalars += [factors[piece.tensor] for piece in shard.pieces]
-        if views:
-            torch._foreach_mul_(views, scalars)
-
     def owned(self) -> Iterator[tuple[int, Piece]]:
         """(shard index, piece) of everything this rank owns."""
         for i, shard in enumerate(self.shards):
