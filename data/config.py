@@ -1,6 +1,35 @@
-"""Settings of the data room (`data.*` in a training config)."""
+"""Settings of the data room (`data.*` in a training config), and every check that needs no file."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
+
+from data.errors import DataError
+
+DECODERS = ("auto", "pillow", "dali")
+MIXES = ("within_batch", "one_per_batch")
+
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """One source of a mixture."""
+
+    name: str = ""
+    """Its name in the schedule, the metrics and the log."""
+    shards: list[str] = field(default_factory=list)
+    """As data.shards."""
+    weight: float = 1.0
+    """Its share relative to the other sources (1.6 and 0.4 give 4 : 1); 0 leaves it out until a switch."""
+
+
+@dataclass(kw_only=True)
+class MixtureSwitch:
+    """From one position on, other weights."""
+
+    at_samples: int = 0
+    """Position of the run (samples seen) from which these weights hold."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weight by source name; a source that is not named has weight 0."""
 
 
 @dataclass(kw_only=True)
@@ -8,22 +37,107 @@ class DataConfig:
     """Where samples come from and how they are read."""
 
     shards: list[str] = field(default_factory=list)
-    """img2dataset tar shards: paths, folders, globs or brace patterns ({00000..00031}.tar); a string is a
-    list of one.
+    """img2dataset tar shards: paths, folders, globs, brace patterns ({00000..00031}.tar) or URLs; a string is
+    a list of one.
     """
+    sources: list[SourceConfig] = field(default_factory=list)
+    """In place of `shards`: several weighted sources."""
+    mix: str = "within_batch"
+    """within_batch (every batch holds the sources in their proportion) | one_per_batch (a global batch comes
+    from one source, as in the paper's code).
+    """
+    mixture_schedule: list[MixtureSwitch] = field(default_factory=list)
+    """Switches of the weights, by rising position."""
     shuffle: bool = True
     """Shuffle every epoch (data/order.py); false reads the shards in the listed order."""
     shuffle_group_shards: int = 64
     """Samples are permuted within groups of this many (already permuted) shards."""
     decoder: str = "auto"
-    """auto | pillow; auto is pillow as long as there is no other."""
+    """auto | pillow | dali; auto is pillow (docs/data.md, section "Which decoder")."""
+    max_pixels: int = 89_478_485
+    """Larger images are bad samples (decompression bombs); the default is Pillow's bound, 268 MB as RGB."""
+    frames: int = 1
+    """Frames of a sample, uniformly spread over its clip (paper: 8 or 16 for video); 1 reads still images."""
     workers: int = 1
     """Reader processes a reading rank; 0 decodes in the training process."""
     prefetch_batches: int = 2
-    """Global batches that each reader prepares ahead."""
+    """Global batches that the readers of a rank prepare ahead, all together: the bound of their memory."""
+    stall_timeout_s: float = 900.0
+    """No batch from the readers for so long is an error; 0 waits for ever."""
     crop_scale: list[float] = field(default_factory=lambda: [0.9, 1.0])
-    """Area range of the random resized crop (paper, section 3; eva code transform.py)."""
+    """Area range of the random resized crop (paper, section 3; eva code transform.py); the MIM stage uses
+    [0.2, 1].
+    """
     flip: bool = False
     """Random horizontal flip (the CLIP stages do not flip, the MIM stage does)."""
     max_bad_fraction: float = 0.05
     """Above this share of bad samples (after the first 1,000 reads) the run stops."""
+    cache_dir: str = ""
+    """Local folder for copies of remote shards, and for indices that cannot lie beside their shard."""
+    cache_gb: float = 200.0
+    """Bound of the shard copies in cache_dir (1e9 bytes); the least recently used goes first."""
+    remote_timeout_s: float = 300.0
+    """One attempt to fetch one remote shard may take so long."""
+    remote_retries: int = 5
+    """Further attempts, with growing waits in between, before the run stops."""
+
+    def check(self) -> None:
+        """Raises DataError for values that cannot be used, or not together."""
+        _require(
+            bool(self.shards) != bool(self.sources),
+            "data.shards is empty: give tar files, a folder, a glob or a {00000..00031}.tar pattern (or data.sources)"
+            if not self.shards
+            else "data.shards and data.sources are both set: move the shards into a source, or drop the sources",
+        )
+        self._check_mixture()
+        _require(
+            len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1,
+            f"data.crop_scale {self.crop_scale} must be two areas with 0 < low <= high <= 1",
+        )
+        _require(self.decoder in DECODERS, f"data.decoder is {self.decoder!r}: choose one of {', '.join(DECODERS)}")
+        _require(self.workers >= 0, f"data.workers is {self.workers}: 0 or more reader processes")
+        _require(
+            0 <= self.max_bad_fraction < 1, f"data.max_bad_fraction is {self.max_bad_fraction}: 0 or more, below 1"
+        )
+        for name in ("prefetch_batches", "shuffle_group_shards", "frames", "max_pixels"):
+            _require(getattr(self, name) >= 1, f"data.{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("cache_gb", "remote_timeout_s"):
+            _require(getattr(self, name) > 0, f"data.{name} is {getattr(self, name)}: it must be above 0")
+        for name in ("stall_timeout_s", "remote_retries"):
+            _require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}: it must be 0 or more")
+
+    def _check_mixture(self) -> None:
+        _require(self.mix in MIXES, f"data.mix is {self.mix!r}: choose one of {', '.join(MIXES)}")
+        _require(
+            bool(self.sources) or not self.mixture_schedule,
+            "data.mixture_schedule needs data.sources: data.shards is a single source",
+        )
+        names = [source.name for source in self.sources]
+        for source in self.sources:
+            _require(
+                bool(source.name) and names.count(source.name) == 1,
+                f"data.sources has the names {names}: each source needs a name of its own",
+            )
+            _require(bool(source.shards), f"data.sources: {source.name!r} has no shards")
+        self._check_weights("data.sources", names, {source.name: source.weight for source in self.sources})
+        for switch in self.mixture_schedule:
+            self._check_weights(f"data.mixture_schedule at {switch.at_samples}", names, switch.weights)
+        starts = [0, *(switch.at_samples for switch in self.mixture_schedule)]
+        _require(
+            all(earlier < later for earlier, later in pairwise(starts)),
+            f"data.mixture_schedule switches at {starts[1:]} samples: the positions must rise, the first above 0",
+        )
+
+    def _check_weights(self, where: str, names: Iterable[str], weights: dict[str, float]) -> None:
+        unknown = sorted(set(weights) - set(names))
+        _require(not unknown, f"{where} names {unknown}, which data.sources does not have")
+        if self.sources:
+            _require(
+                all(weight >= 0 for weight in weights.values()) and any(weights.values()),
+                f"{where} has the weights {weights}: none may be negative, one must be above 0",
+            )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise DataError(message)

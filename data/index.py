@@ -1,33 +1,26 @@
-"""Where every sample of a tar shard lies: read once from the tar headers, cached beside the shard.
+"""Where every sample of a tar shard lies, read from the tar headers.
 
 Layout (img2dataset, webdataset): members of one sample share a key, the member name up to the first dot of
 its last component; what follows is the suffix, compared in lower case. `jpg|jpeg|png|webp` is the image,
-`txt` the caption, `json` the metadata; other suffixes are ignored. Of two members for one place the first in
-the tar counts. A sample without image or caption stays in the index (offset -1), so that it is met, counted
-and replaced while reading. Of a truncated tar whatever is whole is indexed.
-
-The cache is `SHARD.index.npz`, valid for one size and mtime of the shard and one format version, written to a
-temporary name and renamed: readers that build it at the same time do no harm. In a folder that cannot be
-written the index lives in memory only and is rebuilt by the next run.
+`mp4|webm|mkv|mov|avi|gif` a clip in its place, `txt` the caption, `json` the metadata, and `000.jpg`,
+`001.jpg`, ... (digits, then an image suffix) are the frames of a clip, ordered by number; other suffixes are
+ignored. Of two members for one place the first in the tar counts. A sample without image or caption stays in
+the index (offset -1), so that it is met, counted and replaced while reading; so does one whose data the end
+of a truncated tar cuts off.
 """
 
-import contextlib
 import logging
 import os
-import secrets
+import re
 import tarfile
-import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import numpy as np
 
 from data.errors import DataError
-from data.lru import Lru
-
-T = TypeVar("T")
 
 
 class Place(IntEnum):
@@ -38,9 +31,15 @@ class Place(IntEnum):
     METADATA = 2
 
 
+Span = tuple[int, int]
+
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-_PLACES = dict.fromkeys(_IMAGE_SUFFIXES, Place.IMAGE) | {"txt": Place.CAPTION, "json": Place.METADATA}
-_FORMAT_VERSION = 1
+_CLIP_SUFFIXES = ("mp4", "webm", "mkv", "mov", "avi", "gif")
+_PLACES = dict.fromkeys((*_IMAGE_SUFFIXES, *_CLIP_SUFFIXES), Place.IMAGE) | {
+    "txt": Place.CAPTION,
+    "json": Place.METADATA,
+}
+_FRAME = re.compile(rf"(\d+)\.(?:{'|'.join(_IMAGE_SUFFIXES)})")
 _ABSENT = -1
 _BLOCK_BYTES = 512
 
@@ -49,7 +48,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """Members of the n samples of one shard, in the order of their first member; about 60 bytes a sample."""
+    """Members of the n samples of one shard, in the order of their first member; about 70 bytes a sample."""
 
     keys: np.ndarray
     """bytes [n] (fixed width): UTF-8 sample keys."""
@@ -57,6 +56,10 @@ class ShardIndex:
     """int64 [n, 3, 2]: (offset, size) in bytes of image, caption and metadata; offset -1 where the member is
     missing.
     """
+    frames: np.ndarray
+    """int64 [f, 2]: (offset, size) of the frames of all samples that are frame folders."""
+    frame_starts: np.ndarray
+    """int64 [n + 1]: sample i has the frames frame_starts[i] ... frame_starts[i + 1] - 1."""
     truncated: bool
     """The tar ends early or is damaged; `spans` holds what came before."""
 
@@ -67,64 +70,61 @@ class ShardIndex:
         """The sample's key as text."""
         return bytes(self.keys[sample]).decode(errors="replace")
 
-    def span(self, sample: int, place: Place) -> tuple[int, int] | None:
+    def span(self, sample: int, place: Place) -> Span | None:
         """(offset, size) in bytes of the sample's member; None if it has none."""
         offset, size = self.spans[sample, place].tolist()
         return None if offset == _ABSENT else (offset, size)
 
-
-class IndexStore:
-    """Indices of a list of shards: all sample counts up front, the indices themselves loaded when needed."""
-
-    def __init__(self, paths: Sequence[str], *, max_loaded: int) -> None:
-        self._paths = paths
-        self._loaded: Lru[int, ShardIndex] = Lru(max_loaded, lambda shard: load_index(paths[shard]))
-        self.counts = np.array([self._count(shard) for shard in range(len(paths))], dtype=np.int64)
-        """int64 [shards]: samples of each shard."""
-
-    def _count(self, shard: int) -> int:
-        cached = _from_cache(self._paths[shard], lambda cache: int(cache["count"]))
-        return len(self._loaded[shard]) if cached is None else cached
-
-    def __getitem__(self, shard: int) -> ShardIndex:
-        return self._loaded[shard]
+    def frame_spans(self, sample: int) -> list[Span]:
+        """(offset, size) in bytes of the sample's frames in their order; empty unless it is a frame folder."""
+        first, last = self.frame_starts[sample : sample + 2].tolist()
+        return [(offset, size) for offset, size in self.frames[first:last].tolist()]
 
 
-def load_index(path: str) -> ShardIndex:
-    """The shard's index, from the cache if that is valid. Raises DataError if the file is no tar or holds no
-    sample.
+@dataclass(kw_only=True)
+class _Members:
+    """What was found of one sample."""
+
+    spans: list[Span] = field(default_factory=lambda: [(_ABSENT, 0)] * len(Place))
+    frames: dict[int, Span] = field(default_factory=dict)
+
+
+def build_index(stream: BinaryIO, name: str) -> ShardIndex:
+    """Read the headers of one tar from front to back; `name` is for messages. Raises DataError if it is no tar
+    or holds no whole sample.
     """
-    cached = _from_cache(path, _read_index)
-    if cached is not None:
-        return cached
-    stamp = _stamp(path)
-    index = build_index(path)
-    _write_cache(path, index, stamp)
-    return index
-
-
-def build_index(path: str) -> ShardIndex:
-    """Read the headers of one tar from front to back. Raises DataError if it is no tar or holds no sample."""
+    size_bytes = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
     try:
-        with open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
             members, truncated = _walk(tar, stream)
-            size_bytes = os.fstat(stream.fileno()).st_size
     except tarfile.ReadError as error:
         raise DataError(
-            f"{path} is not an uncompressed tar ({error}): rebuild it or leave it out of data.shards"
+            f"{name} is not an uncompressed tar ({error}): rebuild it or leave it out of data.shards"
         ) from error
     except OSError as error:
-        raise DataError(f"shard {path} cannot be read ({error.strerror})") from error
-    samples, ignored = _group(m for m in members if m.isreg() and m.offset_data + m.size <= size_bytes)
-    if not samples:
+        raise DataError(f"shard {name} cannot be read ({error.strerror})") from error
+    files = [member for member in members if member.isreg()]
+    samples, ignored = _group(files)
+    if not samples or files[0].offset_data + files[0].size > size_bytes:
         damage = "is cut before the end of its first sample" if truncated else "holds no sample (key.jpg with key.txt)"
-        raise DataError(f"{path} {damage}: rebuild it or leave it out of data.shards")
+        raise DataError(f"{name} {damage}: rebuild it or leave it out of data.shards")
     if truncated:
-        _log.warning("%s is truncated or damaged: the %d samples before the damage are used", path, len(samples))
+        _log.warning("%s is truncated or damaged: the %d samples up to the damage are used", name, len(samples))
     if ignored:
-        _log.warning("%s: %d second images or captions of a sample are ignored", path, ignored)
-    keys = np.array([key.encode(errors="surrogateescape") for key in samples], dtype=np.bytes_)
-    return ShardIndex(keys=keys, spans=np.array(list(samples.values()), dtype=np.int64), truncated=truncated)
+        _log.warning("%s: %d second images, captions or frames of a sample are ignored", name, ignored)
+    return _to_arrays(samples, truncated)
+
+
+def _to_arrays(samples: dict[str, _Members], truncated: bool) -> ShardIndex:
+    frames = [[sample.frames[number] for number in sorted(sample.frames)] for sample in samples.values()]
+    return ShardIndex(
+        keys=np.array([key.encode(errors="surrogateescape") for key in samples], dtype=np.bytes_),
+        spans=np.array([sample.spans for sample in samples.values()], dtype=np.int64),
+        frames=np.array([span for of_sample in frames for span in of_sample], dtype=np.int64).reshape(-1, 2),
+        frame_starts=np.cumsum([0, *map(len, frames)], dtype=np.int64),
+        truncated=truncated,
+    )
 
 
 def _walk(tar: tarfile.TarFile, stream: BinaryIO) -> tuple[list[tarfile.TarInfo], bool]:
@@ -140,69 +140,22 @@ def _walk(tar: tarfile.TarFile, stream: BinaryIO) -> tuple[list[tarfile.TarInfo]
     return members, len(end) < _BLOCK_BYTES or any(end)
 
 
-def _group(members: Iterable[tarfile.TarInfo]) -> tuple[dict[str, list[tuple[int, int]]], int]:
-    """Spans [places] by sample key, in the order of each key's first member, and how many members were
-    ignored.
-    """
-    samples: dict[str, list[tuple[int, int]]] = {}
+def _group(members: Iterable[tarfile.TarInfo]) -> tuple[dict[str, _Members], int]:
+    """Members by sample key, in the order of each key's first member, and how many were ignored."""
+    samples: dict[str, _Members] = {}
     ignored = 0
     for member in members:
         folder, _, base = member.name.rpartition("/")
         stem, _, suffix = base.partition(".")
-        place = _PLACES.get(suffix.lower())
-        if place is None:
+        place, frame = _PLACES.get(suffix.lower()), _FRAME.fullmatch(suffix.lower())
+        if place is None and frame is None:
             continue
-        spans = samples.setdefault(f"{folder}/{stem}" if folder else stem, [(_ABSENT, 0)] * len(Place))
-        if spans[place][0] == _ABSENT:
-            spans[place] = (member.offset_data, member.size)
+        sample = samples.setdefault(f"{folder}/{stem}" if folder else stem, _Members())
+        span = (member.offset_data, member.size)
+        if frame is not None:
+            ignored += sample.frames.setdefault(int(frame[1]), span) is not span
+        elif place is not None and sample.spans[place][0] == _ABSENT:
+            sample.spans[place] = span
         else:
             ignored += 1
     return samples, ignored
-
-
-def cache_path(shard: str) -> str:
-    """Where the index of a shard is cached."""
-    return f"{shard}.index.npz"
-
-
-def _stamp(shard: str) -> np.ndarray:
-    """int64 [3]: what a cache must agree with: format version, shard size in bytes, shard mtime in ns."""
-    try:
-        status = os.stat(shard)
-    except OSError as error:
-        raise DataError(f"shard {shard} cannot be read ({error.strerror})") from error
-    return np.array([_FORMAT_VERSION, status.st_size, status.st_mtime_ns], dtype=np.int64)
-
-
-def _from_cache(shard: str, read: Callable[[Mapping[str, np.ndarray]], T]) -> T | None:
-    """`read` of a valid cache; None without one. An npz array is loaded only when asked for: counting is
-    cheap.
-    """
-    try:
-        with np.load(cache_path(shard), allow_pickle=False) as cache:
-            return read(cache) if np.array_equal(cache["stamp"], _stamp(shard)) else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-
-
-def _read_index(cache: Mapping[str, np.ndarray]) -> ShardIndex:
-    return ShardIndex(keys=cache["keys"], spans=cache["spans"], truncated=bool(cache["truncated"]))
-
-
-def _write_cache(shard: str, index: ShardIndex, stamp: np.ndarray) -> None:
-    temporary = f"{shard}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    try:
-        with open(temporary, "xb") as stream:
-            np.savez(
-                stream,
-                stamp=stamp,
-                count=np.int64(len(index)),
-                truncated=np.bool_(index.truncated),
-                keys=index.keys,
-                spans=index.spans,
-            )
-        os.replace(temporary, cache_path(shard))
-    except OSError as error:
-        _log.info("index of %s is kept in memory only (%s)", shard, error.strerror)
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)

@@ -33,15 +33,21 @@ class SampleOrder:
     groups.
     """
 
-    def __init__(self, counts: np.ndarray, *, seed: int, shuffle: bool, group_shards: int) -> None:
+    def __init__(
+        self, counts: np.ndarray, *, seed: int, shuffle: bool, group_shards: int, stream: str = "order"
+    ) -> None:
+        """stream: name of the random stream; sources of a mixture differ in it, so that two with equal shards
+        do not walk through them in step.
+        """
         if group_shards < 1:
             raise DataError(f"data.shuffle_group_shards is {group_shards}: it must be at least 1")
         self._counts = np.asarray(counts, dtype=np.int64)
         self.total = int(self._counts.sum())
         """Samples of one epoch."""
         if self.total == 0:
-            raise DataError(f"the {len(self._counts)} shards of data.shards hold no sample")
+            raise DataError(f"the {len(self._counts)} shards hold no sample")
         self._seed = seed
+        self._stream = stream
         self._shuffle = shuffle
         self._group_shards = group_shards
         self._epochs: Lru[int, _Epoch] = Lru(_EPOCHS_KEPT, self._make_epoch)
@@ -77,7 +83,7 @@ class SampleOrder:
 
     def _make_epoch(self, epoch: int) -> _Epoch:
         count = len(self._counts)
-        shards = permutation(self._seed, f"order/shards/{epoch}", count) if self._shuffle else np.arange(count)
+        shards = permutation(self._seed, f"{self._stream}/shards/{epoch}", count) if self._shuffle else np.arange(count)
         starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self._counts[shards])])
         return _Epoch(shards=shards, starts=starts)
 
@@ -86,4 +92,4 @@ class SampleOrder:
         first = group * self._group_shards
         starts = self._epochs[epoch].starts
         last = min(first + self._group_shards, len(self._counts))
-        return permutation(self._seed, f"order/samples/{epoch}/{group}", int(starts[last] - starts[first]))
+        return permutation(self._seed, f"{self._stream}/samples/{epoch}/{group}", int(starts[last] - starts[first]))

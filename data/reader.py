@@ -1,78 +1,43 @@
 """Positions of the run to decoded, tokenised samples; bad samples are counted and replaced, never silent.
 
-A bad sample at position p is replaced by the sample at p+1, p+2, ... with the crop and flip of p, whoever
+A bad sample at position p is replaced by the next sample of its source, with the crop and flip of p, whoever
 reads it: image and caption are judged together, so that ranks which keep only one of them agree. What counts
-as bad: missing_image, missing_caption, empty_image (zero bytes), not_an_image (an HTML page named .jpg),
-truncated_image, undecodable_image, too_many_pixels, empty_caption (nothing left after cleaning) and
-truncated_shard (the file became shorter than its index). Repaired rather than bad: invalid UTF-8 in a caption
-(replacement characters), captions beyond 16 KiB (cut: no context length reaches that far).
+as bad is listed in data/bad.py.
+
+Reading has two halves. `fetch` reads bytes, judges captions and headers and chooses windows; `decode` makes
+pixels. Reader processes run both, or only the first where the decoder works on the training process's GPU.
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from data.bad import describe, judge_bad_fraction
+from data.batch import BadSample, EncodedBatch, EncodedSample, SampleBatch
 from data.config import DataConfig
 from data.decode import make_decoder
 from data.errors import DataError, Rejected
-from data.index import IndexStore, Place
-from data.order import SampleOrder
-from data.shards import ShardFiles, expand_shards
+from data.index import Place, ShardIndex, Span
+from data.sources import Sources
 from data.tokenizer import EOT, Tokenizer
 from data.transforms import RandomResizedCrop, Transform, eval_transform
+from data.video import ClipDecoder, check_available, frame_numbers, is_clip
 
-_MAX_CAPTION_BYTES = 16 * 1024
+__all__ = ["BadSample", "SampleBatch", "SampleReader"]
+
+_MAX_CAPTION_BYTES = 16 * 1024  # no context length reaches that far: such a member is no caption
 _MAX_CONSECUTIVE_BAD = 100
-_READS_BEFORE_JUDGING = 1_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class BadSample:
-    """A sample that was read, rejected and replaced."""
-
-    shard: str
-    """Path of its tar file."""
-    key: str
-    """Its key within the tar."""
-    reason: str
-    """One of the reasons in the module text."""
-    position: int
-    """The global position that asked for it (the same for all that one replacement passed over)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleBatch:
-    """n samples in the order of their positions."""
-
-    images: torch.Tensor
-    """uint8 [n, 3, image_size, image_size], RGB."""
-    tokens: torch.Tensor
-    """int64 [n, context_length]."""
-    captions: list[str]
-    """The captions before cleaning."""
-    keys: list[str]
-    """Sample keys within their tars."""
-    bad: list[BadSample]
-    """What was replaced on the way to these n."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Sample:
-    pixels: np.ndarray
-    tokens: np.ndarray
-    caption: str
-    key: str
+_CPU = torch.device("cpu")
 
 
 class SampleReader:
-    """Random access to the samples of `config.shards` by global position.
+    """Random access to the samples of a data config by global position.
 
-    train: the shuffled order of `seed` with random resized crops; otherwise the listed order, seen through
-    `evaluation` ("squash" or "crop"). Building it reads (or builds) the index of every shard.
-    Raises DataError for unusable shards or settings.
+    train: the shuffled, mixed order of `seed` with random resized crops; otherwise the listed order, seen
+    through `evaluation` ("squash" or "crop"). global_batch_size: needed for data.mix=one_per_batch. device:
+    where DALI decodes. Building it reads (or builds) the index of every shard. Raises DataError for unusable
+    shards or settings.
     """
 
     def __init__(
@@ -84,25 +49,25 @@ class SampleReader:
         seed: int,
         train: bool,
         evaluation: str = "squash",
+        global_batch_size: int = 1,
+        device: torch.device = _CPU,
     ) -> None:
+        config.check()
         self._config = config
+        self._train = train
         self._image_size = image_size
-        self._paths = expand_shards(config.shards)
-        in_use = 2 * config.shuffle_group_shards  # a batch may straddle two groups
-        self._files = ShardFiles(self._paths, max_open=in_use)
-        self._indices = IndexStore(self._paths, max_loaded=in_use)
-        self._order = SampleOrder(
-            self._indices.counts,
-            seed=seed,
-            shuffle=config.shuffle and train,
-            group_shards=config.shuffle_group_shards,
-        )
+        self.sources = Sources(config, seed=seed, train=train, global_batch_size=global_batch_size)
+        self._order = self.sources.order
+        low, high = config.crop_scale
         self._transform: Transform = (
-            RandomResizedCrop(seed=seed, size=image_size, scale=_scale(config), flip=config.flip)
+            RandomResizedCrop(seed=seed, size=image_size, scale=(low, high), flip=config.flip)
             if train
             else eval_transform(evaluation, size=image_size)
         )
-        self._decoder = make_decoder(config.decoder)
+        self._decoder = make_decoder(config.decoder, max_pixels=config.max_pixels, device=device)
+        self._clips = ClipDecoder(frames=config.frames, max_pixels=config.max_pixels)
+        if config.frames > 1:
+            check_available()
         self._tokenizer = Tokenizer(context_length)
         self.reads = 0
         """Samples read by this reader, the bad ones included."""
@@ -111,107 +76,204 @@ class SampleReader:
 
     @property
     def total_samples(self) -> int:
-        """Samples of one epoch, bad ones included."""
-        return self._order.total
+        """Samples of one epoch of all sources, bad ones included."""
+        return sum(self._order.totals)
+
+    @property
+    def decodes_on_gpu(self) -> bool:
+        """`decode` must run in the process that owns the GPU."""
+        return self._decoder.device.type != "cpu"
 
     def read(self, positions: np.ndarray) -> SampleBatch:
         """Samples at the global positions int64 [n] (any order; beyond `total_samples` the next epochs).
 
-        Raises DataError after 100 bad samples in a row, or when the share of bad samples exceeds
-        `max_bad_fraction` (judged from this reader's 1,000th read on).
+        Raises DataError after 100 bad samples in a row and, in evaluation, when the share of bad samples
+        exceeds `max_bad_fraction` (in training the engine judges the sum over all readers: the share that
+        one of many readers sees is noise).
         """
+        return self.decode(self.fetch(positions))
+
+    def fetch(self, positions: np.ndarray) -> EncodedBatch:
+        """The same, before decoding: what is bad without looking at pixels is already replaced."""
         positions = np.asarray(positions, dtype=np.int64)
         bad: list[BadSample] = []
-        samples = [
-            self._read_good(position, shard, sample, bad)
-            for position, shard, sample in zip(positions.tolist(), *self._locate(positions), strict=True)
-        ]
-        self._judge_bad_fraction()
-        return self._collate(samples, bad)
+        shards, samples = (ids.tolist() for ids in self._order.locate(positions))
+        places = zip(positions.tolist(), shards, samples, strict=True)
+        good = [self._fetch_good(position, (shard, sample), bad) for position, shard, sample in places]
+        return EncodedBatch(positions=positions, samples=good, bad=bad)
 
-    def _locate(self, positions: np.ndarray) -> tuple[list[int], list[int]]:
-        shards, samples = self._order.locate(positions)
-        return shards.tolist(), samples.tolist()
-
-    def _candidates(self, position: int, shard: int, sample: int) -> Iterator[tuple[int, int]]:
-        yield shard, sample
-        following = np.arange(position + 1, position + _MAX_CONSECUTIVE_BAD)
-        yield from zip(*self._locate(following), strict=True)
-
-    def _read_good(self, position: int, shard: int, sample: int, bad: list[BadSample]) -> _Sample:
-        """The sample, or the next good one in the order; what is passed over is appended to `bad`."""
-        cause: BaseException | None = None
-        for candidate in self._candidates(position, shard, sample):
-            self.reads += 1
-            try:
-                return self._read_one(position, *candidate)
-            except Rejected as rejected:
-                bad.append(self._count_bad(position, *candidate, rejected.reason))
-                cause = rejected.__cause__
-        raise DataError(
-            f"{_MAX_CONSECUTIVE_BAD} bad samples in a row from position {position} on ({self._reasons()}); "
-            f"the last: {bad[-1].key} in {bad[-1].shard}{f' ({cause})' if cause else ''}. "
-            "Repair the shards or leave them out of data.shards"
-        )
-
-    def _read_one(self, position: int, shard: int, sample: int) -> _Sample:
-        caption, tokens = self._read_caption(shard, sample)
-        encoded = self._read_member(shard, sample, Place.IMAGE)
-        window = self._transform.window(position, *self._decoder.size(encoded))
-        pixels = self._decoder.decode(encoded, window)
-        return _Sample(pixels=pixels, tokens=tokens, caption=caption, key=self._indices[shard].key(sample))
-
-    def _read_caption(self, shard: int, sample: int) -> tuple[str, np.ndarray]:
-        encoded = self._read_member(shard, sample, Place.CAPTION, at_most=_MAX_CAPTION_BYTES)
-        caption = encoded.decode(errors="replace").strip()
-        tokens = self._tokenizer.encode([caption])[0]
-        if tokens[1] == EOT:  # nothing between start and end
-            raise Rejected("empty_caption")
-        return caption, tokens
-
-    def _read_member(self, shard: int, sample: int, place: Place, at_most: int | None = None) -> bytes:
-        span = self._indices[shard].span(sample, place)
-        if span is None:
-            raise Rejected(f"missing_{place.name.lower()}")
-        offset, size = span
-        size = size if at_most is None else min(size, at_most)
-        content = self._files.read(shard, offset, size)
-        if len(content) < size:
-            raise Rejected("truncated_shard")
-        return content
-
-    def _collate(self, samples: list[_Sample], bad: list[BadSample]) -> SampleBatch:
-        images = torch.empty((len(samples), 3, self._image_size, self._image_size), dtype=torch.uint8)
-        tokens = torch.empty((len(samples), self._tokenizer.context_length), dtype=torch.int64)
-        for image_row, token_row, sample in zip(images.numpy(), tokens.numpy(), samples, strict=True):
-            image_row[:] = sample.pixels
-            token_row[:] = sample.tokens
+    def decode(self, batch: EncodedBatch) -> SampleBatch:
+        """Pixels of the batch, on the decoder's device. What cannot be decoded is replaced and decoded until
+        every row is filled.
+        """
+        samples, bad, frames = list(batch.samples), list(batch.bad), self._config.frames
+        shape = (len(samples), frames, 3, self._image_size, self._image_size)
+        images = torch.empty(shape, dtype=torch.uint8, device=self._decoder.device)
+        pending = list(range(len(samples)))
+        while pending:
+            problems = self._decode_rows([samples[row] for row in pending], images, pending)
+            for row, problem in sorted(problems.items()):
+                position, sample = int(batch.positions[row]), samples[row]
+                bad.append(self._count_bad(position, sample.place, problem.reason))
+                samples[row] = self._next_good(position, sample.passed_over + 1, bad, problem.__cause__)
+            pending = sorted(problems)
+        if not self._train:
+            judge_bad_fraction(self.bad_by_reason, reads=self.reads, limit=self._config.max_bad_fraction)
+        tokens = np.array([sample.tokens for sample in samples], dtype=np.int64)
         return SampleBatch(
-            images=images,
-            tokens=tokens,
+            images=images if frames > 1 else images[:, 0],
+            tokens=torch.from_numpy(tokens.reshape(-1, self._tokenizer.context_length)),
             captions=[sample.caption for sample in samples],
             keys=[sample.key for sample in samples],
             bad=bad,
         )
 
-    def _count_bad(self, position: int, shard: int, sample: int, reason: str) -> BadSample:
+    def look_at(self, position: int) -> tuple[EncodedSample, torch.Tensor] | BadSample:
+        """The position's own sample with its pixels, uint8 [frames, 3, image_size, image_size], judged but not
+        replaced; for tools that look at shards.
+        """
+        shards, samples = self._order.locate(np.array([position], dtype=np.int64))
+        place = (int(shards[0]), int(samples[0]))
+        images = torch.empty((1, self._config.frames, 3, self._image_size, self._image_size), dtype=torch.uint8)
+        try:
+            sample = self._fetch_one(position, place, 0)
+            for problem in self._decode_rows([sample], images, [0]).values():
+                raise problem
+        except Rejected as rejected:
+            return self._count_bad(position, place, rejected.reason)
+        return sample, images[0]
+
+    def _decode_rows(self, samples: list[EncodedSample], images: torch.Tensor, rows: list[int]) -> dict[int, Rejected]:
+        """Fills images[rows]; the rows that could not be decoded, with the reason of the first bad frame."""
+        clips = [(row, sample) for row, sample in zip(rows, samples, strict=True) if sample.is_clip]
+        stills = [(row, sample) for row, sample in zip(rows, samples, strict=True) if not sample.is_clip]
+        return self._decode_clips(clips, images) | self._decode_stills(stills, images)
+
+    def _decode_clips(self, clips: list[tuple[int, EncodedSample]], images: torch.Tensor) -> dict[int, Rejected]:
+        problems = {}
+        for row, sample in clips:
+            frames = torch.empty(images.shape[1:], dtype=torch.uint8)
+            problem = self._clips.decode_into(sample.pictures[0], sample.window, frames)
+            if problem is None:
+                images[row] = frames.to(images.device)
+            else:
+                problems[row] = problem
+        return problems
+
+    def _decode_stills(self, stills: list[tuple[int, EncodedSample]], images: torch.Tensor) -> dict[int, Rejected]:
+        """Images and frame folders: the encoded frames of all samples go to the decoder in one call."""
+        jobs = [(picture, sample.window) for _, sample in stills for picture in sample.pictures]
+        owners = [row for row, sample in stills for _ in sample.pictures]
+        in_place = len(jobs) == images.shape[0] * images.shape[1]  # the common case: nothing is copied
+        shape = (len(jobs), *images.shape[2:])
+        pixels = images.view(shape) if in_place else torch.empty(shape, dtype=torch.uint8, device=images.device)
+        problems: dict[int, Rejected] = {}
+        for row, problem in zip(owners, self._decoder.decode_many(jobs, pixels), strict=True):
+            if problem is not None:
+                problems.setdefault(row, problem)
+        if not in_place:
+            first = 0
+            for row, sample in stills:
+                images[row] = pixels[first : first + len(sample.pictures)]  # a still image stands in every frame
+                first += len(sample.pictures)
+        return problems
+
+    def _fetch_good(self, position: int, place: tuple[int, int], bad: list[BadSample]) -> EncodedSample:
+        """The sample, or the next good one of its source; what is passed over is appended to `bad`."""
+        try:
+            return self._fetch_one(position, place, 0)
+        except Rejected as rejected:
+            bad.append(self._count_bad(position, place, rejected.reason))
+            return self._next_good(position, 1, bad, rejected.__cause__)
+
+    def _next_good(
+        self, position: int, passed_over: int, bad: list[BadSample], cause: BaseException | None
+    ) -> EncodedSample:
+        following = self._order.following(position, _MAX_CONSECUTIVE_BAD - 1)
+        for number, place in enumerate(following[passed_over - 1 :], start=passed_over):
+            try:
+                return self._fetch_one(position, place, number)
+            except Rejected as rejected:
+                bad.append(self._count_bad(position, place, rejected.reason))
+                cause = rejected.__cause__
+        reasons = describe(self.bad_by_reason)
+        raise DataError(
+            f"{_MAX_CONSECUTIVE_BAD} bad samples in a row from position {position} on ({reasons}); "
+            f"the last: {bad[-1].key} in {bad[-1].shard}{f' ({cause})' if cause else ''}. "
+            "Repair the shards or leave them out of data.shards"
+        )
+
+    def _fetch_one(self, position: int, place: tuple[int, int], passed_over: int) -> EncodedSample:
+        self.reads += 1
+        shard, sample = place
+        caption, tokens = self._read_caption(shard, sample)
+        pictures = self._read_pictures(shard, sample)
+        clip = is_clip(pictures[0], frames=self._config.frames)
+        width, height = self._clips.size(pictures[0]) if clip else self._common_size(pictures)
+        return EncodedSample(
+            pictures=pictures,
+            is_clip=clip,
+            window=self._transform.window(position, width, height),
+            tokens=tokens,
+            caption=caption,
+            key=self.sources.index(shard).key(sample),
+            place=place,
+            passed_over=passed_over,
+        )
+
+    def _common_size(self, pictures: list[bytes]) -> tuple[int, int]:
+        sizes = {self._decoder.size(picture) for picture in pictures}
+        if len(sizes) > 1:
+            raise Rejected("frame_sizes_differ")
+        return sizes.pop()
+
+    def _read_caption(self, shard: int, sample: int) -> tuple[str, np.ndarray]:
+        index = self.sources.index(shard)
+        span = index.span(sample, Place.CAPTION)
+        if span is None:
+            raise _missing("caption", index, sample)
+        if span[1] > _MAX_CAPTION_BYTES:
+            raise Rejected("caption_too_long")
+        try:
+            caption = self._read_span(shard, span).decode().strip()
+        except UnicodeDecodeError as error:
+            raise Rejected("caption_not_utf8") from error
+        tokens = self._tokenizer.encode([caption])[0]
+        if tokens[1] == EOT:  # nothing between start and end
+            raise Rejected("empty_caption")
+        return caption, tokens
+
+    def _read_pictures(self, shard: int, sample: int) -> list[bytes]:
+        """The image or clip; of a frame folder the frames that are seen."""
+        index = self.sources.index(shard)
+        span = index.span(sample, Place.IMAGE)
+        if span is not None:
+            return [self._read_span(shard, span)]
+        folder = index.frame_spans(sample)
+        if not folder:
+            raise _missing("image", index, sample)
+        wanted = frame_numbers(len(folder), self._config.frames).tolist()
+        return [self._read_span(shard, folder[number]) for number in wanted]
+
+    def _read_span(self, shard: int, span: Span) -> bytes:
+        offset, size = span
+        content = self.sources.files.read(shard, offset, size)
+        if len(content) < size:
+            raise Rejected("truncated_shard")
+        return content
+
+    def _count_bad(self, position: int, place: tuple[int, int], reason: str) -> BadSample:
         self.bad_by_reason[reason] += 1
-        key = self._indices[shard].key(sample)
-        return BadSample(shard=self._paths[shard], key=key, reason=reason, position=position)
-
-    def _judge_bad_fraction(self) -> None:
-        bad = self.bad_by_reason.total()
-        if self.reads >= _READS_BEFORE_JUDGING and bad > self._config.max_bad_fraction * self.reads:
-            raise DataError(
-                f"{bad} of {self.reads} samples were bad ({self._reasons()}), more than "
-                f"data.max_bad_fraction={self._config.max_bad_fraction}: repair the shards or raise the limit"
-            )
-
-    def _reasons(self) -> str:
-        return ", ".join(f"{reason} {count}" for reason, count in self.bad_by_reason.most_common())
+        shard, sample = place
+        return BadSample(
+            shard=self.sources.shards[shard],
+            key=self.sources.index(shard).key(sample),
+            reason=reason,
+            position=position,
+        )
 
 
-def _scale(config: DataConfig) -> tuple[float, float]:
-    if len(config.crop_scale) != 2:
-        raise DataError(f"data.crop_scale is {config.crop_scale}: it needs two numbers, low and high")
-    return config.crop_scale[0], config.crop_scale[1]
+def _missing(member: str, index: ShardIndex, sample: int) -> Rejected:
+    """What the last sample of a truncated tar lacks lay behind the cut."""
+    cut_off = index.truncated and sample == len(index) - 1
+    return Rejected("truncated_shard" if cut_off else f"missing_{member}")

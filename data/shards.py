@@ -1,8 +1,9 @@
 """From the shard list of a config to an ordered list of tar files, and bytes out of them.
 
 An entry is a file, a folder (its `*.tar`, sorted), a glob (sorted) or a brace pattern: `{00000..00031}`
-counts with the zero padding of its first number, `{a,b}` lists. The order of the list is the order of the
-shards, and with it part of the sample order: the same entries must be given again to resume a run.
+counts with the zero padding of its first number, `{a,b}` lists; all of them also as URLs (a remote folder
+ends with a slash). The order of the list is the order of the shards, and with it part of the sample order:
+the same entries must be given again to resume a run.
 """
 
 import os
@@ -14,40 +15,48 @@ from pathlib import Path
 
 from data.errors import DataError
 from data.lru import Lru
+from data.remote import is_remote
+from data.storage import Storage
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_REMOTE_MAGIC = re.compile(r"[*\[]")  # a question mark starts the query of a URL
 
 
-def expand_shards(entries: str | Sequence[str]) -> list[str]:
-    """Paths of all shards in order. Raises DataError for an empty list, a pattern without a match or a
-    missing file.
+def expand_shards(entries: str | Sequence[str], storage: Storage) -> list[str]:
+    """Paths and URLs of all shards in order. Raises DataError for an empty list, a pattern without a match or a
+    missing file (remote files are not asked for one by one).
     """
     patterns = [entries] if isinstance(entries, str) else list(entries)
     if not patterns:
         raise DataError(
             "data.shards is empty: name at least one tar shard, e.g. data.shards=[shards/{00000..00007}.tar]"
         )
-    return [path for pattern in patterns for path in _expand(pattern)]
+    return [path for pattern in patterns for path in _expand(pattern, storage)]
 
 
-def _expand(pattern: str) -> list[str]:
-    paths = [path for name in expand_braces(pattern) for path in _files(name, pattern)]
+def _expand(pattern: str, storage: Storage) -> list[str]:
+    paths = [path for name in expand_braces(pattern) for path in _files(name, pattern, storage)]
     for path in paths:
-        if not os.path.isfile(path):
+        if not is_remote(path) and not os.path.isfile(path):
             raise DataError(f"shard {path} (from data.shards entry {pattern!r}) does not exist: correct the entry")
     return paths
 
 
-def _files(name: str, pattern: str) -> list[str]:
-    if os.path.isdir(name):
+def _files(name: str, pattern: str, storage: Storage) -> list[str]:
+    if is_remote(name):
+        if not name.endswith("/") and not _REMOTE_MAGIC.search(name):
+            return [name]
+        found = storage.remote.glob(f"{name}*.tar" if name.endswith("/") else name)
+    elif os.path.isdir(name):
         found = sorted(str(path) for path in Path(name).glob("*.tar"))
     elif has_magic(name) and not os.path.exists(name):
         found = sorted(glob(name, recursive=True))
     else:
         return [name]
     if not found:
-        raise DataError(f"data.shards entry {pattern!r} matches no .tar file: check the path {os.path.abspath(name)}")
+        place = name if is_remote(name) else os.path.abspath(name)
+        raise DataError(f"data.shards entry {pattern!r} matches no .tar file: check the path {place}")
     return found
 
 
@@ -74,15 +83,9 @@ class ShardFiles:
     `os.pread` has no file position, so forked readers may share a descriptor.
     """
 
-    def __init__(self, paths: Sequence[str], *, max_open: int) -> None:
-        self._paths = paths
-        self._descriptors: Lru[int, int] = Lru(max_open, self._open, os.close)
-
-    def _open(self, shard: int) -> int:
-        try:
-            return os.open(self._paths[shard], os.O_RDONLY)
-        except OSError as error:
-            raise DataError(f"shard {self._paths[shard]} cannot be opened any more ({error.strerror})") from error
+    def __init__(self, shards: Sequence[str], *, max_open: int, storage: Storage) -> None:
+        self._shards = shards
+        self._descriptors: Lru[int, int] = Lru(max_open, lambda shard: storage.open(shards[shard]), os.close)
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """`size` bytes from `offset`; fewer where the file ends before. Raises DataError when the disk
@@ -91,4 +94,6 @@ class ShardFiles:
         try:
             return os.pread(self._descriptors[shard], size, offset)
         except OSError as error:
-            raise DataError(f"shard {self._paths[shard]}: reading {size} bytes at {offset} failed ({error})") from error
+            raise DataError(
+                f"shard {self._shards[shard]}: reading {size} bytes at {offset} failed ({error})"
+            ) from error

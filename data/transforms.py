@@ -31,6 +31,11 @@ class Window:
     """Side of the result in pixels."""
     flip: bool = False
     """Mirror left and right after the resize."""
+    crop_first: bool = True
+    """The whole-pixel box is cut before the resize, so that the filter sees nothing beyond it (torchvision's
+    resized crop, which the paper's training uses); False: same samples as resizing the whole image and
+    cutting afterwards.
+    """
 
 
 class Transform(ABC):
@@ -46,8 +51,7 @@ class RandomResizedCrop(Transform):
     3/4..4/3.
 
     Draws up to ten windows and takes the first that fits; else the largest centred one with an admissible
-    aspect ("Going deeper with convolutions", section 6; the form of torchvision). The filter sees pixels
-    beyond the window.
+    aspect ("Going deeper with convolutions", section 6; the form of torchvision).
     """
 
     def __init__(self, *, seed: int, size: int, scale: tuple[float, float], flip: bool) -> None:
@@ -97,7 +101,7 @@ class Squash(Transform):
         self._size = size
 
     def window(self, position: int, width: int, height: int) -> Window:
-        return Window(box=(0, 0, width, height), size=self._size)
+        return Window(box=(0, 0, width, height), size=self._size, crop_first=False)
 
 
 class CentreCrop(Transform):
@@ -116,7 +120,8 @@ class CentreCrop(Transform):
         left, top = round((resized_width - size) / 2), round((resized_height - size) / 2)
         step_x, step_y = width / resized_width, height / resized_height
         box = (left * step_x, top * step_y, (left + size) * step_x, (top + size) * step_y)
-        return Window(box=(box[0], box[1], min(box[2], width), min(box[3], height)), size=size)
+        inside = (box[0], box[1], min(box[2], width), min(box[3], height))
+        return Window(box=inside, size=size, crop_first=False)
 
 
 _EVAL_TRANSFORMS = {"squash": Squash, "crop": CentreCrop}

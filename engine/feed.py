@@ -3,21 +3,35 @@
 Position p of the run's sample order belongs to row p mod B of its step; replica d owns rows [d b, (d + 1) b). The first
 stage's tensor ranks split the reading and decoding, then share pixels among themselves and captions with the stages
 behind them: each sample is read once per replica, and a bad sample is replaced once, for all who need it.
+
+Readers work in units of at most a micro-batch of rows, so that all of them work on the same step and the pixels in
+flight are `data.prefetch_batches` local batches whatever the number of readers. A step starts when its last unit is
+there: the text tower, which encodes first, needs every caption, and the replay needs every image a second time, so the
+whole local batch stays on the device as uint8 (at the paper's batch 7,200 x 150 kB = 1.1 GB on a first-stage rank).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.batch import BadSample, EncodedBatch, SampleBatch
+from data.errors import DataError
 from data.loader import PrefetchLoader
 from data.reader import SampleReader
 from engine.config import Config
 from engine.mesh import Mesh
 from engine.rows import gather_rows, own_rows, split_rows
+
+_SHARED_MEMORY = "/dev/shm"  # where reader processes leave pixels for the training process
+
+_log = logging.getLogger("data.feed")
 
 
 @dataclass(frozen=True)
@@ -27,11 +41,13 @@ class LocalBatch:
     positions: np.ndarray
     """int64 [b]: global positions of the replica's samples."""
     images: Tensor | None
-    """uint8 [b, 3, h, w] on the first stage, None elsewhere."""
+    """uint8 [b, 3, h, w] on the first stage ([b, frames, 3, h, w] for clips), None elsewhere."""
     tokens: Tensor
     """int64 [own rows, context]: this rank's captions."""
-    bad_samples: int
-    """Replaced samples that this rank read."""
+    bad: Sequence[BadSample] = ()
+    """Samples that this rank read and replaced."""
+    source_counts: Mapping[str, int] = field(default_factory=dict)
+    """On the first stage: samples of each named source in the run up to this step's end."""
 
 
 class Feed:
@@ -43,18 +59,29 @@ class Feed:
         self.local_batch = self.global_batch // mesh.data.size
         self.context = config.model.text.context_length
         self.next_position = start_position
-        self.loader: PrefetchLoader | None = None
+        self.loader: PrefetchLoader[SampleBatch | EncodedBatch] | None = None
+        self.units = self._units(config.train.micro_batch_size)
         if mesh.is_first_stage:
-            reader = SampleReader(
+            self.reader = SampleReader(
                 config.data,
                 image_size=config.model.vision.image_size,
                 context_length=self.context,
                 seed=config.train.seed,
                 train=True,
+                global_batch_size=self.global_batch,
+                device=device,
             )
-            batches = (self._read_by_me(start_position + s * self.global_batch) for s in range(steps))
+            batches = (
+                self._positions(start_position + step * self.global_batch)[unit]
+                for step in range(steps)
+                for unit in self.units
+            )
             self.loader = PrefetchLoader(
-                reader, batches, workers=config.data.workers, prefetch=config.data.prefetch_batches
+                self.reader.fetch if self.reader.decodes_on_gpu else self.reader.read,
+                batches,
+                workers=config.data.workers,
+                prefetch=self._units_ahead(config),
+                stall_timeout_s=config.data.stall_timeout_s,
             )
 
     def __iter__(self) -> Iterator[LocalBatch]:
@@ -62,28 +89,72 @@ class Feed:
 
     def __next__(self) -> LocalBatch:
         positions = self._positions(self.next_position)
-        self.next_position += self.global_batch
-        images, bad = None, 0
+        images, bad = None, []
         tokens = torch.empty(self.local_batch, self.context, dtype=torch.int32, device=self.device)
         if self.loader is not None:
-            mine = next(self.loader)
-            images = gather_rows(mine.images.to(self.device), self.local_batch, self.mesh.tensor)
-            tokens = gather_rows(mine.tokens.int().to(self.device), self.local_batch, self.mesh.tensor)
-            bad = len(mine.bad)
+            self._log_epochs()
+            units = [self._next_unit() for _ in self.units]
+            images = self._gather([unit.images for unit in units])
+            tokens = self._gather([unit.tokens.int() for unit in units])
+            bad = [sample for unit in units for sample in unit.bad]
+        self.next_position += self.global_batch
         if self.mesh.pipeline.size > 1:
             first = dist.get_global_rank(self.mesh.pipeline.group, 0)
             dist.broadcast(tokens, src=first, group=self.mesh.pipeline.group)
-        return LocalBatch(positions, images, tokens[own_rows(self.local_batch, self.mesh)].long(), bad)
+        own = tokens[own_rows(self.local_batch, self.mesh)].long()
+        return LocalBatch(positions, images, own, bad, self._source_counts())
 
     def close(self) -> None:
         """End the reader processes."""
         if self.loader is not None:
             self.loader.close()
 
+    def _source_counts(self) -> dict[str, int]:
+        return self.reader.sources.counts(self.next_position) if self.loader is not None else {}
+
+    def _next_unit(self) -> SampleBatch:
+        assert self.loader is not None
+        unit = next(self.loader)
+        return self.reader.decode(unit) if isinstance(unit, EncodedBatch) else unit
+
+    def _gather(self, parts: list[Tensor]) -> Tensor:
+        """The parts of this rank's share -> the rows of the whole local batch, on the device."""
+        share = torch.cat([part.to(self.device, non_blocking=True) for part in parts])
+        return gather_rows(share, self.local_batch, self.mesh.tensor)
+
     def _positions(self, step_position: int) -> np.ndarray:
         first = step_position + self.mesh.data.rank * self.local_batch
         return np.arange(first, first + self.local_batch, dtype=np.int64)
 
-    def _read_by_me(self, step_position: int) -> np.ndarray:
-        part = split_rows(self.local_batch, self.mesh.tensor.size)[self.mesh.tensor.rank]
-        return self._positions(step_position)[part]
+    def _units(self, micro_batch: int) -> list[slice]:
+        """Rows of the local batch that this rank reads, in units (one empty unit where it reads none)."""
+        share = split_rows(self.local_batch, self.mesh.tensor.size)[self.mesh.tensor.rank]
+        starts = range(share.start, max(share.stop, share.start + 1), micro_batch)
+        return [slice(start, min(start + micro_batch, share.stop)) for start in starts]
+
+    def _units_ahead(self, config: Config) -> int:
+        """Units that each reader prepares ahead. Raises DataError if their pixels do not fit in shared memory."""
+        data, side = config.data, config.model.vision.image_size
+        if data.workers == 0:
+            return 1
+        each = math.ceil(data.prefetch_batches * len(self.units) / data.workers)
+        rows = max(unit.stop - unit.start for unit in self.units)
+        needed = each * data.workers * rows * data.frames * 3 * side * side
+        shared = os.statvfs(_SHARED_MEMORY)
+        free = shared.f_bavail * shared.f_frsize
+        _log.info(
+            "readers hold at most %.3f GB of pixels: %d x %d units of %d rows", needed / 1e9, data.workers, each, rows
+        )
+        if needed > free:
+            raise DataError(
+                f"data.prefetch_batches={data.prefetch_batches} lets {data.workers} readers hold {needed / 1e9:.2f} GB "
+                f"of pixels, but {_SHARED_MEMORY} has {free / 1e9:.2f} GB free: lower data.prefetch_batches or "
+                "train.micro_batch_size, or enlarge it (docker run --shm-size)"
+            )
+        return each
+
+    def _log_epochs(self) -> None:
+        if self.mesh.world.rank == 0:
+            first = self.next_position
+            for line in self.reader.sources.epochs_begun(first, first + self.global_batch):
+                _log.warning("%s", line)

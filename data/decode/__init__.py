@@ -1,16 +1,31 @@
 """Decoders behind one interface."""
 
-from data.decode.base import Decoder
+import logging
+
+import torch
+
+from data.decode.base import Decoder, Job
 from data.decode.pillow import PillowDecoder
 from data.errors import DataError
 
-__all__ = ["Decoder", "PillowDecoder", "make_decoder"]
+__all__ = ["Decoder", "Job", "PillowDecoder", "make_decoder"]
 
-_DECODERS = {"auto": PillowDecoder, "pillow": PillowDecoder}
+_CPU = torch.device("cpu")
+_log = logging.getLogger(__name__)
 
 
-def make_decoder(name: str) -> Decoder:
-    """The decoder of `data.decoder`. Raises DataError for a name that this version does not know."""
-    if name not in _DECODERS:
-        raise DataError(f"data.decoder={name!r} is unknown: choose one of {sorted(_DECODERS)}")
-    return _DECODERS[name]()
+def make_decoder(name: str, *, max_pixels: int, device: torch.device = _CPU) -> Decoder:
+    """The decoder of `data.decoder`; `device` is where the samples are wanted, which only DALI can use.
+
+    `auto` is Pillow: a core decodes more images than a GPU trains of any model here (docs/data.md). Raises
+    DataError for an unknown name or a missing package.
+    """
+    if name == "dali":
+        from data.decode.dali import DaliDecoder
+
+        _log.info("data.decoder: DALI on %s", device)
+        return DaliDecoder(max_pixels=max_pixels, device=device)
+    if name in ("auto", "pillow"):
+        _log.info("data.decoder: Pillow%s", " (auto: no GPU needs more than the cores give)" if name == "auto" else "")
+        return PillowDecoder(max_pixels=max_pixels)
+    raise DataError(f"data.decoder={name!r} is unknown: choose one of auto, pillow, dali")

@@ -8,27 +8,38 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from data.decode.base import Decoder
+from data.decode.resize import cut
 from data.errors import Rejected
 from data.transforms import Window
 
 # Web images are untrusted: only decoders of formats that image shards really hold are reachable.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-_MAX_PIXELS = 89_478_485  # Pillow's own bound of a decompression bomb: a quarter of a gigabyte as RGB
 
 
 class PillowDecoder(Decoder):
-    """Pillow's decoders, `Image.resize(BICUBIC, box=window)` and nothing else."""
+    """Pillow's decoders, the window of data/decode/resize.py and nothing else."""
+
+    def __init__(self, *, max_pixels: int) -> None:
+        self._max_pixels = max_pixels
 
     def size(self, encoded: bytes) -> tuple[int, int]:
-        return _open(encoded).size
+        return self.open(encoded).size
 
     def decode(self, encoded: bytes, window: Window) -> np.ndarray:
-        image = _open(encoded)
+        image = self.open(encoded)
         with _counted_failures():
             image.load()
-        side = (window.size, window.size)
-        pixels = np.asarray(to_rgb(image).resize(side, Image.Resampling.BICUBIC, box=window.box))
-        return (pixels[:, ::-1] if window.flip else pixels).transpose(2, 0, 1)
+        return cut(np.asarray(to_rgb(image)), window)
+
+    def open(self, encoded: bytes) -> Image.Image:
+        """Reads the header only. Raises Rejected."""
+        if not encoded:
+            raise Rejected("empty_image")
+        with _counted_failures():
+            image = Image.open(BytesIO(encoded), formats=_FORMATS)
+        if image.width * image.height > self._max_pixels:
+            raise Rejected("too_many_pixels")
+        return image
 
 
 @contextmanager
@@ -45,17 +56,6 @@ def _counted_failures() -> Iterator[None]:
     except Exception as error:  # Pillow raises almost anything there: SyntaxError, struct.error, OSError, ...
         truncated = "truncated" in str(error).lower()
         raise Rejected("truncated_image" if truncated else "undecodable_image") from error
-
-
-def _open(encoded: bytes) -> Image.Image:
-    """Reads the header only."""
-    if not encoded:
-        raise Rejected("empty_image")
-    with _counted_failures():
-        image = Image.open(BytesIO(encoded), formats=_FORMATS)
-    if image.width * image.height > _MAX_PIXELS:
-        raise Rejected("too_many_pixels")
-    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -9,7 +9,7 @@ from data.errors import DataError, Rejected
 from data.transforms import Window
 from tests.data.shard_factory import encode, picture
 
-DECODER: Decoder = make_decoder("auto")
+DECODER: Decoder = make_decoder("auto", max_pixels=10**8)
 SIDE = 16
 
 
@@ -99,11 +99,12 @@ def test_rubbish_is_rejected_with_its_reason(encoded: bytes, reason: str) -> Non
         _decode(encoded)
 
 
-def test_a_mistake_of_the_caller_does_not_pass_for_a_bad_image() -> None:
+@pytest.mark.parametrize("crop_first", [True, False])
+def test_a_mistake_of_the_caller_does_not_pass_for_a_bad_image(crop_first: bool) -> None:
     with pytest.raises(ValueError, match=r"[Bb]ox"):
-        DECODER.decode(encode(picture(0)), Window(box=(0, 0, 500, 500), size=SIDE))
+        DECODER.decode(encode(picture(0)), Window(box=(0, 0, 500, 500), size=SIDE, crop_first=crop_first))
 
 
 def test_an_unknown_decoder_is_an_error() -> None:
     with pytest.raises(DataError, match=r"data\.decoder='gpu' is unknown"):
-        make_decoder("gpu")
+        make_decoder("gpu", max_pixels=1)

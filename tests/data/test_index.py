@@ -10,9 +10,17 @@ import numpy as np
 import pytest
 
 from data.errors import DataError
-from data.index import IndexStore, Place, build_index, cache_path, load_index
+from data.index import Place, ShardIndex
+from data.index import build_index as build_from_stream
+from data.index_store import IndexStore, index_name, load_index
+from data.storage import Storage
 from data.write import write_shard
 from tests.data.shard_factory import good_sample, make_shards
+
+
+def build_index(path: str) -> ShardIndex:
+    with open(path, "rb") as stream:
+        return build_from_stream(stream, path)
 
 
 def _member(path: str, span: tuple[int, int] | None) -> bytes:
@@ -54,39 +62,39 @@ def test_grouping_follows_the_webdataset_rules(tmp_path: Path) -> None:
 
 def test_a_valid_cache_is_used_and_a_stale_one_rebuilt(tmp_path: Path) -> None:
     (path,) = make_shards(tmp_path, [3])
-    load_index(path)
-    built = os.stat(cache_path(path)).st_mtime_ns
-    load_index(path)
-    assert os.stat(cache_path(path)).st_mtime_ns == built
+    load_index(path, Storage())
+    built = os.stat(index_name(path)).st_mtime_ns
+    load_index(path, Storage())
+    assert os.stat(index_name(path)).st_mtime_ns == built
     status = os.stat(path)
     write_shard(path, [good_sample(number) for number in (7, 8, 9)])  # same size, other content
     assert os.stat(path).st_size == status.st_size
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    assert load_index(path).key(0) == "good7"
-    assert IndexStore([path], max_loaded=1)[0].key(0) == "good7"
+    assert load_index(path, Storage()).key(0) == "good7"
+    assert IndexStore([path], max_loaded=1, storage=Storage())[0].key(0) == "good7"
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 no zip", b"garbage"])
 def test_a_damaged_cache_is_rebuilt(tmp_path: Path, damage: bytes) -> None:
     (path,) = make_shards(tmp_path, [3])
-    load_index(path)
-    Path(cache_path(path)).write_bytes(damage)
-    assert IndexStore([path], max_loaded=1).counts.tolist() == [3]
-    with np.load(cache_path(path)) as cache:
+    load_index(path, Storage())
+    Path(index_name(path)).write_bytes(damage)
+    assert IndexStore([path], max_loaded=1, storage=Storage()).counts.tolist() == [3]
+    with np.load(index_name(path)) as cache:
         assert int(cache["count"]) == 3
 
 
 def test_without_a_writable_place_the_index_lives_in_memory(tmp_path: Path) -> None:
     (path,) = make_shards(tmp_path, [3])
-    os.mkdir(cache_path(path))
-    assert len(load_index(path)) == 3
+    os.mkdir(index_name(path))
+    assert len(load_index(path, Storage())) == 3
     assert sorted(os.listdir(tmp_path)) == ["00000.tar", "00000.tar.index.npz"]
 
 
 def test_counts_come_without_loading_the_indices(tmp_path: Path) -> None:
     paths = make_shards(tmp_path, [2, 4, 1])
-    assert IndexStore(paths, max_loaded=1).counts.tolist() == [2, 4, 1]
-    again = IndexStore(paths, max_loaded=1)
+    assert IndexStore(paths, max_loaded=1, storage=Storage()).counts.tolist() == [2, 4, 1]
+    again = IndexStore(paths, max_loaded=1, storage=Storage())
     assert again.counts.tolist() == [2, 4, 1]
     assert len(again._loaded) == 0
 
@@ -99,8 +107,8 @@ def test_a_truncated_tar_keeps_what_is_whole(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.WARNING, logger="data.index"):
         index = build_index(path)
     assert index.truncated and not whole.truncated
-    assert [index.key(sample) for sample in range(len(index))] == ["good0", "good1"]
-    assert "2 samples before the damage" in caplog.text
+    assert [index.key(sample) for sample in range(len(index))] == ["good0", "good1", "good2"]  # the cut one is counted
+    assert "3 samples up to the damage" in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>" * 100, bytes(10240), b"\x1f\x8b\x08" + bytes(600)])
@@ -108,11 +116,11 @@ def test_not_a_tar_is_an_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"x\.tar .*(is not an uncompressed tar|holds no sample)"):
-        load_index(str(path))
+        load_index(str(path), Storage())
 
 
 def test_a_tar_cut_in_its_first_sample_is_an_error(tmp_path: Path) -> None:
     (path,) = make_shards(tmp_path, [1])
     os.truncate(path, 700)
     with pytest.raises(DataError, match="cut before the end of its first sample"):
-        load_index(path)
+        load_index(path, Storage())

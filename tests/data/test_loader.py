@@ -29,7 +29,7 @@ def _batches(count: int | None = None) -> itertools.islice:
 
 
 def _read(shards: list[str], workers: int) -> list[SampleBatch]:
-    with PrefetchLoader(_reader(shards), _batches(9), workers=workers) as loader:
+    with PrefetchLoader(_reader(shards).read, _batches(9), workers=workers) as loader:
         return list(loader)
 
 
@@ -47,14 +47,14 @@ def test_the_error_of_a_reader_arrives_as_it_was(tmp_path: Path, workers: int) -
     path = str(tmp_path / "bad.tar")
     write_shard(path, [("bad", {"png": b"", "txt": b"words"})])
     with (
-        PrefetchLoader(_reader([path]), _batches(), workers=workers) as loader,
+        PrefetchLoader(_reader([path]).read, _batches(), workers=workers) as loader,
         pytest.raises(DataError, match=r"^100 bad samples in a row from position 0 on"),
     ):
         next(loader)
 
 
 def test_close_ends_the_readers_of_an_endless_loader(tmp_path: Path) -> None:
-    loader = PrefetchLoader(_reader(make_shards(tmp_path, [5])), _batches(), workers=2)
+    loader = PrefetchLoader(_reader(make_shards(tmp_path, [5])).read, _batches(), workers=2)
     next(loader)
     assert len(multiprocessing.active_children()) == 2
     loader.close()
@@ -68,7 +68,7 @@ import itertools, multiprocessing, sys
 import numpy as np
 from tests.data.test_loader import _batches, _reader
 from data.loader import PrefetchLoader
-loader = PrefetchLoader(_reader(sys.argv[1:]), _batches(), workers=1)
+loader = PrefetchLoader(_reader(sys.argv[1:]).read, _batches(), workers=1)
 next(loader)
 print(multiprocessing.active_children()[0].pid, flush=True)
 sys.stdin.read()
@@ -89,4 +89,4 @@ def test_readers_end_when_the_training_process_is_killed(tmp_path: Path) -> None
 @pytest.mark.parametrize(("workers", "prefetch"), [(-1, 2), (1, 0)])
 def test_wrong_settings_are_an_error(tmp_path: Path, workers: int, prefetch: int) -> None:
     with pytest.raises(DataError, match="workers="):
-        PrefetchLoader(_reader(make_shards(tmp_path, [1])), _batches(), workers=workers, prefetch=prefetch)
+        PrefetchLoader(_reader(make_shards(tmp_path, [1])).read, _batches(), workers=workers, prefetch=prefetch)

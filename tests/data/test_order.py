@@ -73,7 +73,7 @@ def test_the_order_of_a_run_stays_what_it_was() -> None:
 
 
 def test_nothing_to_order_is_an_error() -> None:
-    with pytest.raises(DataError, match=r"2 shards .* hold no sample"):
+    with pytest.raises(DataError, match="the 2 shards hold no sample"):
         SampleOrder(np.zeros(2), seed=0, shuffle=True, group_shards=1)
     with pytest.raises(DataError, match="shuffle_group_shards is 0"):
         _order(group_shards=0)

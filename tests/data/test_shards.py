@@ -6,6 +6,7 @@ import pytest
 
 from data.errors import DataError
 from data.shards import ShardFiles, expand_braces, expand_shards
+from data.storage import Storage
 
 
 @pytest.fixture
@@ -17,12 +18,12 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("entry", ["{00000..00002}.tar", "0000{0,1,2}.tar", "*.tar", ""])
 def test_every_form_names_the_shards_in_order(folder: Path, entry: str) -> None:
-    assert expand_shards(f"{folder}/{entry}") == [f"{folder}/0000{number}.tar" for number in range(3)]
+    assert expand_shards(f"{folder}/{entry}", Storage()) == [f"{folder}/0000{number}.tar" for number in range(3)]
 
 
 def test_the_listed_order_is_kept(folder: Path) -> None:
     entries = [f"{folder}/00002.tar", f"{folder}/0000{{0..1}}.tar"]
-    assert [Path(path).name for path in expand_shards(entries)] == ["00002.tar", "00000.tar", "00001.tar"]
+    assert [Path(path).name for path in expand_shards(entries, Storage())] == ["00002.tar", "00000.tar", "00001.tar"]
 
 
 def test_braces_multiply() -> None:
@@ -41,11 +42,11 @@ def test_braces_multiply() -> None:
 )
 def test_a_wrong_entry_is_named(folder: Path, entries: list[str], words: str) -> None:
     with pytest.raises(DataError, match=words):
-        expand_shards([entry.replace("{tmp}", str(folder)) for entry in entries])
+        expand_shards([entry.replace("{tmp}", str(folder)) for entry in entries], Storage())
 
 
 def test_reading_with_few_open_files(folder: Path) -> None:
-    files = ShardFiles(expand_shards(str(folder)), max_open=1)
+    files = ShardFiles(expand_shards(str(folder), Storage()), max_open=1, storage=Storage())
     assert [files.read(shard, 3, 20) for shard in (0, 1, 2, 0)] == [
         b"00.tar",
         b"01.tar",

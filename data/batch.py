@@ -1,0 +1,72 @@
+"""What travels from the readers to the training process."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data.transforms import Window
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadSample:
+    """A sample that was read, rejected and replaced."""
+
+    shard: str
+    """Path of its tar file."""
+    key: str
+    """Its key within the tar."""
+    reason: str
+    """One of data.bad.REASONS."""
+    position: int
+    """The global position that asked for it (the same for all that one replacement passed over)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleBatch:
+    """n samples in the order of their positions."""
+
+    images: torch.Tensor
+    """uint8 RGB [n, 3, image_size, image_size]; [n, frames, 3, image_size, image_size] with data.frames > 1."""
+    tokens: torch.Tensor
+    """int64 [n, context_length]."""
+    captions: list[str]
+    """The captions before cleaning."""
+    keys: list[str]
+    """Sample keys within their tars."""
+    bad: list[BadSample]
+    """What was replaced on the way to these n."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedSample:
+    """One sample whose headers are read and whose pixels are not yet."""
+
+    pictures: list[bytes]
+    """Encoded images: one, or `frames` of a frame folder; or one clip (`is_clip`)."""
+    is_clip: bool
+    """The one entry of `pictures` is a video file."""
+    window: Window
+    """What is cut of each frame."""
+    tokens: np.ndarray
+    """int64 [context_length]."""
+    caption: str
+    """Before cleaning."""
+    key: str
+    """Within its tar."""
+    place: tuple[int, int]
+    """(shard, sample) it came from."""
+    passed_over: int
+    """Bad samples between the position's own sample and this one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedBatch:
+    """n samples before decoding."""
+
+    positions: np.ndarray
+    """int64 [n]: global positions."""
+    samples: list[EncodedSample]
+    """In the order of the positions."""
+    bad: list[BadSample]
+    """What was replaced so far."""

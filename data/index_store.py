@@ -1,0 +1,184 @@
+"""Shard indices kept on disk and in memory.
+
+An index is cached as `SHARD.index.npz` beside its shard, or in `data.cache_dir` where that folder cannot be
+written and for remote shards. It is valid for one size and mtime of the shard and one format version, and is
+written to a temporary name and renamed: readers that build it at the same time do no harm.
+`shards.counts.npz` (tools.index_shards) holds the sample counts of a whole folder, so that a run over 200,000
+shards starts with one small read instead of opening every index.
+"""
+
+import contextlib
+import logging
+import os
+import secrets
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from data.errors import DataError
+from data.index import ShardIndex, build_index
+from data.lru import Lru
+from data.storage import Storage
+
+T = TypeVar("T")
+COUNTS_FILE = "shards.counts.npz"
+_FORMAT_VERSION = 2
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+
+_log = logging.getLogger(__name__)
+
+
+class IndexStore:
+    """Indices of a list of shards: all sample counts up front, the indices themselves loaded when needed."""
+
+    def __init__(self, shards: Sequence[str], *, max_loaded: int, storage: Storage) -> None:
+        self._shards = shards
+        self._storage = storage
+        self._loaded: Lru[int, ShardIndex] = Lru(max_loaded, self._load)
+        self._expected: np.ndarray | None = None  # known once all are counted
+        self.counts = self._expected = self._count_all()
+        """int64 [shards]: samples of each shard."""
+
+    def _count_all(self) -> np.ndarray:
+        tables: dict[str, dict[str, tuple[int, int, int]]] = {}
+        counts = np.empty(len(self._shards), dtype=np.int64)
+        for number, shard in enumerate(self._shards):
+            folder, _, name = shard.rpartition("/")
+            if folder not in tables:
+                tables[folder] = _read_counts(folder, self._storage)
+            counts[number] = self._count(number, tables[folder].get(name))
+        return counts
+
+    def _count(self, number: int, entry: tuple[int, int, int] | None) -> int:
+        shard = self._shards[number]
+        if entry is not None:
+            size, mtime_ns, count = entry
+            if self._storage.stamp(shard) in (None, (size, mtime_ns)):
+                return count
+        cached = _from_cache(shard, self._storage, lambda cache: int(cache["count"]))
+        return len(self._loaded[number]) if cached is None else cached
+
+    def _load(self, number: int) -> ShardIndex:
+        index = load_index(self._shards[number], self._storage)
+        if self._expected is not None and len(index) != self._expected[number]:
+            raise DataError(
+                f"{self._shards[number]} holds {len(index)} samples, but {self._expected[number]} when the run started "
+                f"or in {COUNTS_FILE}: shards must not change during a run; run tools.index_shards after a change"
+            )
+        return index
+
+    def __getitem__(self, shard: int) -> ShardIndex:
+        return self._loaded[shard]
+
+
+def load_index(shard: str, storage: Storage) -> ShardIndex:
+    """The shard's index, from a cache if one is valid. Raises DataError if the shard is no tar or holds no
+    sample.
+    """
+    cached = _from_cache(shard, storage, _read_index)
+    if cached is not None:
+        return cached
+    stamp = _stamp(shard, storage)
+    with open(storage.open(shard), "rb") as stream:
+        if stamp[1] < 0:  # remote: the size is for people and for a copy that is put back beside the shard
+            stamp[1] = os.fstat(stream.fileno()).st_size
+        index = build_index(stream, shard)
+    _write_index(shard, storage, index, stamp)
+    return index
+
+
+def index_name(shard: str) -> str:
+    """Name of the shard's cached index where it lies beside the shard."""
+    return f"{shard}.index.npz"
+
+
+def _stamp(shard: str, storage: Storage) -> np.ndarray:
+    """int64 [3]: format version, shard size in bytes, shard mtime in ns; the last two -1 for a remote one."""
+    return np.array([_FORMAT_VERSION, *(storage.stamp(shard) or (-1, -1))], dtype=np.int64)
+
+
+def _from_cache(shard: str, storage: Storage, read: Callable[[Mapping[str, np.ndarray]], T]) -> T | None:
+    """`read` of the first valid cache; None without one. An npz array is loaded only when asked for: counting
+    is cheap.
+    """
+    stamp = _stamp(shard, storage)
+    for file in storage.side_files(index_name(shard)):
+        with contextlib.suppress(*_UNREADABLE), np.load(file, allow_pickle=False) as cache:
+            found = cache["stamp"]
+            if found[0] == stamp[0] and (stamp[1] < 0 or np.array_equal(found, stamp)):
+                return read(cache)
+    return None
+
+
+def _read_index(cache: Mapping[str, np.ndarray]) -> ShardIndex:
+    return ShardIndex(
+        keys=cache["keys"],
+        spans=cache["spans"],
+        frames=cache["frames"],
+        frame_starts=cache["frame_starts"],
+        truncated=bool(cache["truncated"]),
+    )
+
+
+def _write_index(shard: str, storage: Storage, index: ShardIndex, stamp: np.ndarray) -> None:
+    written = _write_first(
+        storage,
+        index_name(shard),
+        stamp=stamp,
+        count=np.int64(len(index)),
+        truncated=np.bool_(index.truncated),
+        keys=index.keys,
+        spans=index.spans,
+        frames=index.frames,
+        frame_starts=index.frame_starts,
+    )
+    if not written:
+        _log.info("the index of %s is kept in memory only: set data.cache_dir to keep it", shard)
+
+
+def _write_first(storage: Storage, name: str, **arrays: Any) -> bool:
+    """Write an npz in the first place that takes it."""
+    for file in storage.side_files(name):
+        temporary = f"{file}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        try:
+            os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+            with open(temporary, "xb") as stream:
+                np.savez(stream, **arrays)
+            os.replace(temporary, file)
+            return True
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+    return False
+
+
+def write_counts(shards: Sequence[str], counts: np.ndarray, storage: Storage) -> None:
+    """`shards.counts.npz` for the folders of the shards."""
+    by_folder: dict[str, list[int]] = {}
+    for number, shard in enumerate(shards):
+        by_folder.setdefault(shard.rpartition("/")[0], []).append(number)
+    for folder, numbers in by_folder.items():
+        stamps = [storage.stamp(shards[number]) or (-1, -1) for number in numbers]
+        _write_first(
+            storage,
+            _counts_name(folder),
+            version=np.int64(_FORMAT_VERSION),
+            names=np.array([shards[number].rpartition("/")[2].encode() for number in numbers], dtype=np.bytes_),
+            table=np.array([(*stamp, counts[n]) for stamp, n in zip(stamps, numbers, strict=True)], dtype=np.int64),
+        )
+
+
+def _counts_name(folder: str) -> str:
+    return f"{folder}/{COUNTS_FILE}" if folder else COUNTS_FILE
+
+
+def _read_counts(folder: str, storage: Storage) -> dict[str, tuple[int, int, int]]:
+    """(size, mtime, count) by shard name; empty where there is no such file."""
+    for file in storage.side_files(_counts_name(folder)):
+        with contextlib.suppress(*_UNREADABLE), np.load(file, allow_pickle=False) as cache:
+            if cache["version"] == _FORMAT_VERSION:
+                names = [name.decode() for name in cache["names"].tolist()]
+                return dict(zip(names, map(tuple, cache["table"].tolist()), strict=True))
+    return {}
