@@ -25,6 +25,18 @@ def own_rows(rows: int, mesh: Mesh) -> slice:
     return split_rows(rows, mesh.replica.size)[mesh.replica.rank]
 
 
+def rows_of_every_rank(rows: int, mesh: Mesh) -> list[int]:
+    """Length of `own_rows` on each rank of the world, in rank order (tensor fastest, pipeline slowest)."""
+    parts = [part.stop - part.start for part in split_rows(rows, mesh.replica.size)]
+    tensor = mesh.tensor.size
+    return [
+        parts[stage * tensor + t]
+        for stage in range(mesh.pipeline.size)
+        for _ in range(mesh.data.size)
+        for t in range(tensor)
+    ]
+
+
 def deal_from_last_stage(embeddings: Tensor | None, rows: int, width: int, mesh: Mesh, device: torch.device) -> Tensor:
     """Last stage: embeddings fp32 [rows, width] -> every rank of the replica: its own rows."""
     if embeddings is None:

@@ -15,7 +15,7 @@ from engine.loss import contrastive_loss
 from engine.memory import keep_within, saved_bytes
 from engine.mesh import Mesh
 from engine.optim.lamb import ShardedOptimizer
-from engine.rows import own_rows
+from engine.rows import own_rows, rows_of_every_rank
 from engine.schedule import ContrastiveSchedule, LossResult, StepShape, Work
 from engine.sigmoid_loss import sigmoid_loss
 from engine.stages import TextRunner, VisionRunner
@@ -53,6 +53,7 @@ class ContrastiveStep:
             for chunk in towers.vision
         ]
         rows = own_rows(self.local_batch, mesh)
+        self.row_counts = rows_of_every_rank(self.local_batch, mesh)
         self.text = TextRunner(towers.text, rows=_parts(rows, train.text_micro_batch_size), device=device)
         self.work = Work(
             vision=self.vision,
@@ -91,6 +92,7 @@ class ContrastiveStep:
             "group": self.mesh.world.group,
             "tile": train.loss_tile,
             "variant": train.loss_variant,
+            "row_counts": self.row_counts,
         }
         result: LossResult
         if side.logit_bias is not None:
@@ -164,7 +166,6 @@ class ContrastiveStep:
             positions=np.arange(train.micro_batch_size),
             images=torch.zeros(train.micro_batch_size, 3, side, side, dtype=torch.uint8),
             tokens=torch.empty(0),
-            bad_samples=0,
         )
         hidden = None
         if not runner.tower.is_first:

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
 def _train(config: Config) -> int:
     # Importing torch and megatron-core takes seconds: after the checks, so that a typing mistake answers at once.
     from engine.callbacks.checkpoint import CheckpointCallback
-    from engine.checkpoint.simple import CheckpointError
+    from engine.checkpoint.errors import CheckpointError
     from engine.launch import job
     from engine.mesh import LayoutError
     from engine.trainer import NonFiniteLoss, Trainer

@@ -13,17 +13,14 @@ import torch.distributed as dist
 
 from engine.build import build_optimizer, build_towers
 from engine.callbacks.base import Callback, RunInfo
-from engine.checkpoint.simple import (
-    CheckpointError,
-    Position,
-    all_checkpoints,
-    latest_checkpoint,
-    load_checkpoint,
-)
+from engine.checkpoint.lock import RunLock
+from engine.checkpoint.manifest import Position
+from engine.checkpoint.resume import lock_run, start
 from engine.config import Config, to_dict
 from engine.device import Device
 from engine.feed import Feed, LocalBatch
 from engine.mesh import Mesh
+from engine.quarantine import Quarantine
 from engine.step import ContrastiveStep, StepOutcome
 from engine.timeline import Phases, write_spans
 
@@ -42,6 +39,11 @@ class Trainer:
         self.optimizer = build_optimizer(config, self.towers)
         self.contrastive_step = ContrastiveStep(config, mesh, device.torch_device, self.towers, self.optimizer)
         self.position = Position(step=0, samples_seen=0)
+        self.lock: RunLock | None = None
+        self.callbacks: list[Callback] = []
+        self.checkpoint_stall_s = 0.0
+        """Seconds that training has waited for checkpoints since the last record."""
+        self._resumed_states: dict[str, Any] = {}
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
@@ -56,8 +58,19 @@ class Trainer:
             start_position=self.position.samples_seen,
             steps=total - start,
         )
+        self.quarantine = Quarantine(
+            Path(self.config.run_dir),
+            self.mesh,
+            self.device.torch_device,
+            start_position=self.position.samples_seen,
+            max_bad_fraction=self.config.data.max_bad_fraction,
+        )
         run = self._run_info()
         record: dict[str, Any] = {}
+        self.callbacks = callbacks
+        for callback in callbacks:
+            if type(callback).__name__ in self._resumed_states:
+                callback.load_state_dict(self._resumed_states[type(callback).__name__])
         for callback in callbacks:
             callback.on_start(run)
         try:
@@ -101,9 +114,8 @@ class Trainer:
         self, outcome: StepOutcome, phases: Phases, batch: LocalBatch, started: float, fetched: float
     ) -> dict[str, Any]:
         loss, rates = outcome.loss, outcome.rates
-        bad = torch.tensor([batch.bad_samples], device=self.device.torch_device)
-        dist.all_reduce(bad, group=self.mesh.world.group)
-        self.position.bad_samples += int(bad)
+        seen = self.position.samples_seen
+        self.position.bad_samples += self.quarantine.report(batch.bad, samples_seen=seen)
         value = float(loss.loss)
         record = {
             "step": self.position.step - 1,
@@ -117,8 +129,12 @@ class Trainer:
             "i2t_top1": float(loss.i2t_top1),
             "t2i_top1": float(loss.t2i_top1),
             "bad_samples": self.position.bad_samples,
+            "checkpoint_stall_s": self.checkpoint_stall_s,
+            **{f"bad_{reason}": count for reason, count in sorted(self.quarantine.by_reason.items())},
+            **{f"samples_{source}": count for source, count in batch.source_counts.items()},
             **{f"phase_{name}_s": seconds for name, seconds in phases.seconds.items()},
         }
+        self.checkpoint_stall_s = 0.0
         if self.towers.side.logit_scale is not None:
             record["logit_scale"] = float(self.towers.side.logit_scale())
         if not torch.isfinite(loss.loss):
@@ -148,17 +164,18 @@ class Trainer:
         dist.all_reduce(total, group=self.mesh.pipeline.group)
         return int(total) + side
 
+    # --- where training begins -------------------------------------------------------------------------------------
+
     def resume(self) -> None:
-        """Load what checkpoint.resume asks for."""
-        run_dir, wish = Path(self.config.run_dir), self.config.checkpoint.resume
-        if wish == "none" and all_checkpoints(run_dir):
-            raise CheckpointError(
-                f"{run_dir} holds checkpoints of an earlier run, which a fresh one would mix with its own: set another "
-                "run_dir, delete its checkpoints folder, or set checkpoint.resume=auto to go on with it"
-            )
-        folder = latest_checkpoint(run_dir, wish)
-        if folder is not None:
-            self.position = load_checkpoint(folder, self.towers, self.optimizer, self.config, self.mesh)
+        """Take the run folder for this job and load what checkpoint.resume and init ask for. Collective."""
+        self.lock = lock_run(Path(self.config.run_dir), self.mesh)
+        begin = start(self.towers, self.optimizer, self.config, self.mesh)
+        self.position, self._resumed_states = begin.position, begin.callbacks
+
+    def callback_states(self) -> dict[str, Any]:
+        """Class name -> state of this rank's callbacks that have one."""
+        states = {type(callback).__name__: callback.state_dict() for callback in self.callbacks}
+        return {name: state for name, state in states.items() if state}
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -1,1 +1,1 @@
-"""Saving and resuming."""
+"""Checkpoints: sharded, hashed, atomic, readable at any layout (docs/checkpoints.md)."""

@@ -1,0 +1,148 @@
+"""Filling towers and optimizer from stored tensors, at any layout and precision.
+
+A rank reads exactly the elements it owns (its optimizer shards) into the fp32 masters and moments; weights follow by
+rounding, and the all-gather that training does after every step brings them to the other data-parallel ranks. So a job
+of any TP x PP x virtual x DP reads each byte once per copy it needs, and what was fp32 stays so to the bit.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engine.build import Towers
+from engine.checkpoint.errors import CheckpointError
+from engine.checkpoint.flat_slice import FlatSlice
+from engine.checkpoint.manifest import MOMENT1, MOMENT2, WEIGHT, Position
+from engine.checkpoint.matching import Exceptions, Match, Shapes, match
+from engine.checkpoint.reader import Checkpoint
+from engine.checkpoint.snapshot import KINDS, owned_slice
+from engine.checkpoint.together import everyone
+from engine.config import Config, to_dict
+from engine.mesh import Mesh
+from engine.optim.lamb import ShardedOptimizer
+from models.naming import LogicalTensor
+
+_NOT_THE_MODEL = ("preset", "backend")  # how it was written down, and which kernels compute it
+
+
+class TensorSource(Protocol):
+    """Anything that offers logical weights."""
+
+    def shapes(self) -> Shapes: ...
+
+    def read(self, name: str, where: FlatSlice) -> Tensor: ...
+
+
+def model_shapes(towers: Towers, mesh: Mesh) -> Shapes:
+    """Every logical tensor of the whole model: this rank's and those of the other stages. Collective over pipeline."""
+    own = {t.name: tuple(t.shape) for part in towers.parts for t in part.logical.values()}
+    return {name: shape for stage in everyone(own, mesh.pipeline) for name, shape in stage.items()}
+
+
+# --- resuming ------------------------------------------------------------------------------------------------------
+
+
+def resume_training(
+    checkpoint: Checkpoint, towers: Towers, optimizer: ShardedOptimizer, config: Config, mesh: Mesh
+) -> tuple[Position, Match]:
+    """Weights, moments, step and position of a training checkpoint. Collective over the mesh.
+
+    Raises CheckpointError: weights only, another model or seed, tensors that do not fit (checkpoint.skip and
+    checkpoint.reinit are the exceptions).
+    """
+    manifest = checkpoint.manifest
+    if manifest.content != "training" or manifest.position is None:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds weights only, no optimizer state and no position: start from it with "
+            f"init.vision={checkpoint.folder} init.text={checkpoint.folder}"
+        )
+    _same_run(checkpoint, config)
+    settings = config.checkpoint
+    chosen = match(
+        manifest.shapes(),
+        model_shapes(towers, mesh),
+        Exceptions(skip=settings.skip, reinit=settings.reinit),
+        str(checkpoint.folder),
+    )
+    for kind in (MOMENT1, MOMENT2):
+        lacking = sorted(set(chosen.load) - manifest.shapes(kind).keys())
+        if lacking:
+            raise CheckpointError(f"{checkpoint.folder} has no {kind} of {len(lacking)} tensors, first {lacking[0]}")
+    _fill(optimizer, mesh, set(chosen.load), checkpoint.read, (WEIGHT, MOMENT1, MOMENT2))
+    publish(optimizer, towers)
+    optimizer.step_count = manifest.position.step
+    return manifest.position, chosen
+
+
+def _same_run(checkpoint: Checkpoint, config: Config) -> None:
+    manifest = checkpoint.manifest
+    if manifest.seed != config.train.seed:
+        raise CheckpointError(
+            f"{checkpoint.folder} was written with train.seed {manifest.seed}, this job has {config.train.seed}: its "
+            f"samples and dropped patches would not be those of the run it continues; set train.seed={manifest.seed}"
+        )
+    other = model_differences(manifest.config["model"], to_dict(config)["model"])
+    if other:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds another model than the config asks for: {'; '.join(other)}. A new stage of "
+            f"training starts with init.vision={checkpoint.folder} init.text={checkpoint.folder}"
+        )
+
+
+def model_differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "model") -> list[str]:
+    """`model.vision.depth: checkpoint 4, config 6` for every switch that differs."""
+    out = []
+    for key in sorted(stored.keys() | wanted.keys()):
+        a, b, name = stored.get(key), wanted.get(key), f"{prefix}.{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            out += model_differences(a, b, name)
+        elif a != b and key not in _NOT_THE_MODEL:
+            out.append(f"{name}: checkpoint {a}, config {b}")
+    return out
+
+
+# --- filling -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _fill(optimizer: ShardedOptimizer, mesh: Mesh, names: set[str], read, kinds: tuple[str, ...]) -> None:
+    """Read this rank's owned elements of the tensors `names`. read(name, where, kind) -> 1-D."""
+    for tower in optimizer.towers:
+        for s, piece in tower.shards.owned():
+            name = tower.shards.tensors[piece.tensor].name
+            if name not in names:
+                continue
+            where = owned_slice(tower.shards, piece, mesh)
+            for kind in kinds:
+                getattr(tower, KINDS[kind])[s][piece.start : piece.stop].copy_(read(name, where, kind))
+
+
+def load_weights_for_training(
+    source: TensorSource, names: set[str], towers: Towers, optimizer: ShardedOptimizer, mesh: Mesh
+) -> None:
+    """Fill fp32 masters and weights of the tensors `names`; moments stay zero. Collective over the mesh."""
+    _fill(optimizer, mesh, names, lambda name, where, kind: source.read(name, where), (WEIGHT,))
+    publish(optimizer, towers)
+
+
+@torch.no_grad()
+def publish(optimizer: ShardedOptimizer, towers: Towers) -> None:
+    """From the owned masters to every rank's weights. Collective over the owners of each part."""
+    for tower in optimizer.towers:
+        for shard, master in zip(tower.shards.shards, tower.master, strict=True):
+            if master is not shard.weight:
+                shard.weight.copy_(master)
+    for part in towers.parts:
+        part.ddp.start_param_sync(force_sync=True)
+
+
+@torch.no_grad()
+def load_weights(
+    source: TensorSource, names: set[str], parameters: list[tuple[LogicalTensor, nn.Parameter]], mesh: Mesh
+) -> None:
+    """Fill the local slices of modules without an optimizer. No collective."""
+    for tensor, parameter in parameters:
+        if tensor.name in names:
+            where = FlatSlice.of_rank(tensor.shape, tensor.split_dim, mesh.tensor.rank, mesh.tensor.size)
+            parameter.copy_(source.read(tensor.name, where).view(parameter.shape))

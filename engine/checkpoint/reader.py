@@ -1,0 +1,87 @@
+"""An open checkpoint: any range of any tensor, whatever layout wrote it; and the check of its files."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint.errors import CheckpointError, listed
+from engine.checkpoint.flat_slice import FlatSlice, copy_overlap
+from engine.checkpoint.manifest import WEIGHT, Manifest, read_manifest
+from engine.checkpoint.tensor_file import TensorFile, hash_file
+
+
+class Checkpoint:
+    """One checkpoint folder with a valid manifest. Files are opened when first read and stay open."""
+
+    def __init__(self, folder: Path):
+        """Raises CheckpointError if the folder is not a checkpoint."""
+        self.folder = folder
+        self.manifest: Manifest = read_manifest(folder)
+        self._files: dict[str, TensorFile] = {}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Logical name -> shape of every weight."""
+        return self.manifest.shapes()
+
+    def read(self, name: str, where: FlatSlice, kind: str = WEIGHT) -> Tensor:
+        """The elements `where` of a logical tensor: 1-D on the CPU, in the stored dtype."""
+        key = f"{kind}/{name}"
+        stored = self.manifest.tensors[key]
+        out = torch.empty(where.numel(), dtype=stored.dtype)
+        copied = 0
+        for part in stored.parts:
+            read_range = _range_reader(self._open(part.file), key)
+            copied += copy_overlap(out, where, part.where, read_range)
+        if copied != where.numel():
+            raise CheckpointError(f"{self.folder}: {key} has {copied:,} of {where.numel():,} wanted elements")
+        return out
+
+    def read_whole(self, name: str, kind: str = WEIGHT) -> Tensor:
+        """A logical tensor in its own shape."""
+        shape = self.manifest.tensors[f"{kind}/{name}"].shape
+        return self.read(name, FlatSlice.whole(shape), kind).view(shape)
+
+    def _open(self, file: str) -> TensorFile:
+        if file not in self._files:
+            self._files[file] = TensorFile(self.folder / file)
+        return self._files[file]
+
+    def close(self) -> None:
+        """Release the files."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def problems(self, rank: int = 0, ranks: int = 1, hashes: bool = True) -> list[str]:
+        """What is wrong with this rank's share of the files: missing, of another size, of another hash."""
+        found = []
+        for file in sorted(self.manifest.files)[rank::ranks]:
+            problem = self._problem(file, hashes)
+            if problem:
+                found.append(problem)
+        return found
+
+    def _problem(self, file: str, hashes: bool) -> str | None:
+        path, record = self.folder / file, self.manifest.files[file]
+        if not path.is_file():
+            return f"{file} is missing"
+        size = path.stat().st_size
+        if size != record.size_bytes:
+            return f"{file} has {size:,} bytes, the manifest says {record.size_bytes:,} (truncated or replaced)"
+        if hashes and hash_file(path).sha256 != record.sha256:
+            return f"{file} has another sha256 than the manifest says (its bytes changed after it was written)"
+        return None
+
+    def verify(self) -> None:
+        """Raise CheckpointError that lists every bad file."""
+        problems = self.problems()
+        if problems:
+            raise CheckpointError(f"{self.folder} is damaged:{listed(problems)}")
+
+
+def _range_reader(file: TensorFile, key: str):
+    def read_range(out: Tensor, start: int) -> None:
+        file.read_into(out, key, start)
+
+    return read_range

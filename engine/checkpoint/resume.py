@@ -1,0 +1,130 @@
+"""What a job starts from: its newest good checkpoint, a given one, initial weights from elsewhere, or nothing."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.build import Towers
+from engine.checkpoint.errors import CheckpointError, listed
+from engine.checkpoint.folders import all_checkpoints, clear_leftovers, latest_first, resolve_checkpoint, set_aside
+from engine.checkpoint.init import initialise_from
+from engine.checkpoint.load import resume_training
+from engine.checkpoint.lock import RunLock
+from engine.checkpoint.manifest import Position
+from engine.checkpoint.reader import Checkpoint
+from engine.checkpoint.together import everyone, raise_together
+from engine.config import Config
+from engine.mesh import Mesh
+from engine.optim.lamb import ShardedOptimizer
+
+
+@dataclass
+class Start:
+    """Where training begins."""
+
+    position: Position
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """Class name -> state of the callbacks of the run that is continued."""
+
+
+def lock_run(run_dir: Path, mesh: Mesh) -> RunLock | None:
+    """Take the run folder (rank 0) and undo what a killed job left in it. Collective; raises on every rank."""
+    lock, error = None, None
+    if mesh.world.rank == 0:
+        try:
+            lock = RunLock(run_dir)
+            for name in clear_leftovers(run_dir):
+                _say(f"removed the unfinished checkpoint {name} of a run that was stopped while saving", mesh)
+        except (CheckpointError, OSError) as problem:
+            error = str(problem)
+    raise_together(error, mesh.world)
+    return lock
+
+
+def start(towers: Towers, optimizer: ShardedOptimizer, config: Config, mesh: Mesh) -> Start:
+    """Do what checkpoint.resume and init ask for. Collective over the mesh."""
+    checkpoint = _choose(config, mesh)
+    if checkpoint is None:
+        for line in initialise_from(config, towers, optimizer, mesh):
+            _say(line, mesh)
+        return Start(Position(step=0, samples_seen=0))
+    position, chosen = resume_training(checkpoint, towers, optimizer, config, mesh)
+    _say(f"resumed from {checkpoint.folder} (step {position.step}): " + "; ".join(chosen.lines()), mesh)
+    checkpoint.close()
+    return Start(position, checkpoint.manifest.callbacks)
+
+
+def _choose(config: Config, mesh: Mesh) -> Checkpoint | None:
+    run_dir, wish = Path(config.run_dir), config.checkpoint.resume
+    if wish == "auto":
+        return _newest_good(run_dir, config, mesh)
+    if wish != "none":
+        checkpoint = Checkpoint(resolve_checkpoint(Path(wish)))
+        problems = _problems(checkpoint, config, mesh)
+        if problems:
+            raise CheckpointError(f"{checkpoint.folder} is damaged:{listed(problems)}")
+        return checkpoint
+    if all_checkpoints(run_dir):
+        raise CheckpointError(
+            f"{run_dir} holds checkpoints of an earlier run, which a fresh one would mix with its own: set another "
+            "run_dir, delete its checkpoints folder, or set checkpoint.resume=auto to go on with it"
+        )
+    return None
+
+
+def _newest_good(run_dir: Path, config: Config, mesh: Mesh) -> Checkpoint | None:
+    """The first of latest, newest, … whose every byte is what was written; damaged ones are set aside, loudly."""
+    candidates = everyone(latest_first(run_dir) if mesh.world.rank == 0 else None, mesh.world)[0]
+    bad: list[tuple[Path, list[str]]] = []
+    for folder in candidates:
+        checkpoint, problems = _try_open(folder, config, mesh)
+        if checkpoint is not None and not problems:
+            _warn_of(bad, folder, mesh)
+            return checkpoint
+        bad.append((folder, problems))
+    if bad:
+        reasons = "\n".join(f"{folder}:{listed(problems)}" for folder, problems in bad)
+        raise CheckpointError(f"no checkpoint of {run_dir} is whole, and starting afresh was not asked for:\n{reasons}")
+    return None
+
+
+def _warn_of(bad: list[tuple[Path, list[str]]], good: Path, mesh: Mesh) -> None:
+    if mesh.world.rank != 0:
+        return
+    for folder, problems in bad:
+        _say(f"WARNING: {folder} is damaged and was not used:{listed(problems)}{_set_aside(folder)}", mesh)
+    if bad:
+        _say(f"WARNING: falling back to the last good checkpoint, {good}", mesh)
+
+
+def _try_open(folder: Path, config: Config, mesh: Mesh) -> tuple[Checkpoint | None, list[str]]:
+    checkpoint, own = None, []
+    try:
+        checkpoint = Checkpoint(folder)
+    except CheckpointError as error:
+        own = [str(error)]
+    problems = sorted({p for part in everyone(own, mesh.world) for p in part})
+    if problems or checkpoint is None:
+        return None, problems
+    return checkpoint, _problems(checkpoint, config, mesh)
+
+
+def _problems(checkpoint: Checkpoint, config: Config, mesh: Mesh) -> list[str]:
+    """Every file checked by one rank."""
+    own = checkpoint.problems(mesh.world.rank, mesh.world.size, hashes=config.checkpoint.verify_hashes)
+    return [problem for part in everyone(own, mesh.world) for problem in part]
+
+
+def _set_aside(folder: Path) -> str:
+    if not folder.exists():
+        return ""
+    try:
+        return f"\n    it is kept as {set_aside(folder)}"
+    except OSError as error:
+        return f"\n    it could not be renamed: {error.strerror}"
+
+
+def _say(line: str, mesh: Mesh) -> None:
+    if mesh.world.rank == 0:
+        print(line, file=sys.stderr, flush=True)

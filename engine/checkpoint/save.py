@@ -1,0 +1,204 @@
+"""Saving: snapshot, background writer on every rank, commit by rank 0.
+
+1. All ranks copy what they own to host memory (the stall), agree that it fits on the disk, and go on training.
+2. A thread a rank writes rank_*.safetensors, hashing while it writes, then a small rank_*.json: parts, size, hash.
+3. Rank 0's thread waits for those of all ranks, merges them into the manifest, renames the folder into its place, moves
+   `latest` and deletes what is no longer kept.
+No collective runs in a thread, so the training's own never meet one of them; the ranks meet over the file system, which
+they need to share anyway. At most one save is under way: the next one waits for it (stall). A writer that fails stops
+its rank at the next step with the reason, and torchrun stops the others.
+"""
+
+import copy
+import json
+import shutil
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoint.errors import CheckpointError
+from engine.checkpoint.folders import (
+    Retention,
+    prune,
+    put_in_place,
+    saving_folder,
+    step_folder,
+)
+from engine.checkpoint.manifest import (
+    Manifest,
+    Position,
+    StoredPart,
+    StoredTensor,
+    parse_tensor,
+    sync_folder,
+    tensor_entry,
+    write_manifest,
+    write_synced,
+)
+from engine.checkpoint.snapshot import Snapshot, SnapshotPart
+from engine.checkpoint.tensor_file import FileRecord, TensorSpec, write_tensor_file
+from engine.checkpoint.together import everyone, raise_together
+from engine.config import Config, to_dict
+from engine.mesh import Mesh
+from engine.optim.lamb import ShardedOptimizer
+
+_POLL_S = 0.02
+_MARGIN_BYTES = 64 * 2**20
+"""Left free for the manifest, the metrics and whatever else the run writes."""
+
+
+class CheckpointSaver:
+    """Writes the checkpoints of one run. One on every rank."""
+
+    def __init__(self, run_dir: Path, optimizer: ShardedOptimizer, config: Config, mesh: Mesh, retention: Retention):
+        self.run_dir, self.config, self.mesh, self.retention = run_dir, config, mesh, retention
+        self._snapshot = Snapshot(optimizer, mesh)
+        self._writing: _BackgroundTask | None = None
+        self._committing: _BackgroundTask | None = None
+        self._cancelled = threading.Event()
+
+    def save(self, position: Position, callbacks: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Start saving the state as it is now; returns when it is copied. Collective over the mesh."""
+        self.wait()
+        parts = self._snapshot.take()
+        final = step_folder(self.run_dir, position.step)
+        self._make_room(final, sum(part.values.nbytes for part in parts))
+        rank = self.mesh.world.rank
+        self._writing = _BackgroundTask(lambda: _write_rank(saving_folder(final), rank, parts))
+        if rank == 0:
+            manifest = self._manifest(position, callbacks, metrics)
+            self._committing = _BackgroundTask(lambda: self._commit(final, manifest))
+
+    def check(self) -> None:
+        """Raise what a writer of this rank ran into. Local; for every step."""
+        for task in (self._writing, self._committing):
+            if task is not None and task.error is not None:
+                self._cancelled.set()
+                raise task.error
+
+    def wait(self) -> None:
+        """Until the save under way, if any, is a checkpoint. Collective over the mesh."""
+        if self._writing is None:
+            return
+        error = self._writing.join()
+        failed = [e for e in everyone(error, self.mesh.world) if e]
+        if failed:
+            self._cancelled.set()  # rank 0 would wait for a file that never comes
+        commit = self._committing.join() if self._committing else None
+        self._writing = self._committing = None
+        raise_together(failed[0] if failed else commit, self.mesh.world)
+
+    def abandon(self, patience_s: float = 60.0) -> str | None:
+        """At the end of a run, also after an error: let the save under way finish if it can, without a collective.
+
+        Returns what went wrong with it in words; nothing if none is under way.
+        """
+        problem = self._writing.join() if self._writing is not None else None
+        if self._committing is not None:
+            self._committing.join(patience_s)
+            self._cancelled.set()
+            problem = problem or self._committing.join()
+        self._writing = self._committing = None
+        return problem
+
+    def _make_room(self, final: Path, own_bytes: int) -> None:
+        """An empty saving folder on a disk that can hold all ranks' parts."""
+        total = sum(everyone(own_bytes, self.mesh.world))
+        error = None
+        if self.mesh.world.rank == 0:
+            try:
+                _prepare(saving_folder(final), total)
+            except (CheckpointError, OSError) as problem:
+                error = f"cannot save {final}: {problem}"
+        raise_together(error, self.mesh.world)
+
+    def _manifest(self, position: Position, callbacks: dict[str, Any], metrics: dict[str, float]) -> Manifest:
+        mesh = self.mesh
+        return Manifest(
+            content="training",
+            config=to_dict(self.config),
+            layout={"tensor": mesh.tensor.size, "pipeline": mesh.pipeline.size, "data": mesh.data.size},
+            tensors={},
+            files={},
+            position=Position(**asdict(position)),
+            seed=self.config.train.seed,
+            callbacks=copy.deepcopy(callbacks),
+            metrics=metrics,
+        )
+
+    def _commit(self, final: Path, manifest: Manifest) -> None:
+        folder = saving_folder(final)
+        for rank in range(self.mesh.world.size):
+            report = folder / f"rank_{rank:05d}.json"
+            while not report.is_file():
+                if self._cancelled.wait(_POLL_S):
+                    return
+            _merge(manifest, json.loads(report.read_text()))
+            report.unlink()
+        write_manifest(folder, manifest)
+        put_in_place(final)
+        prune(self.run_dir, self.retention)
+
+
+class _BackgroundTask:
+    """A thread whose failure waits to be picked up."""
+
+    def __init__(self, work):
+        self.error: CheckpointError | None = None
+        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+        self._thread.start()
+
+    def _run(self, work) -> None:
+        try:
+            work()
+        except CheckpointError as error:
+            self.error = error
+        except Exception as error:  # nothing a thread raises may be lost
+            self.error = CheckpointError(f"the checkpoint writer failed: {type(error).__name__}: {error}")
+
+    def join(self, timeout_s: float | None = None) -> str | None:
+        """Wait for the end; the failure in words, if any."""
+        self._thread.join(timeout_s)
+        return str(self.error) if self.error else None
+
+
+def _prepare(folder: Path, total_bytes: int) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)  # of an attempt that failed
+    free = shutil.disk_usage(folder.parent).free
+    if free < total_bytes + _MARGIN_BYTES:
+        raise CheckpointError(
+            f"it needs {total_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: free some space, or lower "
+            "checkpoint.keep_last"
+        )
+    folder.mkdir()
+
+
+def _write_rank(folder: Path, rank: int, parts: list[SnapshotPart]) -> None:
+    file = folder / f"rank_{rank:05d}.safetensors"
+    specs = [TensorSpec(part.key, part.values.dtype, (part.values.numel(),)) for part in parts]
+    record = write_tensor_file(file, specs, (part.values for part in parts))
+    tensors = {
+        part.key: tensor_entry(StoredTensor(part.values.dtype, part.where.shape, [StoredPart(file.name, part.where)]))
+        for part in parts
+    }
+    report = {"file": file.name, "record": asdict(record), "tensors": tensors}
+    # Complete as soon as it has its name: rank 0 looks for that.
+    hidden = folder / f".rank_{rank:05d}.json"
+    write_synced(hidden, json.dumps(report).encode())
+    hidden.rename(folder / f"rank_{rank:05d}.json")
+    sync_folder(folder)
+
+
+def _merge(manifest: Manifest, report: dict[str, Any]) -> None:
+    manifest.files[report["file"]] = FileRecord(**report["record"])
+    for key, entry in report["tensors"].items():
+        tensor = parse_tensor(entry)
+        known = manifest.tensors.setdefault(key, StoredTensor(tensor.dtype, tensor.shape))
+        if (known.dtype, known.shape) != (tensor.dtype, tensor.shape):
+            raise CheckpointError(
+                f"ranks disagree on {key}: {known.shape} {known.dtype} or {tensor.shape} {tensor.dtype}"
+            )
+        known.parts += tensor.parts

@@ -1,0 +1,1 @@
+"""What tools.embed and tools.evaluate read, run and write."""

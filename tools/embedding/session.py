@@ -1,0 +1,89 @@
+"""From a checkpoint path and a layout to embeddings: what tools.embed and tools.evaluate share."""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.build import DTYPES
+from engine.checkpoint.folders import resolve_checkpoint
+from engine.checkpoint.reader import Checkpoint
+from engine.config import Config
+from engine.inference import Embedder, inference_config, load_encoders, verify_together
+from engine.launch import job
+from engine.mesh import Mesh
+
+_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=.*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Session:
+    """A checkpoint, the layout to run it at and this rank's place in it."""
+
+    config: Config
+    mesh: Mesh
+    device: torch.device
+    checkpoint: Checkpoint
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of pixels and weights."""
+        return DTYPES[self.config.train.precision]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank prints and writes."""
+        return self.mesh.world.rank == 0
+
+
+def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(arguments, `dotted.key=value` overrides)."""
+    overrides = [a for a in argv if _OVERRIDE.fullmatch(a)]
+    return [a for a in argv if a not in overrides], overrides
+
+
+@contextmanager
+def open_session(path: Path, overrides: list[str], micro_batch: int) -> Iterator[Session]:
+    """Checkpoint, config and mesh; the towers are loaded by `load` when the input is known. Collective."""
+    checkpoint = Checkpoint(resolve_checkpoint(path))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    config = inference_config(checkpoint.manifest, overrides, world_size, micro_batch)
+    with job(config.parallel) as (mesh, device):
+        yield Session(config, mesh, device.torch_device, checkpoint)
+    checkpoint.close()
+
+
+def load(session: Session, *, images: bool, texts: bool, verify_hashes: bool) -> Embedder:
+    """The towers that the input needs. Collective over the mesh; raises CheckpointError."""
+    verify_together(session.checkpoint, session.mesh, verify_hashes)
+    encoders, remarks = load_encoders(
+        session.checkpoint, session.config, session.mesh, session.device, images=images, texts=texts
+    )
+    if session.is_first:
+        for remark in remarks:
+            print(remark, file=sys.stderr, flush=True)
+    return Embedder(encoders, session.mesh, session.device, session.config.train.micro_batch_size)
+
+
+def block_size(session: Session) -> int:
+    """Samples of one block: enough micro-batches for every replica to fill the pipeline."""
+    mesh = session.mesh
+    return session.config.train.micro_batch_size * mesh.data.size * 4 * mesh.pipeline.size
+
+
+def fail(error: Exception) -> int:
+    """Report on this rank; the exit status."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return 1
+
+
+def leave(status: int) -> None:
+    """End the process. After an error, without the consent of ranks that may wait in a collective for this one."""
+    sys.stdout.flush()
+    if status:
+        os._exit(status)
