@@ -1,0 +1,238 @@
+"""Every option of the step gives the curve that one process gives without it: four ranks, one launch, many cases.
+
+The curve is the loss of three LAMB steps and of the batch after them, so it sees three updates of every weight.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from engine.config import Config, ParallelConfig, check_layout, resolve
+from engine.device import Device, prepare
+from engine.launch import job
+from engine.mesh import Mesh, build_mesh
+from engine.timeline import Phases, write_spans
+from engine.trainer import Trainer
+from tests.distributed import run_distributed
+from tests.golden import local_batch
+from tools.timeline import main as draw_timeline
+
+pytestmark = pytest.mark.dist
+
+RANKS, STEPS, BATCH = 4, 4, 16
+TOLERANCE = 1e-5
+COMMON = (
+    f"train.global_batch_size={BATCH}",
+    f"train.steps={STEPS}",
+    "train.patch_dropout=0.5",
+    "optim.lr_vision=0.02",
+    "optim.lr_text=0.02",
+    "optim.lr_other=0.02",
+    "optim.warmup_steps=1",
+)
+MODELS: dict[str, tuple[str, ...]] = {
+    "18b": ("model.preset=tiny-18b", "train.logit_scale=20"),
+    "18b-deep": ("model.preset=tiny-18b", "train.logit_scale=20", "model.vision.depth=8"),
+    "18b-learned-scale": ("model.preset=tiny-18b", "train.logit_scale=null"),
+    "18b-sigmoid": ("model.preset=tiny-18b", "train.logit_scale=null", "train.loss=sigmoid"),
+    "eva-02": ("model.preset=tiny-b16", "train.logit_scale=20", "model.vision.width=64"),
+}
+"""What changes the mathematics: case and reference share it."""
+BUDGET_GB = 0.0006
+"""A few micro-batches of one stage of tiny-18b."""
+
+
+TP2_PP2, PP2_DP2, PP4, DP4 = (2, 2), (1, 2), (1, 4), (1, 1)
+MICRO_BATCHES = 4
+"""Of a replica, at every layout with a pipeline."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model at a layout with options that must not be seen in the curve."""
+
+    name: str
+    layout: tuple[int, int]
+    """TP, PP; DP is what is left of the ranks."""
+    options: tuple[str, ...] = ()
+    model: str = "18b"
+
+    def config(self) -> Config:
+        """The job."""
+        tensor, pipeline = self.layout
+        layout = (f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}")
+        return _config(self.model, *layout, f"train.micro_batch_size={self.micro_batch}", *self.options)
+
+    @property
+    def micro_batch(self) -> int:
+        """Images of one pass."""
+        return BATCH // MICRO_BATCHES if self.layout in (TP2_PP2, PP4) else BATCH // (2 * MICRO_BATCHES)
+
+
+def _config(model: str, *options: str) -> Config:
+    return resolve({"data": {"shards": ["-"]}}, [*COMMON, *MODELS[model], *options])
+
+
+def _train(**values: Any) -> tuple[str, ...]:
+    return tuple(f"train.{name}={value}" for name, value in values.items())
+
+
+def _parallel(**values: Any) -> tuple[str, ...]:
+    return tuple(f"parallel.{name}={value}" for name, value in values.items())
+
+
+KEPT = [Case(f"keep-{k}-tp2-pp2", TP2_PP2, _train(keep_activations=k)) for k in (0, 1, -1)]
+BUDGET = Case("budget", PP2_DP2, _train(activation_budget_gb=BUDGET_GB))
+TRACED = Case("virtual-pp2", PP2_DP2, _parallel(virtual=2))
+PLAIN = Case("no-overlap", PP2_DP2, _parallel(overlap=False))
+SELECTIVE = Case("selective-keep-all", PP2_DP2, _train(recompute="selective", keep_activations=-1))
+FULL = Case("full", PP2_DP2, _train(recompute="full"))
+MEASURED = (BUDGET, PLAIN, SELECTIVE, FULL)
+CASES = [
+    *KEPT,
+    *MEASURED,
+    TRACED,
+    Case("keep-2-pp4", PP4, _train(keep_activations=2)),
+    Case("keep-all-dp4", DP4, _train(keep_activations=-1)),
+    Case("budget-nothing-fits", TP2_PP2, _train(activation_budget_gb=0)),
+    Case("selective", TP2_PP2, _train(recompute="selective")),
+    Case("full-keep-1", TP2_PP2, _train(recompute="full", keep_activations=1)),
+    Case("text-one-by-one", PP2_DP2, _train(text_micro_batch_size=1)),
+    Case("text-in-uneven-parts-kept", PP2_DP2, _train(text_micro_batch_size=3, keep_activations=-1)),
+    Case("virtual-tp2-pp2-keep-3", TP2_PP2, _parallel(virtual=2) + _train(keep_activations=3)),
+    Case("virtual-pp4", PP4, _parallel(virtual=2), model="18b-deep"),
+    Case("virtual-pp2-4-chunks-full", PP2_DP2, _parallel(virtual=4) + _train(recompute="full"), model="18b-deep"),
+    Case("uneven-pp2", PP2_DP2, _parallel(layers=[1, 3])),
+    Case("uneven-pp4", PP4, _parallel(layers=[1, 3, 2, 2]), model="18b-deep"),
+    Case("uneven-virtual-pp2", PP2_DP2, _parallel(layers=[1, 2, 4, 1], virtual=2), model="18b-deep"),
+    Case("small-buckets-dp4", DP4, _parallel(bucket_size=5000)),
+    Case("small-buckets-virtual", PP2_DP2, _parallel(bucket_size=5000, virtual=2) + _train(keep_activations=1)),
+    Case("small-buckets-no-overlap", DP4, _parallel(bucket_size=5000, overlap=False)),
+    Case("ring-dp4", DP4, _train(loss_variant="ring")),
+    Case("ring-tp2-pp2-tiles", TP2_PP2, _train(loss_variant="ring", loss_tile=3)),
+    Case("learned-scale", PP2_DP2, model="18b-learned-scale"),
+    Case("learned-scale-ring", TP2_PP2, _train(loss_variant="ring"), model="18b-learned-scale"),
+    Case("sigmoid", PP2_DP2, model="18b-sigmoid"),
+    Case("sigmoid-ring-virtual", TP2_PP2, _train(loss_variant="ring") + _parallel(virtual=2), model="18b-sigmoid"),
+    Case("eva-02-virtual", PP2_DP2, _parallel(virtual=2), model="eva-02"),
+    Case("eva-02-virtual-tp2-keep-1", TP2_PP2, _parallel(virtual=2) + _train(keep_activations=1), model="eva-02"),
+]
+
+
+# --- what the ranks do ------------------------------------------------------------------------------------------------
+
+
+def _curve(config: Config, mesh: Mesh, device: Device, *, spans_to: str = "", measure: bool = False) -> dict[str, Any]:
+    """Losses of all steps; with spans_to, the last step's spans are written below that folder."""
+    trainer = Trainer(config, mesh, device)
+    losses = []
+    for step in range(STEPS):
+        phases = Phases(record_spans=bool(spans_to) and step == STEPS - 1)
+        dist.barrier(group=mesh.world.group)
+        zero_s = phases.clock()
+        losses.append(float(trainer.step(local_batch(*_pairs(config, step), mesh), phases).loss.loss))
+        if phases.record_spans:
+            place = {"tensor": mesh.tensor.rank, "pipeline": mesh.pipeline.rank, "data": mesh.data.rank}
+            write_spans(Path(spans_to), mesh.world.rank, place, step, zero_s, phases)
+    contrastive_step = trainer.contrastive_step
+    bytes_each = contrastive_step.activation_bytes() if measure else 0
+    return {"losses": losses, "keep": contrastive_step.schedule.shape.keep, "activation_bytes": bytes_each}
+
+
+def _pairs(config: Config, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images uint8 [B, 3, h, w] and captions of all lengths, int64 [B, context]; the same on every rank."""
+    generator = torch.Generator().manual_seed(step)
+    side, text = config.model.vision.image_size, config.model.text
+    images = torch.randint(0, 256, (BATCH, 3, side, side), dtype=torch.uint8, generator=generator)
+    end = text.vocab_size - 1
+    tokens = torch.randint(1, end, (BATCH, text.context_length), generator=generator)
+    ends = torch.randint(2, text.context_length, (BATCH, 1), generator=generator)
+    place = torch.arange(text.context_length)
+    return images, tokens.masked_fill(place == ends, end).masked_fill(place > ends, 0)
+
+
+def _all_cases(folder: str) -> dict[str, Any]:
+    device = prepare()
+    mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, dist.group.WORLD))
+    out = {}
+    for case in CASES:
+        config = case.config()
+        check_layout(config, RANKS)
+        spans_to = folder if case is TRACED else ""
+        out[case.name] = _curve(config, mesh(*case.layout), device, spans_to=spans_to, measure=case in MEASURED)
+    return out
+
+
+# --- what is true of them ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the traced case leaves its spans."""
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def ranks(run_dir: Path) -> list[dict[str, Any]]:
+    """What each of the four ranks returned, by case."""
+    return run_distributed(_all_cases, RANKS, folder=str(run_dir))
+
+
+@pytest.fixture(scope="module")
+def references() -> Iterator[dict[str, list[float]]]:
+    """Losses of one process, by model: every micro-batch replayed, nothing cut, nothing overlapped."""
+    with job(ParallelConfig()) as (mesh, device):
+        yield {model: _curve(_config(model, "train.micro_batch_size=2"), mesh, device)["losses"] for model in MODELS}
+
+
+def test_the_references_learn_something(references: dict[str, list[float]]) -> None:
+    for model, losses in references.items():
+        for before, after in pairwise(losses):
+            assert abs(after - before) > 1e3 * TOLERANCE * before, f"{model}: {losses} hardly moves"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_an_option_does_not_show_in_the_curve(
+    case: Case, ranks: list[dict[str, Any]], references: dict[str, list[float]]
+) -> None:
+    for rank, results in enumerate(ranks):
+        assert results[case.name]["losses"] == pytest.approx(references[case.model], rel=TOLERANCE), f"rank {rank}"
+
+
+def test_kept_activations_change_no_bit(ranks: list[dict[str, Any]]) -> None:
+    stash, *kept = [ranks[0][case.name]["losses"] for case in KEPT]
+    assert kept == [stash, stash]
+
+
+def test_a_budget_keeps_what_fits(ranks: list[dict[str, Any]]) -> None:
+    keeps = []
+    for results in ranks:
+        one, keep = results[BUDGET.name]["activation_bytes"], results[BUDGET.name]["keep"]
+        assert keep == min(MICRO_BATCHES, math.floor(BUDGET_GB * 1e9 / one))
+        keeps.append(keep)
+    assert 0 < min(keeps) < MICRO_BATCHES, f"the budget of this test no longer divides a replica's work: {keeps}"
+
+
+def test_recompute_keeps_less(ranks: list[dict[str, Any]]) -> None:
+    for results in ranks:
+        plain, selective, full = (results[case.name]["activation_bytes"] for case in (PLAIN, SELECTIVE, FULL))
+        assert selective < plain
+        assert full < plain / 4
+
+
+def test_the_spans_of_a_run_are_drawn(ranks: list[dict[str, Any]], run_dir: Path) -> None:
+    png, trace = run_dir / "timeline.png", run_dir / "trace.json"
+    assert draw_timeline([str(run_dir), "--png", str(png), "--trace", str(trace)]) == 0
+    assert png.stat().st_size > 10_000
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]
+    units = {(e["tid"], e["args"]["micro_batch"], e["args"]["chunk"]) for e in events if e["name"] == "backward"}
+    assert len(units) == RANKS * 2 * MICRO_BATCHES

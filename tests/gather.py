@@ -1,0 +1,101 @@
+"""Whole logical tensors from the slices and shards of all ranks, for tests that compare layouts."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.feed import LocalBatch
+from engine.mesh import Axis
+from engine.schedule import Loss, LossResult
+from engine.step import ContrastiveStep
+from engine.timeline import Phases
+from engine.trainer import Trainer
+from models.naming import LogicalTensor
+
+COPIES_AGREE = 1e-5
+"""Relative difference allowed between ranks that hold the same part: sums in another order."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Elements [start, start + len(values)) of the flattened slice of tensor rank `rank`."""
+
+    tensor: LogicalTensor
+    rank: int
+    start: int
+    values: Tensor
+
+
+def whole_weights(trainer: Trainer) -> dict[str, Tensor]:
+    """Every weight of the model, on rank 0 (elsewhere empty). Collective; copies on several ranks must agree."""
+    trainer.towers.wait_for_weights()
+    parts = [
+        _Part(tensor, _slice_rank(tensor, trainer), 0, parameter.detach().float().flatten())
+        for tensor, parameter in trainer.towers.logical_parameters()
+    ]
+    return _assemble(trainer, parts)
+
+
+def whole_gradients(trainer: Trainer) -> dict[str, Tensor]:
+    """Every gradient of the model after the reduction, on rank 0 (elsewhere empty). Collective."""
+    return _assemble(trainer, list(_owned(trainer)))
+
+
+def backward_only(step: ContrastiveStep, batch: LocalBatch, loss: Loss | None = None) -> LossResult:
+    """A step that ends before the optimizer: gradients are complete on the ranks that own them. Collective."""
+    step.towers.zero_gradients()
+    step.text.batch = batch
+    for runner in step.vision:
+        runner.batch = batch
+    result = step.schedule.run(replace(step.work, loss=loss or step.work.loss), Phases())
+    step.towers.finish_reduction()
+    step._reduce_over_tensor_ranks()
+    return result
+
+
+def gather_objects(own: Any, axis: Axis) -> list[Any]:
+    """On the first rank of the axis what every rank gave, in its order; empty elsewhere."""
+    everyone: list[Any] = [None] * axis.size if axis.rank == 0 else []
+    dist.gather_object(own, everyone or None, group=axis.group, group_dst=0)
+    return everyone
+
+
+def _owned(trainer: Trainer) -> Iterator[_Part]:
+    for tower in trainer.optimizer.towers:
+        for shard in tower.shards.shards:
+            for piece in shard.pieces:
+                tensor = tower.shards.tensors[piece.tensor]
+                values = shard.gradient[piece.start : piece.stop].clone()
+                yield _Part(tensor, _slice_rank(tensor, trainer), piece.offset, values)
+
+
+def _slice_rank(tensor: LogicalTensor, trainer: Trainer) -> int:
+    return trainer.mesh.tensor.rank if tensor.split_dim is not None else 0
+
+
+def _assemble(trainer: Trainer, own: list[_Part]) -> dict[str, Tensor]:
+    size = trainer.mesh.tensor.size
+    whole: dict[str, Tensor] = {}
+    slices: dict[tuple[str, int], Tensor] = {}
+    for part in chain.from_iterable(gather_objects(own, trainer.mesh.world)):
+        tensor = part.tensor
+        blank = whole.setdefault(tensor.name, torch.full(tensor.shape, torch.nan))
+        piece = blank[tensor.slice_of(part.rank, size)]
+        flat = slices.setdefault((tensor.name, part.rank), torch.full((piece.numel(),), torch.nan))
+        _put(flat[part.start : part.start + len(part.values)], part.values, tensor.name)
+        piece.copy_(flat.view(piece.shape))
+    missing = [name for name, value in whole.items() if value.isnan().any()]
+    assert not missing, f"no rank holds parts of {missing[:3]}"
+    return whole
+
+
+def _put(target: Tensor, values: Tensor, name: str) -> None:
+    known = ~target.isnan()
+    difference = (target[known] - values[known]).norm() / values.norm().clamp_min(1e-30)
+    assert difference <= COPIES_AGREE, f"copies of {name} on two ranks differ by {float(difference):.1e}"
+    target.copy_(values)
