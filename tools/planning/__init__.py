@@ -1,0 +1,1 @@
+"""Planning a job without its GPUs: what a model costs, from its configuration alone."""

@@ -1,0 +1,72 @@
+"""Parameters and model FLOPs of a CLIP dual encoder, by formula from its configuration.
+
+Model FLOPs count 2 per multiply-add of matrix products and attention scores; norms, activations and softmax are left
+out. A training step is 3 forwards: replays are not counted (MFU); with a replay of every micro-batch, 4 run (HFU).
+"""
+
+from models.config import ModelConfig, TextConfig, VisionConfig
+
+TRAINING_FORWARDS = 3
+REPLAY_FORWARDS = 1
+
+
+def vision_block_parameters(vision: VisionConfig) -> int:
+    """Elements of one block of the image tower."""
+    h, f = vision.width, vision.mlp_hidden
+    norm = h if vision.norm == "rms" else 2 * h
+    attention = 4 * h * h + h + (2 * h if vision.qkv_bias else 0) + (2 * h if vision.attention_norm else 0)
+    gates = 2 if vision.mlp == "swiglu" else 1
+    mlp = (gates + 1) * h * f + gates * f + h + (2 * f if vision.mlp_norm else 0)
+    return attention + mlp + 2 * norm
+
+
+def vision_parameters(model: ModelConfig) -> int:
+    """Elements of the image tower: embedding, blocks, head."""
+    vision = model.vision
+    h = vision.width
+    embed = 3 * vision.patch_size**2 * h + h + h + (1 + vision.patches) * h
+    norm = h if vision.norm == "rms" else 2 * h
+    head = norm + h * model.embed_dim + (model.embed_dim if vision.head_bias else 0)
+    return embed + vision.depth * vision_block_parameters(vision) + head
+
+
+def text_parameters(model: ModelConfig) -> int:
+    """Elements of the caption tower: tables, pre-norm blocks with biases, norm, projection."""
+    text = model.text
+    w = text.width
+    tables = (text.vocab_size + text.context_length) * w
+    return tables + text.depth * (12 * w * w + 13 * w) + 2 * w + w * model.embed_dim
+
+
+def vision_forward_flops(model: ModelConfig, tokens: int) -> int:
+    """One image of `tokens` kept tokens (class token included) through the image tower."""
+    vision = model.vision
+    h = vision.width
+    products = 3 if vision.mlp == "swiglu" else 2
+    linear = 2 * tokens * (4 * h * h + products * h * vision.mlp_hidden)
+    embed = 2 * (tokens - 1) * 3 * vision.patch_size**2 * h
+    return vision.depth * (linear + _attention_flops(tokens, h)) + embed + 2 * h * model.embed_dim
+
+
+def text_forward_flops(model: ModelConfig) -> int:
+    """One caption of full context length through the caption tower (the causal half is not deducted)."""
+    text: TextConfig = model.text
+    w, length = text.width, text.context_length
+    return text.depth * (2 * length * 12 * w * w + _attention_flops(length, w)) + 2 * w * model.embed_dim
+
+
+def training_flops(model: ModelConfig, patch_dropout: float) -> int:
+    """Model FLOPs of one pair in a training step; an MFU is this x samples/s / (GPUs x peak)."""
+    tokens = model.vision.kept_tokens(patch_dropout)
+    return TRAINING_FORWARDS * (vision_forward_flops(model, tokens) + text_forward_flops(model))
+
+
+def executed_flops(model: ModelConfig, patch_dropout: float, kept_share: float = 0.0) -> float:
+    """FLOPs that really run for one pair; kept_share: k / m of the micro-batches keep activations (no replay)."""
+    forwards = TRAINING_FORWARDS + REPLAY_FORWARDS * (1 - kept_share)
+    return training_flops(model, patch_dropout) * forwards / TRAINING_FORWARDS
+
+
+def _attention_flops(tokens: int, width: int) -> int:
+    """Scores and weighted sum over all heads."""
+    return 4 * tokens * tokens * width
