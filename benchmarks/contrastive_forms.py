@@ -5,7 +5,6 @@ rows) over its resident memory before the call, the highest of the ranks. Time i
 Linux only.
 """
 
-import ctypes
 import multiprocessing as mp
 import statistics
 import tempfile
@@ -15,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.common import reset_peak, resident_bytes
 from engine.loss import contrastive_loss
 from engine.loss_tiles import DEFAULT_TILE_CPU, KEEP_BYTES
 
@@ -166,9 +165,7 @@ def _rank_main(case: Case, rank: int, threads: int, store: str, sender: Connecti
     form = FORMS[case.form]
     form(*_inputs(WARM_UP_ROWS, case.width, rank), group)
     image, text = _inputs(case.batch // case.ranks, case.width, rank)
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present resident size
-    before = _resident_bytes("VmRSS")
+    before = reset_peak()
     times: list[float] = []
     memory = 0
     while not times or sum(times) + times[-1] < RUNS_WITHIN_S:
@@ -178,7 +175,7 @@ def _rank_main(case: Case, rank: int, threads: int, store: str, sender: Connecti
         loss = form(image, text, group)
         dist.barrier(group=dist.group.WORLD)
         times.append(time.perf_counter() - start)
-        memory = memory or _resident_bytes("VmHWM") - before
+        memory = memory or resident_bytes("VmHWM") - before
         dist.broadcast(agreed := torch.tensor(times), src=0, group=dist.group.WORLD)
         times = agreed.tolist()
     report = torch.tensor([statistics.median(times), memory, loss.item()], dtype=torch.float64)
@@ -195,10 +192,3 @@ def _inputs(rows: int, width: int, rank: int) -> tuple[Tensor, Tensor]:
     # Pairs about as similar as the best of the strangers, so that the loss is neither 0 nor ln B.
     noise = 5.5 * torch.randn(rows, width, generator=generator) / width**0.5
     return image, F.normalize(image + noise, dim=1)
-
-
-def _resident_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}; this benchmark needs Linux")

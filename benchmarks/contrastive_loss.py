@@ -15,12 +15,9 @@ or time limits is listed as skipped, with the reason.
 
 import argparse
 import itertools
-import json
 import math
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -28,14 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import torch
 
+from benchmarks.common import CHILD_ENVIRONMENT, RESULTS, machine, write_json
 from benchmarks.contrastive_forms import FORMS, Case, Measurement, computed_bytes, measure
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
 GOAL_BATCH, GOAL_RANKS = 32768, 4
 GOAL_MEMORY_SHARE, GOAL_TIME_SHARE = 1 / 20, 0.8
 LINE_STYLES = {1: ":", 2: "--", 4: "-"}
@@ -160,25 +156,6 @@ def shares(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             }
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
-    models = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit or "none yet",
-    }
-
-
 def report(bench: Bench) -> dict[str, Any]:
     """Everything that is written to the JSON file."""
     rows = bench.summary()
@@ -261,16 +238,15 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     # Waiting ranks must leave their core to the others; read by the processes that the fork server starts.
-    os.environ.update(OMP_WAIT_POLICY="PASSIVE", GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(CHILD_ENVIRONMENT)
     bench = Bench(parse_options())
     bench.run()
     result = report(bench)
     show(result)
     output: Path = bench.options.output
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, output)
     plot(result["medians"], output.with_suffix(".png"))
-    print(f"\nwrote {output} and {output.with_suffix('.png')}")
+    print(f"wrote {output.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -92,10 +92,11 @@ def load_encoders(
     if texts:
         with torch.device(device):
             text = TextTower(config.model, groups=mesh.text_groups(), dtype=DTYPES[config.train.precision])
-    tables: list[tuple[nn.Module, dict[str, LogicalTensor]]] = [
-        (c, logical_tensors(c, "vision", c.layers.start, mesh.tensor.size)) for c in vision
-    ]
-    tables += [(text, logical_tensors(text, "text", 0, 1))] if text is not None else []
+    tables: list[tuple[nn.Module, dict[str, LogicalTensor]]] = []
+    for chunk in vision:
+        tables.append((chunk, logical_tensors(chunk, "vision", chunk.layers.start, mesh.tensor.size)))
+    if text is not None:
+        tables.append((text, logical_tensors(text, "text", 0, 1)))
     own = {t.name: t.shape for _, table in tables for t in table.values()}
     wanted = {name: tuple(shape) for stage in everyone(own, mesh.pipeline) for name, shape in stage.items()}
     source = Resized(checkpoint, config.model, None, resize_patch=False)

@@ -21,6 +21,8 @@ class Server(ThreadingHTTPServer):
         """GET requests by path."""
         self.drops: Counter[str] = Counter()
         """How many of the next bodies of a path break off in the middle."""
+        self.shorts: Counter[str] = Counter()
+        """How many of the next bodies of a path are half as long, and say so themselves."""
         self.hangs: Counter[str] = Counter()
         """How many of the next requests of a path are never answered."""
         self.released = threading.Event()
@@ -41,6 +43,13 @@ class _Handler(SimpleHTTPRequestHandler):
             self.server.hangs[self.path] -= 1
             self.server.released.wait()
             self.close_connection = True
+        elif self.server.shorts[self.path] > 0:
+            self.server.shorts[self.path] -= 1
+            content = Path(self.translate_path(self.path)).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content) // 2))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
         else:
             super().do_GET()
 

@@ -12,7 +12,7 @@ import pytest
 from data.errors import DataError
 from data.index import Place, ShardIndex
 from data.index import build_index as build_from_stream
-from data.index_store import IndexStore, index_name, load_index
+from data.index_store import COUNTS_FILE, IndexStore, index_name, load_index, write_counts
 from data.storage import Storage
 from data.write import write_shard
 from tests.data.shard_factory import good_sample, make_shards
@@ -58,6 +58,48 @@ def test_grouping_follows_the_webdataset_rules(tmp_path: Path) -> None:
     assert _member(path, index.span(0, Place.IMAGE)) == b"a/1.JPG"
     assert index.span(1, Place.CAPTION) is None
     assert index.span(2, Place.IMAGE) is None
+
+
+def test_frame_folders_are_ordered_by_number(tmp_path: Path) -> None:
+    path = str(tmp_path / "clips.tar")
+    clip = {f"{number}.jpg": b"x" * number for number in (10, 9, 2)} | {"txt": b"words", "9.PNG": b"ignored"}
+    write_shard(path, [("a", {"mp4": b"clip"}), ("clip", clip), ("b", {"txt": b"words"})])
+    index = load_index(path, Storage())
+    assert [[size for _, size in index.frame_spans(sample)] for sample in range(3)] == [[], [2, 9, 10], []]
+    assert _member(path, index.span(0, Place.IMAGE)) == b"clip" and index.span(1, Place.IMAGE) is None
+    again = load_index(path, Storage())
+    assert again.frame_spans(1) == index.frame_spans(1)
+
+
+def test_a_folder_that_cannot_be_written_leaves_the_index_to_the_cache_folder(tmp_path: Path) -> None:
+    (path,) = make_shards(tmp_path, [3])
+    os.mkdir(index_name(path))
+    storage = Storage(cache_dir=str(tmp_path / "cache"))
+    load_index(path, storage)
+    assert len(list((tmp_path / "cache").rglob("*.index.npz"))) == 1
+    os.rename(path, path + ".away")  # whoever opens the shard again finds nothing
+    Path(path).touch()
+    os.truncate(path, os.path.getsize(path + ".away"))
+    status = os.stat(path + ".away")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert len(load_index(path, storage)) == 3
+
+
+def test_a_shard_that_changes_during_a_run_is_an_error(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path, [3, 2])
+    store = IndexStore(shards, max_loaded=1, storage=Storage())
+    assert len(store[1]) == 2
+    write_shard(shards[0], [good_sample(0)])
+    with pytest.raises(DataError, match=r"00000\.tar holds 1 samples, but 3 when the run started"):
+        store[0]
+
+
+def test_counts_of_a_folder_are_those_of_its_unchanged_shards(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path, [2, 4])
+    write_counts(shards, np.array([20, 40]), Storage())  # other numbers, to see where the counts come from
+    assert (tmp_path / COUNTS_FILE).exists()
+    os.utime(shards[1])
+    assert IndexStore(shards, max_loaded=1, storage=Storage()).counts.tolist() == [20, 4]
 
 
 def test_a_valid_cache_is_used_and_a_stale_one_rebuilt(tmp_path: Path) -> None:

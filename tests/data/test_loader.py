@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from data.errors import DataError
 from data.loader import PrefetchLoader
 from data.reader import SampleBatch, SampleReader
 from data.write import write_shard
-from tests.data.shard_factory import make_shards
+from tests.data.shard_factory import good_sample, make_shards
 
 
 def _reader(shards: list[str]) -> SampleReader:
@@ -90,3 +91,44 @@ def test_readers_end_when_the_training_process_is_killed(tmp_path: Path) -> None
 def test_wrong_settings_are_an_error(tmp_path: Path, workers: int, prefetch: int) -> None:
     with pytest.raises(DataError, match="workers="):
         PrefetchLoader(_reader(make_shards(tmp_path, [1])).read, _batches(), workers=workers, prefetch=prefetch)
+
+
+def test_fetching_in_the_readers_and_decoding_here_is_reading(tmp_path: Path) -> None:
+    # as with DALI on the GPU, which only the training process can use
+    path = str(tmp_path / "x.tar")
+    write_shard(
+        path, [good_sample(0), ("torn", {"png": good_sample(1)[1]["png"][:90], "txt": b"words"}), good_sample(2)]
+    )
+    whole, reader = _reader([path]).read(np.arange(12)), _reader([path])
+    with PrefetchLoader(reader.fetch, [np.arange(6), np.arange(6, 12)], workers=1) as loader:
+        batches = [reader.decode(encoded) for encoded in loader]
+    assert [key for batch in batches for key in batch.keys] == whole.keys
+    assert [bad for batch in batches for bad in batch.bad] == whole.bad and len(whole.bad) == 4
+    assert all(batch.images.equal(whole.images[6 * n : 6 * n + 6]) for n, batch in enumerate(batches))
+
+
+def test_a_rank_without_rows_reads_an_empty_batch(tmp_path: Path) -> None:
+    batch = _reader(make_shards(tmp_path, [2])).read(np.arange(0))
+    assert batch.images.shape == (0, 3, 16, 16) and batch.tokens.shape == (0, 8)
+
+
+def _die(positions: np.ndarray) -> SampleBatch:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")
+
+
+def _wait_for_ever(positions: np.ndarray) -> SampleBatch:
+    select.select([], [], [])
+    raise AssertionError("unreachable")
+
+
+@pytest.mark.parametrize(
+    ("read", "words"), [(_die, "(killed by signal|exited unexpectedly)"), (_wait_for_ever, "timed out after 1")]
+)
+def test_a_reader_that_dies_or_stalls_is_an_error(read: Callable[[np.ndarray], SampleBatch], words: str) -> None:
+    with (
+        PrefetchLoader(read, _batches(), workers=1, stall_timeout_s=1) as loader,
+        pytest.raises(DataError, match=rf"the readers gave no batch \(.*{words}.*data\.stall_timeout_s"),
+    ):
+        next(loader)
+    assert multiprocessing.active_children() == []

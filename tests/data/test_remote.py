@@ -93,6 +93,12 @@ def test_a_body_that_breaks_off_is_fetched_again(
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_body_shorter_than_the_file_is_fetched_again(server: Server, shards: list[str], tmp_path: Path) -> None:
+    server.shorts["/00000.tar"] = 1
+    _remote().fetch(f"{server.url}/00000.tar", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == Path(shards[0]).read_bytes()
+
+
 def test_a_body_that_always_breaks_off_ends_the_run(server: Server, tmp_path: Path) -> None:
     server.drops["/00000.tar"] = 99
     with pytest.raises(DataError, match=r"00000\.tar could not be read in 3 attempts .*data\.remote_retries"):

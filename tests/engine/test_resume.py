@@ -1,12 +1,11 @@
 """A run that is killed without warning and started again continues the curve it would have had, to the bit."""
 
-import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,15 @@ import pytest
 from tests.data.shard_factory import make_shards
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 6
+STEPS, EVERY, KILLED_AFTER = 12, 4, 6
+PATIENCE_S = 240
 
 pytestmark = pytest.mark.dist
 
 
-def command(shards: list[str], run_dir: Path, *overrides: str) -> list[str]:
-    return [
+def start(shards: list[str], run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
+    """The job of two stages under torchrun; each step is a line of its output."""
+    command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
         *("-m", "engine.train", "examples/quickstart/train.yaml"),
         f"data.shards=[{','.join(shards)}]",
@@ -33,42 +34,78 @@ def command(shards: list[str], run_dir: Path, *overrides: str) -> list[str]:
         "train.keep_activations=1",
         f"train.steps={STEPS}",
         "optim.warmup_steps=2",
-        "checkpoint.every_steps=2",
+        f"checkpoint.every_steps={EVERY}",
+        "log.every_steps=1",
         "log.tensorboard=false",
         *overrides,
     ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def curve(run_dir: Path) -> list[tuple[Any, ...]]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [(r["step"], r["loss"], r["grad_norm"], r["samples_seen"]) for r in map(json.loads, lines)]
+    """What must be equal to the bit, one entry a whole line of the metrics."""
+    text = (run_dir / "metrics.jsonl").read_text()
+    records = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [(r["step"], r["loss"], r["grad_norm"], r["samples_seen"], r["logit_scale"]) for r in records]
 
 
-def start(arguments: list[str]) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    return subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True)
+def has_checkpoint(run_dir: Path) -> bool:
+    """A complete one, which a resumed run would take."""
+    return (run_dir / "checkpoints" / "latest").exists()
 
 
-def kill_after_a_checkpoint(job: subprocess.Popen[bytes], run_dir: Path, deadline_s: float = 180) -> None:
-    """SIGKILL to launcher and ranks once a checkpoint exists; polls the folder, so it may also come too late."""
-    until = time.monotonic() + deadline_s
-    while not (run_dir / "checkpoints" / "latest").exists():
-        assert time.monotonic() < until, "no checkpoint appeared"
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            job.wait(timeout=0.02)
+def kill_in_the_middle(job: subprocess.Popen[str], run_dir: Path) -> None:
+    """SIGKILL to torchrun, its ranks and their readers, some steps behind a checkpoint."""
+    assert job.stdout is not None
+    output = []
+    for line in job.stdout:  # blocks until the next step is reported
+        output.append(line)
+        if has_checkpoint(run_dir) and len(curve(run_dir)) >= KILLED_AFTER:
             break
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(job.pid, signal.SIGKILL)
+    assert job.poll() is None, f"the job ended before it could be killed:\n{''.join(output)[-3000:]}"
+    family = [os.pidfd_open(pid) for pid in family_of(job.pid)]
+    assert len(family) >= 3  # torchrun starts its ranks in sessions of their own: a signal to one group misses them
+    for process in family:
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+    for process in family:
+        assert select.select([process], [], [], PATIENCE_S)[0], "a killed process lives on"
+        os.close(process)
+    job.stdout.close()
     job.wait()
+
+
+def family_of(ancestor: int) -> list[int]:
+    """The process and everything it started, directly or not."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(entry.parent.name)] = int(entry.read_text().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended meanwhile
+    family = [ancestor]
+    for member in family:
+        family += [pid for pid, parent in parents.items() if parent == member]
+    return family
+
+
+def finish(job: subprocess.Popen[str]) -> None:
+    """Wait for a good end."""
+    output, _ = job.communicate(timeout=PATIENCE_S)
+    assert job.returncode == 0, output[-3000:]
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_uninterrupted(tmp_path: Path, precision: str) -> None:
     shards = make_shards(tmp_path, [20, 13])
     more = (f"train.precision={precision}", "train.logit_scale=null")
-    assert start(command(shards, tmp_path / "whole", *more)).wait(timeout=240) == 0
-    kill_after_a_checkpoint(start(command(shards, tmp_path / "killed", *more)), tmp_path / "killed")
-    assert start(command(shards, tmp_path / "killed", *more)).wait(timeout=240) == 0
+    finish(start(shards, tmp_path / "whole", *more))
+    kill_in_the_middle(start(shards, tmp_path / "killed", *more), tmp_path / "killed")
+    assert KILLED_AFTER <= len(curve(tmp_path / "killed")) < STEPS
+    finish(start(shards, tmp_path / "killed", *more))
     whole = curve(tmp_path / "whole")
     assert [row[0] for row in whole] == list(range(STEPS))
+    assert len({row[1] for row in whole}) == STEPS, "a curve that stands still proves nothing"
     assert curve(tmp_path / "killed") == whole

@@ -139,6 +139,10 @@ def _mapped(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
         return np.memmap(path, dtype, mode="r", offset=file.tell(), shape=shape, order="F" if fortran else "C")
 
 
+def _normalised(images: Tensor, dtype: torch.dtype) -> Pixels:
+    return lambda rows: normalise(images[rows], dtype)
+
+
 class ShardInput:
     """Pictures and captions of tar shards, in the listed order; pictures squashed to the model's square."""
 
@@ -170,7 +174,7 @@ class ShardInput:
             yield Block(
                 start,
                 stop,
-                lambda rows, images=images: normalise(images[rows], self._dtype),
+                _normalised(images, self._dtype),
                 gather_rows(own.tokens, stop - start, world),
                 keys=[key for keys, _ in names for key in keys],
                 captions=[caption for _, captions in names for caption in captions],

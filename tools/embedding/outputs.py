@@ -4,7 +4,7 @@ import os
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -79,7 +79,7 @@ class ParquetSink:
             raise CheckpointError("parquet needs pyarrow: pip install 'eva-megatron[parquet]', or write .npz") from None
         self._arrow, self._parquet = pyarrow, pyarrow.parquet
         self._path, self._partial = path, path.with_name(path.name + ".partial")
-        self._writer = None
+        self._writer: Any = None
 
     def write(self, columns: dict[str, np.ndarray]) -> None:
         """Append rows; every block must have the same columns, all of the same length."""
