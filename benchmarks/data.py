@@ -1,0 +1,304 @@
+"""Images per CPU-second of the data room, against webdataset + Pillow + torchvision-style transforms.
+
+    pip install --no-deps webdataset braceexpand      # the peer; DALI is the extra `dali`
+    python -m benchmarks.data [--images 384] [--rounds 5] [--out benchmarks/results]
+
+500 x 375 JPEGs of about 110 kB (gradients with noise) in tar shards, to 224 x 224, training transform of the paper,
+page cache warm. Every path runs in this process on one thread unless its name says otherwise; paths alternate within a
+round, and the table holds medians over the rounds of CPU milliseconds an image (CPU time is what a loaded machine does
+not distort much; wall time it does).
+
+* webdataset: the pipeline of open_clip and of the authors' code: shards -> tar_to_samples -> shuffle -> decode pilrgb
+  -> rename, transform, tokenise -> tuple -> batch. The transform is torchvision's in plain Pillow and torch: crop,
+  bicubic resize, to float tensor, normalise. The tokenizer is ours in both: it is not what is compared.
+* random / sequential: SampleReader with data.shuffle on and off: uint8 out; the device normalises.
+* random, Pillow resize: the same with Pillow's resize in place of torch's uint8 kernel, to show what that is worth.
+* random + normalise: with the normalisation done here, on one core, as if the device did not.
+* DALI, 1 and 2 threads: SampleReader with data.decoder=dali on the CPU.
+* readers 1, 2: PrefetchLoader with so many processes (CPU time of parent and children); webdataset, reader 1: its
+  pipeline in one worker of a torch DataLoader.
+"""
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.common import RESULTS, Spread, machine
+from data.config import DataConfig
+from data.decode import pillow, resize
+from data.loader import PrefetchLoader
+from data.reader import SampleReader
+from data.tokenizer import Tokenizer
+from data.transforms import CLIP_MEAN, CLIP_STD, RandomResizedCrop, normalise
+from data.write import write_shard
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+WIDTH, HEIGHT, SIDE, CONTEXT, BATCH, SHARDS = 500, 375, 224, 77, 64, 6
+SCALE = (0.9, 1.0)
+Path_ = Callable[[int], int]
+
+# Model TFLOP of one pair in training: 3 x forward of both towers, half of the patches (whole images for B/16).
+TRAIN_TFLOP = {"18B, 50 % patches": 13.98, "8B, 50 % patches": 6.14, "B/16, all patches": 0.123}
+PEAK_TFLOPS = {"A100": 312, "H100": 989}
+MFU = 0.5
+
+
+def make_shards(folder: Path, images: int) -> list[str]:
+    """`images` JPEGs in SHARDS tars."""
+    shards = []
+    for shard in range(SHARDS):
+        numbers = range(shard, images, SHARDS)
+        shards.append(str(folder / f"{shard:05d}.tar"))
+        samples = ((f"{n:06d}", {"jpg": _jpeg(n), "txt": f"a photo of thing number {n}".encode()}) for n in numbers)
+        write_shard(shards[-1], samples)
+    return shards
+
+
+def _jpeg(number: int) -> bytes:
+    rng = np.random.default_rng(number)
+    smooth = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+    pixels = np.asarray(smooth.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)) + rng.normal(
+        0, 22, (HEIGHT, WIDTH, 3)
+    )
+    stream = BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
+# --- the paths: each reads every image once and returns how many -----------------------------------------------------
+
+
+class Torchvision:
+    """RandomResizedCrop, ToTensor, Normalize as torchvision runs them on a Pillow image."""
+
+    def __init__(self) -> None:
+        self._crop = RandomResizedCrop(seed=0, size=SIDE, scale=SCALE, flip=False)
+        self._mean = torch.tensor(CLIP_MEAN).view(3, 1, 1)
+        self._std = torch.tensor(CLIP_STD).view(3, 1, 1)
+        self._calls = 0
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        self._calls += 1
+        box = tuple(int(edge) for edge in self._crop.window(self._calls, *image.size).box)
+        resized = image.crop(box).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+        return pixels.to(torch.float32).div(255).sub_(self._mean).div_(self._std)
+
+
+def webdataset_path(shards: list[str], workers: int = 0) -> Path_:
+    """open_clip's pipeline; made anew for every pass, as for every epoch."""
+    import webdataset
+
+    tokenizer, transform = Tokenizer(CONTEXT), Torchvision()
+
+    def read(images: int) -> int:
+        pipeline = webdataset.DataPipeline(
+            webdataset.SimpleShardList(shards),
+            webdataset.tarfile_to_samples(),
+            webdataset.shuffle(5000, initial=1000),
+            webdataset.select(lambda sample: "txt" in sample and "jpg" in sample),
+            webdataset.decode("pilrgb"),
+            webdataset.rename(image="jpg;png;jpeg;webp", text="txt"),
+            webdataset.map_dict(image=transform, text=lambda text: torch.from_numpy(tokenizer.encode([text])[0])),
+            webdataset.to_tuple("image", "text"),
+            webdataset.batched(BATCH, partial=True, collation_fn=torch.utils.data.default_collate),
+        )
+        loader = torch.utils.data.DataLoader(pipeline, batch_size=None, num_workers=workers) if workers else pipeline
+        return sum(len(image) for image, _ in loader)
+
+    return read
+
+
+def _reader(shards: list[str], **settings: Any) -> SampleReader:
+    config = DataConfig(shards=shards, crop_scale=list(SCALE), **settings)
+    return SampleReader(config, image_size=SIDE, context_length=CONTEXT, seed=0, train=True)
+
+
+def _batches(images: int) -> Iterator[np.ndarray]:
+    return (np.arange(first, min(first + BATCH, images)) for first in range(0, images, BATCH))
+
+
+def reader_path(shards: list[str], *, finish: Callable[[torch.Tensor], Any] | None = None, **settings: Any) -> Path_:
+    """SampleReader in this process; `finish` is applied to the pixels of each batch."""
+    reader = _reader(shards, **settings)
+
+    def read(images: int) -> int:
+        count = 0
+        for positions in _batches(images):
+            batch = reader.read(positions)
+            if finish is not None:
+                finish(batch.images)
+            count += len(batch.images)
+        return count
+
+    return read
+
+
+def dali_path(shards: list[str], threads: int) -> Path_:
+    """SampleReader with DALI on so many threads."""
+    reader = _reader(shards, decoder="dali")
+    reader._decoder._threads = threads  # type: ignore[attr-defined]  # the readers use one each: they are processes
+    return lambda images: sum(len(reader.read(positions).images) for positions in _batches(images))
+
+
+def loader_path(shards: list[str], workers: int) -> Path_:
+    """PrefetchLoader with so many reader processes, from their start to their end."""
+    reader = _reader(shards)
+
+    def read(images: int) -> int:
+        with PrefetchLoader(reader.read, _batches(images), workers=workers) as loader:
+            return sum(len(batch.images) for batch in loader)
+
+    return read
+
+
+@contextmanager
+def _pillow_resize() -> Iterator[None]:
+    """The decoder without torch's resize kernel."""
+    before = pillow.cut
+    pillow.cut = lambda pixels, window: resize._resize_box(pixels, window)
+    try:
+        yield
+    finally:
+        pillow.cut = before
+
+
+def pillow_resize_path(shards: list[str]) -> Path_:
+    """As `random`, resized by Pillow."""
+    read = reader_path(shards)
+
+    def slowly(images: int) -> int:
+        with _pillow_resize():
+            return read(images)
+
+    return slowly
+
+
+def paths(shards: list[str]) -> dict[str, Path_]:
+    """What is compared, by name."""
+    return {
+        "webdataset": webdataset_path(shards),
+        "webdataset, reader 1": webdataset_path(shards, workers=1),
+        "random": reader_path(shards),
+        "sequential": reader_path(shards, shuffle=False),
+        "random, Pillow resize": pillow_resize_path(shards),
+        "random + normalise": reader_path(shards, finish=lambda images: normalise(images, torch.float32)),
+        "DALI, 1 thread": dali_path(shards, 1),
+        "DALI, 2 threads": dali_path(shards, 2),
+        "readers 1": loader_path(shards, 1),
+        "readers 2": loader_path(shards, 2),
+    }
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def _cpu_s() -> float:
+    uses = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(use.ru_utime + use.ru_stime for use in uses)
+
+
+def measure(shards: list[str], images: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Alternating rounds of all paths, after one that warms up."""
+    readers = paths(shards)
+    cpu_ms: dict[str, list[float]] = {name: [] for name in readers}
+    wall_ms: dict[str, list[float]] = {name: [] for name in readers}
+    for turn in range(rounds + 1):
+        for name, read in readers.items():
+            cpu, wall = _cpu_s(), time.perf_counter()
+            count = read(images)
+            assert count == images, f"{name} read {count} of {images}"
+            if turn:
+                cpu_ms[name].append((_cpu_s() - cpu) / images * 1e3)
+                wall_ms[name].append((time.perf_counter() - wall) / images * 1e3)
+    return {
+        name: {
+            "cpu_ms_per_image": asdict(Spread.of(cpu_ms[name])),
+            "wall_ms_per_image": asdict(Spread.of(wall_ms[name])),
+        }
+        for name in readers
+    }
+
+
+def decision_rule(cpu_ms: float) -> list[dict[str, Any]]:
+    """Images/s that a GPU trains at MFU, and the cores that decode them."""
+    rows = []
+    for model, tflop in TRAIN_TFLOP.items():
+        for gpu, peak in PEAK_TFLOPS.items():
+            wanted = MFU * peak / tflop
+            cores = wanted * cpu_ms / 1e3
+            rows.append(
+                {"model": model, "gpu": gpu, "images_per_s": round(wanted, 1), "cores_per_gpu": round(cores, 3)}
+            )
+    return rows
+
+
+def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Images per CPU-second, one bar a path."""
+    names = list(results)[::-1]
+    rates = [1e3 / results[name]["cpu_ms_per_image"]["median"] for name in names]
+    colours = [
+        "tab:grey" if name.startswith("webdataset") else "tab:orange" if "DALI" in name else "tab:blue"
+        for name in names
+    ]
+    figure, axes = plt.subplots(figsize=(7, 3.6), constrained_layout=True)
+    bars = axes.barh(names, rates, color=colours)
+    axes.bar_label(bars, fmt="%.0f", padding=3)
+    axes.set_xlabel(f"images per CPU-second ({WIDTH} x {HEIGHT} JPEG to {SIDE} x {SIDE})")
+    axes.margins(x=0.12)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Measure, print, write data.json and data.png."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=384)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        before = machine()
+        shards = make_shards(Path(folder), options.images)
+        kilobytes = sum(map(os.path.getsize, shards)) / options.images / 1e3
+        results = measure(shards, options.images, options.rounds)
+    ours = results["random"]["cpu_ms_per_image"]["median"]
+    ratio = results["webdataset"]["cpu_ms_per_image"]["median"] / ours
+    report = {
+        "machine": before | {"load_1min_after": round(os.getloadavg()[0], 1)},
+        "images": options.images,
+        "rounds": options.rounds,
+        "kilobytes_per_sample": round(kilobytes, 1),
+        "paths": results,
+        "images_per_cpu_second_over_webdataset": round(ratio, 2),
+        "decision_rule": {"mfu": MFU, "rows": decision_rule(ours)},
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "data.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(results, options.out / "data.png")
+    for name, values in results.items():
+        cpu, wall = values["cpu_ms_per_image"], values["wall_ms_per_image"]
+        print(
+            f"{name:24} {cpu['median']:6.2f} CPU ms ({cpu['low']:.2f} to {cpu['high']:.2f})  {wall['median']:6.2f} wall"
+        )
+    print(f"{ratio:.2f} times the images per CPU-second of webdataset")
+
+
+if __name__ == "__main__":
+    main()
