@@ -6,6 +6,7 @@ exists in memory; and read here because a rank wants ranges of flattened tensors
 was asked for, not mapped pages. The files are ordinary safetensors: any reader opens them (a test does).
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -83,7 +84,8 @@ def write_tensor_file(
                 size += len(block)
             os.fsync(file.fileno())
     except OSError as error:
-        path.unlink(missing_ok=True)  # a full disk is not left full
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)  # a full disk is not left full
         raise CheckpointError(f"writing {path} failed after {size:,} bytes: {error.strerror or error}") from error
     return FileRecord(size, digest.hexdigest())
 

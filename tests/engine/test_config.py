@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import ConfigError, check_layout, check_vocabulary, load_config, resolve, to_dict
+from engine.train import main
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = {"model": "tiny-18b", "data": {"shards": ["some.tar"]}}
@@ -28,11 +29,20 @@ def refused(*overrides: str, world_size: int | None = None) -> str:
     ("override", "named"),
     [
         ("train.stepz=3", "stepz"),
+        ("model.vision.depht=3", "model.vision.depht"),
         ("train.steps=many", "train.steps"),
+        ("train.steps=1.5", "train.steps"),
+        ("train.steps=null", "train.steps"),
+        ("train.steps.more=3", "train.steps"),
+        ("train=3", "TrainConfig"),
+        ("train.seed=${elsewhere}", "elsewhere"),
+        ("optim.lr_vision=fast", "optim.lr_vision"),
         ("model=18c", "18b"),
         ("data.shards=[]", "shards"),
         ("noequals", "noequals"),
+        ("=3", "dotted.key=value"),
         ("parallel.tensor=3", "4 attention heads"),
+        ("parallel.tensor=0", "parallel.tensor 0"),
         ("parallel.pipeline=5", "4 blocks"),
         ("train.precision=fp8", "fp8"),
         ("train.patch_dropout=1.0", "patch_dropout"),
@@ -67,6 +77,24 @@ def test_golden_models_with_three_heads_refuse_two_tensor_ranks() -> None:
     for preset in ("tiny-e14", "tiny-b16"):
         with pytest.raises(ConfigError, match="does not divide the 3 attention heads"):
             resolve(GOOD | {"model": preset}, ["parallel.tensor=2"])
+
+
+def test_an_mlp_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ConfigError, match="MLP width 128"):
+        resolve(GOOD | {"model": "tiny-b16"}, ["parallel.tensor=3"])
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [("- a list", "mapping"), ("train: [1", "not valid YAML"), ("train: {steps: 3, stepz: 4}", "stepz")],
+)
+def test_a_broken_file_is_named(content: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text(content)
+    assert main([str(file), "data.shards=some.tar"]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") == 1
+    assert str(file) in printed and named in printed
 
 
 def test_overrides_win_over_file_over_preset(tmp_path: Path) -> None:

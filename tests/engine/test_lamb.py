@@ -76,7 +76,7 @@ def train(config: Config, mesh: Mesh) -> dict[str, Any]:
         trainer.towers.wait_for_weights()
         seen["loss"].append(float(outcome.loss.loss))
         seen["grad_norm"].append(outcome.gradient_norm)
-        seen["log_scale"].append(float(trainer.towers.side.logit_scale.log_scale))
+        seen["log_scale"].append(trainer.towers.side.logit_scale.log_scale.item())
         seen["ratios"].append(_of_all_ranks(ratios, mesh))
         if i + 1 in (1, STEPS):
             seen[f"step{i + 1}"] = whole_weights(trainer)

@@ -1,0 +1,46 @@
+"""One case of the memory benchmark in a process of its own; benchmarks/memory.py starts it and reads its JSON."""
+
+import argparse
+import json
+from dataclasses import replace
+
+from benchmarks.common import reset_peak, resident_bytes
+from benchmarks.layouts_rank import config_of, local_batch
+from benchmarks.step_sides import FULL, QUICK, Workload
+from engine.config import Config, check_layout
+from engine.launch import job
+from engine.trainer import Trainer
+
+
+def measure(config: Config, workload: Workload) -> dict[str, float]:
+    """Peak of two steps on one rank, in GB above what is resident once the model is built; k; what was promised."""
+    with job(config.parallel) as (mesh, device):
+        trainer = Trainer(config, mesh, device)
+        promised = trainer.contrastive_step.activation_bytes()
+        before = reset_peak()
+        for step in range(2):
+            trainer.step(local_batch(workload, step, mesh))
+        shape = trainer.contrastive_step.schedule.shape
+        return {
+            "keep": shape.keep,
+            "micro_batches": shape.micro_batches,
+            "activation_gb": promised / 1e9,
+            "built_gb": before / 1e9,
+            "peak_gb": (resident_bytes("VmHWM") - before) / 1e9,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("options", nargs="*", help="dotted.key=value")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--batch", type=int, required=True)
+    arguments = parser.parse_args()
+    workload = replace(QUICK if arguments.quick else FULL, batch=arguments.batch)
+    config = config_of(workload, ["train.keep_activations=0", *arguments.options])
+    check_layout(config, 1)
+    print(json.dumps(measure(config, workload)))
+
+
+if __name__ == "__main__":
+    main()

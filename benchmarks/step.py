@@ -1,0 +1,280 @@
+"""One training step in one process: the engine, the same model in plain PyTorch, and open_clip's nearest model.
+
+    python -m benchmarks.step                         # about 7 minutes on 2 idle cores
+    python -m benchmarks.step --peers FOLDER          # with open_clip installed there (benchmarks/README.md)
+    python -m benchmarks.step --profile ours --precisions bf16
+
+The model is EVA-CLIP-18B's shape scaled down (benchmarks/step_sides.py), one thread. Every side lives in a fresh
+process and they take turns within a round: the table holds medians over rounds and their range. `ours` keeps all
+activations, `ours_stash` none (k = 0, micro-batches of 4), `plain_checkpoint` computes every block again in backward;
+`ours_lamb` has the paper's optimizer where all others run AdamW. Before anything is timed, the first losses of ours and
+plain must agree. A share of the peak is useful operations (3 forwards) over a large matrix product's rate.
+"""
+
+import argparse
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from benchmarks.common import RESULTS, Spread, machine, python_module, write_json
+from benchmarks.step_sides import FULL, GEMM_REPEATS, GEMM_SIDE, QUICK, SIDES
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+GOALS = (
+    ("ours", "plain", "fp32", 1.05),
+    ("ours", "plain", "bf16", 1.3),
+    ("ours_stash", "plain_checkpoint", "fp32", 1.0),
+    ("ours_stash", "plain_checkpoint", "bf16", 1.0),
+)
+SAME_MODEL = ("ours", "plain", "ours_stash", "plain_checkpoint")
+LOSSES_AGREE = {"fp32": 1e-4, "bf16": 3e-2}
+SHORT_CAPTIONS = ("ours", "plain")
+WARM_UP_ROUNDS = 1
+COLOURS = {"ours": "#0072b2", "plain": "#e69f00", "open_clip": "#009e73"}
+
+
+class SideFailed(RuntimeError):
+    """A side ended without an answer."""
+
+
+class Worker:
+    """A side's process."""
+
+    def __init__(self, side: str, precision: str, options: argparse.Namespace):
+        self.side, self.precision = side, precision
+        arguments = [side, precision, *(["--quick"] if options.quick else [])]
+        peers = options.peers if side == "open_clip" else ""
+        self.process = python_module("benchmarks.step_sides", *arguments, threads=1, extra_path=peers)
+
+    def step(self, captions: str) -> dict[str, float]:
+        """One training step."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps({"captions": captions}) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise SideFailed(f"{self.side} {self.precision} ended: see its error above") from None
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SideFailed(f"{self.side} {self.precision} ended with code {self.process.wait()}: see its error above")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+@contextmanager
+def workers(precision: str, options: argparse.Namespace) -> Iterator[list[Worker]]:
+    """All sides of a precision, and the matrix product."""
+    with ExitStack() as stack:
+        started = [Worker(side, precision, options) for side in (*options.sides, "gemm")]
+        for worker in started:
+            stack.callback(worker.close)
+        yield started
+
+
+def measure(precision: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every answer of every side, with its round and captions; the first rounds warm up and check the losses."""
+    rows = []
+    with workers(precision, options) as started:
+        for number in range(WARM_UP_ROUNDS + options.rounds):
+            # Odd rounds go the other way, so that no side always follows the same neighbour.
+            for worker in started if number % 2 == 0 else reversed(started):
+                for captions in ("full", "short") if worker.side in SHORT_CAPTIONS else ("full",):
+                    place = {"side": worker.side, "precision": precision, "round": number, "captions": captions}
+                    rows.append(place | worker.step(captions))
+            if number == 0:
+                check_losses(rows, precision)
+    return rows
+
+
+def check_losses(rows: list[dict[str, Any]], precision: str) -> None:
+    """First losses, at the same weights on the same batch, must agree where the model is the same."""
+    first = {row["side"]: row["loss"] for row in reversed(rows) if row["side"] in SAME_MODEL}
+    reference = next(iter(first.values()), 0.0)
+    for loss in first.values():
+        if abs(loss - reference) > LOSSES_AGREE[precision] * abs(reference):
+            raise SystemExit(f"step: {precision} losses differ between sides of the same model: {first}")
+    print(f"{precision}: first losses {first}")
+
+
+def summary(rows: list[dict[str, Any]], quick: bool) -> list[dict[str, Any]]:
+    """Per side, precision and captions: times, rates, peak memory, share of the measured peak."""
+    workload = QUICK if quick else FULL
+    timed = [row for row in rows if row["round"] >= WARM_UP_ROUNDS]
+    peaks = {
+        precision: 2
+        * GEMM_SIDE**3
+        * GEMM_REPEATS
+        / Spread.of([row["cpu_s"] for row in timed if _is(row, "gemm", precision)]).low
+        for precision in {row["precision"] for row in rows}
+    }
+    out = []
+    keys = {(r["side"], r["precision"], r["captions"]) for r in timed}
+    for side, precision, captions in sorted(keys, key=lambda key: (key[1] == "bf16", [*SIDES].index(key[0]), key[2])):
+        mine = [row for row in timed if _is(row, side, precision) and row["captions"] == captions]
+        cpu, wall = (Spread.of([row[clock] for row in mine]) for clock in ("cpu_s", "wall_s"))
+        entry = {
+            "side": side,
+            "precision": precision,
+            "captions": captions,
+            "cpu_s": asdict(cpu),
+            "wall_s": asdict(wall),
+        }
+        if side == "gemm":
+            out.append(entry | {"gflops": peaks[precision] / 1e9})
+            continue
+        out.append(
+            entry
+            | {
+                "images_per_cpu_s": workload.batch / cpu.median,
+                "images_per_s": workload.batch / wall.median,
+                "peak_gb": max(row["peak_gb"] for row in mine),
+                "share_of_gemm_peak": workload.flops() / cpu.median / peaks[precision],
+            }
+        )
+    return out
+
+
+def _is(row: dict[str, Any], side: str, precision: str) -> bool:
+    return row["side"] == side and row["precision"] == precision
+
+
+def goals(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ours over plain in images per CPU-second, full captions, against what was promised."""
+    rates = {(r["side"], r["precision"]): r.get("images_per_cpu_s") for r in table if r["captions"] == "full"}
+    out = []
+    for ours, plain, precision, goal in GOALS:
+        mine, theirs = rates.get((ours, precision)), rates.get((plain, precision))
+        if mine and theirs:
+            out.append(
+                {"ours": ours, "plain": plain, "precision": precision, "ratio": mine / theirs, "goal": goal}
+                | {"met": mine / theirs >= goal}
+            )
+    return out
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the table and the goals."""
+    columns = f"{'images/CPU-s':>13}{'images/s':>10}{'range':>16}{'peak GB':>9}{'of GEMM':>9}"
+    print(f"\n{'side':<23}{'captions':<10}{columns}")
+    for row in result["table"]:
+        name = f"{row['side']:<17}{row['precision']:<6}{row['captions']:<10}"
+        if row["side"] == "gemm":
+            print(f"{name}{row['gflops']:>13.0f} GFLOP/s")
+            continue
+        batch, cpu = result["batch"], row["cpu_s"]
+        spread = f"{batch / cpu['high']:.2f} - {batch / cpu['low']:.2f}"
+        print(
+            f"{name}{row['images_per_cpu_s']:>13.2f}{row['images_per_s']:>10.2f}{spread:>16}{row['peak_gb']:>9.2f}"
+            f"{row['share_of_gemm_peak']:>9.0%}"
+        )
+    for row in result["goals"]:
+        verdict = "met" if row["met"] else "missed"
+        print(f"{row['precision']} {row['ours']} / {row['plain']}: {row['ratio']:.2f} (goal {row['goal']}: {verdict})")
+    for side, reason in result["skipped"].items():
+        print(f"{side} skipped: {reason}")
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Rates as bars with their range, one panel a precision."""
+    precisions = list(dict.fromkeys(row["precision"] for row in result["table"]))
+    figure, axes = plt.subplots(1, len(precisions), figsize=(5.5 * len(precisions), 3.8), squeeze=False)
+    for axis, precision in zip(axes[0], precisions, strict=True):
+        rows = [
+            row
+            for row in result["table"]
+            if row["precision"] == precision and row["captions"] == "full" and row["side"] != "gemm"
+        ]
+        for y, row in enumerate(reversed(rows)):
+            rate, family = row["images_per_cpu_s"], row["side"].split("_")[0]
+            low, high = (result["batch"] / row["cpu_s"][end] for end in ("high", "low"))
+            colour = COLOURS.get(family, COLOURS["open_clip"])
+            axis.barh(y, rate, xerr=[[rate - low], [high - rate]], color=colour, height=0.65, ecolor="#444444")
+            axis.text(high, y, f"  {rate:.2f}   {row['peak_gb']:.2f} GB", va="center", fontsize=8)
+        axis.set_yticks(range(len(rows)), [row["side"].replace("_", " ") for row in reversed(rows)])
+        axis.set(title=precision, xlabel="images per CPU-second (peak memory beside the bar)")
+        axis.margins(x=0.28)
+        axis.set_xlim(left=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("One training step, one thread: the same model and batch")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    print(f"wrote {path}")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sides = [side for side in SIDES if side != "gemm"]
+    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each side")
+    parser.add_argument("--sides", nargs="+", choices=sides, default=sides)
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--peers", default="", help="folder with open_clip, put on that side's path only")
+    parser.add_argument("--quick", action="store_true", help="a toy model, to see that everything runs")
+    parser.add_argument("--profile", choices=sides, help="print where this side's time goes, measure nothing")
+    parser.add_argument("--output", type=Path, default=RESULTS / "step.json")
+    return parser.parse_args()
+
+
+def _without_absent_peers(options: argparse.Namespace) -> dict[str, str]:
+    """Drop open_clip if it cannot be imported; the reasons by side."""
+    if "open_clip" not in options.sides:
+        return {}
+    probe = Worker("open_clip", "fp32", argparse.Namespace(quick=True, peers=options.peers))
+    try:
+        probe.step("full")
+        return {}
+    except SideFailed:
+        options.sides = [side for side in options.sides if side != "open_clip"]
+        return {
+            "open_clip": "cannot be imported: give the folder it is installed in with --peers (benchmarks/README.md)"
+        }
+    finally:
+        probe.close()
+
+
+def main() -> None:
+    options = parse_options()
+    if options.profile:
+        for precision in options.precisions:
+            flags = ["--profile", *(["--quick"] if options.quick else [])]
+            process = python_module("benchmarks.step_sides", options.profile, precision, *flags, threads=1)
+            print(process.communicate()[0])
+        return
+    skipped = _without_absent_peers(options)
+    before = machine()
+    rows = [row for precision in options.precisions for row in measure(precision, options)]
+    workload = QUICK if options.quick else FULL
+    table = summary(rows, options.quick)
+    result = {
+        "machine": before | {"load_1min_after": machine()["load_1min"]},
+        "threads": 1,
+        "batch": workload.batch,
+        "model": asdict(workload.model),
+        "gflop_per_step": workload.flops() / 1e9,
+        "goals": goals(table),
+        "skipped": skipped,
+        "table": table,
+        "steps": rows,
+    }
+    show(result)
+    write_json(result, options.output)
+    plot(result, options.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""Whatever happens to a run or its files: a whole checkpoint stays, damage is named, nothing is used silently."""
+
+import os
+import random
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from engine.checkpoint.errors import CheckpointError
+from engine.checkpoint.folders import all_checkpoints, checkpoints_folder, latest_first
+from engine.checkpoint.lock import LOCK_FILE, RunLock
+from engine.checkpoint.reader import Checkpoint
+from engine.mesh import Mesh
+from tests.checkpoint.children import child, hear, hold_lock, save_for_ever, save_with_file_limit
+from tests.checkpoint.jobs import alone, build, differing, job_config, run_steps, save
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    with alone() as mesh:
+        yield mesh
+
+
+@pytest.fixture(scope="module")
+def good_run(module_path: Path, mesh: Mesh) -> Path:
+    """A run with checkpoints after steps 1 and 2."""
+    run_dir = module_path / "good"
+    trainer = build(job_config(run_dir), mesh)
+    for _ in range(2):
+        run_steps(trainer, 1)
+        save(trainer)
+    trainer.lock.release()
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(good_run: Path, tmp_path: Path) -> Path:
+    """A copy of it to break."""
+    return shutil.copytree(good_run, tmp_path / "run")
+
+
+# --- killed while saving ---------------------------------------------------------------------------------------------
+
+
+def _kill_while_saving(run_dir: Path, times: int) -> int:
+    """Kill at random moments and resume; returns how often a half-written checkpoint was left."""
+    draw, left_half, last_step = random.Random(0), 0, 0
+    for attempt in range(times):
+        with child(save_for_ever, run_dir) as (process, pipe):
+            resumed = hear(pipe)
+            assert resumed >= last_step, f"attempt {attempt} resumed at step {resumed}, step {last_step} had been saved"
+            process.join(draw.uniform(0.0, 0.3))
+            assert process.is_alive(), "the child ended by itself"
+        left_half += any(checkpoints_folder(run_dir).glob(".saving_*"))
+        latest = Checkpoint(latest_first(run_dir)[0])
+        latest.verify()
+        assert latest.manifest.position is not None
+        last_step = latest.manifest.position.step
+    return left_half
+
+
+def test_a_killed_save_leaves_a_loadable_latest(tmp_path: Path) -> None:
+    _kill_while_saving(tmp_path, 4)
+
+
+@pytest.mark.slow
+def test_fifty_killed_saves_leave_a_loadable_latest(tmp_path: Path) -> None:
+    assert _kill_while_saving(tmp_path, 50) > 5
+
+
+# --- damaged files ---------------------------------------------------------------------------------------------------
+
+
+def _flip(folder: Path) -> str:
+    file = folder / "rank_00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return "rank_00000.safetensors has another sha256"
+
+
+def _cut(folder: Path) -> str:
+    file = folder / "rank_00000.safetensors"
+    os.truncate(file, file.stat().st_size - 100)
+    return "rank_00000.safetensors has .* bytes, the manifest says"
+
+
+def _remove(folder: Path) -> str:
+    (folder / "rank_00000.safetensors").unlink()
+    return "rank_00000.safetensors is missing"
+
+
+def _no_manifest(folder: Path) -> str:
+    (folder / "manifest.json").unlink()
+    return r"it has no manifest\.json"
+
+
+def _cut_manifest(folder: Path) -> str:
+    file = folder / "manifest.json"
+    os.truncate(file, file.stat().st_size // 2)
+    return "cannot be read or is cut short"
+
+
+def _altered_manifest(folder: Path) -> str:
+    file = folder / "manifest.json"
+    text = file.read_text()
+    assert '"samples_seen": 32' in text
+    file.write_text(text.replace('"samples_seen": 32', '"samples_seen": 33'))
+    return "was altered"
+
+
+def _gone(folder: Path) -> str:
+    shutil.rmtree(folder)
+    return "is not a checkpoint"
+
+
+DAMAGES = [_flip, _cut, _remove, _no_manifest, _cut_manifest, _altered_manifest, _gone]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_is_named_and_the_last_good_one_used(damage, run_dir: Path, mesh: Mesh, capfd) -> None:
+    older, newest = all_checkpoints(run_dir)
+    reason = damage(newest)
+    trainer = build(job_config(run_dir), mesh)
+    said = capfd.readouterr().err
+    assert trainer.position.step == 1
+    assert (
+        f"WARNING: {newest} is damaged and was not used" in said
+        and f"falling back to the last good checkpoint, {older}" in said
+    )
+    assert re.search(reason, said)
+    # The next save takes the place; what was damaged is kept aside for a person.
+    run_steps(trainer, 1)
+    Checkpoint(save(trainer)).verify()
+    assert damage is _gone or newest.with_name(newest.name + ".damaged").is_dir()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_that_is_asked_for_is_refused(damage, run_dir: Path, mesh: Mesh, tmp_path: Path) -> None:
+    newest = all_checkpoints(run_dir)[-1]
+    reason = damage(newest)
+    with pytest.raises(CheckpointError) as caught:
+        build(job_config(tmp_path / "other", f"checkpoint.resume={newest}"), mesh)
+    assert re.search(reason, str(caught.value)) or "neither a checkpoint" in str(caught.value)
+
+
+def test_a_run_without_any_good_checkpoint_does_not_start_afresh(run_dir: Path, mesh: Mesh) -> None:
+    for folder in all_checkpoints(run_dir):
+        _flip(folder)
+    for _ in range(2):  # nor at the second try
+        with pytest.raises(CheckpointError, match=r"no checkpoint of .* is whole"):
+            build(job_config(run_dir), mesh)
+
+
+# --- disks and folders -----------------------------------------------------------------------------------------------
+
+
+def test_a_writer_that_fails_stops_the_run_at_the_next_step_and_the_last_checkpoint_stays(
+    tmp_path: Path, mesh: Mesh
+) -> None:
+    with child(save_with_file_limit, tmp_path, 20_000) as (_, pipe):
+        assert hear(pipe) == "training on"
+        said = hear(pipe)
+    assert "File too large" in said and "rank_00000.safetensors failed after" in said
+    (left,) = all_checkpoints(tmp_path)
+    Checkpoint(left).verify()
+    assert not list(checkpoints_folder(tmp_path).glob(".saving_*/rank_*.safetensors")), "a full disk was left full"
+    assert build(job_config(tmp_path), mesh).position.step == 1
+
+
+@contextmanager
+def tmpfs(folder: Path, options: str) -> Iterator[Path]:
+    """A small file system of its own; skips the test where mounting is not allowed."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs privileges")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_too_little_space_is_seen_before_anything_is_written(tmp_path: Path, mesh: Mesh) -> None:
+    with tmpfs(tmp_path / "disk", "size=1m") as disk:
+        trainer = build(job_config(disk / "run"), mesh)
+        with pytest.raises(CheckpointError, match=r"it needs .* GB and .* GB are free: free some space"):
+            save(trainer)
+        assert not list(checkpoints_folder(disk / "run").iterdir())
+        trainer.lock.release()
+
+
+def test_a_full_disk_fails_the_save_and_is_named(tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "engine.checkpoint.save._MARGIN_BYTES", -(10**9)
+    )  # somebody else fills the disk after the check
+    with tmpfs(tmp_path / "disk", "size=256k") as disk:
+        trainer = build(job_config(disk / "run"), mesh)
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            save(trainer)
+        assert not all_checkpoints(disk / "run")
+        trainer.lock.release()
+
+
+def test_a_read_only_folder_is_refused_at_the_start(tmp_path: Path, mesh: Mesh) -> None:
+    with (
+        tmpfs(tmp_path / "disk", "ro,size=1m") as disk,
+        pytest.raises(CheckpointError, match=r"run_dir .* cannot be written: Read-only file system"),
+    ):
+        build(job_config(disk / "run"), mesh)
+
+
+# --- two jobs --------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_job_on_the_folder_is_refused_until_the_first_is_gone(tmp_path: Path, mesh: Mesh) -> None:
+    with child(hold_lock, tmp_path) as (process, pipe):
+        assert hear(pipe) == "locked"
+        with pytest.raises(CheckpointError, match=f"in use by process {process.pid} on "):
+            build(job_config(tmp_path), mesh)
+        process.kill()
+        process.join()
+        build(job_config(tmp_path), mesh).lock.release()
+
+
+def test_a_job_of_another_machine_is_refused_while_its_mark_is_fresh(tmp_path: Path) -> None:
+    mark = tmp_path / LOCK_FILE
+    mark.write_text('{"host": "elsewhere", "pid": 7}')
+    with pytest.raises(CheckpointError, match=r"process 7 on elsewhere; if that job has ended, delete .*run\.lock"):
+        RunLock(tmp_path)
+    os.utime(mark, (1, 1))
+    RunLock(tmp_path).release()
+
+
+def test_what_a_killed_run_left_is_cleared_or_put_back(run_dir: Path, mesh: Mesh, capfd) -> None:
+    older, newest = all_checkpoints(run_dir)
+    shutil.copytree(newest, newest.with_name(".saving_step_00000003"))
+    shutil.copytree(older, older.with_name(".deleting_step_00000000"))
+    before = shutil.copytree(newest, newest.with_name("kept-for-comparison"))
+    newest.rename(newest.with_name(f".replaced_{newest.name}"))  # killed between the two renames of a replacement
+    assert build(job_config(run_dir), mesh).position.step == 2
+    assert not list(checkpoints_folder(run_dir).glob(".*"))
+    assert differing(before, newest) == []
+    assert "removed the unfinished checkpoint step_00000003" in capfd.readouterr().err

@@ -1,0 +1,156 @@
+"""Saving: in the background, one at a time, what is kept, what a checkpoint holds."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.callbacks.base import Callback
+from engine.callbacks.checkpoint import CheckpointCallback
+from engine.checkpoint.errors import CheckpointError
+from engine.checkpoint.folders import Retention, all_checkpoints, prune, step_folder
+from engine.checkpoint.reader import Checkpoint
+from engine.config import ConfigError
+from engine.mesh import Mesh
+from tests.checkpoint.jobs import alone, build, callback_of, drive, job_config, run_steps, save
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    with alone() as mesh:
+        yield mesh
+
+
+def test_a_checkpoint_holds_everything(tmp_path: Path, mesh: Mesh) -> None:
+    trainer = build(job_config(tmp_path), mesh)
+    drive(trainer, callback := callback_of(trainer), 2)
+    callback.saver.wait()
+    manifest = Checkpoint(step_folder(tmp_path, 2)).manifest
+    assert manifest.content == "training" and manifest.seed == 0
+    assert (manifest.position.step, manifest.position.samples_seen) == (2, 32)
+    assert manifest.config["model"]["vision"]["depth"] == 5 and manifest.config["run_dir"] == str(tmp_path)
+    assert manifest.layout == {"tensor": 1, "pipeline": 1, "data": 1}
+    assert manifest.versions["torch"] == torch.__version__ and "megatron-core" in manifest.versions
+    names = {t.name for t, _ in trainer.towers.logical_parameters()}
+    for kind in ("weight", "moment1", "moment2"):
+        assert manifest.shapes(kind).keys() == names
+    # fp32 weight and two moments, once each, and nothing else but headers.
+    elements = sum(torch.Size(shape).numel() for shape in manifest.shapes().values())
+    assert 12 * elements < manifest.size_bytes() < 12 * elements * 1.2
+
+
+def test_the_state_is_that_of_the_moment_of_the_save(tmp_path: Path, mesh: Mesh) -> None:
+    """Training goes on while the background writes; the files must not see it."""
+    trainer = build(job_config(tmp_path), mesh)
+    run_steps(trainer, 2)
+    then = {t.name: p.detach().clone() for t, p in trainer.towers.logical_parameters()}
+    callback = CheckpointCallback(trainer)
+    callback.saver.save(trainer.position, {}, {})
+    for _, parameter in trainer.towers.logical_parameters():
+        parameter.data.zero_()
+    callback.saver.wait()
+    stored = Checkpoint(step_folder(tmp_path, 2))
+    assert all(stored.read_whole(name).equal(value) for name, value in then.items())
+
+
+def test_saves_never_overlap_and_the_last_one_is_waited_for(tmp_path: Path, mesh: Mesh) -> None:
+    trainer = build(job_config(tmp_path, "checkpoint.every_steps=1", "checkpoint.keep_last=9"), mesh)
+    callback = callback_of(trainer)
+    for done in range(1, 7):
+        drive(trainer, callback, 1)
+        # When a save begins, every earlier one is a checkpoint; after the last step, all are.
+        assert {f.name for f in all_checkpoints(tmp_path)} >= {f"step_{n:08d}" for n in range(1, done)}
+    assert len(all_checkpoints(tmp_path)) == 6
+    assert trainer.checkpoint_stall_s > 0
+
+
+def test_an_error_in_training_does_not_lose_the_save_under_way(tmp_path: Path, mesh: Mesh) -> None:
+    trainer = build(job_config(tmp_path), mesh)
+    callback = callback_of(trainer)
+    drive(trainer, callback, 2)
+    callback.on_end({})
+    Checkpoint(step_folder(tmp_path, 2)).verify()
+
+
+class _Counter(Callback):
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {"count": 3, "best": [1.5, None], "mean": torch.arange(3.0)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+
+def test_callback_states_come_back(tmp_path: Path, mesh: Mesh) -> None:
+    trainer = build(job_config(tmp_path), mesh)
+    trainer.callbacks = [_Counter(), CheckpointCallback(trainer)]
+    run_steps(trainer, 1)
+    save(trainer)
+    found = build(job_config(tmp_path), mesh)._resumed_states
+    assert found.keys() == {"_Counter"}
+    state = found["_Counter"]
+    assert state["count"] == 3 and state["best"] == [1.5, None] and state["mean"].equal(torch.arange(3.0))
+
+
+def test_what_is_kept(tmp_path: Path, mesh: Mesh) -> None:
+    overrides = ("checkpoint.every_steps=1", "checkpoint.keep_last=2", "checkpoint.keep_every_steps=3")
+    trainer = build(job_config(tmp_path, *overrides, "checkpoint.keep_best=score", "checkpoint.keep_best_is=max"), mesh)
+    drive(trainer, callback := callback_of(trainer, 8), 8, score=[0.1, 0.9, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+    callback.saver.wait()
+    assert [f.name for f in all_checkpoints(tmp_path)] == [f"step_{n:08d}" for n in (2, 3, 6, 7, 8)]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000008"
+    assert prune(tmp_path, Retention(last=1)) and [f.name for f in all_checkpoints(tmp_path)] == ["step_00000008"]
+
+
+def test_the_latest_stays_even_if_its_step_is_not_the_highest(tmp_path: Path, mesh: Mesh) -> None:
+    """A run that was taken back to an earlier checkpoint: its own saves are the ones to resume from."""
+    trainer = build(job_config(tmp_path), mesh)
+    for _ in range(3):
+        run_steps(trainer, 1)
+        save(trainer)
+    back = build(job_config(tmp_path, f"checkpoint.resume={step_folder(tmp_path, 2)}", "checkpoint.keep_last=1"), mesh)
+    run_steps(back, 1)
+    back.position.step = 1  # lower than what is there
+    save(back)
+    assert step_folder(tmp_path, 1) in all_checkpoints(tmp_path)
+    assert build(job_config(tmp_path), mesh).position.step == 1
+
+
+def test_an_unknown_metric_to_keep_by_is_an_error_at_the_first_save(tmp_path: Path, mesh: Mesh) -> None:
+    trainer = build(job_config(tmp_path, "checkpoint.keep_best=top1"), mesh)
+    with pytest.raises(CheckpointError, match=r"keep_best 'top1' is not in the step record: \['loss', 'step'\]"):
+        drive(trainer, callback_of(trainer), 2)
+
+
+def test_a_fresh_run_is_not_mixed_with_an_earlier_one(tmp_path: Path, mesh: Mesh) -> None:
+    trainer = build(job_config(tmp_path), mesh)
+    run_steps(trainer, 1)
+    save(trainer)
+    with pytest.raises(CheckpointError, match="holds checkpoints of an earlier run"):
+        build(job_config(tmp_path, "checkpoint.resume=none"), mesh)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("checkpoint.keep_every_steps=3", "a multiple of checkpoint.every_steps 2"),
+        ("checkpoint.keep_best_is=best", "choose min or max"),
+        ("checkpoint.keep_last=0", "at least 1"),
+        ("checkpoint.skip=[a]", "needs checkpoint.resume=PATH"),
+        ("init.reinit=[a]", "has no effect without init.vision"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        job_config("x", override)
+
+
+def test_the_manifest_is_plain_json_with_a_hash_of_itself(tmp_path: Path, mesh: Mesh) -> None:
+    trainer = build(job_config(tmp_path), mesh)
+    run_steps(trainer, 1)
+    content = json.loads((save(trainer) / "manifest.json").read_text())
+    assert content.keys() == {"sha256", "manifest"} and len(content["sha256"]) == 64
+    entry = content["manifest"]["tensors"]["weight/vision.head.projection.weight"]
+    assert entry == {"dtype": "F32", "shape": [16, 32], "parts": [["rank_00000.safetensors", None, 0, 0, 0, 512]]}
