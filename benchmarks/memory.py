@@ -125,7 +125,7 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
     right.set_yticks(range(len(table)), [row["name"] for row in table], fontsize=8)
     right.invert_yaxis()
     right.margins(x=0.15)
-    right.set(xlabel="peak resident memory of a step, GB; beside it the error of the promise")
+    right.set(xlabel="peak of a step, GB; beside it the error of the promise")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

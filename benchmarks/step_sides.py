@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import torch
 from torch import Tensor
@@ -263,17 +263,18 @@ def _stand_in_for_torchvision_operators() -> None:
 _LIBRARIES: list[torch.library.Library] = []  # definitions last as long as their library
 
 
-def _profile(side: Side, workload: Workload) -> None:
+def _profile(side: Side, workload: Workload, answers: TextIO) -> None:
     """Print the operators of one step by their own CPU time."""
     from torch.profiler import ProfilerActivity, profile
 
     side.step(Batch.make(workload, 0, "full"))
     with profile(activities=[ProfilerActivity.CPU]) as recorder:
         side.step(Batch.make(workload, 1, "full"))
-    print(recorder.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=60))
+    table = recorder.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=60)
+    print(table, file=answers)
 
 
-def serve(side: Side, workload: Workload, before_bytes: int) -> None:
+def serve(side: Side, workload: Workload, before_bytes: int, answers: TextIO) -> None:
     """Answer requests until standard input ends."""
     for step, line in enumerate(sys.stdin):
         batch = Batch.make(workload, step, json.loads(line)["captions"])
@@ -285,7 +286,7 @@ def serve(side: Side, workload: Workload, before_bytes: int) -> None:
             "cpu_s": time.process_time() - cpu,
             "peak_gb": (resident_bytes("VmHWM") - before_bytes) / 1e9,
         }
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def _import_all(side: str) -> None:
@@ -304,13 +305,14 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print where one step's time goes, and end")
     options = parser.parse_args()
     workload = QUICK if options.quick else FULL
+    answers, sys.stdout = sys.stdout, sys.stderr  # what packages print is no answer
     _import_all(options.side)
     before = reset_peak()
     side = SIDES[options.side](workload, options.precision)
     if options.profile:
-        _profile(side, workload)
+        _profile(side, workload, answers)
     else:
-        serve(side, workload, before)
+        serve(side, workload, before, answers)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ WEIGHT_FILES = {
     ("deepspeed_lamb_per_tensor", 5): "weights_deepspeed_lamb_per_tensor_step5_small",
 }
 """Weights after a step; `small` files hold the small tensors only."""
-LAYOUTS = {"one process": (1, 1), "TP 2 × PP 2": (2, 2), "PP 2 × DP 2": (1, 2), "TP 2 × DP 2": (2, 1)}
+LAYOUTS = {"alone": (1, 1), "tp2-pp2": (2, 2), "pp2-dp2": (1, 2), "tp2-dp2": (2, 1)}
 TOLERANCE = 1e-4
 NORM_TOLERANCE = 5e-4
 """For norms of gradients and what is made of them. The fixture's own gradient norm at the first step is 8e-5 away from
@@ -118,12 +118,12 @@ def train_all(layouts: list[str]) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def alone() -> dict[str, dict[str, Any]]:
     with job(ParallelConfig()) as (mesh, _):
-        return {f"one process / {variant}": train(config_for(variant), mesh) for variant in VARIANTS}
+        return {f"alone / {variant}": train(config_for(variant), mesh) for variant in VARIANTS}
 
 
 @pytest.fixture(scope="module")
 def four_ranks() -> dict[str, dict[str, Any]]:
-    return run_distributed(train_all, 4, layouts=[name for name in LAYOUTS if name != "one process"])[0]
+    return run_distributed(train_all, 4, layouts=[name for name in LAYOUTS if name != "alone"])[0]
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -133,7 +133,7 @@ def layout(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def outcome(request: pytest.FixtureRequest, layout: str, variant: str) -> dict[str, Any]:
-    runs = request.getfixturevalue("alone" if layout == "one process" else "four_ranks")
+    runs = request.getfixturevalue("alone" if layout == "alone" else "four_ranks")
     return runs[f"{layout} / {variant}"]
 
 

@@ -129,18 +129,18 @@ OF_8 = cases_of(8)
 FIRST_OF_8 = list({_layout(case): case for case in reversed(OF_8)}.values())
 """One of each factorisation; the rest of 8 ranks is slow."""
 LAUNCHES = {
-    "1 rank": [Case(micro_batch=4), Case(micro_batch=8), Case(micro_batch=1)],
-    "2 ranks": cases_of(2),
+    "1rank": [Case(micro_batch=4), Case(micro_batch=8), Case(micro_batch=1)],
+    "2ranks": cases_of(2),
     # Last: local batches that the ranks of a replica cannot share evenly, and a learned scale.
-    "4 ranks": [*cases_of(4), Case(1, 4, 1, 6, batch=18), Case(2, 1, 2, 2, options=LEARNED)],
-    "8 ranks": FIRST_OF_8,
-    "8 ranks, more": [
+    "4ranks": [*cases_of(4), Case(1, 4, 1, 6, batch=18), Case(2, 1, 2, 2, options=LEARNED)],
+    "8ranks": FIRST_OF_8,
+    "8ranks-more": [
         *(case for case in OF_8 if case not in FIRST_OF_8),
         Case(2, 4, 1, 10, batch=20),
         Case(2, 2, 2, 2, options=LEARNED),
     ],
 }
-SLOW = "8 ranks, more"
+SLOW = "8ranks-more"
 
 
 def random_pairs(config: Config, step: int) -> tuple[Tensor, Tensor]:
@@ -193,7 +193,7 @@ class Outcomes:
 
     def _start(self, launch: str) -> dict[Case, list[dict[str, Any]]]:
         cases = LAUNCHES[launch]
-        if launch == "1 rank":
+        if launch == "1rank":
             return {case: [self.alone(case)] for case in cases}
         results = run_distributed(run_all, cases[0].ranks, launch=launch, timeout_s=300)
         return dict(zip(cases, zip(*results, strict=True), strict=True))

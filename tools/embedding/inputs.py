@@ -104,7 +104,7 @@ def _rows(array: np.ndarray | None, start: int, stop: int) -> np.ndarray | None:
 
 
 def _pixels_of(images: np.ndarray) -> Pixels:
-    return lambda rows: torch.from_numpy(np.ascontiguousarray(images[rows], dtype=np.float32))
+    return lambda rows: torch.from_numpy(np.array(images[rows], dtype=np.float32))
 
 
 def _member(path: Path, name: str) -> np.ndarray | None:
