@@ -1,7 +1,8 @@
 """Starts ranks for every multi-rank test.
 
 `run_distributed(fn, world_size, **kwargs)` runs the module-level function `fn(**kwargs)` on `world_size`
-spawned processes inside an initialised gloo group and returns what each rank returned, in rank order.
+processes inside an initialised gloo group and returns what each rank returned, in rank order. They are forked
+from a server that has imported the engine, so a launch costs no import.
 
 * Ranks meet through a file, so two test runs never race for a port.
 * The first rank that fails ends the others; the error shows the stderr of every rank.
@@ -67,7 +68,8 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *, timeout_s: float
 def _start(
     fn: Callable[..., Any], world_size: int, scratch: Path, timeout_s: float, kwargs: dict[str, Any]
 ) -> list[BaseProcess]:
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["engine.trainer"])  # torch and megatron-core are imported once, not once a rank
     with _environment(RANK_ENVIRONMENT):
         ranks: list[BaseProcess] = [
             context.Process(
