@@ -175,33 +175,38 @@ def stall(folder: Path, size: str) -> dict[str, Any]:
 def reshard(source: Path, target: Path) -> dict[str, Any]:
     """Speed and memory of tools.reshard to TP 4 x PP 4."""
     arguments = [str(source), str(target), "--tensor", "4", "--pipeline", "4"]
-    _, baseline, _ = _measured([*arguments, "--dry-run"])
-    seconds, peak, said = _measured(arguments)
+    baseline, _ = _measured([*arguments, "--dry-run"])
+    peak, said = _measured(arguments)
     checkpoint = Checkpoint(target)
     tensors = checkpoint.manifest.tensors.values()
     largest = max(part.where.numel() * tensor.dtype.itemsize for tensor in tensors for part in tensor.parts)
     return {
         "gb": round(checkpoint.manifest.size_bytes() / 1e9, 3),
-        "seconds": round(seconds, 1),
         "peak_mb": round(peak / 1e6),
         "peak_mb_of_a_dry_run": round(baseline / 1e6),
         "largest_part_mb": round(largest / 1e6, 1),
-        "said": said.strip().splitlines()[-1],
+        "said": said,
     }
 
 
-def _measured(arguments: list[str]) -> tuple[float, int, str]:
-    """(seconds, peak resident bytes, standard output) of a reshard."""
-    began = time.perf_counter()
-    command = [sys.executable, "-m", "tools.reshard", *arguments]
-    with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen(command, env=child_environment(1), stdout=out, cwd=RESULTS.parent.parent)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed")
-        out.seek(0)
-        return time.perf_counter() - began, usage.ru_maxrss * 1024, out.read()
+_CHILD = """
+import sys
+from benchmarks.common import resident_bytes
+from tools.reshard import main
+status = main(sys.argv[1:])
+print(resident_bytes("VmHWM"))
+sys.exit(status)
+"""
+
+
+def _measured(arguments: list[str]) -> tuple[int, str]:
+    """(peak resident bytes, the command's last line) of a reshard in a process of its own."""
+    command = [sys.executable, "-c", _CHILD, *arguments]
+    run = subprocess.run(
+        command, env=child_environment(1), capture_output=True, text=True, check=True, cwd=RESULTS.parent.parent
+    )
+    *said, peak = run.stdout.strip().splitlines()
+    return int(peak), said[-1]
 
 
 def main() -> None:

@@ -86,6 +86,7 @@ class Trainer:
             feed.close()
             for callback in callbacks:
                 callback.on_end(record)
+            self._release_run()
 
     def step(self, batch: LocalBatch, phases: Phases | None = None) -> StepOutcome:
         """One optimizer step on one global batch. Collective over the mesh."""
@@ -171,6 +172,11 @@ class Trainer:
         self.lock = lock_run(Path(self.config.run_dir), self.mesh)
         begin = start(self.towers, self.optimizer, self.config, self.mesh)
         self.position, self._resumed_states = begin.position, begin.callbacks
+
+    def _release_run(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
+            self.lock = None
 
     def callback_states(self) -> dict[str, Any]:
         """Class name -> state of this rank's callbacks that have one."""

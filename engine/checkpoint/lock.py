@@ -15,9 +15,9 @@ from pathlib import Path
 from engine.checkpoint.errors import CheckpointError
 
 LOCK_FILE = "run.lock"
-_ALIVE_S = 600.0
+_ALIVE_S = 180.0
 """A job of another host whose file is younger than this is taken to be alive."""
-_TOUCH_EVERY_S = 60.0
+_TOUCH_EVERY_S = 30.0
 
 
 class RunLock:

@@ -10,7 +10,9 @@ import contextlib
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +39,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 BLOCK = 16 * 2**20
 """Bytes that are hashed and written, or read and hashed, at a time."""
+_BLOCKS_IN_FLIGHT = 4
 _LARGEST_HEADER = 100 * 10**6  # the limit of the safetensors package
 
 
@@ -76,12 +79,16 @@ def write_tensor_file(
     not what its spec says.
     """
     digest, size = hashlib.sha256(), 0
+    hashing: deque[Future] = deque()
     try:
-        with open(path, "wb", buffering=0) as file:
+        # Hashing and writing leave the interpreter's lock, so that they go on side by side.
+        with ThreadPoolExecutor(1) as hasher, open(path, "wb", buffering=0) as file:
             for block in _blocks(specs, tensors, metadata or {}):
-                digest.update(block)
+                hashing.append(hasher.submit(digest.update, block))
                 _write_fully(file.fileno(), block)
                 size += len(block)
+                while len(hashing) > _BLOCKS_IN_FLIGHT:
+                    hashing.popleft().result()
             os.fsync(file.fileno())
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -126,6 +133,7 @@ def hash_file(path: Path) -> FileRecord:
     digest, size = hashlib.sha256(), 0
     try:
         with open(path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # the kernel reads ahead while we hash
             while block := file.read(BLOCK):
                 digest.update(block)
                 size += len(block)

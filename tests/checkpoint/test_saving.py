@@ -1,6 +1,7 @@
 """Saving: in the background, one at a time, what is kept, what a checkpoint holds."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,16 @@ import torch
 
 from engine.callbacks.base import Callback
 from engine.callbacks.checkpoint import CheckpointCallback
+from engine.callbacks.metrics import METRICS_FILE, MetricsFile, read_metrics
 from engine.checkpoint.errors import CheckpointError
 from engine.checkpoint.folders import Retention, all_checkpoints, prune, step_folder
+from engine.checkpoint.lock import LOCK_FILE
 from engine.checkpoint.reader import Checkpoint
+from engine.checkpoint.snapshot import Snapshot
 from engine.config import ConfigError
 from engine.mesh import Mesh
 from tests.checkpoint.jobs import alone, build, callback_of, drive, job_config, run_steps, save
+from tests.data.shard_factory import make_shards
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +51,21 @@ def test_the_state_is_that_of_the_moment_of_the_save(tmp_path: Path, mesh: Mesh)
     """Training goes on while the background writes; the files must not see it."""
     trainer = build(job_config(tmp_path), mesh)
     run_steps(trainer, 2)
-    then = {t.name: p.detach().clone() for t, p in trainer.towers.logical_parameters()}
-    callback = CheckpointCallback(trainer)
-    callback.saver.save(trainer.position, {}, {})
-    for _, parameter in trainer.towers.logical_parameters():
-        parameter.data.zero_()
-    callback.saver.wait()
-    stored = Checkpoint(step_folder(tmp_path, 2))
-    assert all(stored.read_whole(name).equal(value) for name, value in then.items())
+    parts = Snapshot(trainer.optimizer, mesh).take()
+    then = [part.values.clone() for part in parts]
+    run_steps(trainer, 1)
+    assert all(part.values.equal(value) for part, value in zip(parts, then, strict=True))
 
 
 def test_saves_never_overlap_and_the_last_one_is_waited_for(tmp_path: Path, mesh: Mesh) -> None:
     trainer = build(job_config(tmp_path, "checkpoint.every_steps=1", "checkpoint.keep_last=9"), mesh)
+    saver = CheckpointCallback(trainer).saver
+    saver.save(trainer.position, {}, {})
+    first = saver._committing
+    saver.save(trainer.position, {}, {})
+    assert not first._thread.is_alive() and first.error is None
+    saver.wait()
+    shutil.rmtree(step_folder(tmp_path, 0))
     callback = callback_of(trainer)
     for done in range(1, 7):
         drive(trainer, callback, 1)
@@ -73,6 +81,18 @@ def test_an_error_in_training_does_not_lose_the_save_under_way(tmp_path: Path, m
     drive(trainer, callback, 2)
     callback.on_end({})
     Checkpoint(step_folder(tmp_path, 2)).verify()
+
+
+def test_fit_reports_the_stall_and_gives_the_folder_back(tmp_path: Path, mesh: Mesh) -> None:
+    shards = ",".join(make_shards(tmp_path, [24]))
+    text = ("model.text.vocab_size=49408", "model.text.context_length=16")
+    trainer = build(job_config(tmp_path / "run", f"data.shards=[{shards}]", "data.workers=0", *text), mesh)
+    trainer.fit([MetricsFile(), CheckpointCallback(trainer)])
+    stalls = [record["checkpoint_stall_s"] for record in read_metrics(tmp_path / "run" / METRICS_FILE)]
+    # A save after steps 1, 3 and 5; the next step's record carries what it cost.
+    assert [stall > 0 for stall in stalls] == [False, False, True, False, True, False]
+    assert trainer.lock is None and (tmp_path / "run" / LOCK_FILE).read_text() == ""
+    assert [folder.name for folder in all_checkpoints(tmp_path / "run")] == ["step_00000004", "step_00000006"]
 
 
 class _Counter(Callback):
