@@ -21,7 +21,9 @@ def job(parallel: ParallelConfig) -> Iterator[tuple[Mesh, Device]]:
         dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(device.backend, timeout=timedelta(minutes=30))
+    world = dist.distributed_c10d._get_default_group()
     try:
-        yield build_mesh(parallel.tensor, parallel.pipeline, dist.distributed_c10d._get_default_group()), device
+        yield build_mesh(parallel.tensor, parallel.pipeline, world), device
+        dist.barrier(group=world)  # no rank closes its connections while another still uses them
     finally:
         dist.destroy_process_group()

@@ -11,6 +11,7 @@ import yaml
 
 from data.errors import DataError
 from engine.config import Config, ConfigError, check_layout, check_vocabulary, load_config, to_dict
+from engine.exit import leave
 
 
 def main(arguments: list[str]) -> int:
@@ -70,8 +71,4 @@ def _fail(error: Exception) -> int:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    if status:
-        # The other ranks may be waiting in a collective for this one: leave without their consent.
-        sys.stdout.flush()
-        os._exit(status)
+    leave(main(sys.argv[1:]))

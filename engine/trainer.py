@@ -82,6 +82,7 @@ class Trainer:
                 record = self._record(outcome, phases, batch, started, fetched)
                 for callback in callbacks:
                     callback.on_step(record)
+            self.towers.wait_for_weights()  # the last all-gather: nothing may be under way when the groups end
         finally:
             feed.close()
             for callback in callbacks:
@@ -137,7 +138,7 @@ class Trainer:
         }
         self.checkpoint_stall_s = 0.0
         if self.towers.side.logit_scale is not None:
-            record["logit_scale"] = float(self.towers.side.logit_scale())
+            record["logit_scale"] = float(self.towers.side.logit_scale().detach())
         if not torch.isfinite(loss.loss):
             raise NonFiniteLoss(
                 f"loss is {value} at step {record['step']} (gradient norm {outcome.gradient_norm}, "

@@ -18,10 +18,11 @@ import numpy as np
 from data.errors import DataError
 from engine.checkpoint.errors import CheckpointError
 from engine.config import ConfigError
+from engine.exit import leave
 from engine.mesh import LayoutError
 from tools.embedding.inputs import Block, Input, NpzInput, ShardInput
 from tools.embedding.outputs import Sink, open_sink
-from tools.embedding.session import Session, block_size, fail, leave, load, open_session, split_overrides
+from tools.embedding.session import Session, block_size, fail, load, open_session, split_overrides
 
 _PROGRESS_EVERY_S = 2.0
 

@@ -28,9 +28,10 @@ from engine.checkpoint.errors import CheckpointError
 from engine.config import ConfigError
 from engine.evaluation.retrieval import predictions, recall
 from engine.evaluation.zero_shot import top_k_accuracy
+from engine.exit import leave
 from engine.mesh import LayoutError
 from tools.embedding.inputs import ShardInput
-from tools.embedding.session import Session, block_size, fail, leave, load, open_session, split_overrides
+from tools.embedding.session import Session, block_size, fail, load, open_session, split_overrides
 
 
 def main(argv: list[str]) -> int:

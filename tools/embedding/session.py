@@ -80,10 +80,3 @@ def fail(error: Exception) -> int:
     """Report on this rank; the exit status."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     return 1
-
-
-def leave(status: int) -> None:
-    """End the process. After an error, without the consent of ranks that may wait in a collective for this one."""
-    sys.stdout.flush()
-    if status:
-        os._exit(status)
