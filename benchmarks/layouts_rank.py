@@ -89,7 +89,7 @@ def measure(config: Config, workload: Workload, steps: int) -> dict[str, Any]:
             batch = local_batch(workload, step, mesh)
             dist.barrier(group=mesh.world.group)
             start = time.perf_counter()
-            losses.append(float(trainer.step(batch).loss.loss))
+            losses.append(float(trainer.step(batch).loss))
             dist.barrier(group=mesh.world.group)
             seconds.append(time.perf_counter() - start)
         with TrafficCounter(mesh) as traffic:

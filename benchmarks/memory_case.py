@@ -16,11 +16,11 @@ def measure(config: Config, workload: Workload) -> dict[str, float]:
     """Peak of two steps on one rank, in GB above what is resident once the model is built; k; what was promised."""
     with job(config.parallel) as (mesh, device):
         trainer = Trainer(config, mesh, device)
-        promised = trainer.contrastive_step.activation_bytes()
+        promised = trainer.training_step.activation_bytes()
         before = reset_peak()
         for step in range(2):
             trainer.step(local_batch(workload, step, mesh))
-        shape = trainer.contrastive_step.schedule.shape
+        shape = trainer.training_step.schedule.shape
         return {
             "keep": shape.keep,
             "micro_batches": shape.micro_batches,

@@ -146,7 +146,7 @@ class Ours:
 
         positions = np.arange(batch.first_position, batch.first_position + len(batch.images))
         local = LocalBatch(positions=positions, images=batch.images, tokens=batch.ids)
-        return float(self.trainer.step(local).loss.loss)
+        return float(self.trainer.step(local).loss)
 
 
 class Plain:
