@@ -1,8 +1,9 @@
 """The authors' checkpoint layout (CustomCLIP state dict) <-> logical tensors, both ways and exactly.
 
 Layout differences: their fused qkv stacks [q; k; v] while ours is per head (q, k, v), as megatron-core splits it; their
-patch kernel is [H, 3, p, p], ours a matrix; class token and position table lose their leading 1s; text_projection is
-used as x @ P there and as a Linear here. Tables: spec of the authors' eva_clip package, state dict of CustomCLIP.
+patch kernel is [H, 3, p, p], ours a matrix; class token, mask token and position table lose their leading 1s;
+text_projection is used as x @ P there and as a Linear here. Tables: spec of the authors' eva_clip package, state dict
+of CustomCLIP; of MIM students, the EVA-02 code's modeling_pretrain.py.
 """
 
 import re
@@ -27,6 +28,9 @@ _DIRECT = {
     "visual.norm.bias": "vision.head.norm.bias",
     "visual.head.weight": "vision.head.projection.weight",
     "visual.head.bias": "vision.head.projection.bias",
+    "visual.mask_token": "vision.embed.mask_token",
+    "visual.lm_head.weight": "vision.head.prediction.weight",
+    "visual.lm_head.bias": "vision.head.prediction.bias",
     "text.token_embedding.weight": "text.token_embedding",
     "text.positional_embedding": "text.pos_embed",
     "text.ln_final.weight": "text.norm.weight",
@@ -69,6 +73,7 @@ _INVERSE = {
     "vision": {ours: theirs for theirs, ours in _VISION_BLOCK.items()},
     "text": {ours: theirs for theirs, ours in _TEXT_BLOCK.items()},
 }
+_TOKENS = ("vision.embed.cls_token", "vision.embed.mask_token")
 _THEIR_BLOCK = re.compile(r"(visual\.blocks|text\.transformer\.resblocks)\.(\d+)\.(.+)")
 _OUR_BLOCK = re.compile(r"(vision|text)\.blocks\.(\d+)\.(.+)")
 
@@ -131,8 +136,10 @@ def to_logical(state: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor
         value = _convert(name, value, model, _per_head)
         if name == "vision.embed.weight":
             value = value.flatten(1)
-        elif name in ("vision.embed.cls_token", "vision.embed.pos_embed"):
-            value = value.flatten(0, 1).squeeze(0) if name.endswith("cls_token") else value.squeeze(0)
+        elif name in _TOKENS:
+            value = value.flatten()
+        elif name == "vision.embed.pos_embed":
+            value = value.squeeze(0)
         elif name == "logit_scale.log_scale":
             value = value.reshape(1)
         out[name] = value
@@ -147,7 +154,7 @@ def from_logical(tensors: dict[str, Tensor], model: ModelConfig) -> dict[str, Te
         value = _convert(name, value, model, _stacked)
         if name == "vision.embed.weight":
             value = value.reshape(-1, 3, patch, patch)
-        elif name == "vision.embed.cls_token":
+        elif name in _TOKENS:
             value = value.reshape(1, 1, -1)
         elif name == "vision.embed.pos_embed":
             value = value.unsqueeze(0)

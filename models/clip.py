@@ -11,9 +11,17 @@ LEARNED_SCALE_MAX = math.log(100)
 LOGIT_BIAS_INIT = -10.0
 
 
-def embedding(features: Tensor) -> Tensor:
-    """Features [M, D] in any dtype -> embeddings fp32 [M, D] of length 1 (x / max(|x|, 1e-12))."""
-    return F.normalize(features.float(), dim=-1)
+def embedding(features: Tensor, frames: int = 1) -> Tensor:
+    """Features [M, D] in any dtype -> embeddings fp32 [M / frames, D] of length 1 (x / max(|x|, 1e-12)).
+
+    A clip stands for the mean of its frames' features, which lie together ("the mean of all [CLS] embeddings", paper,
+    section 4). The paper leaves open whether frames are normalised before; here they are not: with or without the
+    projection the mean is the same then, and one direction is normalised once, as for images.
+    """
+    features = features.float()
+    if frames > 1:
+        features = features.unflatten(0, (-1, frames)).mean(dim=1)
+    return F.normalize(features, dim=-1)
 
 
 class LogitScale(nn.Module):

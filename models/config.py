@@ -6,6 +6,13 @@ cannot be built. Sources: the authors' model_configs/*.json as read in the paper
 
 from dataclasses import dataclass, field
 
+FP8_MULTIPLES = {"current": 16, "blockwise": 16, "mxfp8": 32}
+"""model.fp8 -> what every side of a GEMM must be a multiple of (cuBLAS's alignment; numbers that share a scale)."""
+
+
+LOCAL_KERNELS = {"backend": "local", "attention": "auto", "norm_kernel": "auto", "fp8": "none", "fp8_bf16_blocks": 0}
+"""What replaces the choice of kernels in a checkpoint's model: where it is used need not be where it was trained."""
+
 
 class ModelConfigError(Exception):
     """A model that cannot be built; the message names the value and the fix."""
@@ -92,8 +99,19 @@ class ModelConfig:
     """D, width of the shared embedding space."""
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    backend: str = "auto"
-    """auto | local (torch kernels)."""
+    backend: str = "local"
+    """Linears of the image tower's blocks: local (torch) | transformer_engine | auto (the latter where a CUDA device,
+    the package and bf16 are there; what was picked is logged)."""
+    attention: str = "auto"
+    """Their core attention: auto (the backend's own: sdpa or te) | sdpa (torch) | flash (flash-attn 2) | flash3
+    (flash-attn 3, Hopper) | te (Transformer Engine)."""
+    norm_kernel: str = "auto"
+    """Their norms: auto (the backend's own) | torch | apex (fused RMSNorm) | te."""
+    fp8: str = "none"
+    """GEMMs of the image tower's blocks: none | current (scaled per tensor; Ada, Hopper) | blockwise (128 x 128
+    blocks; Hopper) | mxfp8 (32 elements; Blackwell). models/te.py says what stays bf16, and why no delayed scaling."""
+    fp8_bf16_blocks: int = 0
+    """First and last blocks of the image tower, of each so many, that stay bf16."""
 
     def check(self) -> None:
         """Raise ModelConfigError for a model that cannot be built."""
@@ -103,7 +121,6 @@ class ModelConfig:
         _divides("model.text.width", t.width, "model.text.heads", t.heads)
         _one_of("model.vision.norm", v.norm, ("rms", "layer"))
         _one_of("model.vision.mlp", v.mlp, ("gelu", "swiglu"))
-        _one_of("model.backend", self.backend, ("auto", "local"))
         for name, value in (("vision.depth", v.depth), ("text.depth", t.depth), ("embed_dim", self.embed_dim)):
             if value < 1:
                 raise ModelConfigError(f"model.{name} is {value}: it must be at least 1")
@@ -112,6 +129,16 @@ class ModelConfig:
         if v.rope and v.head_width % 4:
             raise ModelConfigError(
                 f"model.vision.rope needs a head_width that is a multiple of 4 (pairs, two halves), not {v.head_width}"
+            )
+        _one_of("model.backend", self.backend, ("auto", "local", "transformer_engine"))
+        _one_of("model.attention", self.attention, ("auto", "sdpa", "flash", "flash3", "te"))
+        _one_of("model.norm_kernel", self.norm_kernel, ("auto", "torch", "apex", "te"))
+        _one_of("model.fp8", self.fp8, ("none", *FP8_MULTIPLES))
+        blocks = self.fp8_bf16_blocks
+        if blocks and (self.fp8 == "none" or not 0 < 2 * blocks < v.depth):
+            raise ModelConfigError(
+                f"model.fp8_bf16_blocks {blocks} keeps so many blocks at each end of the {v.depth} in bf16: it needs "
+                f"model.fp8 (which is {self.fp8}) and blocks left between the ends"
             )
 
 

@@ -10,7 +10,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from models.config import ModelConfig
-from models.layers import LayerNorm, PackedTokens, build_block, text_layer_spec, text_transformer_config
+from models.layers import build_block, text_layer_spec
+from models.norms import LayerNorm
+from models.packed import PackedTokens
+from models.transformer_config import text_transformer_config
 
 
 class TextTower(nn.Module):

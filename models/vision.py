@@ -5,22 +5,21 @@ activations are packed tokens [T, 1, H] with T = M x S (under sequence paralleli
 T / tp rows of them, on the first stage already at the embedding). Source: authors' eva_vit_model.py; paper section 2.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
+from models.backends import vision_kernels
 from models.config import ModelConfig, VisionConfig
-from models.layers import (
-    NORMS,
-    PackedTokens,
-    build_block,
-    mark_sequence_parallel,
-    vision_layer_spec,
-    vision_transformer_config,
-)
+from models.layers import build_block, vision_layer_spec
+from models.norms import NORMS, mark_sequence_parallel
+from models.packed import PackedTokens
 from models.rope import rope_tables
+from models.transformer_config import vision_transformer_config
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -55,35 +54,62 @@ class PatchEmbedding(nn.Module):
         patches = patchify(images.to(self.weight.dtype), self.patch_size)
         m, n, _ = patches.shape
         k = n if kept is None else kept.shape[1]
-        row = self._own_rows(m * (k + 1), images.device)
-        sample, slot = row // (k + 1), row % (k + 1) - 1  # slot -1 is the class token
+        sample, slot = self.own_tokens(m, 1 + k, images.device)
         grid_cell = slot if kept is None else kept[sample, slot.clamp_min(0)]
-        is_patch = (slot >= 0).nonzero().squeeze(1)
-        chosen = (sample * n + grid_cell)[is_patch]
-        pixels = patches.new_zeros(len(row), patches.shape[2])
-        pixels[is_patch] = patches.flatten(0, 1)[chosen]
+        pixels = chosen_patches(patches, sample * n + grid_cell, slot >= 0)
         table = torch.cat([(self.cls_token + self.pos_embed[0]).unsqueeze(0), self.pos_embed[1:] + self.bias])
         place = torch.where(slot >= 0, grid_cell + 1, 0)
         return (F.linear(pixels, self.weight) + F.embedding(place, table)).unsqueeze(1)
 
-    def _own_rows(self, rows: int, device: torch.device) -> Tensor:
-        if not self.sequence_parallel:
-            return torch.arange(rows, device=device)
-        own = rows // self.tp_group.size()
-        return torch.arange(own, device=device) + own * self.tp_group.rank()
+    def own_tokens(self, samples: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(sample, slot) of this rank's rows of samples x tokens, int64 each; slot -1 is the class token."""
+        rows, first = samples * tokens, 0
+        if self.sequence_parallel:
+            rows //= self.tp_group.size()
+            first = rows * self.tp_group.rank()
+        row = torch.arange(first, first + rows, device=device)
+        return row // tokens, row % tokens - 1
 
 
-class VisionHead(nn.Module):
-    """Final norm of the class token and projection: packed tokens -> features [M, D], equal on every tensor rank."""
+def chosen_patches(patches: Tensor, chosen: Tensor, shown: Tensor) -> Tensor:
+    """Of patches [M, n, 3 p^2], number chosen[t] of the M x n in each row t where `shown`; zeros in the other rows."""
+    pixels = patches.flatten(0, 1).index_select(0, chosen.clamp_min(0))
+    return pixels.masked_fill_(~shown.unsqueeze(1), 0)
 
-    def __init__(self, model: ModelConfig, config, tp_group):
+
+class TowerHead(nn.Module):
+    """What heads of the image tower share: the final norm, and the rows of the packed tokens that it sees."""
+
+    def __init__(self, vision: VisionConfig, config, tp_group):
         super().__init__()
-        vision = model.vision
         self.tp_group = tp_group
         self.sequence_parallel = config.sequence_parallel
         self.norm = NORMS[vision.norm](config=config, hidden_size=vision.width, eps=vision.norm_eps)
         for parameter in self.norm.parameters():
             parameter.sequence_parallel = False  # type: ignore[attr-defined]  # sees gathered rows, not a slice
+
+    def gather_rows(self, hidden: Tensor, row: Tensor) -> Tensor:
+        """[T or T / tp, 1, H] -> rows `row` (int64 [R]) of all T, [R, H], equal on every tensor rank.
+
+        Sequence parallelism all-reduces R rows instead of gathering T. Shapes do not depend on who holds which row, so
+        nothing waits for the device.
+        """
+        rows = hidden.squeeze(1)
+        if not self.sequence_parallel:
+            return rows.index_select(0, row)
+        local = row - self.tp_group.rank() * len(rows)
+        is_mine = (local >= 0) & (local < len(rows))
+        own = rows.index_select(0, local.clamp(0, len(rows) - 1))
+        own = torch.where(is_mine.unsqueeze(1), own, 0)
+        return reduce_from_tensor_model_parallel_region(own, group=self.tp_group)
+
+
+class VisionHead(TowerHead):
+    """Final norm of the class token and projection: packed tokens -> features [M, D], equal on every tensor rank."""
+
+    def __init__(self, model: ModelConfig, config, tp_group):
+        super().__init__(model.vision, config, tp_group)
+        vision = model.vision
         self.projection = nn.Linear(vision.width, model.embed_dim, bias=vision.head_bias, dtype=config.params_dtype)
 
     def forward(self, hidden: Tensor, tokens: PackedTokens) -> Tensor:
@@ -91,15 +117,11 @@ class VisionHead(nn.Module):
         return self.projection(self.norm(self.class_rows(hidden, tokens)))
 
     def class_rows(self, hidden: Tensor, tokens: PackedTokens) -> Tensor:
-        """[T or T / tp, 1, H] -> [M, H]; sequence parallelism all-reduces M rows instead of gathering T."""
+        """[T or T / tp, 1, H] -> [M, H]."""
         m, s = tokens.samples, tokens.tokens_per_sample
         if not self.sequence_parallel:
-            return hidden.reshape(m, s, -1)[:, 0]
-        first = self.tp_group.rank() * hidden.shape[0]
-        row = torch.arange(m, device=hidden.device) * s - first
-        mine = ((row >= 0) & (row < hidden.shape[0])).nonzero().squeeze(1)
-        own = hidden.new_zeros(m, hidden.shape[2]).index_copy(0, mine, hidden[row[mine], 0])
-        return reduce_from_tensor_model_parallel_region(own, group=self.tp_group)
+            return hidden.reshape(m, s, -1)[:, 0].contiguous()  # a view would keep all T rows for the norm's backward
+        return self.gather_rows(hidden, torch.arange(m, device=hidden.device) * s)
 
 
 class VisionTower(nn.Module):
@@ -114,26 +136,33 @@ class VisionTower(nn.Module):
         sequence_parallel: bool = False,
         dtype: torch.dtype = torch.float32,
         recompute: str = "none",
+        embedding: Callable[..., nn.Module] = PatchEmbedding,
+        head: Callable[..., nn.Module] = VisionHead,
     ):
-        """`groups` needs tp, cp and pp (the latter two of one rank: stages are cut here, not by megatron-core)."""
+        """`groups` needs tp, cp and pp (the latter two of one rank: stages are cut here, not by megatron-core).
+
+        embedding, head: what the first and the last stage are built with; the MIM student has others.
+        """
         super().__init__()
         vision = model.vision
         self.vision = vision
         self.layers = range(vision.depth) if layers is None else layers
         self.is_first, self.is_last = self.layers.start == 0, self.layers.stop == vision.depth
+        kernels = vision_kernels(model, self.layers, dtype)
         self.config = vision_transformer_config(
             vision,
             tensor_size=groups.tp.size(),
             sequence_parallel=sequence_parallel and groups.tp.size() > 1,
             dtype=dtype,
             recompute=recompute,
+            settings=kernels.settings,
         )
         if self.is_first:
-            self.embed = PatchEmbedding(vision, self.config, groups.tp)
-        spec = vision_layer_spec(vision, self.config, groups)
+            self.embed = embedding(vision, self.config, groups.tp)
+        spec = vision_layer_spec(vision, self.config, groups, kernels)
         self.block = build_block(spec, len(self.layers), self.config, groups)
         if self.is_last:
-            self.head = VisionHead(model, self.config, groups.tp)
+            self.head = head(model, self.config, groups.tp)
 
     def forward(self, inputs: Tensor, kept: Tensor | None = None, *, samples: int) -> Tensor:
         """Normalised images [M, 3, h, w] (first stage) or packed tokens -> packed tokens, or features [M, D] (last).
@@ -141,10 +170,12 @@ class VisionTower(nn.Module):
         kept: int64 [M, k], the patches that survive patch dropout, the same on every rank; None keeps all.
         """
         tokens = self._tokens(samples, kept, inputs.device)
-        hidden = self.embed(inputs, kept) if self.is_first else inputs
-        if len(self.layers):
-            hidden = self.block(hidden, None, packed_seq_params=tokens)
+        hidden = self.run_blocks(self.embed(inputs, kept) if self.is_first else inputs, tokens)
         return self.head(hidden, tokens) if self.is_last else hidden
+
+    def run_blocks(self, hidden: Tensor, tokens: PackedTokens) -> Tensor:
+        """Packed tokens [T or T / tp, 1, H] through this stage's blocks; a stage may have none."""
+        return self.block(hidden, None, packed_seq_params=tokens) if len(self.layers) else hidden
 
     def _tokens(self, samples: int, kept: Tensor | None, device: torch.device) -> PackedTokens:
         patches = self.vision.patches if kept is None else kept.shape[1]

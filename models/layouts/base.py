@@ -12,9 +12,6 @@ from models.authors import LayoutMismatch, authors_name, from_logical, to_logica
 from models.config import ModelConfig
 from models.layouts.inventory import MIM_TENSORS, Shapes, clip_shapes, mim_shapes, vision_shapes
 
-MIM_AUTHORS_NAMES = ("visual.mask_token", "visual.lm_head.weight", "visual.lm_head.bias")
-_MIM_NAMES = dict(zip(MIM_TENSORS, MIM_AUTHORS_NAMES, strict=True))
-
 
 class Layout(ABC):
     """A way to lay out the authors' tensors in a file. Pure functions; shapes of any dtype and device."""
@@ -66,19 +63,13 @@ class Entry:
 
     def to_ours(self, parts: Sequence[Tensor]) -> Tensor:
         """This layout's tensors -> the logical tensor, contiguous."""
-        eva = _eva_name(self.ours)
-        value = self.layout.join(eva, parts)
-        if self.ours in _MIM_NAMES:
-            return (value.reshape(-1) if eva.endswith("mask_token") else value).contiguous()
-        return to_logical({eva: value}, self.model)[self.ours]
+        eva = authors_name(self.ours)
+        return to_logical({eva: self.layout.join(eva, parts)}, self.model)[self.ours]
 
     def to_theirs(self, value: Tensor) -> tuple[Tensor, ...]:
         """The logical tensor -> this layout's tensors, contiguous."""
-        eva = _eva_name(self.ours)
-        if self.ours in _MIM_NAMES:
-            value = value.reshape(1, 1, -1) if eva.endswith("mask_token") else value
-        else:
-            value = from_logical({self.ours: value}, self.model)[eva]
+        eva = authors_name(self.ours)
+        value = from_logical({self.ours: value}, self.model)[eva]
         return tuple(part.contiguous() for part in self.layout.split(eva, value))
 
     def their_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -87,13 +78,9 @@ class Entry:
         return {name: tuple(part.shape) for name, part in zip(self.theirs, parts, strict=True)}
 
 
-def _eva_name(ours: str) -> str:
-    return _MIM_NAMES.get(ours) or authors_name(ours)
-
-
 def entries(layout: Layout, model: ModelConfig, shapes: Shapes) -> list[Entry]:
     """The table of the logical tensors in `shapes`."""
-    return [Entry(ours, layout.names(_eva_name(ours)), layout, model) for ours in shapes]
+    return [Entry(ours, layout.names(authors_name(ours)), layout, model) for ours in shapes]
 
 
 def state_kind(names: Sequence[str], layout: Layout) -> StateKind:
@@ -105,7 +92,7 @@ def state_kind(names: Sequence[str], layout: Layout) -> StateKind:
         )
     if present & set(layout.names("text.positional_embedding")):
         return StateKind.CLIP
-    mim = {name for eva in _MIM_NAMES.values() for name in layout.names(eva)}
+    mim = {name for ours in MIM_TENSORS for name in layout.names(authors_name(ours))}
     return StateKind.MIM if present & mim else StateKind.VISION
 
 
@@ -122,6 +109,6 @@ def expected_shapes(kind: StateKind, names: Sequence[str], layout: Layout, model
     mim = {
         ours: shape
         for ours, shape in mim_shapes(model, target).items()
-        if present & set(layout.names(_MIM_NAMES[ours]))
+        if present & set(layout.names(authors_name(ours)))
     }
     return shapes | mim

@@ -6,8 +6,8 @@ Conversions compare files with this table. tests/models check it against the par
 from models.config import ModelConfig, TextConfig, VisionConfig
 
 Shapes = dict[str, tuple[int, ...]]
-MIM_TENSORS = ("mim.mask_token", "mim.head.weight", "mim.head.bias")
-"""Of masked-image-modelling students, beside the vision tower without its head."""
+MIM_TENSORS = ("vision.embed.mask_token", "vision.head.prediction.weight", "vision.head.prediction.bias")
+"""Of masked-image-modelling students (models/mim.py), beside the vision tower without its projection."""
 
 
 def clip_shapes(model: ModelConfig) -> Shapes:
@@ -47,11 +47,7 @@ def text_shapes(model: ModelConfig) -> Shapes:
 def mim_shapes(model: ModelConfig, target_width: int) -> Shapes:
     """What a MIM student has beside its trunk; target_width: of the teacher's features."""
     width = model.vision.width
-    return {
-        "mim.mask_token": (width,),
-        "mim.head.weight": (target_width, width),
-        "mim.head.bias": (target_width,),
-    }
+    return dict(zip(MIM_TENSORS, ((width,), (target_width, width), (target_width,)), strict=True))
 
 
 def _vision_block(v: VisionConfig) -> Shapes:

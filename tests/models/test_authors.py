@@ -38,5 +38,5 @@ def test_qkv_rows_go_from_stacked_to_per_head() -> None:
 
 
 def test_an_unknown_tensor_is_named() -> None:
-    with pytest.raises(LayoutMismatch, match=r"visual\.mask_token"):
-        to_logical({"visual.mask_token": torch.zeros(1)}, model_of("tiny-18b"))
+    with pytest.raises(LayoutMismatch, match=r"visual\.fc_norm\.weight"):
+        to_logical({"visual.fc_norm.weight": torch.zeros(1)}, model_of("tiny-18b"))

@@ -4,7 +4,6 @@ One launch a number of ranks runs all its cases. Features come from the schedule
 replay, after the reductions of the trainer.
 """
 
-import zlib
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -35,6 +34,7 @@ from tests.golden import (
     load_weights,
     local_batch,
     logical,
+    noise,
 )
 
 pytestmark = pytest.mark.dist
@@ -114,8 +114,8 @@ def one_pass(case: Case, mesh: Mesh) -> dict[str, Any]:
     """Schedule and reductions on the fixture's batch: loss; on rank 0 also all embeddings and whole gradients."""
     io = load_io(case.fixture)
     trainer = Trainer(case.config(), mesh, prepare())
-    load_weights(trainer.towers, _noise(trainer) if case.width else logical(case.fixture, "weights"))
-    step = trainer.contrastive_step
+    load_weights(trainer.towers, noise(trainer.towers) if case.width else logical(case.fixture, "weights"))
+    step = trainer.training_step
     if case.dropout:
         _keep_patches_of_fixture(step, io["pd.keep_indices"])
     rows: list[tuple[Tensor, Tensor]] = []
@@ -143,16 +143,6 @@ def _all_rows(images: Tensor, text: Tensor, mesh: Mesh) -> dict[str, Tensor]:
         return {}
     everyone.sort(key=lambda entry: entry[:2])
     return {"images": torch.cat([entry[2] for entry in everyone]), "text": torch.cat([entry[3] for entry in everyone])}
-
-
-def _noise(trainer: Trainer) -> dict[str, Tensor]:
-    """Seeded weights for a model without a fixture: nothing is 0 or 1, so that every switch shows."""
-    whole = {}
-    for tensor, _ in trainer.towers.logical_parameters():
-        generator = torch.Generator().manual_seed(zlib.crc32(tensor.name.encode()))
-        noise = torch.randn(tensor.shape, generator=generator)
-        whole[tensor.name] = 1 + 0.2 * noise if "norm" in tensor.name else 0.15 * noise
-    return whole
 
 
 def run_cases(cases: list[Case]) -> list[dict[str, Any]]:

@@ -1,0 +1,28 @@
+"""Forward FLOPs of the pieces of a CLIP dual encoder: 2 per multiply-add of matrix products and attention scores.
+
+Norms, activations and softmax are left out, as usual. No torch: planning and layer placement are arithmetic.
+"""
+
+from models.config import ModelConfig, VisionConfig
+
+
+def block_flops(vision: VisionConfig, tokens: int) -> int:
+    """One sample of `tokens` tokens through one block of the image tower."""
+    h = vision.width
+    products = 3 if vision.mlp == "swiglu" else 2
+    return 2 * tokens * (4 * h * h + products * h * vision.mlp_hidden) + attention_flops(tokens, h)
+
+
+def embedding_flops(vision: VisionConfig, tokens: int) -> int:
+    """Patch projection of one sample; dropped patches are never projected, the class token has none."""
+    return 2 * (tokens - 1) * 3 * vision.patch_size**2 * vision.width
+
+
+def head_flops(model: ModelConfig) -> int:
+    """Projection of the class token of one sample; pooling picks a row and costs nothing."""
+    return 2 * model.vision.width * model.embed_dim
+
+
+def attention_flops(tokens: int, width: int) -> int:
+    """Scores and weighted sum over all heads."""
+    return 4 * tokens * tokens * width

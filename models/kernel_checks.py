@@ -1,0 +1,60 @@
+"""Which kernels of the image tower work together, by the config alone: no package is imported and no GPU looked for."""
+
+from models.config import FP8_MULTIPLES, ModelConfig, ModelConfigError
+
+_BF16_ATTENTION = ("flash", "flash3", "te")
+
+
+def check_kernels(
+    model: ModelConfig, *, precision: str, packed_tokens: int, tensor: int, sequence_parallel: bool
+) -> None:
+    """Raise ModelConfigError for kernels that exclude each other, the precision or the sizes.
+
+    precision: fp32 or bf16; packed_tokens: T of a micro-batch; tensor: ranks of the tensor axis.
+    """
+    _check_backend(model)
+    attention = "te" if (model.backend, model.attention) == ("transformer_engine", "auto") else model.attention
+    if precision != "bf16" and attention in _BF16_ATTENTION:
+        raise ModelConfigError(
+            f"model.attention={attention} has kernels for bf16 only, not {precision}: set train.precision=bf16 or "
+            "model.attention=sdpa"
+        )
+    if model.fp8 != "none":
+        multiple = FP8_MULTIPLES[model.fp8]
+        if model.fp8 == "blockwise" and sequence_parallel:
+            multiple = 128  # activations are gathered in fp8, in whole blocks (Float8BlockQuantizer.is_quantizable)
+        _check_fp8(model, precision, packed_tokens // (tensor if sequence_parallel else 1), tensor, multiple)
+
+
+def _check_backend(model: ModelConfig) -> None:
+    asked = [
+        f"model.{name}={value}"
+        for name, value, from_te in (
+            ("attention", model.attention, ("te",)),
+            ("norm_kernel", model.norm_kernel, ("te",)),
+            ("fp8", model.fp8, tuple(FP8_MULTIPLES)),
+        )
+        if value in from_te
+    ]
+    if asked and model.backend != "transformer_engine":
+        raise ModelConfigError(f"{asked[0]} needs model.backend=transformer_engine, not {model.backend}")
+    if model.norm_kernel == "apex" and model.vision.norm != "rms":
+        raise ModelConfigError(
+            f"model.norm_kernel=apex is a fused RMSNorm, but model.vision.norm is {model.vision.norm}: choose torch"
+        )
+
+
+def _check_fp8(model: ModelConfig, precision: str, own_tokens: int, tensor: int, multiple: int) -> None:
+    if precision != "bf16":
+        raise ModelConfigError(f"model.fp8={model.fp8} needs train.precision=bf16, not {precision}")
+    vision = model.vision
+    sizes = {
+        "tokens of a micro-batch on a rank: choose another train.micro_batch_size": own_tokens,
+        "of model.vision.width on a rank: choose another parallel.tensor": vision.width // tensor,
+        "of model.vision.mlp_hidden on a rank: choose another parallel.tensor": vision.mlp_hidden // tensor,
+    }
+    for what, size in sizes.items():
+        if size % multiple:
+            raise ModelConfigError(
+                f"model.fp8={model.fp8} needs multiples of {multiple} in every GEMM, but there are {size} {what}"
+            )

@@ -1,0 +1,1 @@
+"""Stand-in for NVIDIA apex (tests/fakes/README.md)."""

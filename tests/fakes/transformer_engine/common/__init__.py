@@ -1,0 +1,3 @@
+"""Framework-independent part."""
+
+from transformer_engine.common import recipe as recipe

@@ -1,0 +1,5 @@
+"""Quantised tensors."""
+
+
+class QuantizedTensor:
+    """Base class; no parameter of ours is one."""

@@ -1,0 +1,135 @@
+"""Kernels that exclude each other are refused with the config; a package that is missing, before anything is built."""
+
+import pytest
+import torch
+
+from engine.checkpoint.manifest import Manifest
+from engine.config import Config, ConfigError, resolve, to_dict
+from engine.inference import inference_config
+from models.backends import choose, require_kernels
+from models.config import LOCAL_KERNELS, ModelConfigError
+from models.packages import APEX, FLASH_2, FLASH_3, TRANSFORMER_ENGINE, Package
+
+TE = "model.backend=transformer_engine"
+BF16 = "train.precision=bf16"
+FITTING = "train.micro_batch_size=32"
+EVALUATE = "evaluate={every_steps: 5, shards: [held-out.tar]}"
+
+
+def _resolve(*options: str) -> Config:
+    """Four blocks of width 64; 9 tokens a picture."""
+    small = ["model.preset=tiny-18b", "train.global_batch_size=32", "train.patch_dropout=0.5"]
+    return resolve({"data": {"shards": ["-"]}}, [*small, *options])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["model.backend=apex"], r"backend is 'apex': choose one of auto, local, transformer_engine"),
+        (["model.attention=xformers"], r"attention is 'xformers': choose one of auto, sdpa"),
+        (["model.norm_kernel=triton"], r"norm_kernel is 'triton'"),
+        (["model.fp8=delayed", TE, BF16], r"fp8 is 'delayed': choose one of none, current, blockwise, mxfp8"),
+        (["model.attention=te", BF16], r"attention=te needs model\.backend=transformer_engine, not local"),
+        (["model.norm_kernel=te"], r"norm_kernel=te needs model\.backend=transformer_engine, not local"),
+        (["model.fp8=current", BF16], r"fp8=current needs model\.backend=transformer_engine, not local"),
+        (["model.fp8=current", "model.backend=auto", BF16], r"needs model\.backend=transformer_engine, not auto"),
+        ([TE], r"attention=te has kernels for bf16 only, not fp32: set train\.precision=bf16 or model\.attention=sdpa"),
+        (["model.attention=flash"], r"attention=flash has kernels for bf16 only, not fp32"),
+        (["model.attention=flash3"], r"attention=flash3 has kernels for bf16 only"),
+        (["model.norm_kernel=apex", "model.vision.norm=layer"], r"fused RMSNorm, but model\.vision\.norm is layer"),
+        ([TE, "model.attention=sdpa", "model.fp8=current"], r"fp8=current needs train\.precision=bf16, not fp32"),
+        ([TE, BF16, "model.fp8=current", "train.micro_batch_size=8"], r"multiples of 16 .*72 tokens of a micro-batch"),
+        ([TE, BF16, "model.fp8=mxfp8", "train.micro_batch_size=16"], r"multiples of 32 .*144 tokens"),
+        (
+            [TE, BF16, "model.fp8=mxfp8", FITTING, "model.vision.mlp_hidden=304"],
+            r"304 of model\.vision\.mlp_hidden on a rank: choose another parallel\.tensor",
+        ),
+        (
+            [TE, BF16, "model.fp8=current", "parallel.tensor=4", FITTING],
+            r"multiples of 16 in every GEMM, but there are 72 tokens",
+        ),
+        (
+            [TE, BF16, "model.fp8=blockwise", "parallel.tensor=2", FITTING, "model.vision.width=128"],
+            r"fp8=blockwise needs multiples of 128 .*144 tokens",
+        ),
+        (
+            # 4 x 8 tokens of training would do, the 4 x 17 of an evaluation do not.
+            [TE, BF16, "model.fp8=current", "train.micro_batch_size=4", "train.patch_dropout=0.55", EVALUATE],
+            r"multiples of 16 in every GEMM, but there are 68 tokens",
+        ),
+        (["model.fp8_bf16_blocks=1"], r"fp8_bf16_blocks 1 .*needs model\.fp8 \(which is none\)"),
+        ([TE, BF16, "model.fp8=current", "model.fp8_bf16_blocks=2", FITTING], r"each end of the 4 in bf16"),
+        (["train.offload_stash=true"], r"offload_stash needs parallel\.pipeline > 1, not 1"),
+        (
+            ["train.offload_stash=true", "parallel.pipeline=2", "train.keep_activations=-1"],
+            r"offload_stash has nothing to move with train\.keep_activations=-1",
+        ),
+        (["parallel.timeout_minutes=0"], r"timeout_minutes is 0\.0: more than 0"),
+    ],
+)
+def test_a_config_is_refused(options: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refusal:
+        _resolve(*options)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [TE, "model.attention=sdpa"],
+        [TE, BF16, "model.fp8=current", "model.fp8_bf16_blocks=1", FITTING],
+        [TE, BF16, "model.fp8=mxfp8", FITTING, "parallel.tensor=2", "parallel.sequence=false"],
+        [TE, BF16, "model.fp8=blockwise", FITTING, EVALUATE],
+        [TE, BF16, "model.fp8=current", "train.micro_batch_size=4", "train.patch_dropout=0.55"],
+        [BF16, "model.attention=flash", "model.norm_kernel=apex"],
+        ["train.offload_stash=true", "parallel.pipeline=2", "train.keep_activations=1"],
+    ],
+)
+def test_what_fits_is_accepted_where_no_package_is_installed(options: list[str]) -> None:
+    _resolve(*options)
+
+
+@pytest.mark.parametrize(
+    ("package", "options"),
+    [
+        (TRANSFORMER_ENGINE, [TE, "model.attention=sdpa"]),
+        (FLASH_2, [BF16, "model.attention=flash"]),
+        (FLASH_3, [BF16, "model.attention=flash3"]),
+        (APEX, ["model.norm_kernel=apex"]),
+    ],
+    ids=lambda value: value.name if isinstance(value, Package) else "",
+)
+def test_a_missing_package_is_named_with_its_command(package: Package, options: list[str]) -> None:
+    if package.is_installed:
+        pytest.skip(f"{package.name} is installed here")
+    config = _resolve(*options)
+    with pytest.raises(ModelConfigError) as refusal:
+        require_kernels(config.model, torch.bfloat16)
+    text = str(refusal.value)
+    assert "\n" not in text
+    for part in (package.name, package.option, package.install):
+        assert part in text
+
+
+def test_the_default_and_auto_are_told_apart() -> None:
+    assert str(choose(_resolve().model, torch.float32)) == (
+        "kernels of the image tower: local linears, sdpa attention, torch norms"
+    )
+    te = choose(_resolve(TE, BF16).model, torch.bfloat16)
+    assert (te.backend, te.attention, te.norm_kernel) == ("transformer_engine", "te", "te")
+
+
+def test_a_checkpoint_is_used_on_local_kernels_wherever_it_was_trained() -> None:
+    trained = _resolve(TE, BF16, "model.fp8=current", "model.fp8_bf16_blocks=1", FITTING)
+    manifest = Manifest(content="weights", config=to_dict(trained), layout={}, tensors={}, files={})
+    model = inference_config(manifest, [], world_size=1, micro_batch=3).model
+    assert {key: getattr(model, key) for key in LOCAL_KERNELS} == LOCAL_KERNELS
+    chosen = inference_config(manifest, [TE, "model.attention=sdpa"], world_size=1, micro_batch=3).model
+    assert (chosen.backend, chosen.attention) == ("transformer_engine", "sdpa")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: auto may pick another backend")
+def test_auto_says_why_it_stays_local() -> None:
+    choice = choose(_resolve("model.backend=auto").model, torch.bfloat16)
+    assert choice.backend == "local"
+    assert str(choice).endswith("(model.backend=auto: there is no CUDA device)")
