@@ -112,17 +112,22 @@ class MixtureLaw:
 class Mixture:
     """SampleOrders of the sources under one law; a single source is the mixture of one."""
 
-    def __init__(self, law: MixtureLaw, orders: Sequence[SampleOrder], first_shards: Sequence[int]) -> None:
-        """first_shards: id of each source's first shard in the joint list of shards."""
+    def __init__(
+        self, law: MixtureLaw, orders: Sequence[SampleOrder], first_shards: Sequence[int], first_position: int = 0
+    ) -> None:
+        """first_shards: id of each source's first shard in the joint list of shards. first_position: where in the run
+        this order begins (a phase of training begins its own).
+        """
         self._law = law
         self._orders = orders
         self._first_shards = first_shards
+        self._first_position = first_position
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """positions int64 [n] (>= 0, any order) -> (shard ids int64 [n], sample ids within the shard int64
-        [n]).
+        """positions int64 [n] (>= first_position, any order) -> (shard ids int64 [n], sample ids within the shard
+        int64 [n]).
         """
-        sources, places = self._law.place(np.asarray(positions, dtype=np.int64))
+        sources, places = self._law.place(np.asarray(positions, dtype=np.int64) - self._first_position)
         shard_ids, sample_ids = np.empty_like(places), np.empty_like(places)
         for source in np.unique(sources).tolist():
             rows = sources == source
@@ -133,7 +138,7 @@ class Mixture:
         """(shard, sample) of the `count` samples that follow the one of `position` in its own source: a bad
         sample is replaced by the next of its kind, so replacements do not shift the proportions.
         """
-        sources, places = self._law.place(np.array([position], dtype=np.int64))
+        sources, places = self._law.place(np.array([position - self._first_position], dtype=np.int64))
         shards, samples = self._locate_in(int(sources[0]), places[0] + np.arange(1, count + 1))
         return list(zip(shards.tolist(), samples.tolist(), strict=True))
 
@@ -148,4 +153,4 @@ class Mixture:
 
     def counts(self, position: int) -> list[int]:
         """Samples of each source among the positions below `position`; divided by `totals`: its epochs."""
-        return self._law.counts(position)
+        return self._law.counts(position - self._first_position)

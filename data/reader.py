@@ -35,8 +35,10 @@ class SampleReader:
     """Random access to the samples of a data config by global position.
 
     train: the shuffled, mixed order of `seed` with random resized crops; otherwise the listed order, seen
-    through `evaluation` ("squash" or "crop"). global_batch_size: needed for data.mix=one_per_batch. device:
-    where DALI decodes. Building it reads (or builds) the index of every shard. Raises DataError for unusable
+    through `evaluation` ("squash" or "crop"). captions: false neither reads nor judges them, and samples need
+    none; tokens are zeros. global_batch_size: needed for data.mix=one_per_batch.
+    first_position: where in the run the order begins (crops still follow the position in the run). device: where
+    DALI decodes. Building it reads (or builds) the index of every shard. Raises DataError for unusable
     shards or settings.
     """
 
@@ -49,14 +51,18 @@ class SampleReader:
         seed: int,
         train: bool,
         evaluation: str = "squash",
+        captions: bool = True,
         global_batch_size: int = 1,
+        first_position: int = 0,
         device: torch.device = _CPU,
     ) -> None:
         config.check()
         self._config = config
         self._train = train
         self._image_size = image_size
-        self.sources = Sources(config, seed=seed, train=train, global_batch_size=global_batch_size)
+        self.sources = Sources(
+            config, seed=seed, train=train, global_batch_size=global_batch_size, first_position=first_position
+        )
         self._order = self.sources.order
         low, high = config.crop_scale
         self._transform: Transform = (
@@ -69,6 +75,7 @@ class SampleReader:
         if config.frames > 1:
             check_available()
         self._tokenizer = Tokenizer(context_length)
+        self._captions = captions
         self.reads = 0
         """Samples read by this reader, the bad ones included."""
         self.bad_by_reason: Counter[str] = Counter()
@@ -206,7 +213,7 @@ class SampleReader:
     def _fetch_one(self, position: int, place: tuple[int, int], passed_over: int) -> EncodedSample:
         self.reads += 1
         shard, sample = place
-        caption, tokens = self._read_caption(shard, sample)
+        caption, tokens = self._read_caption(shard, sample) if self._captions else ("", self._no_tokens())
         pictures = self._read_pictures(shard, sample)
         clip = is_clip(pictures[0], frames=self._config.frames)
         width, height = self._clips.size(pictures[0]) if clip else self._common_size(pictures)
@@ -242,6 +249,9 @@ class SampleReader:
         if tokens[1] == EOT:  # nothing between start and end
             raise Rejected("empty_caption")
         return caption, tokens
+
+    def _no_tokens(self) -> np.ndarray:
+        return np.zeros(self._tokenizer.context_length, dtype=np.int64)
 
     def _read_pictures(self, shard: int, sample: int) -> list[bytes]:
         """The image or clip; of a frame folder the frames that are seen."""

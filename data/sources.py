@@ -24,8 +24,12 @@ class Sources:
     the indices and open files of two shuffle groups a source (a batch may straddle two).
     """
 
-    def __init__(self, config: DataConfig, *, seed: int, train: bool, global_batch_size: int) -> None:
-        """Raises DataError for an unusable shard, or a source without samples."""
+    def __init__(
+        self, config: DataConfig, *, seed: int, train: bool, global_batch_size: int, first_position: int = 0
+    ) -> None:
+        """first_position: where in the run the order begins. Raises DataError for an unusable shard, or a source
+        without samples.
+        """
         storage = Storage.of(config)
         sources = config.sources or [SourceConfig(shards=config.shards)]
         lists = [expand_shards(source.shards, storage) for source in sources]
@@ -37,7 +41,11 @@ class Sources:
         self.files = ShardFiles(self.shards, max_open=in_use, storage=storage)
         self._indices = IndexStore(self.shards, max_loaded=in_use, storage=storage)
         self.order = (
-            self._mix(config, [len(shards) for shards in lists], seed=seed, global_batch_size=global_batch_size)
+            Mixture(
+                _law(config, global_batch_size),
+                *self._parts(config, [len(shards) for shards in lists], seed=seed),
+                first_position=first_position,
+            )
             if train
             else self._list()
         )
@@ -66,7 +74,8 @@ class Sources:
         order = SampleOrder(self._indices.counts, seed=0, shuffle=False, group_shards=1)
         return Mixture(_single_law(), [order], [0])
 
-    def _mix(self, config: DataConfig, sizes: Sequence[int], *, seed: int, global_batch_size: int) -> Mixture:
+    def _parts(self, config: DataConfig, sizes: Sequence[int], *, seed: int) -> tuple[list[SampleOrder], list[int]]:
+        """The order of each source and the id of its first shard."""
         borders = np.cumsum([0, *sizes])
         orders = [
             SampleOrder(
@@ -78,7 +87,7 @@ class Sources:
             )
             for number in range(len(sizes))
         ]
-        return Mixture(_law(config, global_batch_size), orders, borders[:-1].tolist())
+        return orders, borders[:-1].tolist()
 
 
 def _single_law() -> MixtureLaw:

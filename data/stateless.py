@@ -44,14 +44,16 @@ def uniform(seed: int, purpose: str, positions: np.ndarray, draws: int) -> np.nd
     return (bits(seed, purpose, positions, draws) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def kept_patches(seed: int, positions: np.ndarray, patches: int, keep: int) -> np.ndarray:
-    """int64 [len(positions), keep]: the patches of each sample that survive patch dropout, in grid order.
+def kept_patches(seed: int, positions: np.ndarray, patches: int, keep: int, frames: int = 1) -> np.ndarray:
+    """int64 [len(positions) * frames, keep]: the patches of each sample, or of each frame of each clip, that survive
+    patch dropout, in grid order; the frames of a clip lie together.
 
     A uniformly random subset of size `keep` of the `patches` grid cells (PatchDropout of the authors' code
     draws the same distribution; its order of the survivors is random, ours is the grid's: attention does not
     see the order).
     """
-    scores = bits(seed, "patch_dropout", positions, patches)
+    purposes = ["patch_dropout", *(f"patch_dropout/frame {frame}" for frame in range(1, frames))]
+    scores = np.stack([bits(seed, purpose, positions, patches) for purpose in purposes], axis=1).reshape(-1, patches)
     chosen = np.argpartition(scores, keep - 1, axis=1)[:, :keep]
     return np.sort(chosen, axis=1).astype(np.int64)
 

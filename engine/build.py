@@ -4,20 +4,24 @@ A rank holds one or more chunks of the vision tower (more than one with virtual 
 wrapped in megatron-core's DistributedDataParallel on its own: flat fp32 gradient buckets, reduce-scatter, all-gather.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch import nn
 
-from engine.config import Config
-from engine.mesh import Axis, Mesh, stage_layers
+from engine.balance import stage_layers
+from engine.config import Config, MimConfig
+from engine.mesh import Axis, Mesh
 from engine.optim.groups import tensor_group
 from engine.optim.lamb import ShardedOptimizer
 from engine.optim.shards import TowerShards
 from models.clip import LogitBias, LogitScale
-from models.init import initialise
+from models.init import clip_rule, initialise, student_rule
+from models.mim import StudentTower
 from models.naming import LogicalTensor, logical_name, logical_tensors
 from models.text import TextTower
 from models.vision import VisionTower
@@ -61,14 +65,16 @@ class Towers:
     mesh: Mesh
     vision: list[VisionTower]
     """Chunks in tower order."""
-    side: TextSide
+    side: TextSide | None
+    """None where the objective has no captions."""
     parts: list[Part]
-    """Wrapped: the vision chunks, then the text side."""
+    """Wrapped: the vision chunks, then the text side if there is one."""
 
     @property
-    def text(self) -> TextTower:
-        """The caption tower."""
-        return self.side.tower
+    def text_side(self) -> TextSide:
+        """The caption tower and the logit scale, of an objective that has them."""
+        assert self.side is not None, "this objective has no captions"
+        return self.side
 
     def logical_parameters(self) -> list[tuple[LogicalTensor, nn.Parameter]]:
         """(logical tensor, local slice) of everything this rank holds."""
@@ -88,10 +94,10 @@ class Towers:
         for part in self._shared_parts():
             part.ddp.finish_grad_sync()
 
-    def gather_weights(self) -> None:
+    def gather_weights(self, wait: bool = False) -> None:
         """After the update: start (overlapped) or do the all-gather of the new weights. Collective."""
         for part in self._shared_parts():
-            part.ddp.start_param_sync()
+            part.ddp.start_param_sync(force_sync=wait)
 
     def _shared_parts(self) -> list[Part]:
         """Parts with more than one owner; gloo copies whole buffers even in a group of one (6 % of a bf16 step)."""
@@ -108,7 +114,7 @@ class Towers:
 def build_towers(config: Config, mesh: Mesh, device: torch.device) -> Towers:
     """Build, initialise and wrap. Collective over the mesh."""
     chunks = build_vision(config, mesh, device)
-    side = _build_text_side(config, mesh, device)
+    side = _build_text_side(config, mesh, device) if config.objective == "contrastive" else None
     parts = [
         Part(
             ddp=_wrap(chunk, chunk.config, mesh.vision_groups(), config),
@@ -119,11 +125,13 @@ def build_towers(config: Config, mesh: Mesh, device: torch.device) -> Towers:
         )
         for chunk in chunks
     ]
-    ddp = _wrap(side, side.tower.config, mesh.text_groups(), config)
-    parts.append(Part(ddp, _text_side_tensors(side), owners=mesh.world, holders=mesh.world, tensor_rank=0))
+    if side is not None:
+        ddp = _wrap(side, side.tower.config, mesh.text_groups(), config)
+        parts.append(Part(ddp, _text_side_tensors(side), owners=mesh.world, holders=mesh.world, tensor_rank=0))
+    rule = student_rule if config.objective == "mim" else clip_rule
     for part in parts:
         size = 1 if part.ddp.module is side else mesh.tensor.size
-        initialise(part.ddp.module, part.logical, config.model, config.train.seed, part.tensor_rank, size)
+        initialise(part.ddp.module, part.logical, config.model, config.train.seed, part.tensor_rank, size, rule)
     return Towers(mesh=mesh, vision=chunks, side=side, parts=parts)
 
 
@@ -131,9 +139,10 @@ def build_vision(config: Config, mesh: Mesh, device: torch.device) -> list[Visio
     """This rank's chunks of the vision tower, not initialised."""
     parallel, stages = config.parallel, mesh.pipeline.size
     layers = stage_layers(config.model.vision.depth, stages * parallel.virtual, parallel.layers)
+    tower: Callable[..., VisionTower] = _student_tower(config.mim) if config.objective == "mim" else VisionTower
     with torch.device(device):
         return [
-            VisionTower(
+            tower(
                 config.model,
                 groups=mesh.vision_groups(),
                 layers=layers[chunk * stages + mesh.pipeline.rank],
@@ -143,6 +152,13 @@ def build_vision(config: Config, mesh: Mesh, device: torch.device) -> list[Visio
             )
             for chunk in range(parallel.virtual)
         ]
+
+
+def _student_tower(mim: MimConfig) -> Callable[..., StudentTower]:
+    """What builds the student's chunks: its head is as wide as the teacher's projection."""
+    assert mim.teacher_model is not None, "the config was not resolved"
+    target_dim = mim.teacher_model.embed_dim
+    return partial(StudentTower, target_dim=target_dim, patch_gradient_scale=mim.patch_gradient_scale)
 
 
 def _build_text_side(config: Config, mesh: Mesh, device: torch.device) -> TextSide:
@@ -180,8 +196,8 @@ def _wrap(module: nn.Module, transformer_config, groups, config: Config) -> Dist
     return ddp
 
 
-def build_optimizer(config: Config, towers: Towers) -> ShardedOptimizer:
-    """LAMB or AdamW over the owned shards of every part."""
+def build_optimizer(config: Config, towers: Towers, schedule_steps: int | None = None) -> ShardedOptimizer:
+    """LAMB or AdamW over the owned shards of every part. schedule_steps: of warm-up and cosine; None: train.steps."""
     pairs = []
     for part in towers.parts:
         shards = TowerShards(
@@ -189,4 +205,4 @@ def build_optimizer(config: Config, towers: Towers) -> ShardedOptimizer:
         )
         groups = [tensor_group(t.name, len(t.shape), config.model, config.optim) for t in shards.tensors]
         pairs.append((shards, groups))
-    return ShardedOptimizer(pairs, config.optim, config.train.steps, towers.mesh.world)
+    return ShardedOptimizer(pairs, config.optim, schedule_steps or config.train.steps, towers.mesh.world)

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as megatron_random
+from torch import Tensor
 
 CPU = torch.device("cpu")
 
@@ -44,6 +46,60 @@ class Device:
         with open("/proc/self/status") as status:
             peak_kb = next(line for line in status if line.startswith("VmHWM")).split()[1]
         return int(peak_kb) * 1024 / 1e9
+
+
+def order_kernels_by_launch() -> None:
+    """Before CUDA starts: one hardware queue, unless the environment says otherwise.
+
+    megatron-core launches a tensor-parallel collective before the GEMM that hides it; with several queues the GEMM may
+    take every SM first. Its linears warn without this setting.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def priority_options(backend: str) -> Any:
+    """pg_options for groups whose messages must not queue behind computing: the GPU's high-priority streams on NCCL."""
+    if backend != "nccl":
+        return None
+    options = dist.ProcessGroupNCCL.Options()
+    options.is_high_priority_stream = True
+    return options
+
+
+class SideStream:
+    """Copies between device and host beside the computing: on a CUDA stream of their own, on the CPU at once."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def host_buffer(self, like: Tensor) -> Tensor:
+        """Host memory for a copy of `like`; pinned where a GPU can then copy without waiting."""
+        return torch.empty(like.shape, dtype=like.dtype, device=CPU, pin_memory=self._stream is not None)
+
+    def copy_out(self, source: Tensor, buffer: Tensor) -> None:
+        """Start copying what the computing stream has written to `source` into host memory."""
+        if self._stream is None:
+            buffer.copy_(source)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            buffer.copy_(source, non_blocking=True)
+        source.record_stream(self._stream)  # the allocator must not hand its memory out before the copy has been made
+
+    def copy_in(self, buffer: Tensor) -> Tensor:
+        """Start copying host memory to the device; not to be touched before `join`."""
+        if self._stream is None:
+            return buffer.clone()
+        with torch.cuda.stream(self._stream):
+            return buffer.to(self._device, non_blocking=True)
+
+    def join(self, tensor: Tensor) -> None:
+        """The computing stream waits for the copies started so far and may use `tensor` from here on."""
+        if self._stream is not None:
+            computing = torch.cuda.current_stream(self._device)
+            computing.wait_stream(self._stream)
+            tensor.record_stream(computing)
 
 
 def prepare() -> Device:

@@ -43,7 +43,7 @@ class LocalBatch:
     images: Tensor | None
     """uint8 [b, 3, h, w] on the first stage ([b, frames, 3, h, w] for clips), None elsewhere."""
     tokens: Tensor
-    """int64 [own rows, context]: this rank's captions."""
+    """int64 [own rows, context]: this rank's captions; none of them with objective=mim."""
     bad: Sequence[BadSample] = ()
     """Samples that this rank read and replaced."""
     source_counts: Mapping[str, int] = field(default_factory=dict)
@@ -53,14 +53,25 @@ class LocalBatch:
 class Feed:
     """Iterates over LocalBatch from `start_position` for `steps` steps. Collective over the replica."""
 
-    def __init__(self, config: Config, mesh: Mesh, device: torch.device, *, start_position: int, steps: int):
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        device: torch.device,
+        *,
+        start_position: int,
+        steps: int,
+        first_position: int = 0,
+    ):
+        """first_position: where in the run the order of samples begins (a phase has its own)."""
         self.mesh, self.device = mesh, device
         self.global_batch = config.train.global_batch_size
         self.local_batch = self.global_batch // mesh.data.size
+        self.captions = config.objective == "contrastive"
         self.context = config.model.text.context_length
         self.next_position = start_position
         self.loader: PrefetchLoader[SampleBatch | EncodedBatch] | None = None
-        self.units = self._units(config.train.micro_batch_size)
+        self.units = self._units(config.micro_batch_samples)
         if mesh.is_first_stage:
             self.reader = SampleReader(
                 config.data,
@@ -68,7 +79,9 @@ class Feed:
                 context_length=self.context,
                 seed=config.train.seed,
                 train=True,
+                captions=self.captions,
                 global_batch_size=self.global_batch,
+                first_position=first_position,
                 device=device,
             )
             batches = (
@@ -89,20 +102,26 @@ class Feed:
 
     def __next__(self) -> LocalBatch:
         positions = self._positions(self.next_position)
-        images, bad = None, []
-        tokens = torch.empty(self.local_batch, self.context, dtype=torch.int32, device=self.device)
+        images, units = None, []
         if self.loader is not None:
             self._log_epochs()
             units = [self._next_unit() for _ in self.units]
             images = self._gather([unit.images for unit in units])
-            tokens = self._gather([unit.tokens.int() for unit in units])
-            bad = [sample for unit in units for sample in unit.bad]
         self.next_position += self.global_batch
+        bad = [sample for unit in units for sample in unit.bad]
+        return LocalBatch(positions, images, self._own_captions(units), bad, self._source_counts())
+
+    def _own_captions(self, units: list[SampleBatch]) -> Tensor:
+        """int64 [own rows, context] from what the first stage has read; none without captions. Collective."""
+        if not self.captions:
+            return torch.empty(0, self.context, dtype=torch.int64, device=self.device)
+        tokens = torch.empty(self.local_batch, self.context, dtype=torch.int32, device=self.device)
+        if units:
+            tokens = self._gather([unit.tokens.int() for unit in units])
         if self.mesh.pipeline.size > 1:
             first = dist.get_global_rank(self.mesh.pipeline.group, 0)
             dist.broadcast(tokens, src=first, group=self.mesh.pipeline.group)
-        own = tokens[own_rows(self.local_batch, self.mesh)].long()
-        return LocalBatch(positions, images, own, bad, self._source_counts())
+        return tokens[own_rows(self.local_batch, self.mesh)].long()
 
     def close(self) -> None:
         """End the reader processes."""
@@ -126,11 +145,11 @@ class Feed:
         first = step_position + self.mesh.data.rank * self.local_batch
         return np.arange(first, first + self.local_batch, dtype=np.int64)
 
-    def _units(self, micro_batch: int) -> list[slice]:
+    def _units(self, size: int) -> list[slice]:
         """Rows of the local batch that this rank reads, in units (one empty unit where it reads none)."""
         share = split_rows(self.local_batch, self.mesh.tensor.size)[self.mesh.tensor.rank]
-        starts = range(share.start, max(share.stop, share.start + 1), micro_batch)
-        return [slice(start, min(start + micro_batch, share.stop)) for start in starts]
+        starts = range(share.start, max(share.stop, share.start + 1), size)
+        return [slice(start, min(start + size, share.stop)) for start in starts]
 
     def _units_ahead(self, config: Config) -> int:
         """Units that each reader prepares ahead. Raises DataError if their pixels do not fit in shared memory."""

@@ -1,9 +1,11 @@
 """Embeddings of images and captions at any layout, without gradients: evaluation and feature extraction.
 
-Images are dealt over the data axis and run through the stages in micro-batches; captions are dealt over all ranks.
+Images (or clips) are dealt over the data axis and run through the stages in micro-batches; captions are dealt over all
+ranks.
 Every rank gets all embeddings, in input order.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,7 +17,7 @@ from engine.build import DTYPES, build_vision
 from engine.checkpoint.errors import CheckpointError
 from engine.checkpoint.init import Resized
 from engine.checkpoint.load import load_weights
-from engine.checkpoint.manifest import Manifest
+from engine.checkpoint.manifest import WEIGHT, Manifest
 from engine.checkpoint.matching import Exceptions, match
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.together import everyone
@@ -24,14 +26,24 @@ from engine.mesh import Mesh
 from engine.pipeline import Pipeline, forward_order
 from engine.rows import gather_rows, split_rows
 from models.clip import embedding
+from models.config import LOCAL_KERNELS
 from models.naming import LogicalTensor, logical_tensors
 from models.text import TextTower, trim_padding
 from models.vision import VisionTower
 
 Pixels = Callable[[slice], Tensor]
-"""rows of the input -> normalised images [rows, 3, h, w]; asked for on the first stage only."""
+"""rows of the input -> normalised images [rows, 3, h, w] or clips [rows, frames, 3, h, w]; asked for on the first stage
+only."""
 
-_OVERRIDABLE = ("parallel.", "model.vision.image_size=", "model.backend=", "train.precision=")
+_OVERRIDABLE = (
+    "parallel.",
+    "data.frames=",
+    "model.vision.image_size=",
+    "model.backend=",
+    "model.attention=",
+    "model.norm_kernel=",
+    "train.precision=",
+)
 
 
 @dataclass
@@ -55,14 +67,14 @@ def inference_config(manifest: Manifest, overrides: list[str], world_size: int, 
     stored = manifest.config
     parallel = {key: stored["parallel"][key] for key in ("tensor", "pipeline", "sequence")}
     tree = {
-        "model": stored["model"],
+        "model": {**stored["model"], **LOCAL_KERNELS},
         "parallel": parallel,
         "data": {"shards": ["-"]},
         "train": {"precision": stored["train"]["precision"], "patch_dropout": 0.0, "micro_batch_size": 1},
     }
-    # Sequence parallelism cuts micro-batch x tokens, so a multiple of the tensor axis always fits.
-    tensor = _tensor_of(tree, overrides)
-    micro_batch += -micro_batch % tensor
+    # Sequence parallelism cuts micro-batch x tokens, so a multiple of the tensor axis always fits; clips stay whole.
+    unit = math.lcm(*(_count_of(key, tree, overrides) for key in ("parallel.tensor", "data.frames")))
+    micro_batch += -micro_batch % unit
     batch = [f"train.micro_batch_size={micro_batch}", f"train.global_batch_size={micro_batch * world_size}"]
     config = resolve(tree, [*overrides, *batch], source="checkpoint")
     if config.parallel.virtual > 1:
@@ -71,18 +83,28 @@ def inference_config(manifest: Manifest, overrides: list[str], world_size: int, 
     return config
 
 
-def _tensor_of(tree: dict, overrides: list[str]) -> int:
-    given = [o.partition("=")[2] for o in overrides if o.startswith("parallel.tensor=")]
+def _count_of(key: str, tree: dict, overrides: list[str]) -> int:
+    section, name = key.split(".")
+    given = [o.partition("=")[2] for o in overrides if o.startswith(f"{key}=")]
     try:
-        return max(1, int(given[-1] if given else tree["parallel"]["tensor"]))
+        return max(1, int(given[-1] if given else tree[section].get(name, 1)))
     except ValueError:
-        raise ConfigError(f"parallel.tensor={given[-1]} is not a number") from None
+        raise ConfigError(f"{key}={given[-1]} is not a number") from None
 
 
 def load_encoders(
-    checkpoint: Checkpoint, config: Config, mesh: Mesh, device: torch.device, *, images: bool = True, texts: bool = True
+    checkpoint: Checkpoint,
+    config: Config,
+    mesh: Mesh,
+    device: torch.device,
+    *,
+    images: bool = True,
+    texts: bool = True,
+    kind: str = WEIGHT,
 ) -> tuple[Encoders, list[str]]:
     """Build the towers that are asked for and fill them; returns them and remarks for people. Collective over the mesh.
+
+    kind: WEIGHT or AVERAGE (engine/checkpoint/manifest.py).
 
     Raises CheckpointError if a tensor of theirs is missing or of another shape; other tensors of the checkpoint (the
     logit scale, the other tower, the optimizer's) are not looked at.
@@ -99,7 +121,7 @@ def load_encoders(
         tables.append((text, logical_tensors(text, "text", 0, 1)))
     own = {t.name: t.shape for _, table in tables for t in table.values()}
     wanted = {name: tuple(shape) for stage in everyone(own, mesh.pipeline) for name, shape in stage.items()}
-    source = Resized(checkpoint, config.model, None, resize_patch=False)
+    source = Resized(checkpoint.kind(kind), config.model, None, resize_patch=False)
     towers = {name.split(".", 1)[0] for name in wanted}
     stored = {name: shape for name, shape in source.shapes().items() if name.split(".", 1)[0] in towers}
     match(stored, wanted, Exceptions(), str(checkpoint.folder))
@@ -120,9 +142,10 @@ def verify_together(checkpoint: Checkpoint, mesh: Mesh, hashes: bool) -> None:
 class Embedder:
     """Runs the towers forward. Collective over the mesh."""
 
-    def __init__(self, encoders: Encoders, mesh: Mesh, device: torch.device, micro_batch: int):
-        """micro_batch: images of one pass; a multiple of the tensor axis under sequence parallelism."""
+    def __init__(self, encoders: Encoders, mesh: Mesh, device: torch.device, micro_batch: int, frames: int = 1):
+        """micro_batch: images of one pass; a multiple of the tensor axis under sequence parallelism, and of frames."""
         self.encoders, self.mesh, self.device, self.micro_batch = encoders, mesh, device, micro_batch
+        self.frames = frames
         if encoders.vision:
             tower = encoders.vision[0]
             tokens = micro_batch * (1 + tower.vision.patches)
@@ -132,9 +155,9 @@ class Embedder:
 
     @torch.no_grad()
     def images(self, pixels: Pixels, count: int) -> Tensor:
-        """Embeddings fp32 [count, D] of `count` images."""
+        """Embeddings fp32 [count, D] of `count` images, or clips of `frames` images."""
         mine = split_rows(count, self.mesh.data.size)[self.mesh.data.rank]
-        blocks = list(_blocks(mine, self.micro_batch))
+        blocks = list(_blocks(mine, self.micro_batch // self.frames))
         units = forward_order(len(blocks), self.mesh.pipeline.size, self.pipeline.chunks)
         inbox = self.pipeline.forward_inbox(units)
         own = torch.empty(mine.stop - mine.start, self.encoders.embed_dim, device=self.device)
@@ -143,7 +166,8 @@ class Embedder:
             inputs = self._padded(pixels(rows)) if self.pipeline.starts(unit) else inbox.receive()
             output = self.encoders.vision[unit.chunk](inputs, samples=self.micro_batch)
             if self.pipeline.ends(unit):
-                own[rows.start - mine.start : rows.stop - mine.start] = embedding(output[: rows.stop - rows.start])
+                ended = output[: (rows.stop - rows.start) * self.frames]
+                own[rows.start - mine.start : rows.stop - mine.start] = embedding(ended, self.frames)
             else:
                 self.pipeline.next.send(output)
         self.pipeline.next.drain()
@@ -154,7 +178,7 @@ class Embedder:
 
     def _padded(self, images: Tensor) -> Tensor:
         """The last block is filled up, so that every message has the same shape."""
-        images = images.to(self.device)
+        images = images.to(self.device).flatten(0, -4)
         full = images.new_zeros(self.micro_batch, *images.shape[1:])
         full[: len(images)] = images
         return full

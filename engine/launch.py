@@ -8,22 +8,25 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from engine.config import ParallelConfig
-from engine.device import Device, prepare
+from engine.device import Device, order_kernels_by_launch, prepare
 from engine.mesh import Mesh, build_mesh
 
 
 @contextmanager
 def job(parallel: ParallelConfig) -> Iterator[tuple[Mesh, Device]]:
     """The mesh and device of this rank; the process group ends with the block. One rank needs no torchrun."""
+    if parallel.tensor > 1:
+        order_kernels_by_launch()
     device = prepare()
+    timeout = timedelta(minutes=parallel.timeout_minutes)
     alone = "RANK" not in os.environ
     if alone:
-        dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(device.backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(device.backend, timeout=timeout)
     world = dist.distributed_c10d._get_default_group()
     try:
-        yield build_mesh(parallel.tensor, parallel.pipeline, world), device
+        yield build_mesh(parallel.tensor, parallel.pipeline, world, timeout=timeout), device
         dist.barrier(group=world)  # no rank closes its connections while another still uses them
     finally:
         dist.destroy_process_group()

@@ -9,13 +9,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 def saved_bytes(forward: Callable[[], Tensor], weights: list[Tensor]) -> int:
     """Bytes that autograd keeps for the backward of `forward`, each storage once, the weights not counted."""
-    known = {weight.untyped_storage().data_ptr() for weight in weights}
+    known = {_identity(weight) for weight in weights}
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
+        if _identity(tensor) not in known:
+            sizes[_identity(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -23,6 +22,11 @@ def saved_bytes(forward: Callable[[], Tensor], weights: list[Tensor]) -> int:
     # The pack hook sees storages while they are alive; everything counted is still held by `output`'s graph here.
     del output
     return sum(sizes.values())
+
+
+def _identity(tensor: Tensor) -> int:
+    """Of its storage, while it is alive; the address of the data would not do for tensors without data (dry runs)."""
+    return tensor.untyped_storage()._cdata
 
 
 def keep_within(budget_gb: float, bytes_each: int, micro_batches: int) -> int:

@@ -4,12 +4,15 @@ Vision is split over tensor x pipeline and replicated over data; text is replica
 default process group: every collective names one of the groups below.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+
+from engine.device import priority_options
 
 Group = dist.ProcessGroup
 
@@ -28,6 +31,21 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Links:
+    """Groups for messages between neighbouring stages: the ranks of the pipeline, by direction and sender.
+
+    On NCCL two ranks exchange what one group holds in the order in which they ask for it, so a receive that is posted
+    ahead would hold back every send of the other direction; and gloo matches messages by sender, so activations and
+    gradients of the same sender (two stages in a ring) need to be told apart.
+    """
+
+    forward: tuple[Group, Group]
+    """To the next stage, from even and from odd stages."""
+    backward: tuple[Group, Group]
+    """To the previous stage, from even and from odd stages."""
+
+
+@dataclass(frozen=True)
 class Mesh:
     """Groups and coordinates of this rank."""
 
@@ -41,6 +59,8 @@ class Mesh:
     """The tensor x data ranks that hold the same blocks; the trust ratio of LAMB sums over them."""
     alone: Axis
     """This rank only."""
+    links: Links
+    """Of the pipeline axis."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -71,8 +91,11 @@ def _collection(*, tp: Group, dp: Group, alone: Group) -> ProcessGroupCollection
     return ProcessGroupCollection(tp=tp, dp=dp, dp_cp=dp, cp=alone, pp=alone, ep=alone, expt_dp=alone)
 
 
-def build_mesh(tensor: int, pipeline: int, world: Group) -> Mesh:
-    """Cut `world` (all ranks of the job) into TP x PP x DP. Collective: every rank calls it with the same numbers."""
+def build_mesh(tensor: int, pipeline: int, world: Group, *, timeout: timedelta | None = None) -> Mesh:
+    """Cut `world` (all ranks of the job) into TP x PP x DP. Collective: every rank calls it with the same numbers.
+
+    timeout: of the groups' collectives; they do not inherit the world's. None: torch's (10 minutes on NCCL).
+    """
     ranks = dist.get_process_group_ranks(world)
     data, left = divmod(len(ranks), tensor * pipeline)
     if left:
@@ -80,33 +103,34 @@ def build_mesh(tensor: int, pipeline: int, world: Group) -> Mesh:
     me = ranks.index(dist.get_rank())
     at = lambda tt, dd, pp: ranks[tt + tensor * (dd + data * pp)]  # noqa: E731
 
-    def axis(sets: Sequence[Sequence[int]]) -> Axis:
+    def axis(sets: Sequence[Sequence[int]], options: Any = None) -> Axis:
         """Create all groups of one kind on every rank (creation is collective) and keep this rank's."""
-        group, _ = dist.new_subgroups_by_enumeration([list(s) for s in sets])
+        group, _ = dist.new_subgroups_by_enumeration([list(s) for s in sets], timeout=timeout, pg_options=options)
         own = dist.get_process_group_ranks(group)
         return Axis(len(own), own.index(dist.get_rank()), group)
 
     rows = range
+    pipelines = [[at(tt, dd, i) for i in rows(pipeline)] for tt in rows(tensor) for dd in rows(data)]
+    urgent = priority_options(dist.get_backend(world))
+    pipeline_axis = axis(pipelines, urgent)
     return Mesh(
         tensor=axis([[at(i, dd, pp) for i in rows(tensor)] for dd in rows(data) for pp in rows(pipeline)]),
         data=axis([[at(tt, i, pp) for i in rows(data)] for tt in rows(tensor) for pp in rows(pipeline)]),
-        pipeline=axis([[at(tt, dd, i) for i in rows(pipeline)] for tt in rows(tensor) for dd in rows(data)]),
+        pipeline=pipeline_axis,
         replica=axis([[at(tt, dd, pp) for pp in rows(pipeline) for tt in rows(tensor)] for dd in rows(data)]),
         stage=axis([[at(tt, dd, pp) for dd in rows(data) for tt in rows(tensor)] for pp in rows(pipeline)]),
         alone=axis([[r] for r in ranks]),
         world=Axis(len(ranks), me, world),
+        links=_links(pipeline_axis, lambda: axis(pipelines, urgent).group),
     )
 
 
-def stage_layers(depth: int, stages: int, counts: list[int] | None = None) -> list[range]:
-    """Blocks of each stage (in tower order; with virtual stages, of each chunk).
-
-    counts: blocks of each, by hand. None: as even as can be, the remainder on the middle stages, since the first one
-    also embeds patches and the last one projects.
-    """
-    if counts is None:
-        base, extra = divmod(depth, stages)
-        first = (stages - extra) // 2
-        counts = [base + (first <= stage < first + extra) for stage in range(stages)]
-    starts = [0, *accumulate(counts)]
-    return [range(start, stop) for start, stop in pairwise(starts)]
+def _links(pipeline: Axis, another: Callable[[], Group]) -> Links:
+    """another: makes one more group of the same ranks. Only of two stages is one rank both neighbours of the other."""
+    even = pipeline.group
+    if pipeline.size == 1:
+        return Links((even, even), (even, even))
+    if pipeline.size > 2:
+        back = another()
+        return Links((even, even), (back, back))
+    return Links((even, another()), (another(), another()))

@@ -7,13 +7,19 @@ shrinks from (P - 1) / (m + P - 1) to (P - 1) / (v m + P - 1). All ranks work th
 in the reverse order, so messages on every link arrive in the order in which they are wanted.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.mesh import Mesh
 from engine.p2p import StageLink
+
+Backward = Callable[[bool], AbstractContextManager]
+"""(this is the last backward of these parameters in this step) -> context for it; where gradient reduction starts."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,16 @@ class Pipeline:
     def __init__(self, mesh: Mesh, chunks: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
         """shape and dtype: one message, the packed tokens of a micro-batch."""
         stage, stages = mesh.pipeline.rank, mesh.pipeline.size
+        before, after = (stage - 1) % stages, (stage + 1) % stages
+        forward, backward = mesh.links.forward, mesh.links.backward
+        message: dict[str, Any] = {"shape": shape, "dtype": dtype, "device": device}
         self.mesh, self.chunks = mesh, chunks
-        self.previous = StageLink(mesh.pipeline, (stage - 1) % stages, shape, dtype, device)
-        self.next = StageLink(mesh.pipeline, (stage + 1) % stages, shape, dtype, device)
+        self.previous = StageLink(
+            mesh.pipeline, before, sending=backward[stage % 2], receiving=forward[before % 2], **message
+        )
+        self.next = StageLink(
+            mesh.pipeline, after, sending=forward[stage % 2], receiving=backward[after % 2], **message
+        )
 
     def starts(self, unit: Unit) -> bool:
         """The unit takes images, not a message."""

@@ -13,7 +13,6 @@ before the first gradient does.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -21,9 +20,10 @@ from torch import Tensor
 
 from engine.loss import ContrastiveLoss
 from engine.mesh import Mesh
-from engine.pipeline import Pipeline, Unit, forward_order
+from engine.pipeline import Backward, Pipeline, Unit, forward_order
 from engine.rows import deal_from_last_stage, gather_rows
 from engine.sigmoid_loss import SigmoidLoss
+from engine.stash import DeviceStash, HostStash
 from engine.timeline import Phases
 
 VisionChunk = Callable[[Tensor | None, int], Tensor]
@@ -33,8 +33,6 @@ TextTower = Callable[[int], Tensor]
 LossResult = ContrastiveLoss | SigmoidLoss
 Loss = Callable[[Tensor, Tensor], LossResult]
 """(image rows, text rows) of this rank -> global loss and the gradients of these rows."""
-Backward = Callable[[bool], AbstractContextManager]
-"""(this is the last backward of these parameters in this step) -> context for it; where gradient reduction starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +53,8 @@ class StepShape:
     """k, micro-batches of this stage that keep their activations; ranks may differ."""
     keep_text: bool = False
     """The captions keep their activations, too."""
+    offload_stash: bool = False
+    """The stash is in host memory."""
 
 
 @dataclass(kw_only=True)
@@ -79,6 +79,7 @@ class ContrastiveSchedule:
         self.mesh, self.shape, self.device = mesh, shape, device
         self.pipeline = Pipeline(mesh, chunks, shape.hidden, shape.dtype, device)
         self.units = forward_order(shape.micro_batches, mesh.pipeline.size, chunks)
+        self.stash = HostStash(device) if shape.offload_stash else DeviceStash()
 
     def run(self, work: Work, phases: Phases) -> LossResult:
         """One step; gradients are left in the parameters. Collective over the mesh."""
@@ -94,18 +95,18 @@ class ContrastiveSchedule:
 
 @dataclass
 class _Step:
-    """State of one step: the stash, kept outputs, and the captions' embeddings."""
+    """State of one step: what was kept of micro-batches that are not replayed, and the captions' embeddings."""
 
     schedule: ContrastiveSchedule
     work: Work
     phases: Phases
-    inputs: dict[Unit, Tensor | None] = field(default_factory=dict)
-    kept: dict[Unit, Tensor] = field(default_factory=dict)
+    kept: dict[Unit, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+    """Input and output of a chunk, with the graph between them."""
     text_embeddings: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.shape, self.mesh = self.schedule.shape, self.schedule.mesh
-        self.pipeline, self.units = self.schedule.pipeline, self.schedule.units
+        self.pipeline, self.units, self.stash = self.schedule.pipeline, self.schedule.units, self.schedule.stash
 
     # --- phase 1 -------------------------------------------------------------------------------------------------
 
@@ -136,9 +137,10 @@ class _Step:
             if keep and hidden is not None:
                 hidden.requires_grad_()
             output = self.work.vision[unit.chunk](hidden, unit.micro_batch)
-        self.inputs[unit] = hidden
         if keep:
-            self.kept[unit] = output
+            self.kept[unit] = hidden, output
+        else:
+            self.stash.push(hidden)
         if not self.pipeline.ends(unit):
             self.pipeline.next.send(output)
         return output.detach()
@@ -153,6 +155,7 @@ class _Step:
         """Gradients of the embeddings (local batch; this rank's captions) -> gradients of all parameters."""
         micro = image_gradient.split(self.shape.local_batch // self.shape.micro_batches)
         inbox = self.pipeline.backward_inbox(self.units)
+        self.stash.prefetch()
         if not self.mesh.is_last_stage:
             self._backprop_text(text_gradient)
         for unit in reversed(self.units):
@@ -162,12 +165,7 @@ class _Step:
         self.pipeline.previous.drain()
 
     def _backprop_unit(self, unit: Unit, inbox, embedding_gradient: Tensor) -> None:
-        hidden, output = self.inputs.pop(unit), self.kept.pop(unit, None)
-        if output is None:
-            with self.phases.time("replay", unit):  # needs nothing from upstream: runs while the gradient travels
-                output = self.work.vision[unit.chunk](
-                    hidden.requires_grad_() if hidden is not None else None, unit.micro_batch
-                )
+        hidden, output = self.kept.pop(unit) if unit in self.kept else self._replay(unit)
         gradient = embedding_gradient if self.pipeline.ends(unit) else self._receive(inbox)
         is_last = unit.micro_batch == 0  # of this chunk: units come in reverse order
         with self.phases.time("backward", unit), self.work.vision_backward[unit.chunk](is_last):
@@ -175,6 +173,14 @@ class _Step:
         if hidden is not None:
             assert hidden.grad is not None
             self.pipeline.previous.send(hidden.grad)
+
+    def _replay(self, unit: Unit) -> tuple[Tensor | None, Tensor]:
+        """(input, output) of a stashed unit, with graph. Needs nothing from upstream: runs while a gradient travels."""
+        with self.phases.time("replay", unit):
+            hidden = self.stash.pop()
+            if hidden is not None:
+                hidden.requires_grad_()
+            return hidden, self.work.vision[unit.chunk](hidden, unit.micro_batch)
 
     def _backprop_text(self, gradient: Tensor) -> None:
         parts = self.work.text_rows

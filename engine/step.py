@@ -1,6 +1,5 @@
 """One optimizer step on one global batch: towers, schedule, loss, gradient reduction and update put together."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,18 +19,11 @@ from engine.schedule import ContrastiveSchedule, LossResult, StepShape, Work
 from engine.sigmoid_loss import sigmoid_loss
 from engine.stages import TextRunner, VisionRunner
 from engine.timeline import Phases
+from engine.update import StepOutcome, Update
 from models.clip import LEARNED_SCALE_MAX
 
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """What a step reports."""
-
-    loss: LossResult
-    gradient_norm: float
-    """Before clipping."""
-    rates: dict[str, float]
-    """Base rates of this step by tower, before layer decay."""
+LOGIT_SCALE_BOUNDS = {"logit_scale.log_scale": (0.0, LEARNED_SCALE_MAX)}
+"""The learned scale stays within [1, 100] (its logarithm is the weight)."""
 
 
 class ContrastiveStep:
@@ -39,7 +31,8 @@ class ContrastiveStep:
 
     def __init__(self, config: Config, mesh: Mesh, device: torch.device, towers: Towers, optimizer: ShardedOptimizer):
         self.config, self.mesh, self.device = config, mesh, device
-        self.towers, self.optimizer = towers, optimizer
+        self.towers, self.side, self.optimizer = towers, towers.text_side, optimizer
+        self.update = Update(towers, optimizer, mesh, config.health)
         train = config.train
         self.local_batch = train.global_batch_size // mesh.data.size
         self.vision = [
@@ -49,12 +42,13 @@ class ContrastiveStep:
                 patch_dropout=train.patch_dropout,
                 seed=train.seed,
                 device=device,
+                frames=config.data.frames,
             )
             for chunk in towers.vision
         ]
         rows = own_rows(self.local_batch, mesh)
         self.row_counts = rows_of_every_rank(self.local_batch, mesh)
-        self.text = TextRunner(towers.text, rows=_parts(rows, train.text_micro_batch_size), device=device)
+        self.text = TextRunner(self.side.tower, rows=_parts(rows, train.text_micro_batch_size), device=device)
         self.work = Work(
             vision=self.vision,
             vision_backward=[part.last_backward for part in towers.parts[:-1]],
@@ -72,20 +66,18 @@ class ContrastiveStep:
         for runner in self.vision:
             runner.batch = batch
         result = self.schedule.run(self.work, phases)
-        with phases.time("reduce"):
-            self.towers.finish_reduction()
-            self._reduce_over_tensor_ranks()
         rates = self.optimizer.rates()
-        with phases.time("optimizer"):
-            gradient_norm = self.optimizer.step()
-            # On the master weight, before the all-gather: the learned scale stays within [1, 100].
-            self.optimizer.clamp("logit_scale.log_scale", 0.0, LEARNED_SCALE_MAX)
-        with phases.time("gather_weights"):
-            self.towers.gather_weights()
-        return StepOutcome(result, gradient_norm, rates)
+        gradient_norm = self.update(phases, LOGIT_SCALE_BOUNDS, result.loss)
+        return StepOutcome(loss=result.loss, metrics=self._metrics(result), gradient_norm=gradient_norm, rates=rates)
+
+    def _metrics(self, result: LossResult) -> dict[str, Tensor]:
+        metrics = {"i2t_top1": result.i2t_top1, "t2i_top1": result.t2i_top1}
+        if self.side.logit_scale is not None:
+            metrics["logit_scale"] = self.side.logit_scale().detach()
+        return metrics
 
     def _loss(self, image_rows: Tensor, text_rows: Tensor) -> LossResult:
-        side, train = self.towers.side, self.config.train
+        side, train = self.side, self.config.train
         scale = side.logit_scale() if side.logit_scale is not None else torch.tensor(train.logit_scale)
         # A dict of Any: mypy cannot see which keyword gets which value.
         where: dict[str, Any] = {
@@ -109,31 +101,13 @@ class ContrastiveStep:
         """Every rank knows the whole gradient and the text side sums over ranks: one rank adds it."""
         value.backward(gradient if self.mesh.world.rank == 0 else torch.zeros_like(gradient))
 
-    def _reduce_over_tensor_ranks(self) -> None:
-        """Sum gradients that each tensor rank computed from its own tokens only (norms, biases, embedding).
-
-        After the reduction over data ranks: both are sums, and that one may still be running during the backward.
-        """
-        partial = [
-            p for chunk in self.towers.vision for p in chunk.parameters() if getattr(p, "sequence_parallel", False)
-        ]
-        if not partial:
-            return
-        gradients: list[Tensor] = [p.main_grad for p in partial]  # type: ignore[attr-defined]
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat, group=self.mesh.tensor.group)
-        torch._foreach_copy_(
-            gradients,
-            [t.view_as(g) for t, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)],
-        )
-
     # --- sizes ---------------------------------------------------------------------------------------------------
 
     def _shape(self) -> StepShape:
         train, vision = self.config.train, self.config.model.vision
         tokens = train.micro_batch_size * vision.kept_tokens(train.patch_dropout)
         split = self.mesh.tensor.size if self.config.parallel.sequence else 1
-        micro_batches = self.local_batch // train.micro_batch_size
+        micro_batches = self.local_batch // self.config.micro_batch_samples
         keep = self._keep(micro_batches)
         return StepShape(
             micro_batches=micro_batches,
@@ -143,6 +117,7 @@ class ContrastiveStep:
             dtype=DTYPES[train.precision],
             keep=keep,
             keep_text=keep == micro_batches,
+            offload_stash=train.offload_stash,
         )
 
     def _keep(self, micro_batches: int) -> int:
@@ -161,10 +136,10 @@ class ContrastiveStep:
 
     def _chunk_bytes(self, runner: VisionRunner) -> int:
         train, model = self.config.train, self.config.model
-        side = model.vision.image_size
+        side, samples = model.vision.image_size, self.config.micro_batch_samples
         runner.batch = LocalBatch(
-            positions=np.arange(train.micro_batch_size),
-            images=torch.zeros(train.micro_batch_size, 3, side, side, dtype=torch.uint8),
+            positions=np.arange(samples),
+            images=torch.zeros(samples, runner.frames, 3, side, side, dtype=torch.uint8),
             tokens=torch.empty(0),
         )
         hidden = None

@@ -5,13 +5,20 @@ A mistake in the config, the layout, the shards or a checkpoint ends with one li
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from data.errors import DataError
 from engine.config import Config, ConfigError, check_layout, check_vocabulary, load_config, to_dict
 from engine.exit import leave
+from engine.phases import phase_plan
+
+if TYPE_CHECKING:
+    from engine.callbacks.base import Callback
+    from engine.trainer import Trainer
 
 
 def main(arguments: list[str]) -> int:
@@ -21,8 +28,9 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         config = load_config(arguments[0], arguments[1:])
-        check_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
-        check_vocabulary(config)
+        for phase in phase_plan(config):
+            check_layout(phase.config, int(os.environ.get("WORLD_SIZE", "1")))
+            check_vocabulary(phase.config)
     except (ConfigError, DataError) as error:
         return _fail(error)
     return _train(config)
@@ -30,32 +38,45 @@ def main(arguments: list[str]) -> int:
 
 def _train(config: Config) -> int:
     # Importing torch and megatron-core takes seconds: after the checks, so that a typing mistake answers at once.
-    from engine.callbacks.checkpoint import CheckpointCallback
+    from engine.build import DTYPES
     from engine.checkpoint.errors import CheckpointError
+    from engine.health import UnhealthyStep
     from engine.launch import job
     from engine.mesh import LayoutError
-    from engine.trainer import NonFiniteLoss, Trainer
+    from engine.run_phases import run_phases
+    from models.backends import require_kernels
+    from models.config import ModelConfigError
 
     try:
+        kernels = require_kernels(config.model, DTYPES[config.train.precision])
         with job(config.parallel) as (mesh, device):
-            trainer = Trainer(config, mesh, device)
-            trainer.resume()
             if mesh.world.rank == 0:
-                _write_config(config)
-            trainer.fit([*_logging_callbacks(config, mesh.world.rank), CheckpointCallback(trainer)])
-    except (LayoutError, DataError, CheckpointError, NonFiniteLoss) as error:
+                print(kernels)
+            run_phases(config, mesh, device, partial(_callbacks, config))
+    except (LayoutError, DataError, CheckpointError, ModelConfigError, UnhealthyStep) as error:
         return _fail(error)
     return 0
 
 
-def _logging_callbacks(config: Config, rank: int) -> list:
-    if rank != 0:
-        return []
+def _callbacks(config: Config, trainer: "Trainer") -> list["Callback"]:
+    """Of a phase that is about to begin: the job's folder is taken, its checkpoint is loaded."""
+    from engine.callbacks.checkpoint import CheckpointCallback
+    from engine.callbacks.evaluation import Evaluation
+
+    evaluation: list[Callback] = [Evaluation(trainer)] if config.evaluate.every_steps else []
+    if trainer.mesh.world.rank != 0:
+        return [*evaluation, CheckpointCallback(trainer)]
+    _write_config(config)
+    return [*evaluation, *_logging_callbacks(config), CheckpointCallback(trainer)]
+
+
+def _logging_callbacks(config: Config) -> list["Callback"]:
+    """Of world rank 0."""
     from engine.callbacks.console import ConsoleProgress
     from engine.callbacks.metrics import MetricsFile
     from engine.callbacks.tensorboard import TensorBoard
 
-    callbacks = [MetricsFile(), ConsoleProgress(log_every_steps=config.log.every_steps)]
+    callbacks: list[Callback] = [MetricsFile(), ConsoleProgress(log_every_steps=config.log.every_steps)]
     return [*callbacks, TensorBoard()] if config.log.tensorboard else callbacks
 
 

@@ -15,30 +15,39 @@ from engine.build import build_optimizer, build_towers
 from engine.callbacks.base import Callback, RunInfo
 from engine.checkpoint.lock import RunLock
 from engine.checkpoint.manifest import Position
-from engine.checkpoint.resume import lock_run, start
+from engine.checkpoint.reader import Checkpoint
+from engine.checkpoint.resume import choose, lock_run, start
 from engine.config import Config, to_dict
 from engine.device import Device
 from engine.feed import Feed, LocalBatch
+from engine.health import Health
 from engine.mesh import Mesh
+from engine.mim.step import MimStep
+from engine.optim.ema import restart_average
+from engine.phases import Phase, phase_plan
 from engine.quarantine import Quarantine
-from engine.step import ContrastiveStep, StepOutcome
+from engine.recovery import Recovery
+from engine.step import ContrastiveStep
 from engine.timeline import Phases, write_spans
-
-
-class NonFiniteLoss(Exception):
-    """The loss is not a number; the weights of the last checkpoint are the last good ones."""
+from engine.update import StepOutcome
 
 
 class Trainer:
-    """One contrastive training job on this rank."""
+    """One training job, or one phase of it, on this rank."""
 
-    def __init__(self, config: Config, mesh: Mesh, device: Device):
-        """Build everything. Collective over the mesh."""
-        self.config, self.mesh, self.device = config, mesh, device
+    def __init__(self, config: Config, mesh: Mesh, device: Device, phase: Phase | None = None):
+        """Build everything. Collective over the mesh. phase: whose config it is; None: the first of the job."""
+        self.phase = phase or phase_plan(config)[0]
+        self.config = config = self.phase.config
+        self.mesh, self.device = mesh, device
         self.towers = build_towers(config, mesh, device.torch_device)
-        self.optimizer = build_optimizer(config, self.towers)
-        self.contrastive_step = ContrastiveStep(config, mesh, device.torch_device, self.towers, self.optimizer)
-        self.position = Position(step=0, samples_seen=0)
+        self.optimizer = build_optimizer(config, self.towers, self.phase.schedule_steps)
+        restart_average(self.optimizer)
+        step = MimStep if config.objective == "mim" else ContrastiveStep
+        self.training_step = step(config, mesh, device.torch_device, self.towers, self.optimizer)
+        self.health = self.training_step.update.health
+        self.recovery = Recovery(self.towers, self.optimizer, self.phase, mesh)
+        self.position = Position(step=0, samples_seen=0, phase=self.phase.name)
         self.lock: RunLock | None = None
         self.callbacks: list[Callback] = []
         self.checkpoint_stall_s = 0.0
@@ -48,15 +57,15 @@ class Trainer:
     # --- the loop --------------------------------------------------------------------------------------------------
 
     def fit(self, callbacks: list[Callback]) -> None:
-        """Train from the current position to train.steps."""
-        total = self.config.train.steps
-        start = self.position.step
+        """Train from the current position to the end of the phase."""
+        total, start = self.phase.last_step, self.position.step
         feed = Feed(
             self.config,
             self.mesh,
             self.device.torch_device,
             start_position=self.position.samples_seen,
             steps=total - start,
+            first_position=self.phase.first_sample,
         )
         self.quarantine = Quarantine(
             Path(self.config.run_dir),
@@ -78,8 +87,10 @@ class Trainer:
                 started = time.perf_counter()
                 batch = next(feed)
                 fetched = time.perf_counter()
-                outcome, phases = self._traced_step(batch)
+                outcome, phases = self.traced_step(batch)
                 record = self._record(outcome, phases, batch, started, fetched)
+                for callback in callbacks:
+                    record |= callback.measure(record)
                 for callback in callbacks:
                     callback.on_step(record)
             self.towers.wait_for_weights()  # the last all-gather: nothing may be under way when the groups end
@@ -90,13 +101,15 @@ class Trainer:
             self._release_run()
 
     def step(self, batch: LocalBatch, phases: Phases | None = None) -> StepOutcome:
-        """One optimizer step on one global batch. Collective over the mesh."""
-        outcome = self.contrastive_step(batch, phases or Phases())
+        """One optimizer step on one global batch. Collective over the mesh; raises UnhealthyStep."""
+        outcome = self.training_step(batch, phases or Phases())
         self.position.step += 1
         self.position.samples_seen += self.config.train.global_batch_size
+        self.position.updates = self.optimizer.update_count
+        self.recovery.act(self.health.verdict, self.position, outcome.rates["vision"])
         return outcome
 
-    def _traced_step(self, batch: LocalBatch) -> tuple[StepOutcome, Phases]:
+    def traced_step(self, batch: LocalBatch) -> tuple[StepOutcome, Phases]:
         """A step whose spans are written if log.timeline_steps asks for it."""
         step = self.position.step
         if step not in self.config.log.timeline_steps:
@@ -115,43 +128,36 @@ class Trainer:
     def _record(
         self, outcome: StepOutcome, phases: Phases, batch: LocalBatch, started: float, fetched: float
     ) -> dict[str, Any]:
-        loss, rates = outcome.loss, outcome.rates
+        rates = outcome.rates
         seen = self.position.samples_seen
         self.position.bad_samples += self.quarantine.report(batch.bad, samples_seen=seen)
-        value = float(loss.loss)
         record = {
             "step": self.position.step - 1,
-            "loss": value,
-            "lr_vision": rates["vision"],
-            "lr_text": rates["text"],
+            **({"phase": self.phase.name} if self.phase.name else {}),
+            "loss": float(outcome.loss),
+            **{f"lr_{tower}": rates[tower] for tower in ("vision", "text") if tower in rates},
             "grad_norm": outcome.gradient_norm,
             "samples_seen": self.position.samples_seen,
             "step_time_s": time.perf_counter() - started,
             "data_time_s": fetched - started,
-            "i2t_top1": float(loss.i2t_top1),
-            "t2i_top1": float(loss.t2i_top1),
+            **{name: float(number) for name, number in outcome.metrics.items()},
             "bad_samples": self.position.bad_samples,
+            "skipped_steps": self.position.skipped_steps,
+            "rewinds": self.position.rewinds,
             "checkpoint_stall_s": self.checkpoint_stall_s,
             **{f"bad_{reason}": count for reason, count in sorted(self.quarantine.by_reason.items())},
             **{f"samples_{source}": count for source, count in batch.source_counts.items()},
             **{f"phase_{name}_s": seconds for name, seconds in phases.seconds.items()},
         }
         self.checkpoint_stall_s = 0.0
-        if self.towers.side.logit_scale is not None:
-            record["logit_scale"] = float(self.towers.side.logit_scale().detach())
-        if not torch.isfinite(loss.loss):
-            raise NonFiniteLoss(
-                f"loss is {value} at step {record['step']} (gradient norm {outcome.gradient_norm}, "
-                f"lr {rates['vision']:g}): resume from the last checkpoint with a lower optim.lr_vision or a longer "
-                "optim.warmup_steps"
-            )
         return record
 
     def _run_info(self) -> RunInfo:
         return RunInfo(
             run_dir=Path(self.config.run_dir),
             config=to_dict(self.config),
-            total_steps=self.config.train.steps,
+            total_steps=self.phase.total_steps,
+            phase=self.phase.name,
             start_step=self.position.step,
             world_size=self.mesh.world.size,
             layout=self.mesh.layout,
@@ -161,18 +167,28 @@ class Trainer:
 
     def _count_parameters(self) -> int:
         """Elements of the whole model: every stage's tensors once, the text side once."""
-        *vision, side = [sum(_numel(t.shape) for t in part.logical.values()) for part in self.towers.parts]
-        total = torch.tensor([sum(vision)], dtype=torch.int64, device=self.device.torch_device)
+        counts = [sum(_numel(t.shape) for t in part.logical.values()) for part in self.towers.parts]
+        chunks = len(self.towers.vision)
+        total = torch.tensor([sum(counts[:chunks])], dtype=torch.int64, device=self.device.torch_device)
         dist.all_reduce(total, group=self.mesh.pipeline.group)
-        return int(total) + side
+        return int(total) + sum(counts[chunks:])
 
     # --- where training begins -------------------------------------------------------------------------------------
 
     def resume(self) -> None:
         """Take the run folder for this job and load what checkpoint.resume and init ask for. Collective."""
-        self.lock = lock_run(Path(self.config.run_dir), self.mesh)
-        begin = start(self.towers, self.optimizer, self.config, self.mesh)
+        lock = lock_run(Path(self.config.run_dir), self.mesh)
+        self.begin(choose(self.config, self.mesh), lock)
+
+    def begin(self, checkpoint: Checkpoint | None, lock: RunLock | None) -> None:
+        """Load a checkpoint, or, without one, what init asks for. lock: of the run folder, released at the end."""
+        self.lock = lock
+        begin = start(self.towers, self.optimizer, self.phase, self.mesh, checkpoint)
         self.position, self._resumed_states = begin.position, begin.callbacks
+        self.position.phase = self.phase.name
+        health = self._resumed_states.pop(type(self.health).__name__, None)
+        if health is not None and not begin.at_border:  # another phase has another usual loss
+            self.health.load_state_dict(health)
 
     def _release_run(self) -> None:
         if self.lock is not None:
@@ -180,8 +196,9 @@ class Trainer:
             self.lock = None
 
     def callback_states(self) -> dict[str, Any]:
-        """Class name -> state of this rank's callbacks that have one."""
-        states = {type(callback).__name__: callback.state_dict() for callback in self.callbacks}
+        """Class name -> state of what has one: this rank's callbacks, and the judge of steps."""
+        parts: list[Callback | Health] = [*self.callbacks, self.health]
+        states = {type(part).__name__: part.state_dict() for part in parts}
         return {name: state for name, state in states.items() if state}
 
 

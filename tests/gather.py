@@ -53,8 +53,7 @@ def backward_only(step: ContrastiveStep, batch: LocalBatch, loss: Loss | None = 
     for runner in step.vision:
         runner.batch = batch
     result = step.schedule.run(replace(step.work, loss=loss or step.work.loss), Phases())
-    step.towers.finish_reduction()
-    step._reduce_over_tensor_ranks()
+    step.update.reduce()
     return result
 
 

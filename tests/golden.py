@@ -5,6 +5,7 @@ is laid out. `deviation` is the one measure by which tests compare with them.
 """
 
 import json
+import zlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,16 @@ def load_weights(towers: Towers, whole: dict[str, Tensor]) -> None:
     mesh = towers.mesh
     for tensor, parameter in towers.logical_parameters():
         parameter.copy_(whole[tensor.name][tensor.slice_of(mesh.tensor.rank, mesh.tensor.size)])
+
+
+def noise(towers: Towers) -> dict[str, Tensor]:
+    """Seeded weights for a model without a fixture: nothing is 0 or 1, so that every switch shows."""
+    whole = {}
+    for tensor, _ in towers.logical_parameters():
+        generator = torch.Generator().manual_seed(zlib.crc32(tensor.name.encode()))
+        values = torch.randn(tensor.shape, generator=generator)
+        whole[tensor.name] = 1 + 0.2 * values if "norm" in tensor.name else 0.15 * values
+    return whole
 
 
 def deviation(value: Tensor, reference: Tensor, floor: float = 0.0) -> float:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Record = Mapping[str, float]
-"""One optimizer step, flat, python numbers only (the trainer has already taken them off the device).
+Record = Mapping[str, Any]
+"""One optimizer step, flat, python numbers only (the trainer has already taken them off the device), and the name of
+its `phase` in a job that has phases.
 
-`step` (0-based index of the finished step), `loss` (nats), `lr_vision`, `lr_text`, `grad_norm` (before
-clipping), `samples_seen` (of the whole run, this step included), `step_time_s` (wall time, waiting for data
-included), `data_time_s` (of it, waiting for data), `i2t_top1`, `t2i_top1` (0..1, within the global batch),
-and whatever else the trainer measures.
+`step` (0-based index of the finished step), `loss` (nats, or minus a mean cosine with objective=mim), `lr_vision`,
+`grad_norm` (before clipping), `samples_seen` (of the whole run, this step included), `step_time_s` (wall time,
+waiting for data included), `data_time_s` (of it, waiting for data), and whatever else the objective and the trainer
+measure: `lr_text`, `i2t_top1`, `t2i_top1` (0..1, within the global batch), or `masked_patches` (mean of an image).
 """
 
 
@@ -40,6 +41,8 @@ class RunInfo:
     """Logical parameters of both towers: nothing is counted twice over ranks."""
     global_batch_size: int
     """Pairs per optimizer step."""
+    phase: str = ""
+    """The phase that begins or goes on; empty in a job without phases."""
 
 
 class Callback:
@@ -47,6 +50,10 @@ class Callback:
 
     def on_start(self, run: RunInfo) -> None:
         """Once, after a checkpoint is loaded and before the first step."""
+
+    def measure(self, record: Record) -> dict[str, float]:
+        """After every optimizer step, before any callback sees its record: numbers to add to it."""
+        return {}
 
     def on_step(self, record: Record) -> None:
         """After every optimizer step."""

@@ -1,4 +1,4 @@
-"""Saves every n steps and after the last one; runs on every rank, since saving is collective.
+"""Saves every n steps and after the last one of every phase; runs on every rank, since saving is collective.
 
 What training waits for (copying to host memory, a save still under way) is added to `Trainer.checkpoint_stall_s`, which
 the next step's record carries. A checkpoint after step k is begun after the other callbacks have seen record k: their
@@ -32,6 +32,7 @@ class CheckpointCallback(Callback):
         )
         run_dir = Path(trainer.config.run_dir)
         self.saver = CheckpointSaver(run_dir, trainer.optimizer, trainer.config, trainer.mesh, retention)
+        trainer.recovery.saver = self.saver
 
     def on_start(self, run: RunInfo) -> None:
         """Remember where the run ends."""
@@ -45,9 +46,10 @@ class CheckpointCallback(Callback):
             self.trainer.lock.touch()
         self.saver.check()
         done = int(record["step"]) + 1
-        if done % self.settings.every_steps == 0 or done == self.total_steps:
+        last = done in (self.total_steps, self.trainer.phase.last_step)
+        if done % self.settings.every_steps == 0 or last:
             with self._stall():
-                self._save(record, wait=done == self.total_steps or not self.settings.async_save)
+                self._save(record, wait=last or not self.settings.async_save)
 
     def _save(self, record: Record, wait: bool) -> None:
         best = self.settings.keep_best

@@ -34,7 +34,8 @@ class ConsoleProgress(Callback):
         self._run = run
         self._print(f"{run.layout} on {run.world_size} {'rank' if run.world_size == 1 else 'ranks'}")
         self._print(f"{_count(run.parameters)} parameters, global batch {run.global_batch_size:,}")
-        self._print(f"steps {run.start_step:,} to {run.total_steps:,}, files in {run.run_dir}")
+        phase = f"phase {run.phase}, " if run.phase else ""
+        self._print(f"{phase}steps {run.start_step:,} to {run.total_steps:,}, files in {run.run_dir}")
         if self._console.is_terminal:
             self._progress = Progress(
                 BarColumn(),
@@ -49,6 +50,9 @@ class ConsoleProgress(Callback):
         assert self._run is not None, "on_start comes first"
         self._window.append(record)
         done_steps = int(record["step"]) + 1
+        if "eval_zero_shot_top1" in record:
+            top1, chance = 100 * record["eval_zero_shot_top1"], 100 * record["eval_chance"]
+            self._print(f"step {done_steps:,}: zero-shot top-1 {top1:.1f} % (chance {chance:.2g} %)")
         if self._progress is not None:
             self._progress.update(self._task, completed=done_steps, description=self._printable(self._summary()))
             self._window = self._window[-self._log_every_steps :]
@@ -72,10 +76,11 @@ class ConsoleProgress(Callback):
         mean_step_s = seconds / len(self._window)
         parts = [
             f"loss {last['loss']:.4f}",
-            f"lr {last['lr_vision']:.2e}/{last['lr_text']:.2e}",
+            f"lr {'/'.join(f'{last[name]:.2e}' for name in ('lr_vision', 'lr_text') if name in last)}",
             f"grad {last['grad_norm']:.3g}",
-            f"top-1 {100 * last['i2t_top1']:.1f}/{100 * last['t2i_top1']:.1f} %",
         ]
+        if "i2t_top1" in last:
+            parts.append(f"top-1 {100 * last['i2t_top1']:.1f}/{100 * last['t2i_top1']:.1f} %")
         if seconds > 0:
             waiting = sum(record["data_time_s"] for record in self._window) / seconds
             parts.append(f"{self._run.global_batch_size / mean_step_s:,.1f} samples/s")

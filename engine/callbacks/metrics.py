@@ -14,6 +14,8 @@ from typing import Any, TextIO
 from engine.callbacks.base import Callback, Record, RunInfo
 
 METRICS_FILE = "metrics.jsonl"
+RUN_FILE = "run.json"
+"""Layout and size of the last start of a run, for reports."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -68,6 +70,8 @@ class MetricsFile(Callback):
             else:
                 _keep_steps_before(path, run.start_step)
         self._file = path.open("a", encoding="utf-8")
+        facts = {name: getattr(run, name) for name in ("layout", "world_size", "parameters", "global_batch_size")}
+        (run.run_dir / RUN_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
     def on_step(self, record: Record) -> None:
         assert self._file is not None, "on_start comes first"

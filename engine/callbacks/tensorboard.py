@@ -21,7 +21,7 @@ class TensorBoard(Callback):
     def on_step(self, record: Record) -> None:
         assert self._writer is not None, "on_start comes first"
         for name, value in record.items():
-            if name != "step":
+            if name not in ("step", "phase"):
                 self._writer.add_scalar(f"train/{name}", value, global_step=int(record["step"]))
 
     def on_end(self, record: Record) -> None:

@@ -1,8 +1,9 @@
 """Initial weights from an earlier stage of training or from another project's files (`init.*` in a config).
 
 MIM student -> CLIP vision tower, text tower of another CLIP, logit scale: each by its own path, strictly, with the
-exceptions that `init.skip` and `init.reinit` name. A position table of another grid is interpolated (bicubic); a patch
-kernel of another size only if init.resize_patch asks for it.
+exceptions that `init.skip` and `init.reinit` name. Of a student, what only the MIM stage has (mask token, prediction
+head) stays behind unasked; the CLIP projection, which it lacks, must be named in `init.reinit`. A position table of
+another grid is interpolated (bicubic); a patch kernel of another size only if init.resize_patch asks for it.
 """
 
 from fnmatch import fnmatchcase
@@ -26,7 +27,7 @@ from engine.optim.lamb import ShardedOptimizer
 from models.authors import LayoutMismatch, is_derived, to_logical
 from models.config import ModelConfig
 from models.layouts.authors import AUTHORS
-from models.layouts.base import MIM_AUTHORS_NAMES
+from models.layouts.inventory import MIM_TENSORS
 from models.posembed import resize_patch_kernel, resize_pos_embed
 
 POS_EMBED, PATCH_KERNEL = "vision.embed.pos_embed", "vision.embed.weight"
@@ -128,11 +129,12 @@ class _Remaining:
         self._used: set[str] = set()
 
     def of(self, stored: Shapes, wanted: Shapes) -> Exceptions:
-        """Those that match something here."""
+        """Those that match something here, and a MIM student's own tensors where the model has no place for them."""
         skip = [p for p in self.exceptions.skip if any(fnmatchcase(name, p) for name in stored)]
         reinit = [p for p in self.exceptions.reinit if any(fnmatchcase(name, p) for name in wanted)]
         self._used |= set(skip) | set(reinit)
-        return Exceptions(skip=skip, reinit=reinit)
+        behind = [name for name in MIM_TENSORS if name in stored and name not in wanted]
+        return Exceptions(skip=skip + behind, reinit=reinit)
 
     def refuse_unused(self) -> None:
         """Raise CheckpointError for patterns that matched in none."""
@@ -193,7 +195,7 @@ class AuthorsTower:
 
 
 def _belongs(name: str, part: str) -> bool:
-    if is_derived(name) or name in MIM_AUTHORS_NAMES:
+    if is_derived(name):
         return False
     return name == part if part == "logit_scale" else name.startswith("visual." if part == "vision" else "text.")
 

@@ -5,6 +5,7 @@ rounding, and the all-gather that training does after every step brings them to 
 of any TP x PP x virtual x DP reads each byte once per copy it needs, and what was fp32 stays so to the bit.
 """
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 from engine.build import Towers
 from engine.checkpoint.errors import CheckpointError
 from engine.checkpoint.flat_slice import FlatSlice
-from engine.checkpoint.manifest import MOMENT1, MOMENT2, WEIGHT, Position
+from engine.checkpoint.manifest import AVERAGE, MOMENT1, MOMENT2, WEIGHT, Position
 from engine.checkpoint.matching import Exceptions, Match, Shapes, match
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.snapshot import KINDS, owned_slice
 from engine.checkpoint.together import everyone
 from engine.config import Config, to_dict
 from engine.mesh import Mesh
+from engine.optim.ema import restart_average
 from engine.optim.lamb import ShardedOptimizer
 from models.naming import LogicalTensor
 
@@ -46,18 +48,13 @@ def model_shapes(towers: Towers, mesh: Mesh) -> Shapes:
 def resume_training(
     checkpoint: Checkpoint, towers: Towers, optimizer: ShardedOptimizer, config: Config, mesh: Mesh
 ) -> tuple[Position, Match]:
-    """Weights, moments, step and position of a training checkpoint. Collective over the mesh.
+    """Weights, moments, moving average, step and position of a training checkpoint. Collective over the mesh.
 
     Raises CheckpointError: weights only, another model or seed, tensors that do not fit (checkpoint.skip and
     checkpoint.reinit are the exceptions).
     """
-    manifest = checkpoint.manifest
-    if manifest.content != "training" or manifest.position is None:
-        raise CheckpointError(
-            f"{checkpoint.folder} holds weights only, no optimizer state and no position: start from it with "
-            f"init.vision={checkpoint.folder} init.text={checkpoint.folder}"
-        )
-    _same_run(checkpoint, config)
+    manifest, position = checkpoint.manifest, training_position(checkpoint)
+    same_run(checkpoint, config)
     settings = config.checkpoint
     chosen = match(
         manifest.shapes(),
@@ -69,13 +66,34 @@ def resume_training(
         lacking = sorted(set(chosen.load) - manifest.shapes(kind).keys())
         if lacking:
             raise CheckpointError(f"{checkpoint.folder} has no {kind} of {len(lacking)} tensors, first {lacking[0]}")
-    _fill(optimizer, mesh, set(chosen.load), checkpoint.read, (WEIGHT, MOMENT1, MOMENT2))
+    fill(optimizer, mesh, set(chosen.load), checkpoint.read, (WEIGHT, MOMENT1, MOMENT2))
     publish(optimizer, towers)
-    optimizer.step_count = manifest.position.step
-    return manifest.position, chosen
+    restart_average(optimizer)
+    if optimizer.optim.ema_decay:  # what the checkpoint has no average of begins one with its weights
+        fill(optimizer, mesh, set(chosen.load) & manifest.shapes(AVERAGE).keys(), checkpoint.read, (AVERAGE,))
+    optimizer.step_count = position.step
+    optimizer.update_count = updates_of(position)
+    return position, chosen
 
 
-def _same_run(checkpoint: Checkpoint, config: Config) -> None:
+def training_position(checkpoint: Checkpoint) -> Position:
+    """Where the run of a training checkpoint stood. Raises CheckpointError for weights only."""
+    manifest = checkpoint.manifest
+    if manifest.content != "training" or manifest.position is None:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds weights only, no optimizer state and no position: start from it with "
+            f"init.vision={checkpoint.folder} init.text={checkpoint.folder}"
+        )
+    return replace(manifest.position)
+
+
+def updates_of(position: Position) -> int:
+    """Updates that the moments of a checkpoint have seen."""
+    return position.step if position.updates is None else position.updates
+
+
+def same_run(checkpoint: Checkpoint, config: Config, *, any_resolution: bool = False) -> None:
+    """Raise CheckpointError unless the checkpoint's seed and model are the job's (any_resolution: image size aside)."""
     manifest = checkpoint.manifest
     if manifest.seed != config.train.seed:
         raise CheckpointError(
@@ -83,6 +101,8 @@ def _same_run(checkpoint: Checkpoint, config: Config) -> None:
             f"samples and dropped patches would not be those of the run it continues; set train.seed={manifest.seed}"
         )
     other = model_differences(manifest.config["model"], to_dict(config)["model"])
+    if any_resolution:
+        other = [line for line in other if not line.startswith("model.vision.image_size:")]
     if other:
         raise CheckpointError(
             f"{checkpoint.folder} holds another model than the config asks for: {'; '.join(other)}. A new stage of "
@@ -106,7 +126,7 @@ def model_differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: st
 
 
 @torch.no_grad()
-def _fill(optimizer: ShardedOptimizer, mesh: Mesh, names: set[str], read, kinds: tuple[str, ...]) -> None:
+def fill(optimizer: ShardedOptimizer, mesh: Mesh, names: set[str], read, kinds: tuple[str, ...]) -> None:
     """Read this rank's owned elements of the tensors `names`. read(name, where, kind) -> 1-D."""
     for tower in optimizer.towers:
         for s, piece in tower.shards.owned():
@@ -122,8 +142,9 @@ def load_weights_for_training(
     source: TensorSource, names: set[str], towers: Towers, optimizer: ShardedOptimizer, mesh: Mesh
 ) -> None:
     """Fill fp32 masters and weights of the tensors `names`; moments stay zero. Collective over the mesh."""
-    _fill(optimizer, mesh, names, lambda name, where, kind: source.read(name, where), (WEIGHT,))
+    fill(optimizer, mesh, names, lambda name, where, kind: source.read(name, where), (WEIGHT,))
     publish(optimizer, towers)
+    restart_average(optimizer)
 
 
 @torch.no_grad()

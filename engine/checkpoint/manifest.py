@@ -2,7 +2,8 @@
 
 manifest.json is written last, after every file of the folder is on disk, and carries a hash of its own content: a
 folder without a valid manifest is not a checkpoint. Tensors are named `kind/logical name`; kinds are `weight` (the fp32
-masters of training, from which lower-precision weights follow by rounding), `moment1` and `moment2`.
+masters of training, from which lower-precision weights follow by rounding), `moment1`, `moment2` and, where one is
+kept, `average` (optim.ema_decay).
 """
 
 import base64
@@ -25,7 +26,7 @@ from engine.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, FileRecord, bytes
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-WEIGHT, MOMENT1, MOMENT2 = "weight", "moment1", "moment2"
+WEIGHT, MOMENT1, MOMENT2, AVERAGE = "weight", "moment1", "moment2", "average"
 
 
 @dataclass
@@ -38,6 +39,14 @@ class Position:
     """Position in the global sample order; a change of the global batch size keeps it."""
     bad_samples: int = 0
     """Replaced so far, over all ranks."""
+    phase: str = ""
+    """Name of the phase it belongs to; at a border, of the one that ends there."""
+    updates: int | None = None
+    """Updates that the moments have seen; None in checkpoints that did not count them: as many as steps."""
+    skipped_steps: int = 0
+    """Steps without an update, for the sake of health."""
+    rewinds: int = 0
+    """Times that the weights were taken back to a checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,12 @@ class Checkpoint:
         shape = self.manifest.tensors[f"{kind}/{name}"].shape
         return self.read(name, FlatSlice.whole(shape), kind).view(shape)
 
+    def kind(self, kind: str) -> "KindOf":
+        """The tensors of another kind in the place of the weights. Raises CheckpointError if there are none."""
+        if not self.manifest.shapes(kind):
+            raise CheckpointError(f"{self.folder} holds no {kind} of the weights (optim.ema_decay keeps one)")
+        return KindOf(self, kind)
+
     def _open(self, file: str) -> TensorFile:
         if file not in self._files:
             self._files[file] = TensorFile(self.folder / file)
@@ -78,6 +84,21 @@ class Checkpoint:
         problems = self.problems()
         if problems:
             raise CheckpointError(f"{self.folder} is damaged:{listed(problems)}")
+
+
+class KindOf:
+    """One kind of tensors of a checkpoint, as a source of weights."""
+
+    def __init__(self, checkpoint: Checkpoint, kind: str):
+        self._checkpoint, self._kind = checkpoint, kind
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Logical name -> shape."""
+        return self._checkpoint.manifest.shapes(self._kind)
+
+    def read(self, name: str, where: FlatSlice) -> Tensor:
+        """Some elements of a logical tensor, 1-D."""
+        return self._checkpoint.read(name, where, self._kind)
 
 
 def _range_reader(file: TensorFile, key: str):

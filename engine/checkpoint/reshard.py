@@ -6,11 +6,11 @@ opens few files. One file a (stage, tensor rank) and share of DP for the vision 
 
 from dataclasses import dataclass
 
+from engine.balance import stage_layers
 from engine.checkpoint.errors import CheckpointError
 from engine.checkpoint.flat_slice import FlatSlice
 from engine.checkpoint.manifest import Manifest
 from engine.checkpoint.write import PlannedFile, PlannedPart
-from engine.mesh import stage_layers
 from models.naming import split_dim
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from engine.build import Towers
+from engine.checkpoint.border import cross_border
 from engine.checkpoint.errors import CheckpointError, listed
 from engine.checkpoint.folders import all_checkpoints, clear_leftovers, latest_first, resolve_checkpoint, set_aside
 from engine.checkpoint.init import initialise_from
-from engine.checkpoint.load import resume_training
+from engine.checkpoint.load import resume_training, training_position
 from engine.checkpoint.lock import RunLock
 from engine.checkpoint.manifest import Position
 from engine.checkpoint.reader import Checkpoint
@@ -17,6 +18,7 @@ from engine.checkpoint.together import everyone, raise_together
 from engine.config import Config
 from engine.mesh import Mesh
 from engine.optim.lamb import ShardedOptimizer
+from engine.phases import Phase
 
 
 @dataclass
@@ -26,6 +28,8 @@ class Start:
     position: Position
     callbacks: dict[str, Any] = field(default_factory=dict)
     """Class name -> state of the callbacks of the run that is continued."""
+    at_border: bool = False
+    """A phase begins: its checkpoint is that of the phase before."""
 
 
 def lock_run(run_dir: Path, mesh: Mesh) -> RunLock | None:
@@ -42,23 +46,52 @@ def lock_run(run_dir: Path, mesh: Mesh) -> RunLock | None:
     return lock
 
 
-def start(towers: Towers, optimizer: ShardedOptimizer, config: Config, mesh: Mesh) -> Start:
-    """Do what checkpoint.resume and init ask for. Collective over the mesh."""
-    checkpoint = _choose(config, mesh)
+def start(
+    towers: Towers, optimizer: ShardedOptimizer, phase: Phase, mesh: Mesh, checkpoint: Checkpoint | None
+) -> Start:
+    """Go on from a checkpoint, or, without one, do what init asks for. Collective over the mesh."""
     if checkpoint is None:
-        for line in initialise_from(config, towers, optimizer, mesh):
+        for line in initialise_from(phase.config, towers, optimizer, mesh):
             _say(line, mesh)
         return Start(Position(step=0, samples_seen=0))
-    position, chosen = resume_training(checkpoint, towers, optimizer, config, mesh)
-    _say(f"resumed from {checkpoint.folder} (step {position.step}): " + "; ".join(chosen.lines()), mesh)
+    begin = load_state(towers, optimizer, phase, mesh, checkpoint)
     checkpoint.close()
-    return Start(position, checkpoint.manifest.callbacks)
+    return begin
 
 
-def _choose(config: Config, mesh: Mesh) -> Checkpoint | None:
+def load_state(towers: Towers, optimizer: ShardedOptimizer, phase: Phase, mesh: Mesh, checkpoint: Checkpoint) -> Start:
+    """The state that a checkpoint gives this phase: its own, or that of the phase before. Collective over the mesh."""
+    position = training_position(checkpoint)
+    _check_position(position, phase, checkpoint.folder)
+    at_border = 0 < position.step == phase.first_step
+    if at_border:
+        _, lines = cross_border(
+            checkpoint, towers, optimizer, phase.config, mesh, reset_optimizer=phase.reset_optimizer
+        )
+        did = f"phase {phase.name} goes on"
+    else:
+        _, chosen = resume_training(checkpoint, towers, optimizer, phase.config, mesh)
+        lines, did = chosen.lines(), "resumed"
+    optimizer.step_count = position.step - phase.schedule_first_step
+    _say(f"{did} from {checkpoint.folder} (step {position.step}): " + "; ".join(lines), mesh)
+    return Start(position, checkpoint.manifest.callbacks, at_border)
+
+
+def _check_position(position: Position, phase: Phase, folder: Path) -> None:
+    """Steps and samples of the phases before must be those of the checkpoint: the data order begins between them."""
+    wanted = phase.first_sample + (position.step - phase.first_step) * phase.config.train.global_batch_size
+    if phase.name and position.samples_seen != wanted:
+        raise CheckpointError(
+            f"{folder} has seen {position.samples_seen:,} samples at step {position.step}, the phases of this config "
+            f"say {wanted:,}: what lies behind a run cannot change; restore the lengths and batch sizes of its phases"
+        )
+
+
+def choose(config: Config, mesh: Mesh) -> Checkpoint | None:
+    """The checkpoint that checkpoint.resume asks for, checked; None for a fresh run. Collective over the mesh."""
     run_dir, wish = Path(config.run_dir), config.checkpoint.resume
     if wish == "auto":
-        return _newest_good(run_dir, config, mesh)
+        return newest_good(run_dir, config, mesh)
     if wish != "none":
         checkpoint = Checkpoint(resolve_checkpoint(Path(wish)))
         problems = _problems(checkpoint, config, mesh)
@@ -73,7 +106,7 @@ def _choose(config: Config, mesh: Mesh) -> Checkpoint | None:
     return None
 
 
-def _newest_good(run_dir: Path, config: Config, mesh: Mesh) -> Checkpoint | None:
+def newest_good(run_dir: Path, config: Config, mesh: Mesh) -> Checkpoint | None:
     """The first of latest, newest, … whose every byte is what was written; damaged ones are set aside, loudly."""
     candidates = everyone(latest_first(run_dir) if mesh.world.rank == 0 else None, mesh.world)[0]
     bad: list[tuple[Path, list[str]]] = []

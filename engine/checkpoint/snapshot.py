@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.flat_slice import FlatSlice
-from engine.checkpoint.manifest import MOMENT1, MOMENT2, WEIGHT
+from engine.checkpoint.manifest import AVERAGE, MOMENT1, MOMENT2, WEIGHT
 from engine.mesh import Mesh
 from engine.optim.lamb import ShardedOptimizer
 from engine.optim.shards import Piece, TowerShards
 
-KINDS = {WEIGHT: "master", MOMENT1: "first", MOMENT2: "second"}
-"""Kind in a checkpoint -> attribute of the optimizer's tower state (a list of 1-D fp32 tensors, one a shard)."""
+KINDS = {WEIGHT: "master", MOMENT1: "first", MOMENT2: "second", AVERAGE: "average"}
+"""Kind in a checkpoint -> attribute of the optimizer's tower state (1-D fp32 tensors, one a shard; no average, no
+tensors)."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Snapshot:
             writes = (tower.shards.counted > 0).tolist()
             for kind, attribute in KINDS.items():
                 host = [self._copy((t, kind, s), flat) for s, flat in enumerate(getattr(tower, attribute))]
-                for s, piece in tower.shards.owned():
+                for s, piece in tower.shards.owned() if host else ():
                     if writes[piece.tensor]:
                         name = tower.shards.tensors[piece.tensor].name
                         where = owned_slice(tower.shards, piece, self.mesh)

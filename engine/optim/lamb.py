@@ -13,6 +13,7 @@ Rules, step t = 1, 2, …, m and v the moments, c1 = 1 - b1^t, c2 = 1 - b2^t, pe
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,9 @@ class ShardedOptimizer:
         self.world = world
         self.towers = [_TowerState(shards, groups) for shards, groups in towers]
         self.step_count = 0
+        """Steps of the schedule of rates, skipped ones included."""
+        self.update_count = 0
+        """Updates that the moments have seen; the bias corrections follow it."""
 
     def rates(self) -> dict[str, float]:
         """Learning rate of each tower (before layer decay) at the next step."""
@@ -51,15 +55,25 @@ class ShardedOptimizer:
     def step(self) -> float:
         """Update the owned weights from the reduced gradients; returns the global gradient norm before clipping."""
         norm = self.gradient_norm()
+        self.apply(norm)
+        return norm
+
+    @torch.no_grad()
+    def apply(self, norm: float) -> None:
+        """The same where the gradient norm is known."""
         clip = self.optim.clip_grad_norm
         scale = clip / norm if 0 < clip < norm else 1.0
         rates = self.rates()
         self.step_count += 1
+        self.update_count += 1
         for tower in self.towers:
-            updates = tower.direction(self.optim, scale, self.step_count)
+            updates = tower.direction(self.optim, scale, self.update_count)
             ratios = tower.trust_ratios(updates, self.optim)
-            tower.apply(updates, ratios, rates, _step_factor(self.optim, self.step_count))
-        return norm
+            tower.apply(updates, ratios, rates, _step_factor(self.optim, self.update_count))
+
+    def skip(self) -> None:
+        """A step without an update: weights, moments and update_count stay, the schedule goes on."""
+        self.step_count += 1
 
     @torch.no_grad()
     def clamp(self, name: str, low: float, high: float) -> None:
@@ -97,12 +111,15 @@ class _TowerState:
         self.master = [w if w.dtype == torch.float32 else w.float() for w in weights]
         self.first = [torch.zeros_like(w) for w in self.master]
         self.second = [torch.zeros_like(w) for w in self.master]
+        self.average: list[Tensor] = []
+        """Moving average of the master weights; empty where none is kept (engine/optim/ema.py)."""
 
     def direction(self, optim: OptimConfig, gradient_scale: float, t: int) -> list[Tensor]:
         """u of every owned element, written over the gradient (no longer needed); moments move on."""
         updates = [shard.gradient for shard in self.shards.shards]
-        for gradient, m, v in zip(updates, self.first, self.second, strict=True):
-            _direction(gradient, m, v, optim, gradient_scale, t)
+        for flats in zip(updates, self.first, self.second, strict=True):
+            for gradient, m, v in _in_cache(*flats):
+                _direction(gradient, m, v, optim, gradient_scale, t)
         self._add_weight_decay(updates)
         return updates
 
@@ -129,11 +146,22 @@ class _TowerState:
             for group, ratio in zip(self.groups, ratios, strict=True)
         ]
         for i, piece in self.shards.owned():
-            part = slice(piece.start, piece.stop)
-            self.master[i][part].sub_(updates[i][part], alpha=steps[piece.tensor])
-        for shard, master in zip(self.shards.shards, self.master, strict=True):
-            if master is not shard.weight:
-                shard.weight.copy_(master)
+            part, whole = slice(piece.start, piece.stop), self.shards.shards[i].weight
+            is_copy = self.master[i] is not whole
+            for master, update, weight in _in_cache(self.master[i][part], updates[i][part], whole[part]):
+                master.sub_(update, alpha=steps[piece.tensor])
+                if is_copy:
+                    weight.copy_(master)
+
+
+_CACHED_ELEMENTS = 1 << 15
+"""Three fp32 vectors of so many elements stay in the cache of one CPU core."""
+
+
+def _in_cache(*flats: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Equal parts of vectors of one length, short enough for the passes over them to hit the cache (GPU: one part)."""
+    size = _CACHED_ELEMENTS if flats[0].is_cpu else max(1, flats[0].numel())
+    return zip(*(flat.split(size) for flat in flats), strict=True)
 
 
 def _direction(g: Tensor, m: Tensor, v: Tensor, optim: OptimConfig, scale: float, t: int) -> None:

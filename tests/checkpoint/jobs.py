@@ -67,7 +67,7 @@ def _step(trainer: Trainer) -> float:
     images = torch.randint(0, 256, (batch, 3, SIDE, SIDE), dtype=torch.uint8, generator=draw)
     tokens = torch.randint(1, VOCABULARY - 1, (batch, CONTEXT), generator=draw)
     tokens[:, -1] = VOCABULARY - 1
-    return float(trainer.step(local_batch(images, tokens, trainer.mesh, start_position=seen)).loss.loss)
+    return float(trainer.step(local_batch(images, tokens, trainer.mesh, start_position=seen)).loss)
 
 
 def save(trainer: Trainer) -> Path:

@@ -1,5 +1,6 @@
 """Loads that are not a plain resume: strictness, exceptions by pattern, towers from elsewhere, other resolutions."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from models.authors import from_logical
 from models.posembed import resize_patch_kernel, resize_pos_embed
 from tests.checkpoint.jobs import alone, build, job_config, run_steps, save
 from tests.golden import FOLDER
+from tools import convert
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +162,11 @@ def test_both_towers_from_an_authors_file(tmp_path: Path, mesh: Mesh) -> None:
     assert all(back[name].equal(theirs[name]) for name in back) and len(back) == len(theirs) - 1  # the scale is fixed
 
 
-def test_a_mim_student_becomes_the_clip_vision_tower(tmp_path: Path, mesh: Mesh) -> None:
-    """The authors' file has no `visual.`, a mask token and a prediction head; the CLIP head starts afresh."""
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_mim_student_becomes_the_clip_vision_tower(converted: bool, tmp_path: Path, mesh: Mesh, capfd) -> None:
+    """From the authors' file, which has no `visual.`, or from a checkpoint: the CLIP projection starts afresh, and mask
+    token and prediction head stay behind.
+    """
     theirs = {
         name.removeprefix("style18b."): value
         for name, value in load_file(FOLDER / "g8-mim/weights.safetensors").items()
@@ -171,9 +176,10 @@ def test_a_mim_student_becomes_the_clip_vision_tower(tmp_path: Path, mesh: Mesh)
     save_file(theirs, file)
     depth = 1 + max(int(name.split(".")[1]) for name in theirs if name.startswith("blocks."))
     width, hidden = theirs["norm.weight"].shape[0], theirs["blocks.0.mlp.fc1.bias"].shape[0]
+    source = _converted(file, depth, width, tmp_path) if converted else file
     model = (
         f"model.vision.depth={depth}", f"model.vision.width={width}", f"model.vision.mlp_hidden={hidden}",
-        "model.vision.head_width=8", f"init.vision={file}",
+        "model.vision.head_width=8", f"init.vision={source}",
     )  # fmt: skip
     with pytest.raises(CheckpointError, match=r"missing, 1 .*\n +vision\.head\.projection\.weight"):
         build(golden_config("tiny-18b", tmp_path / "a", *model), mesh)
@@ -182,3 +188,21 @@ def test_a_mim_student_becomes_the_clip_vision_tower(tmp_path: Path, mesh: Mesh)
     for name, value in theirs.items():
         if name not in ("mask_token", "lm_head.weight", "lm_head.bias"):
             assert back[f"visual.{name}"].equal(value), name
+    said = capfd.readouterr().err
+    assert "fresh values for 1 tensors:\n    vision.head.projection.weight" in said
+    behind = said.partition("left in the checkpoint, 3 tensors:")[2]
+    for name in ("vision.embed.mask_token", "vision.head.prediction.weight", "vision.head.prediction.bias"):
+        assert name in behind
+
+
+def _converted(file: Path, depth: int, width: int, folder: Path) -> Path:
+    """The student as a checkpoint of this project."""
+    vision = {
+        "image_size": 56, "patch_size": 14, "layers": depth, "width": width, "head_width": 8, "mlp_ratio": 5,
+        "qkv_bias": False, "use_rms_norm": True, "postnorm": True,
+    }  # fmt: skip
+    config = folder / "student.json"
+    config.write_text(json.dumps({"embed_dim": 32, "vision_cfg": vision}))
+    arguments = ["--from", "eva", "--config", str(config), "--weights", str(file), "--out", str(folder / "student")]
+    assert convert.main(arguments) == 0
+    return folder / "student"

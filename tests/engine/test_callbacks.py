@@ -68,7 +68,7 @@ def test_resume_cuts_back_to_the_checkpoint_and_goes_on(tmp_path):
     entries = read_metrics(tmp_path / "metrics.jsonl")
     assert [entry["step"] for entry in entries] == list(range(10))
     assert [entry["loss"] for entry in entries] == [1.0] * 5 + [2.0] * 5
-    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "run.json"]
 
 
 def test_resume_drops_a_half_written_line(tmp_path):

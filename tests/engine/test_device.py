@@ -1,11 +1,16 @@
 """Canary: what engine/device.py replaces where there is no GPU still exists under these names."""
 
+import os
+from datetime import timedelta
+
 import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as megatron_random
 
 from engine import device
+from engine.config import ParallelConfig
+from engine.launch import job
 
 
 def test_replaced_names_exist() -> None:
@@ -23,6 +28,30 @@ def test_prepare_stands_in_for_cuda_and_may_be_called_twice() -> None:
     assert first == second == device.Device(torch.device("cpu"), "gloo")
     assert torch.cuda.current_device() == torch.device("cpu")
     assert first.peak_memory_gb() > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="NCCL's groups keep their timeout elsewhere")
+def test_every_group_has_the_timeout_of_the_config() -> None:
+    with job(ParallelConfig(timeout_minutes=7)) as (mesh, _):
+        for axis in (mesh.world, mesh.tensor, mesh.pipeline, mesh.data):
+            options = axis.group._get_backend(torch.device("cpu")).options
+            assert options._timeout == timedelta(minutes=7)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("8", "8")])
+def test_kernels_are_ordered_unless_the_environment_says_otherwise(
+    given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    monkeypatch.setenv(name, given or "")
+    if given is None:
+        monkeypatch.delenv(name)
+    device.order_kernels_by_launch()
+    assert os.environ[name] == expected
+
+
+def test_only_nccl_has_streams_to_prefer() -> None:
+    assert device.priority_options("gloo") is None
 
 
 @pytest.mark.gpu

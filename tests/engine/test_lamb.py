@@ -74,9 +74,9 @@ def train(config: Config, mesh: Mesh) -> dict[str, Any]:
         batch = local_batch(batches[f"batch.{i}.images_u8"], batches[f"batch.{i}.text"], mesh)
         outcome = trainer.step(batch)
         trainer.towers.wait_for_weights()
-        seen["loss"].append(float(outcome.loss.loss))
+        seen["loss"].append(float(outcome.loss))
         seen["grad_norm"].append(outcome.gradient_norm)
-        seen["log_scale"].append(trainer.towers.side.logit_scale.log_scale.item())
+        seen["log_scale"].append(trainer.towers.text_side.logit_scale.log_scale.item())
         seen["ratios"].append(_of_all_ranks(ratios, mesh))
         if i + 1 in (1, STEPS):
             seen[f"step{i + 1}"] = whole_weights(trainer)
@@ -233,7 +233,7 @@ def test_the_rule_with_weight_decay(rule: str) -> None:
         formula = Formula(config, whole_weights(trainer))
         for i in range(3):
             batch = local_batch(batches[f"batch.{i}.images_u8"], batches[f"batch.{i}.text"], mesh)
-            backward_only(trainer.contrastive_step, batch)
+            backward_only(trainer.training_step, batch)
             formula.step(whole_gradients(trainer))
             trainer.optimizer.step()
             assert not deviations(whole_weights(trainer), formula.weights, 1e-6)
@@ -254,7 +254,7 @@ def test_adamw_equals_torch(decay: float) -> None:
         for i in range(3):
             rates = trainer.optimizer.rates()
             batch = local_batch(batches[f"batch.{i}.images_u8"], batches[f"batch.{i}.text"], mesh)
-            backward_only(trainer.contrastive_step, batch)
+            backward_only(trainer.training_step, batch)
             gradients = whole_gradients(trainer)
             for name, entry in zip(theirs, torch_adamw.param_groups, strict=True):
                 theirs[name].grad = gradients[name]

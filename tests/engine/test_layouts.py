@@ -165,7 +165,7 @@ def run(case: Case, mesh: Mesh) -> dict[str, Any]:
     for step in range(STEPS):
         images, ids = random_pairs(config, step)
         outcome = trainer.step(local_batch(images, ids, mesh, start_position=step * case.batch))
-        losses.append(float(outcome.loss.loss))
+        losses.append(float(outcome.loss))
     return {"losses": losses, "fresh": fresh, "weights": whole_weights(trainer)}
 
 

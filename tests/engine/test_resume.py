@@ -109,3 +109,15 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path: Path, precision: str) -> 
     assert [row[0] for row in whole] == list(range(STEPS))
     assert len({row[1] for row in whole}) == STEPS, "a curve that stands still proves nothing"
     assert curve(tmp_path / "killed") == whole
+
+
+@pytest.mark.slow
+def test_killed_behind_the_border_of_a_phase(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path, [20, 13])
+    phases = f"[{{name: a, steps: 5}}, {{name: b, steps: {STEPS - 5}, train: {{patch_dropout: 0.0}}}}]"
+    more = (f"phases={phases}", "train.logit_scale=null")
+    finish(start(shards, tmp_path / "whole", *more))
+    kill_in_the_middle(start(shards, tmp_path / "killed", *more), tmp_path / "killed")
+    finish(start(shards, tmp_path / "killed", *more))
+    assert len(curve(tmp_path / "whole")) == STEPS
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")

@@ -109,6 +109,8 @@ CASES = [
     Case("budget-nothing-fits", TP2_PP2, _train(activation_budget_gb=0)),
     Case("selective", TP2_PP2, _train(recompute="selective")),
     Case("full-keep-1", TP2_PP2, _train(recompute="full", keep_activations=1)),
+    Case("offload-tp2-pp2", TP2_PP2, _train(offload_stash=True)),
+    Case("offload-virtual-keep-1", PP2_DP2, _train(offload_stash=True, keep_activations=1) + _parallel(virtual=2)),
     Case("text-one-by-one", PP2_DP2, _train(text_micro_batch_size=1)),
     Case("text-in-uneven-parts-kept", PP2_DP2, _train(text_micro_batch_size=3, keep_activations=-1)),
     Case("virtual-tp2-pp2-keep-3", TP2_PP2, _parallel(virtual=2) + _train(keep_activations=3)),
@@ -142,11 +144,11 @@ def _curve(config: Config, mesh: Mesh, device: Device, *, spans_to: str = "", me
         phases = Phases(record_spans=bool(spans_to) and step == STEPS - 1)
         dist.barrier(group=mesh.world.group)
         zero_s = phases.clock()
-        losses.append(float(trainer.step(local_batch(*_pairs(config, step), mesh), phases).loss.loss))
+        losses.append(float(trainer.step(local_batch(*_pairs(config, step), mesh), phases).loss))
         if phases.record_spans:
             place = {"tensor": mesh.tensor.rank, "pipeline": mesh.pipeline.rank, "data": mesh.data.rank}
             write_spans(Path(spans_to), mesh.world.rank, place, step, zero_s, phases)
-    contrastive_step = trainer.contrastive_step
+    contrastive_step = trainer.training_step
     bytes_each = contrastive_step.activation_bytes() if measure else 0
     return {"losses": losses, "keep": contrastive_step.schedule.shape.keep, "activation_bytes": bytes_each}
 

@@ -1,0 +1,52 @@
+"""Over the border of two phases: the first state of a phase from the last one of the phase before (docs/phases.md).
+
+Weights and their average go on; where the resolution changes, the position table is interpolated (bicubic), in the
+average, too. Moments go on or start at 0 as the phase says; those of an interpolated table always start at 0, because
+an interpolated second moment can be negative.
+"""
+
+from engine.build import Towers
+from engine.checkpoint.init import Resized
+from engine.checkpoint.load import fill, model_shapes, publish, same_run, training_position, updates_of
+from engine.checkpoint.manifest import AVERAGE, MOMENT1, MOMENT2, WEIGHT, Position
+from engine.checkpoint.matching import Exceptions, match
+from engine.checkpoint.reader import Checkpoint
+from engine.config import Config
+from engine.mesh import Mesh
+from engine.optim.ema import restart_average
+from engine.optim.lamb import ShardedOptimizer
+
+
+def cross_border(
+    checkpoint: Checkpoint,
+    towers: Towers,
+    optimizer: ShardedOptimizer,
+    config: Config,
+    mesh: Mesh,
+    *,
+    reset_optimizer: bool,
+) -> tuple[Position, list[str]]:
+    """Fill a phase that begins; returns the position and what was done, for people. Collective over the mesh.
+
+    Raises CheckpointError: weights only, another model or seed.
+    """
+    position = training_position(checkpoint)
+    same_run(checkpoint, config, any_resolution=True)
+    source = Resized(checkpoint, config.model, None, resize_patch=False)
+    chosen = match(source.shapes(), model_shapes(towers, mesh), Exceptions(), str(checkpoint.folder))
+    names, stored = set(chosen.load), checkpoint.shapes()
+    fill(optimizer, mesh, names, lambda name, where, kind: source.read(name, where), (WEIGHT,))
+    lines = [*chosen.lines(), *source.remarks]
+    if reset_optimizer:
+        lines.append("moments start at 0")
+    else:
+        same_shape = {name for name in names if stored[name] == source.shapes()[name]}
+        fill(optimizer, mesh, same_shape, checkpoint.read, (MOMENT1, MOMENT2))
+        lines += [f"moments of {name} start at 0" for name in sorted(names - same_shape)]
+    publish(optimizer, towers)
+    restart_average(optimizer)
+    if optimizer.optim.ema_decay and checkpoint.manifest.shapes(AVERAGE):
+        averages = Resized(checkpoint.kind(AVERAGE), config.model, None, resize_patch=False)
+        fill(optimizer, mesh, names, lambda name, where, kind: averages.read(name, where), (AVERAGE,))
+    optimizer.update_count = 0 if reset_optimizer else updates_of(position)
+    return position, lines

@@ -1,0 +1,76 @@
+"""Checks of what goes on around the steps of a run: health, averaged weights, evaluation."""
+
+from engine.config_checks import require
+from engine.config_schema import Config, EvaluateConfig, HealthConfig
+
+_ACTIONS = ("stop", "skip", "rewind")
+
+
+def check_run(config: Config) -> None:
+    """Raise ConfigError for the first thing that cannot be run."""
+    _check_health(config.health, checkpoints=config.checkpoint.every_steps > 0)
+    decay = config.optim.ema_decay
+    require(0 <= decay < 1, f"optim.ema_decay is {decay}: it must be in [0, 1); 0 keeps no average")
+    if config.evaluate.every_steps:
+        _check_evaluate(config)
+    else:
+        _refuse_idle(config.evaluate)
+    _check_best(config)
+
+
+def _check_health(health: HealthConfig, *, checkpoints: bool) -> None:
+    require(
+        health.on_nonfinite in _ACTIONS,
+        f"health.on_nonfinite is {health.on_nonfinite!r}: choose one of {', '.join(_ACTIONS)}",
+    )
+    require(
+        health.on_spike in ("off", *_ACTIONS),
+        f"health.on_spike is {health.on_spike!r}: choose one of off, {', '.join(_ACTIONS)}",
+    )
+    factors = {"loss_factor": health.loss_factor, "gradient_factor": health.gradient_factor}
+    for name, factor in factors.items():
+        require(factor == 0 or factor > 1, f"health.{name} is {factor}: it must be above 1, or 0 (not watched)")
+    require(
+        (health.on_spike == "off") == (not any(factors.values())),
+        f"health.on_spike is {health.on_spike} with the factors {factors}: set both, what to do and what is a spike",
+    )
+    require(health.window_steps >= 1, f"health.window_steps is {health.window_steps}: it must be at least 1")
+    for name in ("max_skips", "max_rewinds"):
+        value = getattr(health, name)
+        require(value >= 1, f"health.{name} is {value}: it must be at least 1")
+    require(
+        checkpoints or "rewind" not in (health.on_nonfinite, health.on_spike),
+        "health rewinds to the last checkpoint: set checkpoint.every_steps above 0",
+    )
+
+
+def _check_evaluate(config: Config) -> None:
+    evaluate = config.evaluate
+    require(config.objective == "contrastive", "evaluate is zero-shot: it needs captions, so objective=contrastive")
+    require(evaluate.every_steps >= 1, "evaluate.every_steps must be 0 (never) or more")
+    require(bool(evaluate.shards), "evaluate.every_steps is set, but evaluate.shards is empty: give held-out shards")
+    require(evaluate.max_samples >= 0, "evaluate.max_samples must be 0 (all) or more")
+    require(
+        bool(evaluate.templates) and all("{}" in template for template in evaluate.templates),
+        f"evaluate.templates {evaluate.templates}: each needs {{}} in the place of the class name",
+    )
+    require(
+        bool(evaluate.classes) or evaluate.templates == ["{}"],
+        "evaluate.templates needs evaluate.classes: without it, captions are compared as they are",
+    )
+    require(not evaluate.ema or config.optim.ema_decay > 0, "evaluate.ema needs averaged weights: set optim.ema_decay")
+
+
+def _refuse_idle(evaluate: EvaluateConfig) -> None:
+    idle = [key for key in ("shards", "classes", "max_samples", "ema") if getattr(evaluate, key)]
+    require(not idle, f"evaluate.{idle[0] if idle else ''} has no effect without evaluate.every_steps")
+
+
+def _check_best(config: Config) -> None:
+    """keep_best of an evaluation needs one at every checkpoint."""
+    best, every, saved = config.checkpoint.keep_best, config.evaluate.every_steps, config.checkpoint.every_steps
+    require(
+        not best.startswith("eval_") or (every > 0 and saved % every == 0),
+        f"checkpoint.keep_best is {best}, but evaluate.every_steps {every} does not divide checkpoint.every_steps "
+        f"{saved}: there would be checkpoints without it",
+    )

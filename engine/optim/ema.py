@@ -1,0 +1,49 @@
+"""Exponential moving average of the weights, over the owned shards: one more fp32 copy, cut as the master weights are.
+
+a <- d a + (1 - d) w after every update that was applied (optim.ema_decay d), beginning with a = w; no warm-up and no
+bias correction. Elementwise, so every layout has the same average.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from engine.build import Towers
+from engine.optim.lamb import ShardedOptimizer
+
+
+@torch.no_grad()
+def restart_average(optimizer: ShardedOptimizer) -> None:
+    """Begin the average with the weights as they are; nothing where none is kept."""
+    if optimizer.optim.ema_decay:
+        for tower in optimizer.towers:
+            tower.average = [master.clone() for master in tower.master]
+
+
+@torch.no_grad()
+def move_average(optimizer: ShardedOptimizer) -> None:
+    """After an update."""
+    decay = optimizer.optim.ema_decay
+    for tower in optimizer.towers if decay else ():
+        torch._foreach_lerp_(tower.average, tower.master, 1 - decay)
+
+
+@contextmanager
+def averaged_weights(optimizer: ShardedOptimizer, towers: Towers) -> Iterator[None]:
+    """The towers compute with the averages inside the block, with the weights again after it. Collective."""
+    towers.wait_for_weights()
+    kept = [[shard.weight.clone() for shard in tower.shards.shards] for tower in optimizer.towers]
+    _publish(optimizer, towers, [tower.average for tower in optimizer.towers])
+    try:
+        yield
+    finally:
+        _publish(optimizer, towers, kept)
+
+
+@torch.no_grad()
+def _publish(optimizer: ShardedOptimizer, towers: Towers, values: list[list[torch.Tensor]]) -> None:
+    for tower, shards in zip(optimizer.towers, values, strict=True):
+        for shard, value in zip(tower.shards.shards, shards, strict=True):
+            shard.weight.copy_(value)
+    towers.gather_weights(wait=True)

@@ -1,0 +1,163 @@
+"""Evaluation between steps: the offline numbers, at every layout, in the record and for keep_best."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from data.errors import DataError
+from engine.callbacks.base import Callback, Record
+from engine.callbacks.checkpoint import CheckpointCallback
+from engine.callbacks.evaluation import Evaluation
+from engine.callbacks.metrics import MetricsFile, read_metrics
+from engine.checkpoint.reader import Checkpoint
+from engine.config import Config, ConfigError, ParallelConfig, resolve
+from engine.device import prepare
+from engine.evaluation.on_shards import ClassPrompts
+from engine.launch import job
+from engine.mesh import build_mesh
+from engine.trainer import Trainer
+from tests.data.shard_factory import make_shards
+from tests.distributed import run_distributed
+from tools.evaluate import main as evaluate
+
+pytestmark = pytest.mark.dist
+
+HELD_OUT = 13
+
+
+def config_of(folder: str, run: str, *overrides: str) -> Config:
+    tree = {
+        "run_dir": f"{folder}/{run}",
+        "model": "tiny-18b",
+        "data": {"shards": f"{folder}/00000.tar", "workers": 0},
+        "train": {"steps": 3, "global_batch_size": 8, "micro_batch_size": 2},
+        "optim": {"lr_vision": 0.01, "lr_text": 0.01, "warmup_steps": 2, "ema_decay": 0.5},
+        "checkpoint": {"every_steps": 2, "keep_best": "eval_zero_shot_top1", "keep_best_is": "max"},
+        "evaluate": {"every_steps": 2, "shards": [f"{folder}/00001.tar"]},
+    }
+    return resolve(tree, ["model.text.depth=2", "model.text.vocab_size=49408", *overrides])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluation")
+    make_shards(folder, [20, HELD_OUT])
+    (folder / "classes.txt").write_text("".join(f"picture number {number}\n" for number in range(20, 33)))
+    return folder
+
+
+class _Records(Callback):
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    def on_step(self, record: Record) -> None:
+        self.records.append({key: value for key, value in record.items() if key.startswith("eval_")})
+
+
+def fit(config: Config) -> list[Record]:
+    """The evaluation's part of every record. Collective over all ranks."""
+    mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, dist.distributed_c10d._get_default_group())
+    trainer = Trainer(config, mesh, prepare())
+    recorder = _Records()
+    metrics: list[Callback] = [MetricsFile()] if mesh.world.rank == 0 else []
+    trainer.resume()
+    trainer.fit([Evaluation(trainer), *metrics, recorder, CheckpointCallback(trainer)])
+    return recorder.records
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> list[Record]:
+    with job(ParallelConfig()):
+        return fit(config_of(str(folder), "alone"))
+
+
+def test_every_n_steps_and_after_the_last(folder: Path, alone: list[Record]) -> None:
+    assert [bool(record) for record in alone] == [False, True, True]
+    scores = alone[-1]
+    assert scores["eval_chance"] == 1 / HELD_OUT
+    assert scores["eval_zero_shot_top1"] * HELD_OUT == pytest.approx(round(scores["eval_zero_shot_top1"] * HELD_OUT))
+    written = read_metrics(folder / "alone" / "metrics.jsonl")
+    assert [{k: v for k, v in record.items() if k.startswith("eval_")} for record in written] == alone
+
+
+def test_a_checkpoint_knows_its_evaluation(folder: Path, alone: list[Record]) -> None:
+    manifest = Checkpoint(folder / "alone" / "checkpoints" / "step_00000003").manifest
+    assert manifest.metrics["eval_zero_shot_top1"] == alone[-1]["eval_zero_shot_top1"]
+
+
+def scores_of(record: Record) -> dict[str, float]:
+    return {key.removeprefix("eval_"): value for key, value in record.items() if key != "eval_time_s"}
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_the_offline_numbers(folder: Path, alone: list[Record], ema: bool) -> None:
+    if ema:
+        with job(ParallelConfig()):
+            alone = fit(config_of(str(folder), "averaged", "evaluate.ema=true"))
+    run, out = folder / ("averaged" if ema else "alone"), folder / "offline.json"
+    arguments = [str(run), str(folder / "00001.tar"), "--out", str(out), *(["--ema"] if ema else [])]
+    assert evaluate(arguments) == 0
+    offline: dict[str, Any] = json.loads(out.read_text())
+    assert scores_of(alone[-1]) == {key: offline[key] for key in scores_of(alone[-1])}
+
+
+LAYOUTS = {
+    "tp2": ("parallel.tensor=2",),
+    "pp2-virtual": ("parallel.pipeline=2", "parallel.virtual=2"),
+    "dp2": (),
+}
+
+
+def fit_layouts(folder: str) -> list[list[dict[str, float]]]:
+    return [
+        [dict(record) for record in fit(config_of(folder, name, *overrides))] for name, overrides in LAYOUTS.items()
+    ]
+
+
+def test_the_same_at_every_layout(folder: Path, alone: list[Record]) -> None:
+    for outcomes in run_distributed(fit_layouts, 2, folder=str(folder)):
+        for name, records in zip(LAYOUTS, outcomes, strict=True):
+            assert [scores_of(record) for record in records] == [scores_of(record) for record in alone], name
+
+
+def test_classes_with_plain_templates_are_the_captions(folder: Path, alone: list[Record]) -> None:
+    """The mean of twice the same prompt is the prompt."""
+    overrides = (f"evaluate.classes={folder}/classes.txt", "evaluate.templates=['{}','{}']")
+    with job(ParallelConfig()):
+        named = fit(config_of(str(folder), "classes", *overrides))
+    for key in ("zero_shot_top1", "zero_shot_top5", "chance"):
+        assert scores_of(named[-1])[key] == scores_of(alone[-1])[key]
+
+
+def test_class_names_must_be_those_of_the_samples() -> None:
+    prompts = ClassPrompts(["cat", "dog"], ["{}", "a {}"], 8)
+    assert prompts.tokens.shape == torch.Size([4, 8]) and prompts.label("dog") == 1
+    with pytest.raises(DataError, match=r"'bird'.* none of the 2 classes"):
+        prompts.label("bird")
+    with pytest.raises(DataError, match="give each class once"):
+        ClassPrompts(["cat", "cat"], ["{}"], 8)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("evaluate.shards=[]", "held-out"),
+        ("evaluate.every_steps=0", "no effect without evaluate.every_steps"),
+        ("evaluate.every_steps=4", "keep_best"),
+        ("evaluate.templates=['a photo']", "class name"),
+        ("evaluate.templates=['a {}']", "evaluate.classes"),
+        ("objective=mim", "captions"),
+    ],
+)
+def test_refused(override: str, named: str) -> None:
+    more = (
+        ["mim.teacher=x", "mim.teacher_model=tiny-18b", "train.patch_dropout=0"] if override == "objective=mim" else []
+    )
+    with pytest.raises(ConfigError, match=named):
+        config_of("x", "y", override, *more)
+    with pytest.raises(ConfigError, match=r"evaluate\.ema"):
+        config_of("x", "y", "evaluate.ema=true", "optim.ema_decay=0")
