@@ -3,56 +3,18 @@
 import ctypes
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from tools.benchmarking.machine import machine as machine
+from tools.benchmarking.result import Spread as Spread
 
 RESULTS = Path(__file__).parent / "results"
 
 # Waiting threads and ranks leave their core to the others; read when torch is imported, so by child processes.
 CHILD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GLOO_SOCKET_IFNAME": "lo", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on, and the load that other programs put on it when this was called."""
-    models = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "load_1min": round(os.getloadavg()[0], 1),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit or "none yet",
-    }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    """A measured quantity."""
-
-    median: float
-    low: float
-    high: float
-    runs: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        """Median and range."""
-        return cls(median=statistics.median(values), low=min(values), high=max(values), runs=len(values))
 
 
 def resident_bytes(field: str) -> int:

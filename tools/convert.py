@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from engine.checkpoint.errors import CheckpointError
+from engine.checkpoint.manifest import AVERAGE, WEIGHT
 from engine.config import ConfigError
 from models.authors import LayoutMismatch
 from models.config import ModelConfigError
@@ -50,6 +51,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="checkpoint or run folder to write from")
     parser.add_argument("--tower", choices=("vision", "text"), help="for --to tower")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="cast every tensor")
+    parser.add_argument("--ema", action="store_true", default=None, help="write the averaged weights (optim.ema_decay)")
     parser.add_argument("--config-out", type=Path, help="also write the authors' model config, for --to eva")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(argv)
@@ -63,10 +65,10 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def _idle(arguments: argparse.Namespace) -> list[str]:
     """Options that this way of converting would ignore."""
-    allowed = {"config", "model", "weights"} if arguments.source else {"checkpoint"}
+    allowed = {"config", "model", "weights"} if arguments.source else {"checkpoint", "ema"}
     allowed |= {"tower"} if arguments.target == "tower" else set()
     allowed |= {"config_out"} if arguments.target == "eva" else set()
-    options = ("config", "model", "weights", "checkpoint", "tower", "config_out")
+    options = ("config", "model", "weights", "checkpoint", "tower", "ema", "config_out")
     return [f"--{o.replace('_', '-')}" for o in options if o not in allowed and getattr(arguments, o) is not None]
 
 
@@ -85,14 +87,15 @@ def _import(arguments: argparse.Namespace) -> list[str]:
 
 
 def _export(arguments: argparse.Namespace) -> list[str]:
+    kind = AVERAGE if arguments.ema else WEIGHT
     if arguments.target == "hf":
-        return export_huggingface(arguments.checkpoint, arguments.out, arguments.dtype)
+        return export_huggingface(arguments.checkpoint, arguments.out, arguments.dtype, kind)
     if arguments.target == "tower":
         if arguments.tower is None:
             raise ConfigError("--to tower needs --tower vision or --tower text")
-        return export_tower(arguments.checkpoint, arguments.out, arguments.tower, arguments.dtype)
+        return export_tower(arguments.checkpoint, arguments.out, arguments.tower, arguments.dtype, kind)
     return export_single_file(
-        arguments.checkpoint, arguments.out, arguments.target, arguments.dtype, arguments.config_out
+        arguments.checkpoint, arguments.out, arguments.target, arguments.dtype, arguments.config_out, kind
     )
 
 

@@ -18,11 +18,12 @@ import numpy as np
 from data.errors import DataError
 from engine.checkpoint.errors import CheckpointError
 from engine.config import ConfigError
+from engine.evaluation.shards import Block
 from engine.exit import leave
 from engine.mesh import LayoutError
-from tools.embedding.inputs import Block, Input, NpzInput, ShardInput
+from tools.embedding.inputs import Input, NpzInput
 from tools.embedding.outputs import Sink, open_sink
-from tools.embedding.session import Session, block_size, fail, load, open_session, split_overrides
+from tools.embedding.session import Session, block_size, fail, load, open_session, shard_input, split_overrides
 
 _PROGRESS_EVERY_S = 2.0
 
@@ -49,18 +50,21 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     source.add_argument("--shards", nargs="+")
     parser.add_argument("--out", type=Path, required=True, help="OUT.npz or OUT.parquet")
     parser.add_argument("--micro-batch", type=int, default=64, help="images of one pass through a stage")
+    parser.add_argument("--ema", action="store_true", help="the averaged weights (optim.ema_decay)")
     parser.add_argument("--skip-hashes", action="store_true", help="check the sizes of the files only")
     return parser.parse_args(argv)
 
 
 def _embed(arguments: argparse.Namespace, session: Session) -> None:
-    source: Input = (
-        NpzInput(arguments.npz, session.config)
-        if arguments.npz
-        else ShardInput(arguments.shards, session.config, session.mesh, session.dtype)
-    )
+    source: Input = NpzInput(arguments.npz, session.config) if arguments.npz else shard_input(arguments.shards, session)
     sink = open_sink(arguments.out) if session.is_first else None
-    embedder = load(session, images=source.has_images, texts=source.has_tokens, verify_hashes=not arguments.skip_hashes)
+    embedder = load(
+        session,
+        images=source.has_images,
+        texts=source.has_tokens,
+        verify_hashes=not arguments.skip_hashes,
+        ema=arguments.ema,
+    )
     progress = _Progress(len(source), session.is_first)
     for block in source.blocks(block_size(session)):
         columns = {}

@@ -6,6 +6,7 @@
 CHECKPOINT is a run folder (its newest checkpoint) or a checkpoint folder, trained or converted; the layout is the one
 it was written at unless overrides say otherwise. Every caption of the shards is a candidate for every image: top-1
 chance is 1 / number of captions. Images are resized to the model's square ("squash", as the paper evaluates retrieval).
+With data.frames=8 clips are embedded as in training, by 8 frames each; without it, by their middle frame.
 """
 
 import argparse
@@ -26,12 +27,11 @@ from data.errors import DataError
 from engine.callbacks.metrics import read_metrics
 from engine.checkpoint.errors import CheckpointError
 from engine.config import ConfigError
-from engine.evaluation.retrieval import predictions, recall
-from engine.evaluation.zero_shot import top_k_accuracy
+from engine.evaluation.on_shards import caption_scores, embedded_blocks
+from engine.evaluation.retrieval import predictions
 from engine.exit import leave
 from engine.mesh import LayoutError
-from tools.embedding.inputs import ShardInput
-from tools.embedding.session import Session, block_size, fail, load, open_session, split_overrides
+from tools.embedding.session import Session, block_size, fail, load, open_session, shard_input, split_overrides
 
 
 def main(argv: list[str]) -> int:
@@ -44,6 +44,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--predictions", type=Path, help="pictures with their three best captions as JSON")
     parser.add_argument("--pictures", type=int, default=24, help="how many pictures go into --predictions")
     parser.add_argument("--micro-batch", type=int, default=64)
+    parser.add_argument("--ema", action="store_true", help="the averaged weights (optim.ema_decay)")
     parser.add_argument("--skip-hashes", action="store_true", help="check the sizes of the checkpoint's files only")
     arguments = parser.parse_args(rest)
     try:
@@ -56,17 +57,18 @@ def main(argv: list[str]) -> int:
 
 def _evaluate(arguments: argparse.Namespace, session: Session) -> None:
     started = time.perf_counter()
-    source = ShardInput(arguments.shards, session.config, session.mesh, session.dtype)
-    embedder = load(session, images=True, texts=True, verify_hashes=not arguments.skip_hashes)
+    source = shard_input(arguments.shards, session)
+    verify = not arguments.skip_hashes
+    embedder = load(session, images=True, texts=True, verify_hashes=verify, ema=arguments.ema)
     chosen = np.linspace(0, len(source) - 1, min(arguments.pictures, len(source))).astype(int).tolist()
     images, texts, captions, pictures = [], [], [], []
-    for block in source.blocks(block_size(session)):
-        assert block.pixels is not None and block.tokens is not None and block.images_u8 is not None
-        images.append(embedder.images(block.pixels, block.stop - block.start).cpu())
-        texts.append(embedder.texts(block.tokens).cpu())
+    for block, image, text in embedded_blocks(embedder, source, block_size(session)):
+        assert text is not None and block.images_u8 is not None
+        images.append(image)
+        texts.append(text)
         captions += block.captions
         rows = [i - block.start for i in chosen if block.start <= i < block.stop]
-        pictures += [(block.start + row, block.keys[row], block.images_u8[row].cpu()) for row in rows]
+        pictures += [(block.start + row, block.keys[row], _still(block.images_u8[row])) for row in rows]
     if not session.is_first:
         return
     image, text = torch.cat(images), torch.cat(texts)
@@ -74,7 +76,7 @@ def _evaluate(arguments: argparse.Namespace, session: Session) -> None:
         "seconds": _training_seconds(Path(session.checkpoint.manifest.config["run_dir"])),
         "evaluation_seconds": round(time.perf_counter() - started, 2),
     }
-    scores = _scores(image, text) | {"layout": session.mesh.layout} | times
+    scores = caption_scores(image, text) | {"layout": session.mesh.layout} | times
     print(json.dumps(scores, indent=1))
     if arguments.out:
         arguments.out.write_text(json.dumps(scores, indent=1))
@@ -87,20 +89,6 @@ def _training_seconds(run_dir: Path) -> float | None:
     """Wall time of the run's steps; None where its metrics are not at hand."""
     metrics = run_dir / "metrics.jsonl"
     return round(sum(r["step_time_s"] for r in read_metrics(metrics)), 1) if metrics.is_file() else None
-
-
-def _scores(image: Tensor, text: Tensor) -> dict[str, float]:
-    own = torch.arange(len(image))
-    top = top_k_accuracy(image, text, own, ks=(1, 5))
-    both = recall(image, text, own, ks=(1, 5))
-    return {
-        "zero_shot_top1": top["top1"],
-        "zero_shot_top5": top["top5"],
-        "chance": 1 / len(text),
-        "recall_at_1": (both["image_to_text_recall_at_1"] + both["text_to_image_recall_at_1"]) / 2,
-        "recall_at_5": (both["image_to_text_recall_at_5"] + both["text_to_image_recall_at_5"]) / 2,
-        **both,
-    }
 
 
 def _pictures(
@@ -121,6 +109,11 @@ def _pictures(
             for (row, key, pixels), top in zip(chosen, best, strict=True)
         ],
     }
+
+
+def _still(pixels: Tensor) -> Tensor:
+    """The picture, or the middle frame of a clip [frames, 3, h, w], on the CPU."""
+    return (pixels if pixels.dim() == 3 else pixels[len(pixels) // 2]).cpu()
 
 
 def _png_base64(pixels: Tensor) -> str:

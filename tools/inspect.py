@@ -50,7 +50,10 @@ def _summary(checkpoint: Checkpoint) -> None:
     print(f"{checkpoint.folder}: {manifest.content}")
     if manifest.position is not None:
         p = manifest.position
-        print(f"  step {p.step}, samples seen {p.samples_seen:,}, bad samples {p.bad_samples}, seed {manifest.seed}")
+        where = f"phase {p.phase}, step {p.step}" if p.phase else f"step {p.step}"
+        print(f"  {where}, samples seen {p.samples_seen:,}, bad samples {p.bad_samples}, seed {manifest.seed}")
+        if p.skipped_steps or p.rewinds:
+            print(f"  skipped steps {p.skipped_steps}, rewinds {p.rewinds}")
     if manifest.source:
         print(f"  from {manifest.source}")
     print(f"  model {json.dumps(manifest.config['model'])}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -18,6 +18,8 @@ from tools.timeline_spans import WAIT, Row, Span, StepTimeline
 COLOURS = {
     "encode": "#0072b2",
     "encode_text": "#7cc3ec",
+    "teacher": "#7cc3ec",
+    "forward": "#0072b2",
     "loss": "#009e73",
     "replay": "#e69f00",
     "backward": "#d55e00",
@@ -30,6 +32,8 @@ COLOURS = {
 NAMES = {
     "encode": "encode",
     "encode_text": "encode captions",
+    "teacher": "teacher",
+    "forward": "forward",
     "loss": "loss",
     "replay": "replay",
     "backward": "backward",
@@ -48,8 +52,8 @@ _MARGIN_IN = 0.285
 _RANK_X = -(_LEFT_IN - _MARGIN_IN) / (_WIDTH_IN - _LEFT_IN - _RIGHT_IN)
 
 
-def save_picture(timeline: StepTimeline, title: str, path: Path) -> None:
-    """Write the PNG, 1,950 px wide; title names the run."""
+def save_picture(timeline: StepTimeline, title: str, path: Path | IO[bytes]) -> None:
+    """Write the PNG, 1,950 px wide, to a path or an open file; title names the run."""
     rows = timeline.rows
     row_in = min(_ROW_IN, max(_LEAST_ROW_IN, _ROWS_IN / len(rows)))
     height_in = _TOP_IN + row_in * len(rows) + _BOTTOM_IN
@@ -138,9 +142,11 @@ def _draw_header(figure: Figure, timeline: StepTimeline, title: str, height_in: 
     layout = " × ".join(f"{name} {size}" for name, size in timeline.sizes().items())
     idle = sum(timeline.idle(row) for row in timeline.rows) / len(timeline.rows)
     ranks = f"{len(timeline.rows)} rank{'s' if len(timeline.rows) > 1 else ''}"
-    facts = f"{ranks}, {layout}     {timeline.seconds * 1e3:,.0f} ms     idle {idle:.0%} on average"
+    who = f"{ranks}, {layout}" if timeline.step is not None else "one row a stage"
+    facts = f"{who}     {timeline.seconds * 1e3:,.0f} ms     idle {idle:.0%} on average"
     head: Any = {"x": _MARGIN_IN / _WIDTH_IN, "va": "center", "parse_math": False}
-    figure.text(y=1 - 0.28 / height_in, s=f"{title}, step {timeline.step}", fontsize=14, fontweight="bold", **head)
+    name = title if timeline.step is None else f"{title}, step {timeline.step}"
+    figure.text(y=1 - 0.28 / height_in, s=name, fontsize=14, fontweight="bold", **head)
     figure.text(y=1 - 0.58 / height_in, s=facts, fontsize=10, color=MUTED, **head)
 
 

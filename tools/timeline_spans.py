@@ -8,7 +8,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-COMPUTE = ("encode", "encode_text", "replay", "backward", "backward_text", "loss", "optimizer")
+COMPUTE = ("encode", "encode_text", "teacher", "forward", "replay", "backward", "backward_text", "loss", "optimizer")
 COMMUNICATION = ("exchange", "reduce", "gather_weights")
 WAIT = "wait"
 
@@ -53,7 +53,8 @@ class Row:
 class StepTimeline:
     """One step of all ranks."""
 
-    step: int
+    step: int | None
+    """None: simulated, not recorded (tools/planning/simulate.py)."""
     rows: Sequence[Row]
     """Replica by replica, stage by stage."""
 

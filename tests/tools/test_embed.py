@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from data.decode.resize import cut
+from data.transforms import Squash, normalise
+from data.write import write_shard
 from engine.checkpoint.reader import Checkpoint
 from engine.config import ConfigError
 from engine.device import prepare
-from engine.inference import inference_config
+from engine.inference import inference_config, load_encoders
 from tests.checkpoint.jobs import (
     CONTEXT,
     SIDE,
@@ -24,7 +28,7 @@ from tests.checkpoint.jobs import (
     save,
     world_mesh,
 )
-from tests.data.shard_factory import make_shards
+from tests.data.shard_factory import encode, make_shards, picture
 from tests.distributed import run_distributed
 from tests.golden import ARCHITECTURES, FOLDER, load_io, pixels
 from tools import convert, embed, evaluate
@@ -65,7 +69,7 @@ def _embed_here(checkpoint: Path, npz: Path, out: Path, overrides: list[str], mi
     opened = Checkpoint(checkpoint)
     config = inference_config(opened.manifest, overrides, world_size=4, micro_batch=micro_batch)
     session = Session(config, world_mesh(config), prepare().torch_device, opened)
-    embed._embed(argparse.Namespace(npz=npz, shards=None, out=out, skip_hashes=False), session)
+    embed._embed(argparse.Namespace(npz=npz, shards=None, out=out, skip_hashes=False, ema=False), session)
 
 
 def _at_every_layout(folder: Path, uneven: Path) -> None:
@@ -204,6 +208,39 @@ def test_shards_keep_their_order_and_keys(caption_run: Path, tmp_path: Path) -> 
     whole = tmp_path / "whole.npz"
     assert embed.main([*arguments[:-4], "--out", str(whole)]) == 0
     assert np.abs(np.load(whole)["image_embeddings"] - found["image_embeddings"]).max() <= TOLERANCE
+
+
+def test_a_clip_is_the_mean_of_its_frames_features(caption_run: Path, tmp_path: Path) -> None:
+    frames, clips = 2, 5
+    pictures = [[picture(frames * clip + frame) for frame in range(frames)] for clip in range(clips)]
+    write_shard(
+        str(tmp_path / "0.tar"),
+        [
+            (f"clip{clip}", {f"{i:03d}.png": encode(image) for i, image in enumerate(shown)} | {"txt": b"a clip"})
+            for clip, shown in enumerate(pictures)
+        ],
+    )
+    arguments = ["--checkpoint", str(caption_run), "--shards", str(tmp_path / "0.tar"), f"data.frames={frames}"]
+    found = []
+    for micro_batch in ("3", "64"):  # two clips at a time, the last one alone; all at once
+        out = tmp_path / f"{micro_batch}.npz"
+        assert embed.main([*arguments, "--out", str(out), "--micro-batch", micro_batch]) == 0
+        found.append(np.load(out)["image_embeddings"])
+    images = torch.stack([_squashed(image) for shown in pictures for image in shown])
+    with alone() as mesh:
+        opened = Checkpoint(caption_run)
+        config = inference_config(opened.manifest, [], world_size=1, micro_batch=1)
+        encoders, _ = load_encoders(opened, config, mesh, torch.device("cpu"), texts=False)
+        with torch.no_grad():
+            features = encoders.vision[0](normalise(images, torch.float32), samples=len(images))
+    expected = torch.nn.functional.normalize(features.view(clips, frames, -1).mean(dim=1), dim=-1).numpy()
+    for embeddings in found:
+        assert np.abs(embeddings - expected).max() <= TOLERANCE
+
+
+def _squashed(image: Image.Image) -> torch.Tensor:
+    """uint8 [3, SIDE, SIDE], as evaluation resizes."""
+    return torch.from_numpy(cut(np.asarray(image), Squash(size=SIDE).window(0, image.width, image.height)))
 
 
 def test_parquet_has_the_same_rows(caption_run: Path, tmp_path: Path) -> None:

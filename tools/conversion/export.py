@@ -31,26 +31,28 @@ _CLIP_ONLY = ("logit_bias.",)
 class _Weights:
     """The weights of a verified checkpoint and its model."""
 
-    def __init__(self, path: Path, dtype: str | None):
-        self.checkpoint = Checkpoint(resolve_checkpoint(path))
+    def __init__(self, path: Path, dtype: str | None, kind: str):
+        """kind: WEIGHT or AVERAGE."""
+        self.checkpoint, self._kind = Checkpoint(resolve_checkpoint(path)), kind
         self.checkpoint.verify()
+        self.checkpoint.kind(kind)  # raises where there is none
         self.model: ModelConfig = resolve(
             {"model": self.checkpoint.manifest.config["model"], "data": {"shards": ["-"]}}, []
         ).model
         self._dtype = DTYPES[dtype] if dtype else None
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._dtype or self.checkpoint.manifest.tensors[f"{WEIGHT}/{name}"].dtype
+        return self._dtype or self.checkpoint.manifest.tensors[f"{self._kind}/{name}"].dtype
 
     def read(self, name: str) -> Tensor:
-        return self.checkpoint.read_whole(name).to(self.dtype(name))
+        return self.checkpoint.read_whole(name, self._kind).to(self.dtype(name))
 
 
 def export_single_file(
-    path: Path, out: Path, layout_name: str, dtype: str | None, config_out: Path | None
+    path: Path, out: Path, layout_name: str, dtype: str | None, config_out: Path | None, kind: str = WEIGHT
 ) -> list[str]:
-    """One safetensors file in the authors' or the open_clip layout; returns the report."""
-    weights = _Weights(path, dtype)
+    """One safetensors file in the authors' or the open_clip layout; returns the report. kind: WEIGHT or AVERAGE."""
+    weights = _Weights(path, dtype, kind)
     table, left_out = _table(weights, layout_name)
     if config_out is not None:
         write_synced(config_out, json.dumps(eva_from_model(weights.model), indent=1).encode())
@@ -66,9 +68,9 @@ def _file_names(weights: _Weights, layout_name: str) -> Callable[[str], str]:
     return lambda name: name
 
 
-def export_tower(path: Path, out: Path, tower: str, dtype: str | None) -> list[str]:
-    """One tower under this project's logical names, in their own shapes."""
-    weights = _Weights(path, dtype)
+def export_tower(path: Path, out: Path, tower: str, dtype: str | None, kind: str = WEIGHT) -> list[str]:
+    """One tower under this project's logical names, in their own shapes. kind: WEIGHT or AVERAGE."""
+    weights = _Weights(path, dtype, kind)
     shapes = {n: s for n, s in weights.checkpoint.shapes().items() if n.startswith(f"{tower}.")}
     if not shapes:
         raise CheckpointError(f"{weights.checkpoint.folder} holds no {tower} tower")
@@ -78,9 +80,9 @@ def export_tower(path: Path, out: Path, tower: str, dtype: str | None) -> list[s
     return [*(f"{name} -> {name}" for name in shapes), f"{out}: {len(shapes)} tensors"]
 
 
-def export_huggingface(path: Path, out: Path, dtype: str | None) -> list[str]:
-    """A folder with config.json, safetensors files and their index."""
-    weights = _Weights(path, dtype)
+def export_huggingface(path: Path, out: Path, dtype: str | None, kind: str = WEIGHT) -> list[str]:
+    """A folder with config.json, safetensors files and their index. kind: WEIGHT or AVERAGE."""
+    weights = _Weights(path, dtype, kind)
     table, left_out = _table(weights, "hf")
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):

@@ -1,47 +1,24 @@
 """Images and captions in blocks, each rank holding what it needs of a block and no more.
 
-An .npz holds prepared arrays; its uncompressed members are mapped, so that a rank touches its own rows only. Shards are
-read and decoded once: each rank its part of a block, which is then shared among the ranks.
+An .npz holds prepared arrays; its uncompressed members are mapped, so that a rank touches its own rows only. Shards:
+engine/evaluation/shards.py.
 """
 
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from data.config import DataConfig
 from data.errors import DataError
-from data.reader import SampleReader
-from data.transforms import normalise
-from engine.checkpoint.together import everyone
 from engine.config import Config
+from engine.evaluation.shards import Block
 from engine.inference import Pixels
-from engine.mesh import Mesh
-from engine.rows import gather_rows, split_rows
 
 _LOCAL_HEADER = 30
 """Bytes of a zip member's header before its name."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """Consecutive samples of the input."""
-
-    start: int
-    stop: int
-    pixels: Pixels | None
-    """rows of the block -> normalised images in the model's dtype."""
-    tokens: Tensor | None
-    """int64 [rows, context], on every rank."""
-    keys: list[str] = field(default_factory=list)
-    captions: list[str] = field(default_factory=list)
-    images_u8: Tensor | None = None
-    """uint8 [rows, 3, h, w] where the input is pictures."""
 
 
 class Input(Protocol):
@@ -68,6 +45,8 @@ class NpzInput:
         self._check(config)
 
     def _check(self, config: Config) -> None:
+        if config.data.frames > 1:
+            raise DataError(f"{self._path} holds images, not clips: leave out data.frames={config.data.frames}")
         side, text = config.model.vision.image_size, config.model.text
         if self.images is not None and self.images.shape[1:] != (3, side, side):
             raise DataError(
@@ -137,46 +116,3 @@ def _mapped(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
         if 0 in shape:
             return np.empty(shape, dtype)
         return np.memmap(path, dtype, mode="r", offset=file.tell(), shape=shape, order="F" if fortran else "C")
-
-
-def _normalised(images: Tensor, dtype: torch.dtype) -> Pixels:
-    return lambda rows: normalise(images[rows], dtype)
-
-
-class ShardInput:
-    """Pictures and captions of tar shards, in the listed order; pictures squashed to the model's square."""
-
-    has_images = True
-    has_tokens = True
-
-    def __init__(self, shards: list[str], config: Config, mesh: Mesh, dtype: torch.dtype):
-        self._mesh, self._dtype = mesh, dtype
-        self._reader = SampleReader(
-            DataConfig(shards=shards, shuffle=False),
-            image_size=config.model.vision.image_size,
-            context_length=config.model.text.context_length,
-            seed=0,
-            train=False,
-        )
-
-    def __len__(self) -> int:
-        return self._reader.total_samples
-
-    def blocks(self, size: int) -> Iterator[Block]:
-        """Collective over the mesh."""
-        world = self._mesh.world
-        for start in range(0, len(self), size):
-            stop = min(start + size, len(self))
-            mine = split_rows(stop - start, world.size)[world.rank]
-            own = self._reader.read(np.arange(start + mine.start, start + mine.stop))
-            images = gather_rows(own.images.contiguous(), stop - start, world)
-            names = everyone((own.keys, own.captions), world)
-            yield Block(
-                start,
-                stop,
-                _normalised(images, self._dtype),
-                gather_rows(own.tokens, stop - start, world),
-                keys=[key for keys, _ in names for key in keys],
-                captions=[caption for _, captions in names for caption in captions],
-                images_u8=images,
-            )

@@ -12,8 +12,10 @@ import torch
 
 from engine.build import DTYPES
 from engine.checkpoint.folders import resolve_checkpoint
+from engine.checkpoint.manifest import AVERAGE, WEIGHT
 from engine.checkpoint.reader import Checkpoint
 from engine.config import Config
+from engine.evaluation.shards import ShardInput
 from engine.inference import Embedder, inference_config, load_encoders, verify_together
 from engine.launch import job
 from engine.mesh import Mesh
@@ -58,16 +60,29 @@ def open_session(path: Path, overrides: list[str], micro_batch: int) -> Iterator
     checkpoint.close()
 
 
-def load(session: Session, *, images: bool, texts: bool, verify_hashes: bool) -> Embedder:
-    """The towers that the input needs. Collective over the mesh; raises CheckpointError."""
+def load(session: Session, *, images: bool, texts: bool, verify_hashes: bool, ema: bool = False) -> Embedder:
+    """The towers that the input needs; ema: averaged weights. Collective over the mesh; raises CheckpointError."""
     verify_together(session.checkpoint, session.mesh, verify_hashes)
     encoders, remarks = load_encoders(
-        session.checkpoint, session.config, session.mesh, session.device, images=images, texts=texts
+        session.checkpoint,
+        session.config,
+        session.mesh,
+        session.device,
+        images=images,
+        texts=texts,
+        kind=AVERAGE if ema else WEIGHT,
     )
     if session.is_first:
         for remark in remarks:
             print(remark, file=sys.stderr, flush=True)
-    return Embedder(encoders, session.mesh, session.device, session.config.train.micro_batch_size)
+    config = session.config
+    return Embedder(encoders, session.mesh, session.device, config.train.micro_batch_size, config.data.frames)
+
+
+def shard_input(shards: list[str], session: Session) -> ShardInput:
+    """Tar shards as input of the session's model; data.frames=… of the overrides reads clips."""
+    frames = session.config.data.frames
+    return ShardInput(shards, session.config, session.mesh, session.dtype, session.device, frames=frames)
 
 
 def block_size(session: Session) -> int:

@@ -5,6 +5,7 @@ out. A training step is 3 forwards: replays are not counted (MFU); with a replay
 """
 
 from models.config import ModelConfig, TextConfig, VisionConfig
+from models.flops import attention_flops, block_flops, embedding_flops, head_flops
 
 TRAINING_FORWARDS = 3
 REPLAY_FORWARDS = 1
@@ -41,18 +42,14 @@ def text_parameters(model: ModelConfig) -> int:
 def vision_forward_flops(model: ModelConfig, tokens: int) -> int:
     """One image of `tokens` kept tokens (class token included) through the image tower."""
     vision = model.vision
-    h = vision.width
-    products = 3 if vision.mlp == "swiglu" else 2
-    linear = 2 * tokens * (4 * h * h + products * h * vision.mlp_hidden)
-    embed = 2 * (tokens - 1) * 3 * vision.patch_size**2 * h
-    return vision.depth * (linear + _attention_flops(tokens, h)) + embed + 2 * h * model.embed_dim
+    return vision.depth * block_flops(vision, tokens) + embedding_flops(vision, tokens) + head_flops(model)
 
 
 def text_forward_flops(model: ModelConfig) -> int:
     """One caption of full context length through the caption tower (the causal half is not deducted)."""
     text: TextConfig = model.text
     w, length = text.width, text.context_length
-    return text.depth * (2 * length * 12 * w * w + _attention_flops(length, w)) + 2 * w * model.embed_dim
+    return text.depth * (2 * length * 12 * w * w + attention_flops(length, w)) + 2 * w * model.embed_dim
 
 
 def training_flops(model: ModelConfig, patch_dropout: float) -> int:
@@ -65,8 +62,3 @@ def executed_flops(model: ModelConfig, patch_dropout: float, kept_share: float =
     """FLOPs that really run for one pair; kept_share: k / m of the micro-batches keep activations (no replay)."""
     forwards = TRAINING_FORWARDS + REPLAY_FORWARDS * (1 - kept_share)
     return training_flops(model, patch_dropout) * forwards / TRAINING_FORWARDS
-
-
-def _attention_flops(tokens: int, width: int) -> int:
-    """Scores and weighted sum over all heads."""
-    return 4 * tokens * tokens * width

@@ -1,0 +1,157 @@
+"""The search and the command around it: what it finds, what it writes, what it refuses."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from engine.config import check_layout, load_config, preset_model
+from tools.plan import main
+from tools.planning.cluster import Cluster
+from tools.planning.estimate import estimate
+from tools.planning.hardware import Hardware, load_hardware, profile_names
+from tools.planning.layout import Layout, PlanError
+from tools.planning.memory import peak_memory
+from tools.planning.search import Found, Job, candidates, search
+from tools.planning.write import settings
+from tools.planning.zero3 import best_zero3
+
+ROOT = Path(__file__).resolve().parents[3]
+SMALL = ["--model", "b16", "--gpus", "16", "--gpu", "a100-40", "--global-batch", "4096"]
+
+
+def job(model: str = "b16", gpus: int = 16, batch: int = 4096, gpu: str = "a100-40", dropout: float = 0.5) -> Job:
+    """A job on nodes of 8."""
+    cluster = Cluster(hardware=load_hardware(gpu), gpus=gpus, per_node=8)
+    return Job(model=preset_model(model), cluster=cluster, global_batch=batch, patch_dropout=dropout)
+
+
+@pytest.fixture(scope="module")
+def paper() -> Found:
+    """The 18B on a fifth of the paper's GPUs, with as many pairs each: the same stages, fewer replicas."""
+    return search(job("18b", 72, 21_600))
+
+
+def test_layouts_fit_and_keep_all_that_fits(paper: Found) -> None:
+    model, usable = preset_model("18b"), load_hardware("a100-40").usable_bytes
+    layouts = [entry.layout for entry in paper.best if entry.layout is not None]
+    assert any(layout.keep for layout in layouts) and len(layouts) > 10
+    for layout in layouts:
+        assert peak_memory(model, layout).total <= usable
+        if layout.recompute == "none":
+            assert peak_memory(model, replace(layout, keep=layout.keep + 1)).total > usable
+
+
+def test_pipelines_beat_tensor_parallelism_at_clip_batches(paper: Found) -> None:
+    times = {(e.layout.tensor, e.layout.pipeline): e.time.total for e in paper.best if e.layout is not None}
+    assert times[2, 12] < times[4, 6] < times[8, 3]
+
+
+def test_parts_add_up(paper: Found) -> None:
+    for entry in paper.best:
+        assert sum(vars(entry.time).values()) == pytest.approx(entry.time.total)
+        assert entry.mfu == pytest.approx(entry.hfu * entry.model_flops / entry.executed_flops)
+        assert entry.gpu_hours(1e9) == pytest.approx(1e9 / entry.samples_s / 3600 * 72)
+
+
+def test_every_candidate_is_accepted_by_the_engine(tmp_path: Path) -> None:
+    small = job("tiny-18b", 8, 32)
+    any_estimate = best_zero3(small.model, small.cluster, 32, 0.5)
+    checked = 0
+    for layout in list(candidates(small))[::3]:
+        file = tmp_path / "config.yaml"
+        file.write_text(yaml.safe_dump(settings("tiny-18b", replace(any_estimate, layout=layout), 640)))
+        assert check_layout(load_config(file), 8) == layout.data
+        checked += 1
+    assert checked > 20
+
+
+def test_zero3_at_full_length_needs_gradcache() -> None:
+    half, full = (best_zero3(preset_model("18b"), job("18b", 360).cluster, 108_000, dropout) for dropout in (0.5, 0.0))
+    assert half.fits and "GradCache" not in half.name
+    assert full.fits and "GradCache" in full.name
+
+
+def test_slow_networks_hurt_zero3_more(tmp_path: Path) -> None:
+    slow = yaml.safe_load((ROOT / "tools/planning/hardware/a100-40.yaml").read_text()) | {"nic_gb_s": 0.8}
+    (tmp_path / "slow.yaml").write_text(yaml.safe_dump(slow))
+    layout = Layout(tensor=2, pipeline=12, data=15, global_batch=23_040, micro_batch=16, text_micro_batch=16)
+    ratio = {}
+    for name in ("a100-40", str(tmp_path / "slow.yaml")):
+        each = job("18b", 360, 23_040, gpu=name)
+        zero3 = best_zero3(each.model, each.cluster, each.global_batch, 0.5)
+        ratio[name] = zero3.time.total / estimate(each.model, layout, each.cluster).time.total
+    fast, slow = ratio.values()
+    assert fast < 1 and slow > 1.5 * fast
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (dict(gpus=12), "take 8 or 16"),
+        (dict(batch=8), "at most 8 GPUs"),
+        (dict(dropout=1.0), "[0, 1)"),
+        (dict(gpus=0), "at least 1"),
+        (dict(gpus=1000, batch=1009), "1000"),
+    ],
+)
+def test_impossible_numbers_are_refused(given: dict, named: str) -> None:
+    with pytest.raises(PlanError) as error:
+        search(job(**given))
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_profiles_are_complete(name: str) -> None:
+    assert isinstance(load_hardware(name), Hardware)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"), [("memory_gb: 3", "missing"), ("[", "YAML"), ("memory_gb: 3\nspeed: 4", "speed")]
+)
+def test_broken_profiles_are_refused(content: str, named: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(PlanError, match=named):
+        load_hardware(str(tmp_path / "mine.yaml"))
+    with pytest.raises(PlanError, match="a100-40"):
+        load_hardware("a100-41")
+
+
+def test_the_command_prints_both_sides(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--top", "3"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("ZeRO-3", "MFU", "HFU", "bubble", "stash", "GPU-hours", "checkpoint"):
+        assert word in printed
+
+
+def test_tokens_are_samples_times_kept_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--tokens", "99e6", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 1e6  # 1 + 98 of 196 patches
+
+
+def test_what_is_written_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--samples", "1e6", "--write", str(tmp_path)]) == 0
+    config = load_config(tmp_path / "b16-16xa100-40.yaml")
+    assert config.train.steps == 244 and config.train.global_batch_size == 4096
+    check_layout(config, 16)
+    for script in ("b16-16xa100-40.sh", "b16-16xa100-40.sbatch"):
+        subprocess.run(["bash", "-n", str(tmp_path / script)], check=True)
+        assert "--nodes=2" in (tmp_path / script).read_text() or "--nnodes 2" in (tmp_path / script).read_text()
+
+
+def test_a_model_that_fits_nowhere_says_what_would_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", "18b", "--gpus", "2", "--gpu", "a100-40", "--global-batch", "512"]) == 1
+    captured = capsys.readouterr()
+    assert "nearest" in captured.err and "--gpu" in captured.err and captured.err.count("\n") == 1
+    assert main(["--model", "18c", "--gpus", "8", "--gpu", "h100", "--global-batch", "512"]) == 1
+    assert capsys.readouterr().err.startswith("error: model '18c'")
+
+
+def test_planning_imports_no_torch() -> None:
+    code = "import sys; from tools.plan import main; assert 'torch' not in sys.modules, 'torch'; print('ok')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "ok\n", done.stderr

@@ -1,0 +1,174 @@
+"""The schedule simulator against closed forms (against real steps: test_recorded.py), and its command."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from engine.config import load_config
+from tools.planning.cluster import Cluster
+from tools.planning.hardware import load_hardware
+from tools.planning.simulate import CollectiveCosts, StageCosts, bubble_bound, durations_of, simulate
+from tools.planning.stage_costs import simulated_layout
+from tools.planning.step_program import Schedule
+from tools.planning.time import step_time
+from tools.simulate import main
+
+FORWARD, BACKWARD = 3.0, 7.0
+
+
+def _uniform(schedule: Schedule, *, text_s: float = 0.0, replay_s: float = FORWARD, **together: float):
+    """Every chunk takes as long as any other of its stage; a stage FORWARD and BACKWARD."""
+    chunks = schedule.chunks
+    costs = StageCosts(
+        encode_s=(FORWARD / chunks,) * chunks,
+        replay_s=(replay_s / chunks,) * chunks,
+        backward_s=(BACKWARD / chunks,) * chunks,
+        encode_text_s=text_s,
+        backward_text_s=text_s,
+    )
+    return simulate(schedule, durations_of([costs] * schedule.stages, CollectiveCosts(**together)))
+
+
+# --- closed forms ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stages", "micro_batches"), [(1, 4), (2, 1), (2, 8), (4, 6), (12, 450)])
+def test_bubble_of_equal_stages(stages: int, micro_batches: int) -> None:
+    step = _uniform(Schedule(stages=stages, micro_batches=micro_batches, keep=micro_batches))
+    assert step.encode_s == pytest.approx((micro_batches + stages - 1) * FORWARD)
+    assert step.backprop_s == pytest.approx((micro_batches + stages - 1) * BACKWARD)
+    bubble = pytest.approx((stages - 1) / (micro_batches + stages - 1))
+    assert (step.encode_bubble, step.backprop_bubble) == (bubble, bubble)
+
+
+@pytest.mark.parametrize(("stages", "micro_batches", "chunks"), [(2, 4, 2), (4, 8, 3), (4, 4, 2), (8, 64, 2)])
+def test_bubble_of_virtual_stages(stages: int, micro_batches: int, chunks: int) -> None:
+    step = _uniform(Schedule(stages=stages, micro_batches=micro_batches, chunks=chunks, keep=micro_batches))
+    bubble = pytest.approx((stages - 1) / (chunks * micro_batches + stages - 1))
+    assert (step.encode_bubble, step.backprop_bubble) == (bubble, bubble)
+    assert bubble_bound(stages, micro_batches, chunks) == bubble
+
+
+@pytest.mark.parametrize(("stages", "micro_batches"), [(2, 3), (4, 9)])
+def test_a_replay_runs_while_the_gradient_travels(stages: int, micro_batches: int) -> None:
+    """Only backwards follow each other down the pipeline: the first replay of every stage but the last is hidden."""
+    step = _uniform(Schedule(stages=stages, micro_batches=micro_batches))
+    assert step.backprop_s == pytest.approx(micro_batches * (FORWARD + BACKWARD) + (stages - 1) * BACKWARD)
+
+
+def test_kept_micro_batches_are_not_replayed() -> None:
+    for keep in range(4):
+        step = _uniform(Schedule(stages=1, micro_batches=3, keep=keep))
+        assert step.backprop_s == pytest.approx(3 * BACKWARD + (3 - keep) * FORWARD)
+
+
+def test_captions_live_in_the_bubble() -> None:
+    schedule = Schedule(stages=4, micro_batches=8)
+    without = _uniform(schedule)
+    within = _uniform(schedule, text_s=FORWARD)  # as long as the second stage waits, the shortest wait of all
+    assert within.step_s == pytest.approx(without.step_s)
+    beyond = _uniform(schedule, text_s=FORWARD + 1)
+    assert beyond.encode_s == pytest.approx(without.encode_s + 1)
+
+
+def test_the_slowest_stage_sets_the_pace() -> None:
+    seconds = (1.0, 4.0, 2.0)
+    costs = [StageCosts(encode_s=(s,), replay_s=(s,), backward_s=(2 * s,)) for s in seconds]
+    step = simulate(Schedule(stages=3, micro_batches=5, keep=5), durations_of(costs))
+    assert step.encode_s == pytest.approx(sum(seconds) + 4 * max(seconds))
+    assert step.backprop_s == pytest.approx(2 * step.encode_s)
+
+
+def test_messages_take_their_time_on_the_way() -> None:
+    plain = Schedule(stages=3, micro_batches=6, keep=6)
+    late = _uniform(replace(plain, latency_s=0.5))
+    assert late.encode_s == pytest.approx(_uniform(plain).encode_s + 2 * 0.5)
+    # A link that is slower than the stages sets the pace: one message leaves when the one before has arrived.
+    slow = _uniform(replace(plain, stages=2, transfer_s=5.0))
+    assert slow.encode_s == pytest.approx(FORWARD + 6 * 5.0 + FORWARD)
+    # A link that is faster only adds the first message's time.
+    fast = _uniform(replace(plain, stages=2, transfer_s=2.0))
+    assert fast.encode_s == pytest.approx(7 * FORWARD + 2.0)
+
+
+def test_collectives_wait_for_the_last_stage() -> None:
+    schedule = Schedule(stages=2, micro_batches=4)
+    costs = {"loss_s": 1.0, "exchange_s": 0.5, "reduce_s": 2.0, "optimizer_s": 3.0, "gather_weights_s": 0.25}
+    step = _uniform(schedule, **costs)
+    assert step.step_s == pytest.approx(_uniform(schedule).step_s + 1.0 + 2 * 0.5 + 2.0 + 3.0 + 0.25)
+    starts = [[s.start_s for s in row.spans if s.phase == "loss"] for row in step.timeline.rows]
+    assert starts[0] == starts[1] == pytest.approx([step.encode_s + 0.5])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"stages": 0, "micro_batches": 4}, "must be at least 1"),
+        ({"stages": 4, "micro_batches": 6, "chunks": 2}, "a multiple of them"),
+        ({"stages": 1, "micro_batches": 6, "chunks": 2}, "more than one stage"),
+        ({"stages": 2, "micro_batches": 3, "keep": 4}, "keep 4 is not within 0 and the 3"),
+    ],
+)
+def test_what_the_engine_refuses_is_refused(numbers: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Schedule(**numbers)
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+def test_from_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    png, trace = tmp_path / "step.png", tmp_path / "step.json"
+    arguments = ["--stages=3", "--micro-batches=6", "--encode-ms=10", "--keep=2", "--encode-text-ms=5"]
+    assert main([*arguments, "--loss-ms=4", f"--png={png}", f"--trace={trace}"]) == 0
+    out = capsys.readouterr().out
+    assert "3 stages of 1 chunk, 6 micro-batches, 2 kept" in out and "= 25.00%" in out
+    assert trace.stat().st_size > 0
+    with Image.open(png) as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=1 << 20)}
+    encode, replay, backward, idle = (0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00), (0xD5, 0x5E, 0x00), (0xF0, 0xF2, 0xF5)
+    assert {encode, replay, backward, idle} <= colours
+
+
+JOB = """
+model: 18b
+data: {shards: x}
+parallel: {tensor: 2, pipeline: 12}
+train: {global_batch_size: 3072, micro_batch_size: 16, precision: bf16, keep_activations: 2}
+"""
+
+
+def test_from_a_config_on_the_planners_hardware(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The planner adds up a step by formula; the simulation of its unit times takes as long."""
+    config = tmp_path / "job.yaml"
+    config.write_text(JOB)
+    for options in ([], ["parallel.virtual=2"], ["parallel.tensor=4", "parallel.pipeline=6"]):
+        assert main([str(config), *options, "--world-size=48", "--gpu=a100-40"]) == 0
+        seconds = float(capsys.readouterr().out.split("step ", 1)[1].split()[0])
+        job = load_config(config, options)
+        cluster = Cluster(hardware=load_hardware("a100-40"), gpus=48, per_node=8)
+        time = step_time(job.model, simulated_layout(job, 48), cluster)
+        assert seconds == pytest.approx(time.total - time.input, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--stages is missing"),
+        (["--stages=4", "--micro-batches=6", "--encode-ms=1", "--chunks=2"], "a multiple of them"),
+        (["missing.yaml", "--world-size=2", "--gpu=h100"], "missing.yaml does not exist"),
+        (["missing.yaml"], "needs --world-size"),
+        (["@job", "--world-size=50", "--gpu=h100"], "50 ranks cannot be cut into replicas"),
+        (["@job", "--world-size=48", "--gpu=z80"], "--gpu z80 is neither a file nor a profile"),
+        (["@job", "--world-size=48", "--gpu=h100", "data.frames=8"], "still images"),
+    ],
+)
+def test_mistakes_are_one_clear_line(
+    tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "job.yaml").write_text(JOB)
+    assert main([str(tmp_path / "job.yaml") if argument == "@job" else argument for argument in arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

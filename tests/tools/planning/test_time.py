@@ -1,0 +1,102 @@
+"""The planner's analytic step time against the discrete-event simulation of the same schedule, and its parts."""
+
+from dataclasses import replace
+
+import pytest
+
+from engine.config import preset_model
+from tools.planning.cluster import Cluster
+from tools.planning.compute import block_seconds
+from tools.planning.estimate import estimate
+from tools.planning.hardware import load_hardware
+from tools.planning.layout import Layout, stages_of
+from tools.planning.simulate import StageCosts, durations_of, simulate
+from tools.planning.step_program import Schedule
+from tools.planning.time import step_time, text_step, unit_time
+
+MODEL = preset_model("18b")
+A100 = load_hardware("a100-40")
+CLUSTER = Cluster(hardware=A100, gpus=96, per_node=8)
+BASE = Layout(tensor=2, pipeline=12, data=4, global_batch=9600, micro_batch=50, text_micro_batch=50)
+LAYOUTS = [
+    BASE,
+    replace(BASE, keep=10),
+    replace(BASE, keep=48),
+    replace(BASE, virtual=2),
+    replace(BASE, virtual=4, keep=12),
+    replace(BASE, recompute="full"),
+    replace(BASE, tensor=8, pipeline=1, data=12, micro_batch=20),
+    replace(BASE, tensor=1, pipeline=24, micro_batch=10, sequence=False),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_simulated_schedule_takes_as_long(layout: Layout) -> None:
+    time = step_time(MODEL, layout, CLUSTER)
+    expected = time.compute + time.tensor + time.bubble + time.text
+    simulated = simulate(
+        Schedule(stages=layout.pipeline, micro_batches=layout.micro_batches, chunks=layout.virtual, keep=layout.keep),
+        durations_of(_costs(layout)),
+    )
+    assert simulated.step_s == pytest.approx(expected, rel=0.005)
+
+
+def _costs(layout: Layout) -> list[StageCosts]:
+    """Of every stage as of an inner one, as the closed form assumes."""
+    stages = stages_of(MODEL, layout)
+    unit = max((unit_time(MODEL, layout, stage, CLUSTER) for stage in stages), key=lambda unit: unit.f + unit.b)
+    encode_text, backward_text = text_step(MODEL, layout, A100)
+    chunks = layout.virtual
+    forward, backward = (unit.f / chunks,) * chunks, (unit.b / chunks,) * chunks
+    costs = StageCosts(
+        encode_s=forward,
+        replay_s=forward,
+        backward_s=backward,
+        encode_text_s=encode_text,
+        backward_text_s=backward_text,
+    )
+    return [costs] * layout.pipeline
+
+
+def test_mfu_counts_three_forwards_and_hfu_what_runs() -> None:
+    none, every = estimate(MODEL, BASE, CLUSTER), estimate(MODEL, replace(BASE, keep=48), CLUSTER)
+    assert none.hfu / none.mfu == pytest.approx(4 / 3)
+    assert every.hfu == every.mfu > none.mfu
+    again = estimate(MODEL, replace(BASE, recompute="full"), CLUSTER)
+    assert again.hfu / again.mfu == pytest.approx(5 / 3, rel=0.01)  # captions are not computed a fifth time
+
+
+def test_a_block_is_never_faster_than_its_products_allow() -> None:
+    forward, backward = block_seconds(MODEL.vision, 48, 129, A100, element=2)
+    products = 2 * 48 * 129 * 14 * 5120**2 / (A100.bf16_flops * A100.gemm_limit)
+    assert products < forward < 2 * products and 2 * forward < backward * 1.01
+    halves = [
+        block_seconds(MODEL.vision, 48, 129, A100, element=2, tensor=2, splits_tokens=s)[0] for s in (True, False)
+    ]
+    assert forward / 2 < halves[0] < halves[1] < forward
+
+
+def test_collectives_between_nodes_share_the_network_cards() -> None:
+    gigabyte = 1e9
+    within = CLUSTER.collective_seconds(BASE, "tensor", gigabyte)
+    assert within == pytest.approx(gigabyte / 2 / 240e9, rel=0.05)
+    # Four ranks of DP share a node, with a card each; the world's eight have eight.
+    one_node = CLUSTER.collective_seconds(BASE, "data", gigabyte)
+    assert one_node == pytest.approx(gigabyte * 3 / 4 / 240e9, rel=0.05)
+    spread = replace(BASE, tensor=1, pipeline=6, data=16)
+    assert CLUSTER.collective_seconds(spread, "data", gigabyte) == pytest.approx(
+        gigabyte * 15 / 16 / (8 * 25e9 * 0.8), rel=0.05
+    )
+    assert CLUSTER.collective_seconds(replace(BASE, data=1, tensor=1), "data", gigabyte) == 0
+
+
+def test_only_what_exceeds_the_overlap_is_left_of_the_reduction() -> None:
+    slow = replace(CLUSTER, hardware=replace(A100, nic_gb_s=0.5))
+    overlapped, bare = (step_time(MODEL, replace(BASE, overlap=o, data=40), slow).data for o in (True, False))
+    assert 0 < overlapped < bare
+
+
+def test_a_data_bound_job_waits_for_its_cpus() -> None:
+    starved = replace(CLUSTER, hardware=replace(A100, decode_images_s=10))
+    time = step_time(MODEL, BASE, starved)
+    assert time.total == pytest.approx(BASE.global_batch / 10)  # TP 2 x DP 4 first-stage ranks: one node decodes

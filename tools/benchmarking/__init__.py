@@ -1,0 +1,1 @@
+"""Throughput of a configuration: measured on its ranks, swept over layouts, compared (docs/benchmarking.md)."""

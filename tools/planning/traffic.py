@@ -1,0 +1,203 @@
+"""Every collective and message of a rank in one step: axis, kind, how often, bytes put in. From the code, by formula.
+
+Bytes are what a rank hands over, as engine/traffic.py counts them: its own slice for an all-gather, everything for an
+all-reduce and a reduce-scatter, the message for a send, the tensor for a broadcast that it starts. Buckets of gradients
+and weights are counted without megatron-core's padding to multiples of 128 x DP elements.
+
+Of tensor parallelism, X = T H elements, a block with one column-parallel linear before attention and one in the MLP:
+- sequence parallelism: forward 2 all-gathers, 2 reduce-scatters; backward 4 and 2, since megatron-core gathers the
+  inputs of the column-parallel linears again for the weight gradients instead of keeping them;
+- without it: 2 all-reduces forward, 2 backward.
+A sub-LN norm gathers the split channels, forward and backward.
+"""
+
+from dataclasses import dataclass
+
+from models.config import ModelConfig, VisionConfig
+from tools.planning.activations import FP32
+from tools.planning.counts import text_parameters
+from tools.planning.layout import Layout, Stage
+from tools.planning.memory import stage_parameters
+
+FP64 = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Collectives or messages of one sort on one rank in one step."""
+
+    what: str
+    """tensor forward | tensor backward | stages | gradients | weights | loss | rows | optimizer | data."""
+    axis: str
+    """tensor | pipeline | data | replica | stage | world."""
+    kind: str
+    """all-gather | reduce-scatter | all-reduce | broadcast | send."""
+    count: int
+    sent_bytes: float
+    """Put in by this rank, over all `count`."""
+
+    def wire_bytes(self, ranks: int) -> float:
+        """What leaves a rank of a ring of `ranks`."""
+        share = {"all-reduce": 2 * (ranks - 1) / ranks, "reduce-scatter": (ranks - 1) / ranks, "all-gather": ranks - 1}
+        return self.sent_bytes * share.get(self.kind, 1) if ranks > 1 else 0
+
+
+def axis_size(layout: Layout, axis: str) -> int:
+    """Ranks of a group of this axis."""
+    sizes = {
+        "tensor": layout.tensor,
+        "pipeline": layout.pipeline,
+        "data": layout.data,
+        "replica": layout.replica,
+        "stage": layout.tensor * layout.data,
+        "world": layout.ranks,
+    }
+    return sizes[axis]
+
+
+def step_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffic]:
+    """Of a rank of this stage; axes of one rank are left out."""
+    everything = [
+        *tensor_traffic(model, layout, stage),
+        *stage_messages(model, layout, stage),
+        *state_traffic(model, layout, stage),
+        *row_traffic(model, layout, stage),
+        *optimizer_traffic(model, stage),
+    ]
+    return [entry for entry in everything if entry.count and axis_size(layout, entry.axis) > 1]
+
+
+def tensor_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffic]:
+    """The blocks' collectives over the tensor axis: m - k replays, and one more forward with full recomputation."""
+    vision, m = model.vision, layout.micro_batches
+    forwards = m + (m - layout.keep) + (m if layout.recompute == "full" else 0)
+    found = []
+    for what, passes, per_block in (
+        ("tensor forward", forwards, block_forward_collectives(vision, layout)),
+        ("tensor backward", m, block_backward_collectives(vision, layout)),
+    ):
+        for kind, (count, sent) in per_block.items():
+            times = passes * stage.blocks
+            found.append(Traffic(what=what, axis="tensor", kind=kind, count=count * times, sent_bytes=sent * times))
+    if stage.has_head and layout.splits_tokens:
+        passes = 2 * m - layout.keep
+        each = layout.micro_batch * vision.width * layout.element_bytes
+        found.append(
+            Traffic(what="tensor forward", axis="tensor", kind="all-reduce", count=passes, sent_bytes=passes * each)
+        )
+    return found
+
+
+def block_forward_collectives(vision: VisionConfig, layout: Layout) -> dict[str, tuple[int, float]]:
+    """kind -> (how many, bytes put in by all of them) of one block's forward of one micro-batch."""
+    whole = layout.packed_tokens(vision) * vision.width * layout.element_bytes
+    norms, normed = _sub_norms(vision, layout)
+    if not layout.splits_tokens:
+        return {"all-reduce": (2, 2 * whole), "all-gather": (norms, normed)}
+    columns = sum(column_linears(vision))
+    gathered = columns * whole / layout.tensor
+    return {"all-gather": (columns + norms, gathered + normed), "reduce-scatter": (2, 2 * whole)}
+
+
+def block_backward_collectives(vision: VisionConfig, layout: Layout) -> dict[str, tuple[int, float]]:
+    """The same of its backward."""
+    whole = layout.packed_tokens(vision) * vision.width * layout.element_bytes
+    columns = sum(column_linears(vision))
+    norms, normed = _sub_norms(vision, layout)
+    if not layout.splits_tokens:
+        return {"all-reduce": (columns, columns * whole), "all-gather": (norms, normed)}
+    gathered = (columns + 2) * whole / layout.tensor
+    return {"all-gather": (columns + 2 + norms, gathered + normed), "reduce-scatter": (columns, columns * whole)}
+
+
+def _sub_norms(vision: VisionConfig, layout: Layout) -> tuple[int, float]:
+    """All-gathers of the sub-LN norms, which normalise over channels that are split, and their bytes."""
+    channels = [vision.width] * vision.attention_norm + [vision.mlp_hidden] * vision.mlp_norm
+    return len(channels), sum(channels) * layout.packed_tokens(vision) * layout.element_bytes / layout.tensor
+
+
+def column_linears(vision: VisionConfig) -> tuple[int, int]:
+    """Column-parallel linears before the attention and in the MLP."""
+    return 3 if vision.separate_qkv else 1, 2 if vision.mlp == "swiglu" else 1
+
+
+def stage_messages(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffic]:
+    """Activations to the next stage, gradients to the previous one: one message a micro-batch and chunk border."""
+    m, chunks = layout.micro_batches, len(stage.chunks)
+    messages = m * (chunks - stage.has_head) + m * (chunks - stage.has_embedding)
+    sent = messages * layout.message_bytes(model.vision)
+    return [Traffic(what="stages", axis="pipeline", kind="send", count=messages, sent_bytes=sent)]
+
+
+def state_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffic]:
+    """fp32 gradients reduce-scattered and weights all-gathered: vision over DP, text over all ranks.
+
+    Counts are per tower: the number of buckets follows from parallel.bucket_size.
+    """
+    found = []
+    for axis, elements in (("data", stage_parameters(model, layout, stage)), ("world", text_parameters(model))):
+        ranks = axis_size(layout, axis)
+        found += [
+            Traffic(what="gradients", axis=axis, kind="reduce-scatter", count=1, sent_bytes=elements * FP32),
+            Traffic(
+                what="weights",
+                axis=axis,
+                kind="all-gather",
+                count=1,
+                sent_bytes=elements * layout.element_bytes / ranks,
+            ),
+        ]
+    if layout.splits_tokens:
+        partial = token_gradient_elements(model, stage) * FP32
+        found.append(Traffic(what="gradients", axis="tensor", kind="all-reduce", count=1, sent_bytes=partial))
+    return found
+
+
+def token_gradient_elements(model: ModelConfig, stage: Stage) -> int:
+    """Elements whose gradients a tensor rank has of its own tokens only: norms, row biases, the embedding."""
+    vision, h = model.vision, model.vision.width
+    block = 2 * (h if vision.norm == "rms" else 2 * h) + 2 * h
+    embedding = 3 * vision.patch_size**2 * h + h + h + (1 + vision.patches) * h
+    return stage.blocks * block + (embedding if stage.has_embedding else 0)
+
+
+def row_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffic]:
+    """Embeddings, their gradients, the loss, and the batch itself (engine/rows.py, engine/loss.py, engine/feed.py)."""
+    width, batch, own = model.embed_dim * FP32, layout.global_batch, layout.own_rows
+    image = 3 * model.vision.image_size**2
+    ids = model.text.context_length * FP32
+    entry = Traffic
+    found = [
+        entry(what="loss", axis="world", kind="all-gather", count=2, sent_bytes=2 * own * width),
+        entry(what="loss", axis="world", kind="all-gather", count=1, sent_bytes=own * 2 * FP32),
+        entry(what="loss", axis="world", kind="all-reduce", count=3, sent_bytes=2 * batch * FP32 + 4 * FP32),
+        entry(what="rows", axis="replica", kind="all-gather", count=1, sent_bytes=own * width),
+    ]
+    if stage.has_head:
+        sent = layout.local_batch * width
+        found.append(entry(what="rows", axis="pipeline", kind="broadcast", count=1, sent_bytes=sent))
+    if stage.has_embedding:
+        share = -(-layout.local_batch // layout.tensor)
+        found += [
+            entry(what="data", axis="tensor", kind="all-gather", count=2, sent_bytes=share * (image + ids)),
+            entry(what="data", axis="pipeline", kind="broadcast", count=1, sent_bytes=layout.local_batch * ids),
+        ]
+    return found
+
+
+def optimizer_traffic(model: ModelConfig, stage: Stage) -> list[Traffic]:
+    """The gradient norm, and LAMB's norms of each logical tensor and update, in float64 (engine/optim/shards.py)."""
+    vision = 2 * FP64 * vision_tensors(model.vision, stage)
+    text = 2 * FP64 * (12 * model.text.depth + 5)
+    return [
+        Traffic(what="optimizer", axis="world", kind="all-reduce", count=2, sent_bytes=FP64 + text),
+        Traffic(what="optimizer", axis="stage", kind="all-reduce", count=len(stage.chunks), sent_bytes=vision),
+    ]
+
+
+def vision_tensors(vision: VisionConfig, stage: Stage) -> int:
+    """Logical tensors of the image tower on this stage."""
+    pairs = [vision.norm == "layer", vision.qkv_bias, vision.separate_qkv, vision.attention_norm]
+    pairs += [vision.mlp == "swiglu", vision.mlp_norm]
+    head = 2 + (vision.norm == "layer") + vision.head_bias
+    return stage.blocks * (9 + 2 * sum(pairs)) + (4 if stage.has_embedding else 0) + (head if stage.has_head else 0)

@@ -1,0 +1,62 @@
+"""FLOPs that one rank executes in a step, by phase, by the convention of models/flops.py. A backward has two forwards'.
+
+What an attention kernel computes again in its backward is not counted; the patch projection's backward has the weight
+gradient only, since pixels want none. Captions are taken at full length.
+"""
+
+from models.config import ModelConfig
+from models.flops import attention_flops, block_flops, embedding_flops, head_flops
+from tools.planning.activations import FP32
+from tools.planning.counts import text_forward_flops
+from tools.planning.layout import Layout, Stage
+from tools.planning.memory import KEPT_LOGITS
+
+
+def rank_flops(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, float]:
+    """Phase -> FLOPs of a rank of this stage; captions and rows of the rank that has the most."""
+    m, kept = layout.micro_batches, layout.keep
+    forward = micro_batch_flops(model, layout, stage)
+    backward = 2 * forward + _recomputed_flops(model, layout, stage)
+    if stage.has_embedding:
+        backward -= _embedding_flops(model, layout)
+    replays_text = kept < m
+    return {
+        "encode": m * forward,
+        "replay": (m - kept) * forward,
+        "backward": m * backward,
+        "text": layout.own_rows * text_forward_flops(model) * (4 if replays_text else 3),
+        "loss": loss_flops(model, layout),
+    }
+
+
+def micro_batch_flops(model: ModelConfig, layout: Layout, stage: Stage) -> float:
+    """Forward of one micro-batch. Without sequence parallelism every tensor rank embeds all tokens."""
+    blocks = stage.blocks * layout.micro_batch * block_flops(model.vision, _tokens(model, layout)) / layout.tensor
+    embedding = _embedding_flops(model, layout) if stage.has_embedding else 0
+    return blocks + embedding + (layout.micro_batch * head_flops(model) if stage.has_head else 0)
+
+
+def _embedding_flops(model: ModelConfig, layout: Layout) -> float:
+    """The class token's row is multiplied, too, as zeros."""
+    tokens = _tokens(model, layout)
+    whole = layout.micro_batch * embedding_flops(model.vision, tokens + 1)
+    return whole / layout.tensor if layout.splits_tokens else whole
+
+
+def _recomputed_flops(model: ModelConfig, layout: Layout, stage: Stage) -> float:
+    vision, tokens = model.vision, _tokens(model, layout)
+    again = {"none": 0, "selective": attention_flops(tokens, vision.width), "full": block_flops(vision, tokens)}
+    return stage.blocks * layout.micro_batch * again[layout.recompute] / layout.tensor
+
+
+def _tokens(model: ModelConfig, layout: Layout) -> int:
+    return model.vision.kept_tokens(layout.patch_dropout)
+
+
+def loss_flops(model: ModelConfig, layout: Layout) -> float:
+    """Strips of own rows x all rows: logits of the sums, logits and gradient of the images' strip, the same of the
+    captions' strip; the two strips share the own block. Logits are kept from the first to the second if they are few.
+    """
+    rows, batch = layout.own_rows, layout.global_batch
+    again = 0 if rows * batch * FP32 <= KEPT_LOGITS else rows * batch
+    return 2 * model.embed_dim * (2 * rows * batch + again + rows * rows + 2 * rows * (batch - rows))
