@@ -1,7 +1,8 @@
 """Which kernels the blocks of the image tower run on: chosen by the config, once, and the same on every rank.
 
 The choice: model.backend names whose linears they are, model.attention and model.norm_kernel replace one kernel each.
-`auto` of the latter two is what belongs to the backend; only model.backend=auto looks at the machine. The caption tower
+`auto` of the latter two is what belongs to the backend; only model.backend=auto looks at the machine, and the local
+backend's attention, which in bf16 is faster as plain matrix products where there is no CUDA device. The caption tower
 (2 % of the FLOPs), the patch embedding, the head and the norm in front of it always run on torch's kernels.
 """
 
@@ -14,7 +15,7 @@ import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
-from models.attention import FlashAttention, Kernel, SdpaAttention
+from models.attention import FlashAttention, Kernel, MatmulAttention, SdpaAttention
 from models.config import ModelConfig, ModelConfigError
 from models.norms import NORMS, ApexRMSNorm
 from models.packages import APEX, FLASH_2, FLASH_3, TRANSFORMER_ENGINE, load
@@ -55,7 +56,8 @@ def choose(model: ModelConfig, dtype: torch.dtype) -> Choice:
     backend, why = model.backend, ""
     if backend == "auto":
         backend, why = _by_machine(dtype)
-    own = {"local": ("sdpa", "torch"), "transformer_engine": ("te", "te")}[backend]
+    local = "matmul" if dtype == torch.bfloat16 and not torch.cuda.is_available() else "sdpa"
+    own = {"local": (local, "torch"), "transformer_engine": ("te", "te")}[backend]
     attention, norm_kernel = (
         default if asked == "auto" else asked
         for asked, default in zip((model.attention, model.norm_kernel), own, strict=True)
@@ -106,6 +108,7 @@ def vision_kernels(model: ModelConfig, layers: range, dtype: torch.dtype) -> Ker
     choice = require_kernels(model, dtype)
     attention: dict[str, Kernel] = {
         "sdpa": SdpaAttention,
+        "matmul": MatmulAttention,
         "flash": partial(FlashAttention, version=2),
         "flash3": partial(FlashAttention, version=3),
     }

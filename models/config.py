@@ -103,8 +103,8 @@ class ModelConfig:
     """Linears of the image tower's blocks: local (torch) | transformer_engine | auto (the latter where a CUDA device,
     the package and bf16 are there; what was picked is logged)."""
     attention: str = "auto"
-    """Their core attention: auto (the backend's own: sdpa or te) | sdpa (torch) | flash (flash-attn 2) | flash3
-    (flash-attn 3, Hopper) | te (Transformer Engine)."""
+    """Their core attention: auto (the backend's own: sdpa or te; matmul in bf16 on a CPU) | sdpa (torch) | matmul (plain
+    products, keeps S x S) | flash (flash-attn 2) | flash3 (flash-attn 3, Hopper) | te (Transformer Engine)."""
     norm_kernel: str = "auto"
     """Their norms: auto (the backend's own) | torch | apex (fused RMSNorm) | te."""
     fp8: str = "none"
@@ -131,7 +131,7 @@ class ModelConfig:
                 f"model.vision.rope needs a head_width that is a multiple of 4 (pairs, two halves), not {v.head_width}"
             )
         _one_of("model.backend", self.backend, ("auto", "local", "transformer_engine"))
-        _one_of("model.attention", self.attention, ("auto", "sdpa", "flash", "flash3", "te"))
+        _one_of("model.attention", self.attention, ("auto", "sdpa", "matmul", "flash", "flash3", "te"))
         _one_of("model.norm_kernel", self.norm_kernel, ("auto", "torch", "apex", "te"))
         _one_of("model.fp8", self.fp8, ("none", *FP8_MULTIPLES))
         blocks = self.fp8_bf16_blocks

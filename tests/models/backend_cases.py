@@ -35,7 +35,8 @@ EXACT: dict[str, dict[str, Any]] = {
 }
 """Kernels that compute in fp32, for every architecture of the fixtures that they fit."""
 ATTENTIONS: dict[str, dict[str, Any]] = {
-    "sdpa": {},
+    "sdpa": {"attention": "sdpa"},
+    "matmul": {"attention": "matmul"},
     "flash": {"attention": "flash"},
     "flash3": {"attention": "flash3"},
     "te": TE | {"attention": "te", "norm_kernel": "torch"},

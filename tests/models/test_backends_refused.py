@@ -129,7 +129,7 @@ def test_a_checkpoint_is_used_on_local_kernels_wherever_it_was_trained() -> None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: auto may pick another backend")
-def test_auto_says_why_it_stays_local() -> None:
+def test_auto_says_why_it_stays_local_and_takes_plain_products_in_bf16() -> None:
     choice = choose(_resolve("model.backend=auto").model, torch.bfloat16)
-    assert choice.backend == "local"
+    assert (choice.backend, choice.attention) == ("local", "matmul")
     assert str(choice).endswith("(model.backend=auto: there is no CUDA device)")

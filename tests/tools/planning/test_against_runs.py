@@ -52,6 +52,7 @@ class Case:
             "train.micro_batch_size=4",
             "train.steps=10",
             "train.precision=bf16",
+            "model.attention=sdpa",
             *self.options,
         ]
         return resolve({"data": {"shards": ["-"]}}, given)
