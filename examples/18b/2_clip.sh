@@ -1,20 +1,24 @@
 #!/usr/bin/env bash
-# EVA-CLIP-18B, contrastive stage at 224 px (settings and layout: examples/18b/2_clip.yaml). Start it on every node:
+# EVA-CLIP-18B, stage 2 of 5: contrastive training at 224 px with 50 % patch dropout. Settings with their sources and
+# the layout: examples/18b/2_clip.yaml. On every node:
 #
-#   SHARDS='…/{00000..99999}.tar' VISION=… TEXT=… HEAD_NODE=host bash examples/18b/2_clip.sh [dotted.key=value …]
+#   SHARDS='…/{00000..99999}.tar' TEXT=….pt HEAD_NODE=host bash examples/18b/2_clip.sh [dotted.key=value …]
 #
-# SHARDS      tar shards of the image-text pairs
-# VISION      checkpoint whose image tower is the start (the MIM stage's result)
-# TEXT        checkpoint whose caption tower is the start
-# HEAD_NODE   host name of the first node;  PORT  its free port
-# NODES       nodes of 8 GPUs; 45 in the paper. 8 x NODES = 24 x DP, and DP x 16 must divide the global batch
-# RUN_DIR     where everything is written, on storage that all nodes share
+# SHARDS    image-text shards: Merged-2B, 1.6 B samples of LAION-2B and 0.4 B of COYO-700M
+# TEXT      EVA-02-CLIP-E/14+ in the authors' layout: the start of the caption tower
+# VISION    the start of the image tower: run folder of 1_mim, a checkpoint, or the authors' EVA_18B file
+# RUN_DIR   what the stage writes, on storage that all nodes share
+# NODES     45 nodes of 8 GPUs in the paper. 8 x NODES = 24 x DP, micro-batches a replica: a multiple of 12
+#
+# HEAD_NODE, PORT, JOB_ID, GPUS_PER_NODE, DRY_RUN: examples/launch.sh.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+. examples/launch.sh
 
-: "${SHARDS:?set SHARDS to the tar shards}" "${VISION:?set VISION to a checkpoint}" "${TEXT:?set TEXT to a checkpoint}"
-: "${HEAD_NODE:?set HEAD_NODE to the host name of the first node}"
-
-exec torchrun --nnodes "${NODES:-45}" --nproc-per-node 8 --rdzv-backend c10d --rdzv-id "${JOB_ID:-eva-clip-18b}" \
-  --rdzv-endpoint "$HEAD_NODE:${PORT:-29500}" -m engine.train examples/18b/2_clip.yaml \
-  "run_dir=${RUN_DIR:-runs/18b-clip}" "data.shards=$SHARDS" "init.vision=$VISION" "init.text=$TEXT" "$@"
+: "${NODES:=45}"
+need SHARDS TEXT
+knob SHARDS data.shards
+knob TEXT init.text
+knob VISION init.vision
+knob RUN_DIR run_dir
+launch examples/18b/2_clip.yaml "$@"

@@ -17,7 +17,8 @@ from PIL import Image
 from engine.callbacks.base import RunInfo
 from engine.callbacks.metrics import MetricsFile
 from tools.report import main
-from tools.reporting.charts import PALETTE, PANELS, to_svg
+from tools.reporting.charts import PALETTE, to_svg
+from tools.reporting.panels import panels
 from tools.reporting.runs import config_differences, evenly_spaced, load_runs
 
 VOID_TAGS = {"meta", "img", "br", "path", "use"}
@@ -111,13 +112,20 @@ def add_evaluation(run_dir: Path, *, samples: int = 2) -> None:
     (run_dir / "predictions.json").write_text(json.dumps({"shards": ["held-out.tar"], "samples": entries}))
 
 
+def _loss_svg(run_dirs: list[Path]) -> str:
+    runs = load_runs(run_dirs)
+    return to_svg(panels(runs)[0], runs)
+
+
 def test_page_of_one_run_has_curves_evaluation_and_images(tmp_path, capsys):
     run_dir = write_run(tmp_path / "quickstart")
     add_evaluation(run_dir)
     assert main([str(run_dir)]) == 0
     assert capsys.readouterr().out.split() == [str(run_dir / "report.html")]
     page = read_page(run_dir / "report.html")
-    assert page.tags.count("svg") == len(PANELS) and "script" not in page.tags and "link" not in page.tags
+    titles = [panel.title for panel in panels(load_runs([run_dir]))]
+    assert titles[:3] == ["Contrastive loss", "Top-1 within the batch", "Learning rate"] and len(titles) == 6
+    assert page.tags.count("svg") == len(titles) and "script" not in page.tags and "link" not in page.tags
     for expected in (
         "quickstart",
         "30",
@@ -129,9 +137,12 @@ def test_page_of_one_run_has_curves_evaluation_and_images(tmp_path, capsys):
         "100 ×",
         "37.5 %",
         "3 min 33 s",
+        "TP 1 × PP 1 × DP 1",
+        "1 k parameters",
+        "256",
     ):
         assert expected in page.text, expected
-    assert {panel.title for panel in PANELS} <= set(page.text)
+    assert set(titles) <= set(page.text)
     assert page.images == [f"data:image/png;base64,{png_base64((index, 0, 0))}" for index in range(2)]
     html = (run_dir / "report.html").read_text(encoding="utf-8")
     assert re.findall(r'class="guess right"><i>✓</i><span>(.*?)</span>', html) == ["cat 0", "cat 1"]
@@ -146,14 +157,14 @@ def test_two_runs_are_compared_with_their_config_differences(tmp_path):
     assert "2 runs compared" in page.text and "Evaluation" not in page.text and page.images == []
     assert config_differences(load_runs(runs)) == [("optim.lr", ["0.01", "0.02"])]
     assert "optim.lr" in page.text and "train.steps" not in page.text
-    svg = to_svg(PANELS[0], load_runs(runs))
+    svg = _loss_svg(runs)
     assert PALETTE[0] in svg and PALETTE[1] in svg and PALETTE[2] not in svg
 
 
 def test_runs_of_different_batch_size_share_a_samples_axis(tmp_path):
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", batch=512)]
-    assert "samples seen" in to_svg(PANELS[0], load_runs(runs))
-    assert "optimizer step" in to_svg(PANELS[0], load_runs(runs[:1]))
+    assert "samples seen" in _loss_svg(runs)
+    assert "optimizer step" in _loss_svg(runs[:1])
 
 
 def test_every_text_is_escaped(tmp_path):
@@ -192,7 +203,7 @@ def test_long_curves_are_thinned_and_keep_their_extremes(tmp_path):
     run = load_runs([write_run(tmp_path / "long", steps=5000)])[0]
     run.records[2500]["loss"] = 77.0
     run.records[2600]["loss"] = None
-    svg = to_svg(PANELS[0], [run])
+    svg = to_svg(panels([run])[0], [run])
     assert len(svg) < 40_000 and ">60<" in svg  # the axis reaches the spike
 
 
@@ -216,6 +227,81 @@ def test_throughput_follows_a_batch_size_that_changes(tmp_path):
     run = load_runs([write_run(tmp_path / "run", steps=4)])[0]
     run.records[3]["samples_seen"] += 256
     np.testing.assert_array_equal(run.samples_per_s(), [512, 512, 512, 1024])
+
+
+def rewrite_records(run_dir: Path, change) -> None:
+    """Every record of a run through `change(record)`."""
+    path = run_dir / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(change(record)) + "\n" for record in records))
+
+
+def _mim(record: dict) -> dict:
+    return {key: value for key, value in record.items() if key not in ("lr_text", "i2t_top1", "t2i_top1")}
+
+
+def test_a_run_without_captions_beside_one_with(tmp_path):
+    mim, clip = write_run(tmp_path / "mim"), write_run(tmp_path / "clip")
+    rewrite_records(mim, _mim)
+    config = yaml.safe_load((mim / "config.yaml").read_text()) | {"objective": "mim", "model": {"preset": "tiny-18b"}}
+    (mim / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main([str(mim), "--png", str(tmp_path / "mim.png")]) == 0
+    page = read_page(mim / "report.html")
+    assert "Masked-feature loss" in page.text and "Top-1 within the batch" not in page.text
+    assert "tiny-18b, 1 k parameters, mim" in page.text
+    (rate,) = (panel for panel in panels(load_runs([mim])) if panel.title == "Learning rate")
+    assert len(rate.lines) == 1
+    assert main([str(mim), str(clip), "--out", str(tmp_path / "both.html")]) == 0
+    both = read_page(tmp_path / "both.html")
+    assert {"Loss", "Top-1 within the batch", "mim", "clip"} <= set(both.text)
+
+
+def test_evaluations_between_steps_have_charts_and_a_best_one(tmp_path):
+    run_dir = write_run(tmp_path / "run")
+
+    def evaluated(record: dict) -> dict:
+        seldom = {
+            "eval_zero_shot_top1": 0.5 - abs(record["step"] - 19) / 100,
+            "eval_seconds_s": 3.0,
+            "eval_chance": 0.1,
+        }
+        return record | (seldom if record["step"] % 10 == 9 else {})
+
+    rewrite_records(run_dir, evaluated)
+    runs = load_runs([run_dir])
+    titles = [panel.title for panel in panels(runs)]
+    assert titles[1:3] == ["Evaluation: zero-shot top-1", "Evaluation: chance"]
+    # Three values of thirty steps: each is a dot.
+    assert to_svg(panels(runs)[1], runs).count("<use") > to_svg(panels(runs)[0], runs).count("<use")
+    assert main([str(run_dir)]) == 0
+    assert "50 % zero-shot top-1, step 20" in read_page(run_dir / "report.html").text
+
+
+def test_phases_are_listed_and_marked(tmp_path):
+    run_dir = write_run(tmp_path / "run")
+    rewrite_records(run_dir, lambda record: record | {"phase": "low <b>" if record["step"] < 20 else "high"})
+    assert main([str(run_dir)]) == 0
+    page = read_page(run_dir / "report.html")
+    assert {"Phases", "low <b>", "high", "1 to 20", "21 to 30", "5,120", "2,560"} <= set(page.text)
+    runs = load_runs([run_dir])
+    assert ">high<" in to_svg(panels(runs)[0], runs) and ">low" not in to_svg(panels(runs)[0], runs)
+
+
+def test_a_recorded_step_is_drawn(tmp_path):
+    run_dir = write_run(tmp_path / "run")
+    (run_dir / "timeline").mkdir()
+    span = {"rank": 0, "tensor": 0, "pipeline": 0, "data": 0, "step": 7, "phase": "encode", "start_s": 0, "stop_s": 1}
+    (run_dir / "timeline" / "rank_00000.jsonl").write_text(json.dumps(span) + "\n")
+    assert main([str(run_dir)]) == 0
+    page = read_page(run_dir / "report.html")
+    assert "Timeline of a step" in page.text and len(page.images) == 1
+    picture = base64.b64decode(page.images[0].removeprefix("data:image/png;base64,"))
+    with Image.open(io.BytesIO(picture)) as image:
+        assert image.width == 1950
+    (run_dir / "timeline" / "rank_00001.jsonl").write_text("")
+    assert main([str(run_dir)]) == 0  # a rank has not written yet
+    page = read_page(run_dir / "report.html")
+    assert page.images == [] and any("recorded by all 2 ranks" in text for text in page.text)
 
 
 def test_samples_are_spread_over_the_list():

@@ -5,9 +5,8 @@ their maximum: noise stays visible, and a run of a million steps makes as small 
 """
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import matplotlib
@@ -17,9 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from tools.reporting.panels import Panel
 from tools.reporting.runs import Run
 
 MAX_POINTS = 150
+MOST_MARKED = 40
+"""A curve of at most so many values, taken at some of the steps, shows each as a dot."""
 _DASHES: tuple[Literal["-", "--"], ...] = ("-", "--")
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; its yellow is too pale on white.
@@ -50,69 +52,6 @@ _STYLE: Any = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """One quantity of a panel."""
-
-    label: str
-    """Name beside its line style; unused if it is alone in its panel."""
-    values: Callable[[Run], np.ndarray]
-    """float64 [records], NaN where unknown."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Panel:
-    """One pair of axes; runs differ by colour, quantities by line style."""
-
-    title: str
-    """Heading."""
-    unit: str
-    """Label of the y axis."""
-    lines: tuple[Line, ...]
-    """One or two quantities: solid, then dashed."""
-    log: bool = False
-    """Logarithmic y axis."""
-    from_zero: bool = False
-    """The y axis starts at 0."""
-
-
-def metric(key: str, label: str = "", *, scale: float = 1.0) -> Line:
-    """A column of the metrics file as a line."""
-    return Line(label=label, values=lambda run: scale * run.column(key))
-
-
-LOSS = Panel(title="Contrastive loss", unit="loss (nats)", lines=(metric("loss"),))
-LEARNING_RATE = Panel(
-    title="Learning rate",
-    unit="learning rate",
-    lines=(metric("lr_vision", "vision"), metric("lr_text", "text")),
-    from_zero=True,
-)
-PANELS = (
-    LOSS,
-    Panel(
-        title="Top-1 within the batch",
-        unit="accuracy (%)",
-        lines=(metric("i2t_top1", "image → text", scale=100), metric("t2i_top1", "text → image", scale=100)),
-        from_zero=True,
-    ),
-    LEARNING_RATE,
-    Panel(title="Gradient norm before clipping", unit="L2 norm", lines=(metric("grad_norm"),), log=True),
-    Panel(
-        title="Throughput",
-        unit="samples / s",
-        lines=(Line(label="", values=Run.samples_per_s),),
-        from_zero=True,
-    ),
-    Panel(
-        title="Time of a step",
-        unit="seconds",
-        lines=(metric("step_time_s", "whole step"), metric("data_time_s", "waiting for data")),
-        from_zero=True,
-    ),
-)
-
-
 @contextmanager
 def style() -> Iterator[None]:
     """The look of every chart; nothing outside the block changes."""
@@ -134,8 +73,10 @@ def draw(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
         width = 1.4 + 0.8 * min(len(runs) - 1 - index, 3)
         for line, dashes in zip(panel.lines, _DASHES, strict=False):
             x, mean, low, high = _buckets(run.column(x_key), line.values(run))
-            axes.plot(x, mean, dashes, color=color, linewidth=width, marker="." if len(x) == 1 else "")
+            sparse = len(x) <= MOST_MARKED and len(x) < len(run.records)
+            axes.plot(x, mean, dashes, color=color, linewidth=width, marker="." if sparse or len(x) == 1 else "")
             axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+    _mark_phases(axes, runs, x_key)
     axes.set_title(panel.title, pad=9)
     axes.set_ylabel(panel.unit)
     axes.set_xlabel(x_label)
@@ -151,6 +92,17 @@ def draw(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
         axes.set_ylim(bottom=0)
     if len(panel.lines) > 1:
         _style_legend(axes, panel)
+
+
+def _mark_phases(axes: Axes, runs: Sequence[Run], x_key: str) -> None:
+    """A dotted line where a run begins another phase; equal borders of several runs are drawn once."""
+    borders = {run.records[phase.first][x_key]: phase.name for run in runs for phase in run.phases()[1:]}
+    for x, name in borders.items():
+        axes.axvline(x, color=MUTED, linestyle=":", linewidth=0.9)
+        axes.annotate(
+            name, (x, 0.98), xycoords=axes.get_xaxis_transform(), xytext=(3, 0), textcoords="offset points",
+            va="top", fontsize=7.5, color=MUTED, parse_math=False,
+        )  # fmt: skip
 
 
 def _style_legend(axes: Axes, panel: Panel) -> None:

