@@ -4,13 +4,11 @@ import argparse
 import json
 import os
 import time
-from collections import Counter
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.step_sides import DROPOUT, FULL, QUICK, SCALE, Batch, Workload
 from engine.config import Config, check_layout, resolve
@@ -18,56 +16,8 @@ from engine.feed import LocalBatch
 from engine.launch import job
 from engine.mesh import Mesh
 from engine.rows import own_rows
+from engine.traffic import AXES, TrafficCounter
 from engine.trainer import Trainer
-
-AXES = ("tensor", "pipeline", "data", "replica", "stage", "world")
-# Argument of each c10d operator that holds what this rank puts in. Receiving operators put nothing in.
-_PAYLOAD = {
-    "allreduce_": 0,
-    "_reduce_scatter_base_": 1,
-    "reduce_scatter_tensor_coalesced_": 1,
-    "_allgather_base_": 1,
-    "allgather_": 1,
-    "allgather_into_tensor_coalesced_": 1,
-    "send": 0,
-}
-_NOTHING = {"recv_", "barrier", "monitored_barrier_"}
-
-
-class TrafficCounter(TorchDispatchMode):
-    """Bytes of the tensors that this rank puts into each axis's collectives and messages."""
-
-    def __init__(self, mesh: Mesh):
-        super().__init__()
-        self.axis_of = {getattr(mesh, axis).group.group_name: axis for axis in AXES if getattr(mesh, axis).size > 1}
-        self.bytes: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        """Sees every operator, collectives included."""
-        if func.namespace == "c10d":
-            self._count(func.overloadpacket.__name__, args)
-        return func(*args, **(kwargs or {}))
-
-    def _count(self, name: str, args: tuple[Any, ...]) -> None:
-        group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
-        axis = self.axis_of.get(group.group_name)
-        if axis is None or name in _NOTHING:
-            return
-        if name == "broadcast_":
-            sends = args[2] == dist.get_rank(group)
-            self.bytes[axis] += _size(args[0]) if sends else 0
-        elif name in _PAYLOAD:
-            self.bytes[axis] += _size(args[_PAYLOAD[name]])
-        else:
-            raise NotImplementedError(
-                f"the traffic of c10d.{name} is not counted yet: add it to benchmarks/layouts_rank"
-            )
-
-
-def _size(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    return sum(_size(part) for part in value)
 
 
 def local_batch(workload: Workload, step: int, mesh: Mesh) -> LocalBatch:

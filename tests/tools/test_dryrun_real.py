@@ -1,0 +1,117 @@
+"""The dry run against real steps on gloo: the same transfers byte for byte, the same memory.
+
+A real step is seen by the same recorder, on real tensors. Two things are gloo's and not the step's, and left out of the
+comparison of memory: its copy of the gradients in the reduction (phase "reduce"), and messages of a pipeline that wait
+for a slow neighbour.
+"""
+
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from engine.config import Config
+from engine.device import prepare
+from engine.feed import LocalBatch
+from engine.mesh import Mesh, build_mesh
+from engine.rows import own_rows
+from engine.trainer import Trainer
+from tests.distributed import run_distributed
+from tests.tools.test_dryrun import small
+from tools.dryrunning.memory import Usage
+from tools.dryrunning.rank import RankReport, dry_run, record_step
+from tools.dryrunning.report import transfers_of
+
+pytestmark = pytest.mark.dist
+
+RANKS = 4
+CASES = {
+    "tp2-dp2": ("parallel.tensor=2",),
+    "tp4-nosp-bf16": ("parallel.tensor=4", "parallel.sequence=false", "train.precision=bf16", "model.attention=sdpa"),
+    "pp2-tp2": ("parallel.pipeline=2", "parallel.tensor=2"),
+    "pp4-sigmoid-ring": ("parallel.pipeline=4", "train.loss=sigmoid", "train.loss_variant=ring"),
+    "pp2-virtual-keep": ("parallel.pipeline=2", "parallel.virtual=2", "train.keep_activations=2"),
+    "dp4-learned-text": ("train.logit_scale=null", "train.text_micro_batch_size=3", "train.patch_dropout=0"),
+    "tp2-recompute": ("parallel.tensor=2", "train.recompute=full"),
+}
+FAST = ("pp2-tp2",)
+SLOW = tuple(name for name in CASES if name not in FAST)
+
+
+def whole_captions_batch(config: Config, mesh: Mesh) -> LocalBatch:
+    """Random pixels and captions that fill the context, as the dry run takes them."""
+    rows, first = config.train.global_batch_size // mesh.data.size, mesh.data.rank
+    text, side = config.model.text, config.model.vision.image_size
+    own = own_rows(rows, mesh)
+    tokens = torch.randint(1, text.vocab_size - 1, (own.stop - own.start, text.context_length))
+    tokens[:, -1] = text.vocab_size - 1
+    images = torch.randint(0, 256, (rows, 3, side, side), dtype=torch.uint8) if mesh.is_first_stage else None
+    return LocalBatch(positions=np.arange(first * rows, (first + 1) * rows), images=images, tokens=tokens)
+
+
+def real_steps(names: list[str]) -> list[dict[str, Any]]:
+    """The second step of the cases on this rank: (axis, kind, bytes, puts in, count), and peak bytes of its phases."""
+    mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, dist.group.WORLD))
+    seen = []
+    for name in names:
+        config = small(*CASES[name])
+        trainer = Trainer(config, mesh(config.parallel.tensor, config.parallel.pipeline), prepare())
+        step, batch = trainer.training_step, whole_captions_batch(config, trainer.mesh)
+        trainer.step(batch)
+        recorder = record_step(step, batch, every=True)
+        transfers = sum((tally.transfers for tally in recorder.phases.values()), Counter())
+        seen.append({"transfers": _rows(transfers), "peaks": _peaks(recorder.memory.peaks)})
+        trainer.towers.wait_for_weights()
+    return seen
+
+
+@cache
+def dry(name: str, rank: int) -> RankReport:
+    """The dry run of a case."""
+    return dry_run(small(*CASES[name]), RANKS, rank)
+
+
+def _rows(transfers: Counter) -> list[tuple[Any, ...]]:
+    return sorted((t.axis, t.kind, t.tensor_bytes, t.puts_in, count) for t, count in transfers.items())
+
+
+def _peaks(peaks: dict[str, Usage]) -> dict[str, int]:
+    """Phase -> bytes at its peak without messages."""
+    return {
+        phase: usage.total - usage.parts["messages"]
+        for phase, usage in peaks.items()
+        if phase not in ("", "wait", "reduce")
+    }
+
+
+@cache
+def real(names: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
+    """Case -> what each rank did; one launch."""
+    by_rank = run_distributed(real_steps, RANKS, names=list(names))
+    return {name: [rank[i] for rank in by_rank] for i, name in enumerate(names)}
+
+
+EVERY_CASE = [
+    pytest.param(launch, name, id=name, marks=[] if launch is FAST else [pytest.mark.slow])
+    for launch in (FAST, SLOW)
+    for name in launch
+]
+
+
+@pytest.mark.parametrize(("launch", "name"), EVERY_CASE)
+def test_the_transfers_of_a_real_step(launch: tuple[str, ...], name: str) -> None:
+    for rank in range(RANKS):
+        expected = real(launch)[name][rank]["transfers"]
+        assert _rows(transfers_of(dry(name, rank))) == expected, f"rank {rank}"
+
+
+@pytest.mark.parametrize(("launch", "name"), EVERY_CASE)
+def test_the_memory_of_a_real_step(launch: tuple[str, ...], name: str) -> None:
+    for rank in range(RANKS):
+        found, dried = real(launch)[name][rank]["peaks"], _peaks(dry(name, rank).peaks)
+        assert max(dried.values()) == pytest.approx(max(found.values()), rel=0.1), f"rank {rank}"
+        assert dried == pytest.approx(found, rel=0.1), f"rank {rank}"

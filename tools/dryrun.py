@@ -1,0 +1,149 @@
+"""What one step of a job is on one of its ranks: memory, FLOPs and traffic, without a GPU (docs/dryrun.md).
+
+    python -m tools.dryrun CONFIG.yaml --world-size 360 [--rank R | --all-stages] [dotted.key=value …]
+
+Runs the engine's own model, schedule, loss and optimizer at full size on tensors without values, in seconds. A job
+that would not start, or not fit, ends with one line that says so and exit status 1.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data.errors import DataError
+from engine.balance import stage_layers
+from engine.config import Config, ConfigError, check_layout, check_vocabulary, load_config
+from engine.exit import leave
+from tools.planning.hardware import load_hardware
+from tools.planning.layout import PlanError
+
+if TYPE_CHECKING:
+    from tools.dryrunning.rank import RankReport
+
+_COUNTED = {
+    "backend": ("local", "auto"),
+    "attention": ("sdpa", "auto"),
+    "norm_kernel": ("torch", "auto"),
+    "fp8": ("none",),
+}
+"""Setting of the model -> values that run here."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; its exit status."""
+    options = _parser().parse_intermixed_args(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        data = check_layout(config, options.world_size)
+        check_vocabulary(config)
+        _check_countable(config)
+        ranks = _ranks(config, data, options)
+        limit_gb = load_hardware(options.gpu).usable_bytes / 1e9 if options.gpu else options.gpu_memory_gb
+    except (ConfigError, DataError, PlanError) as error:
+        return _fail(str(error))
+    parallel = config.parallel
+    print(
+        f"{options.config}: TP {parallel.tensor} × PP {parallel.pipeline} × DP {data} = {options.world_size} ranks, "
+        f"global batch {config.train.global_batch_size:,}, micro-batch {config.train.micro_batch_size}"
+    )
+    return _check_memory(_run(config, ranks, options), limit_gb)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.dryrun", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="the YAML of engine.train")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="as for engine.train")
+    parser.add_argument("--world-size", type=int, required=True, help="ranks of the job")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--rank", type=int, default=0, help="default 0: first stage")
+    which.add_argument("--all-stages", action="store_true", help="one rank of each stage that differs from the others")
+    limit = parser.add_mutually_exclusive_group()
+    limit.add_argument("--gpu-memory-gb", type=float, metavar="GB", help="refuse a job whose peak is above this")
+    limit.add_argument(
+        "--gpu", help="the same with what a profile of tools.plan leaves to tensors (a100-40, …, or YAML)"
+    )
+    parser.add_argument(
+        "--every-micro-batch", action="store_true", help="run them all instead of repeating those that are alike"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers, too")
+    return parser
+
+
+def _check_countable(config: Config) -> None:
+    """Raise ConfigError for what is not run here, so that no number is given for something else."""
+    if config.objective != "contrastive":
+        raise ConfigError(f"the dry run knows the contrastive step, not objective={config.objective}")
+    for key, counted in _COUNTED.items():
+        value = getattr(config.model, key)
+        if value not in counted:
+            raise ConfigError(
+                f"model.{key}={value} needs a GPU and its package; the dry run counts torch's kernels: add "
+                f"model.{key}={counted[0]} (the products, their FLOPs and the traffic are the same)"
+            )
+
+
+def _ranks(config: Config, data: int, options: argparse.Namespace) -> dict[int, list[int]]:
+    """Rank to run -> stages that it stands for, where several are wanted."""
+    if options.all_stages:
+        return {config.parallel.tensor * data * alike[0]: alike for alike in _stages_alike(config, data)}
+    if not 0 <= options.rank < options.world_size:
+        raise ConfigError(f"--rank {options.rank} is not one of the {options.world_size} ranks of --world-size")
+    return {options.rank: []}
+
+
+def _stages_alike(config: Config, data: int) -> list[list[int]]:
+    """Stages in groups that do the same: the same blocks, both or none of the tower's ends, as many captions."""
+    parallel, replica = config.parallel, config.parallel.tensor * config.parallel.pipeline
+    blocks = stage_layers(config.model.vision.depth, parallel.pipeline * parallel.virtual, parallel.layers)
+    captions, longer = divmod(config.train.global_batch_size // data, replica)
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for stage in range(parallel.pipeline):
+        ends = stage == 0, stage == parallel.pipeline - 1
+        lengths = tuple(len(chunk) for chunk in blocks[stage :: parallel.pipeline])
+        groups.setdefault((lengths, ends, captions + (stage * parallel.tensor < longer)), []).append(stage)
+    return list(groups.values())
+
+
+def _run(config: Config, ranks: dict[int, list[int]], options: argparse.Namespace) -> "RankReport":
+    """Run and show the ranks; the one that needs most memory."""
+    # torch and megatron-core take seconds to import: after the checks, so that a mistake answers at once.
+    from tools.dryrunning.rank import dry_run
+    from tools.dryrunning.report import to_dict, to_text
+
+    reports = []
+    for rank, stages in ranks.items():
+        reports.append(dry_run(config, options.world_size, rank, every_micro_batch=options.every_micro_batch))
+        if len(stages) > 1:
+            print(f"\nstages {stages[0]} to {stages[-1]} ({len(stages)} of them) do the same:", end="")
+        print("\n" + to_text(reports[-1]), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps([to_dict(report) for report in reports], indent=1) + "\n")
+    worst = max(reports, key=lambda report: report.peak.total)
+    if len(reports) > 1:
+        print(f"\nhighest peak: rank {worst.rank} (stage {worst.stage}), {worst.peak.total / 1e9:.2f} GB")
+    return worst
+
+
+def _check_memory(worst: "RankReport", limit_gb: float | None) -> int:
+    peak_gb = worst.peak.total / 1e9
+    if limit_gb is None or peak_gb <= limit_gb:
+        return 0
+    largest = worst.peak.parts.most_common(1)[0][0]
+    return _fail(
+        f"rank {worst.rank} needs {peak_gb:.2f} GB at its peak ({worst.peak_phase}; most of it {largest}), more than "
+        f"the {limit_gb:g} GB that it may take: raise parallel.pipeline or parallel.tensor, or lower "
+        "train.micro_batch_size, train.keep_activations or train.text_micro_batch_size"
+    )
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return 1
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))
