@@ -21,7 +21,7 @@ from engine.config import Config, to_dict
 from engine.device import Device
 from engine.feed import Feed, LocalBatch
 from engine.health import Health
-from engine.mesh import Mesh
+from engine.mesh import Mesh, meet
 from engine.mim.step import MimStep
 from engine.optim.ema import restart_average
 from engine.phases import Phase, phase_plan
@@ -116,7 +116,7 @@ class Trainer:
             phases = Phases()
             return self.step(batch, phases), phases
         phases = Phases(clock=self.device.clock_s, record_spans=True)
-        dist.barrier(group=self.mesh.world.group)
+        meet(self.mesh.world, self.device.torch_device)
         zero_s = self.device.clock_s()
         outcome = self.step(batch, phases)
         place = {"tensor": self.mesh.tensor.rank, "pipeline": self.mesh.pipeline.rank, "data": self.mesh.data.rank}

@@ -103,8 +103,8 @@ class ModelConfig:
     """Linears of the image tower's blocks: local (torch) | transformer_engine | auto (the latter where a CUDA device,
     the package and bf16 are there; what was picked is logged)."""
     attention: str = "auto"
-    """Their core attention: auto (the backend's own: sdpa or te; matmul in bf16 on a CPU) | sdpa (torch) | matmul (plain
-    products, keeps S x S) | flash (flash-attn 2) | flash3 (flash-attn 3, Hopper) | te (Transformer Engine)."""
+    """Their core attention: auto (the backend's own: sdpa or te; matmul in bf16 on a CPU) | sdpa (torch) | matmul
+    (plain products, keeps S x S) | flash (flash-attn 2) | flash3 (flash-attn 3, Hopper) | te (Transformer Engine)."""
     norm_kernel: str = "auto"
     """Their norms: auto (the backend's own) | torch | apex (fused RMSNorm) | te."""
     fp8: str = "none"

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from engine.build import DTYPES
 from engine.device import Device
-from engine.mesh import Mesh
+from engine.mesh import Mesh, meet
 from tools.benchmarking.options import GEMM_SIDE
 from tools.planning.hardware import load_hardware
 
@@ -44,7 +44,7 @@ def _gemm_flops_per_s(precision: str, mesh: Mesh, device: Device, side: int) -> 
     torch.mm(a, b)
     seconds = []
     for _ in range(GEMM_ROUNDS):
-        dist.barrier(group=mesh.world.group)
+        meet(mesh.world, device.torch_device)
         start = device.clock_s()
         torch.mm(a, b)
         seconds.append(device.clock_s() - start)
