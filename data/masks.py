@@ -47,6 +47,12 @@ class BlockMasks:
             raise DataError(
                 f"{self.masked} masked patches: a {self.grid} x {self.grid} grid allows 1 to {self.grid**2}"
             )
+        most = self.masked if self.max_block is None else min(self.masked, self.max_block)
+        if not 0 < self.min_block <= most:
+            raise DataError(
+                f"min_block {self.min_block} is not between 1 and the {most} patches that a block may mask: many masks "
+                "would stay empty"
+            )
         if not 0 < self.min_aspect <= 1:
             raise DataError(f"aspect ratio {self.min_aspect} of the narrowest block must be in (0, 1]")
 

@@ -31,13 +31,12 @@ class Sources:
         without samples.
         """
         storage = Storage.of(config)
-        sources = config.sources or [SourceConfig(shards=config.shards)]
-        lists = [expand_shards(source.shards, storage) for source in sources]
+        lists = _shard_lists(config, storage)
         self.names = [source.name for source in config.sources]
         """Of the sources of a mixture; empty for plain data.shards."""
         self.shards = [shard for shards in lists for shard in shards]
         """Paths and URLs by shard id."""
-        in_use = 2 * config.shuffle_group_shards * len(sources)
+        in_use = 2 * config.shuffle_group_shards * len(lists)
         self.files = ShardFiles(self.shards, max_open=in_use, storage=storage)
         self._indices = IndexStore(self.shards, max_loaded=in_use, storage=storage)
         self.order = (
@@ -88,6 +87,17 @@ class Sources:
             for number in range(len(sizes))
         ]
         return orders, borders[:-1].tolist()
+
+
+def check_shards(config: DataConfig) -> None:
+    """Raise DataError for shards that are not there; opens none of them."""
+    _shard_lists(config, Storage.of(config))
+
+
+def _shard_lists(config: DataConfig, storage: Storage) -> list[list[str]]:
+    """Paths and URLs of the shards of each source."""
+    sources = config.sources or [SourceConfig(shards=config.shards)]
+    return [expand_shards(source.shards, storage) for source in sources]
 
 
 def _single_law() -> MixtureLaw:

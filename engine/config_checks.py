@@ -251,11 +251,22 @@ def _check_mim(config: Config) -> None:
         f"mim.teacher_precision is {precision!r}: choose fp32 or bf16, or null for train.precision",
     )
     require(0 <= scale <= 1, f"mim.patch_gradient_scale is {scale}: it must be in [0, 1]")
+    require(
+        teacher.fp8 == "none",
+        f"mim.teacher_model.fp8 is {teacher.fp8}: the teacher's passes have any number of images, fp8 wants multiples",
+    )
     # Imported here, because torch comes with it: other configs answer before that.
     from models.mim import check_grids
 
     try:
         teacher.check()
+        check_kernels(
+            teacher,
+            precision=precision or config.train.precision,
+            packed_tokens=teacher.vision.kept_tokens(0.0),
+            tensor=1,
+            sequence_parallel=False,
+        )
         check_grids(config.model.vision, teacher.vision)
         block_masks(config)
     except (ModelConfigError, DataError) as error:

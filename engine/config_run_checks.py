@@ -67,10 +67,38 @@ def _refuse_idle(evaluate: EvaluateConfig) -> None:
 
 
 def _check_best(config: Config) -> None:
-    """keep_best of an evaluation needs one at every checkpoint."""
+    """keep_best needs checkpoints, a number that this job measures at each of them, and its better end."""
     best, every, saved = config.checkpoint.keep_best, config.evaluate.every_steps, config.checkpoint.every_steps
+    require(saved > 0 or not best, f"checkpoint.keep_best {best} has no effect without checkpoint.every_steps")
+    require(
+        best not in _not_measured(config),
+        f"checkpoint.keep_best is {best}, which this job does not measure ({_not_measured(config).get(best)})",
+    )
+    require(
+        config.checkpoint.keep_best_is == "max" or not _is_accuracy(best),
+        f"checkpoint.keep_best is {best}, where more is better: set checkpoint.keep_best_is=max",
+    )
     require(
         not best.startswith("eval_") or (every > 0 and saved % every == 0),
         f"checkpoint.keep_best is {best}, but evaluate.every_steps {every} does not divide checkpoint.every_steps "
         f"{saved}: there would be checkpoints without it",
     )
+
+
+def _not_measured(config: Config) -> dict[str, str]:
+    """Numbers of the step record that other settings would bring -> why they are missing."""
+    if config.objective == "mim":
+        return dict.fromkeys(("i2t_top1", "t2i_top1", "logit_scale"), "objective=mim sees no captions")
+    missing = {"masked_patches": "objective=contrastive masks none"}
+    if config.train.logit_scale is not None:
+        missing["logit_scale"] = f"train.logit_scale={config.train.logit_scale} is fixed"
+    if config.evaluate.classes:
+        directions = ("", "image_to_text_", "text_to_image_")
+        names = (f"eval_{direction}recall_at_{k}" for direction in directions for k in (1, 5))
+        missing |= dict.fromkeys(names, "recall is measured without evaluate.classes")
+    return missing
+
+
+def _is_accuracy(metric: str) -> bool:
+    ends = ("top1", "top5", "recall_at_1", "recall_at_5")
+    return metric in ("i2t_top1", "t2i_top1") or (metric.startswith("eval_") and metric.endswith(ends))

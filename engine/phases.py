@@ -73,6 +73,15 @@ def phase_plan(config: Config) -> list[Phase]:
     return plan
 
 
+def phase_named(plan: list[Phase], name: str) -> Phase:
+    """The phase of this name; empty: the first. Raises ConfigError that lists the names."""
+    names = [phase.name for phase in plan]
+    require(
+        not name or name in names, f"phase {name!r} is not one of the config's: {', '.join(names) or 'it has none'}"
+    )
+    return plan[names.index(name) if name else 0]
+
+
 def check_job(config: Config, given_steps: int | None) -> None:
     """Raise ConfigError for the first thing of any phase that cannot be run. given_steps: train.steps as written."""
     plan = phase_plan(config)

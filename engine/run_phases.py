@@ -1,13 +1,16 @@
 """A whole job: its phases one after the other, each with towers of its own, from checkpoint to checkpoint."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from data.errors import DataError
+from data.sources import check_shards
 from engine.callbacks.base import Callback
 from engine.checkpoint.load import training_position
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.resume import choose, lock_run, newest_good
+from engine.checkpoint.together import raise_together
 from engine.config import Config
 from engine.device import Device
 from engine.mesh import Mesh
@@ -25,6 +28,7 @@ def run_phases(config: Config, mesh: Mesh, device: Device, callbacks: Callbacks)
     the same way.
     """
     plan, run_dir = phase_plan(config), Path(config.run_dir)
+    _check_later_shards(plan[1:], mesh)
     begin: Callable[[], Checkpoint | None] = lambda: choose(config, mesh)  # noqa: E731
     while True:
         phase = _run_next(plan, run_dir, mesh, device, begin, callbacks)
@@ -32,6 +36,17 @@ def run_phases(config: Config, mesh: Mesh, device: Device, callbacks: Callbacks)
             return
         gc.collect()  # towers and buffers of the last phase hang in cycles of hooks; the next one needs their memory
         begin = lambda: newest_good(run_dir, config, mesh)  # noqa: E731
+
+
+def _check_later_shards(phases: Sequence[Phase], mesh: Mesh) -> None:
+    """Raise on every rank if a phase has shards that are not there: now, not when its turn comes. Collective."""
+    error = None
+    try:
+        for phase in phases if mesh.world.rank == 0 else ():
+            check_shards(phase.config.data)
+    except DataError as problem:
+        error = f"phase {phase.name!r}: {problem}"
+    raise_together(error, mesh.world)
 
 
 def _run_next(

@@ -48,10 +48,11 @@ def _train(config: Config) -> int:
     from models.config import ModelConfigError
 
     try:
-        kernels = require_kernels(config.model, DTYPES[config.train.precision])
+        configs = [phase.config for phase in phase_plan(config)]
+        kernels = dict.fromkeys(str(require_kernels(c.model, DTYPES[c.train.precision])) for c in configs)
         with job(config.parallel) as (mesh, device):
             if mesh.world.rank == 0:
-                print(kernels)
+                print("; then ".join(kernels))
             run_phases(config, mesh, device, partial(_callbacks, config))
     except (LayoutError, DataError, CheckpointError, ModelConfigError, UnhealthyStep) as error:
         return _fail(error)

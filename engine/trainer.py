@@ -15,7 +15,7 @@ from engine.build import build_optimizer, build_towers
 from engine.callbacks.base import Callback, RunInfo
 from engine.checkpoint.lock import RunLock
 from engine.checkpoint.manifest import Position
-from engine.checkpoint.reader import Checkpoint
+from engine.checkpoint.reader import WHOLE, Checkpoint
 from engine.checkpoint.resume import choose, lock_run, start
 from engine.config import Config, to_dict
 from engine.device import Device
@@ -80,9 +80,9 @@ class Trainer:
         for callback in callbacks:
             if type(callback).__name__ in self._resumed_states:
                 callback.load_state_dict(self._resumed_states[type(callback).__name__])
-        for callback in callbacks:
-            callback.on_start(run)
         try:
+            for callback in callbacks:
+                callback.on_start(run)
             for _ in range(start, total):
                 started = time.perf_counter()
                 batch = next(feed)
@@ -183,6 +183,8 @@ class Trainer:
     def begin(self, checkpoint: Checkpoint | None, lock: RunLock | None) -> None:
         """Load a checkpoint, or, without one, what init asks for. lock: of the run folder, released at the end."""
         self.lock = lock
+        # A rewind to it would leave the tensors that it does not give as they are.
+        self.recovery.began = checkpoint.folder if checkpoint is not None and checkpoint.exceptions == WHOLE else None
         begin = start(self.towers, self.optimizer, self.phase, self.mesh, checkpoint)
         self.position, self._resumed_states = begin.position, begin.callbacks
         self.position.phase = self.phase.name

@@ -9,7 +9,7 @@ from engine.build import Towers
 from engine.checkpoint.init import Resized
 from engine.checkpoint.load import fill, model_shapes, publish, same_run, training_position, updates_of
 from engine.checkpoint.manifest import AVERAGE, MOMENT1, MOMENT2, WEIGHT, Position
-from engine.checkpoint.matching import Exceptions, match
+from engine.checkpoint.matching import match
 from engine.checkpoint.reader import Checkpoint
 from engine.config import Config
 from engine.mesh import Mesh
@@ -26,17 +26,19 @@ def cross_border(
     *,
     reset_optimizer: bool,
 ) -> tuple[Position, list[str]]:
-    """Fill a phase that begins; returns the position and what was done, for people. Collective over the mesh.
+    """Fill a phase that begins, or goes back to its beginning; returns the position and what was done, for people.
 
-    Raises CheckpointError: weights only, another model or seed.
+    Collective over the mesh. Raises CheckpointError: weights only, another model or seed, tensors that do not fit (the
+    checkpoint's exceptions aside).
     """
     position = training_position(checkpoint)
     same_run(checkpoint, config, any_resolution=True)
     source = Resized(checkpoint, config.model, None, resize_patch=False)
-    chosen = match(source.shapes(), model_shapes(towers, mesh), Exceptions(), str(checkpoint.folder))
+    chosen = match(source.shapes(), model_shapes(towers, mesh), checkpoint.exceptions, str(checkpoint.folder))
     names, stored = set(chosen.load), checkpoint.shapes()
     fill(optimizer, mesh, names, lambda name, where, kind: source.read(name, where), (WEIGHT,))
     lines = [*chosen.lines(), *source.remarks]
+    optimizer.reset_moments()  # a rewind finds those of the steps that it takes back
     if reset_optimizer:
         lines.append("moments start at 0")
     else:

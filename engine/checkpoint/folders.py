@@ -9,6 +9,7 @@ run_dir/checkpoints/
   step_00000300.damaged/                              set aside because its files did not match its manifest
 """
 
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -133,9 +134,11 @@ def _best(folders: list[Path], retention: Retention) -> list[Path]:
     values: dict[Path, float] = {}
     for folder in folders:
         try:
-            values[folder] = read_manifest(folder).metrics[retention.best]
+            value = read_manifest(folder).metrics[retention.best]
         except (CheckpointError, KeyError):
             continue  # written before the metric was asked for, or damaged: not a candidate
+        if math.isfinite(value):  # a step that health skipped has none, and NaN would be the least of all
+            values[folder] = value
     if not values:
         return []
     choose = min if retention.best_is == "min" else max

@@ -15,7 +15,7 @@ from engine.build import Towers
 from engine.checkpoint.errors import CheckpointError
 from engine.checkpoint.flat_slice import FlatSlice
 from engine.checkpoint.manifest import AVERAGE, MOMENT1, MOMENT2, WEIGHT, Position
-from engine.checkpoint.matching import Exceptions, Match, Shapes, match
+from engine.checkpoint.matching import Match, Shapes, match
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.snapshot import KINDS, owned_slice
 from engine.checkpoint.together import everyone
@@ -50,18 +50,12 @@ def resume_training(
 ) -> tuple[Position, Match]:
     """Weights, moments, moving average, step and position of a training checkpoint. Collective over the mesh.
 
-    Raises CheckpointError: weights only, another model or seed, tensors that do not fit (checkpoint.skip and
-    checkpoint.reinit are the exceptions).
+    Raises CheckpointError: weights only, another model or seed, tensors that do not fit (the checkpoint's exceptions
+    aside).
     """
     manifest, position = checkpoint.manifest, training_position(checkpoint)
     same_run(checkpoint, config)
-    settings = config.checkpoint
-    chosen = match(
-        manifest.shapes(),
-        model_shapes(towers, mesh),
-        Exceptions(skip=settings.skip, reinit=settings.reinit),
-        str(checkpoint.folder),
-    )
+    chosen = match(manifest.shapes(), model_shapes(towers, mesh), checkpoint.exceptions, str(checkpoint.folder))
     for kind in (MOMENT1, MOMENT2):
         lacking = sorted(set(chosen.load) - manifest.shapes(kind).keys())
         if lacking:

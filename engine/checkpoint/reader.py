@@ -8,15 +8,19 @@ from torch import Tensor
 from engine.checkpoint.errors import CheckpointError, listed
 from engine.checkpoint.flat_slice import FlatSlice, copy_overlap
 from engine.checkpoint.manifest import WEIGHT, Manifest, read_manifest
+from engine.checkpoint.matching import Exceptions
 from engine.checkpoint.tensor_file import TensorFile, hash_file
+
+WHOLE = Exceptions()
+"""Nothing is left out."""
 
 
 class Checkpoint:
     """One checkpoint folder with a valid manifest. Files are opened when first read and stay open."""
 
-    def __init__(self, folder: Path):
-        """Raises CheckpointError if the folder is not a checkpoint."""
-        self.folder = folder
+    def __init__(self, folder: Path, exceptions: Exceptions = WHOLE):
+        """exceptions: what a run that goes on from it leaves out. Raises CheckpointError: not a checkpoint."""
+        self.folder, self.exceptions = folder, exceptions
         self.manifest: Manifest = read_manifest(folder)
         self._files: dict[str, TensorFile] = {}
 

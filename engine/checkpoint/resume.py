@@ -1,6 +1,7 @@
 """What a job starts from: its newest good checkpoint, a given one, initial weights from elsewhere, or nothing."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from engine.checkpoint.init import initialise_from
 from engine.checkpoint.load import resume_training, training_position
 from engine.checkpoint.lock import RunLock
 from engine.checkpoint.manifest import Position
+from engine.checkpoint.matching import Exceptions
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.together import everyone, raise_together
 from engine.config import Config
@@ -93,7 +95,8 @@ def choose(config: Config, mesh: Mesh) -> Checkpoint | None:
     if wish == "auto":
         return newest_good(run_dir, config, mesh)
     if wish != "none":
-        checkpoint = Checkpoint(resolve_checkpoint(Path(wish)))
+        exceptions = Exceptions(skip=config.checkpoint.skip, reinit=config.checkpoint.reinit)
+        checkpoint = Checkpoint(resolve_checkpoint(Path(wish)), exceptions)
         problems = _problems(checkpoint, config, mesh)
         if problems:
             raise CheckpointError(f"{checkpoint.folder} is damaged:{listed(problems)}")
@@ -107,8 +110,16 @@ def choose(config: Config, mesh: Mesh) -> Checkpoint | None:
 
 
 def newest_good(run_dir: Path, config: Config, mesh: Mesh) -> Checkpoint | None:
-    """The first of latest, newest, … whose every byte is what was written; damaged ones are set aside, loudly."""
+    """The first of latest, newest, … that is whole; None where there is no checkpoint. Collective over the mesh."""
     candidates = everyone(latest_first(run_dir) if mesh.world.rank == 0 else None, mesh.world)[0]
+    return first_good(candidates, config, mesh)
+
+
+def first_good(candidates: Sequence[Path], config: Config, mesh: Mesh) -> Checkpoint | None:
+    """The first whose every byte is what was written; damaged ones are set aside, loudly. None: no candidates.
+
+    candidates: the same on every rank. Collective over the mesh; raises CheckpointError if all are damaged.
+    """
     bad: list[tuple[Path, list[str]]] = []
     for folder in candidates:
         checkpoint, problems = _try_open(folder, config, mesh)
@@ -118,7 +129,9 @@ def newest_good(run_dir: Path, config: Config, mesh: Mesh) -> Checkpoint | None:
         bad.append((folder, problems))
     if bad:
         reasons = "\n".join(f"{folder}:{listed(problems)}" for folder, problems in bad)
-        raise CheckpointError(f"no checkpoint of {run_dir} is whole, and starting afresh was not asked for:\n{reasons}")
+        raise CheckpointError(
+            f"no checkpoint of {config.run_dir} is whole, and starting afresh was not asked for:\n{reasons}"
+        )
     return None
 
 

@@ -53,6 +53,8 @@ class CheckpointSaver:
 
     def __init__(self, run_dir: Path, optimizer: ShardedOptimizer, config: Config, mesh: Mesh, retention: Retention):
         self.run_dir, self.config, self.mesh, self.retention = run_dir, config, mesh, retention
+        self.saved: list[Path] = []
+        """Folders of this saver's checkpoints, oldest first; retention may have deleted them since."""
         self._snapshot = Snapshot(optimizer, mesh)
         self._writing: _BackgroundTask | None = None
         self._committing: _BackgroundTask | None = None
@@ -69,6 +71,7 @@ class CheckpointSaver:
         if rank == 0:
             manifest = self._manifest(position, callbacks, metrics)
             self._committing = _BackgroundTask(lambda: self._commit(final, manifest))
+        self.saved.append(final)
 
     def check(self) -> None:
         """Raise what a writer of this rank ran into. Local; for every step."""

@@ -71,6 +71,12 @@ class ShardedOptimizer:
             ratios = tower.trust_ratios(updates, self.optim)
             tower.apply(updates, ratios, rates, _step_factor(self.optim, self.update_count))
 
+    @torch.no_grad()
+    def reset_moments(self) -> None:
+        """Both moments of every tensor start at 0."""
+        for tower in self.towers:
+            torch._foreach_zero_(tower.first + tower.second)
+
     def skip(self) -> None:
         """A step without an update: weights, moments and update_count stay, the schedule goes on."""
         self.step_count += 1

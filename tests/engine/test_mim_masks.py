@@ -61,3 +61,9 @@ def test_no_positions_give_no_masks() -> None:
 def test_more_masked_patches_than_the_grid_has_are_refused() -> None:
     with pytest.raises(DataError, match="70 masked patches: a 8 x 8 grid allows 1 to 64"):
         BlockMasks(grid=8, masked=70)
+
+
+@pytest.mark.parametrize("settings", [{"min_block": 27}, {"min_block": 0}, {"min_block": 16, "max_block": 15}])
+def test_blocks_that_leave_masks_empty_are_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(DataError, match=r"min_block \d+ is not between 1 and the (26|15) patches"):
+        BlockMasks(grid=8, masked=26, **settings)

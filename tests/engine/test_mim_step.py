@@ -54,7 +54,8 @@ class Golden:
     def config(self) -> Config:
         """The job; the fixture's two blocks admit two stages and no virtual ones."""
         scale = 0.1 if load_json("g8-mim/meta.json")["students"][self.student]["stop_grad_conv1"] else 1.0
-        return mim_config(self.layout, model=student_model(self.student), masked_patches=6, patch_gradient_scale=scale)
+        mim = {"masked_patches": 6, "min_block": 4, "patch_gradient_scale": scale}
+        return mim_config(self.layout, model=student_model(self.student), **mim)
 
 
 def _layouts(*layouts: Layout) -> list[Layout]:
@@ -89,7 +90,7 @@ def one_pass(case: Golden, mesh: Mesh) -> dict[str, Any]:
     load_weights(trainer.towers, student_tensors(case.student, "weights"))
     step = trainer.training_step
     assert isinstance(step, MimStep)
-    step.masks = _FixtureMasks(grid=4, masked=6)
+    step.masks = _FixtureMasks(grid=4, masked=6, min_block=4)
     batch = without_captions(load_tensors("g8-mim/io")["images_u8"], mesh)
     _, own = step.gradients(batch, Phases())
     step.update.reduce()

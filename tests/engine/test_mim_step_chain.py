@@ -108,6 +108,7 @@ def test_the_student_becomes_the_image_tower_of_a_clip(runs: Path, capsys: pytes
 
 def test_a_student_is_no_teacher(runs: Path) -> None:
     student = ModelConfig(vision=VisionConfig(**STUDENT["vision"]))
-    config = mim_config(Layout(), model=student, teacher=str(runs / "mim"), teacher_model=STUDENT, masked_patches=2)
+    mim = {"teacher": str(runs / "mim"), "teacher_model": STUDENT, "masked_patches": 2, "min_block": 1}
+    config = mim_config(Layout(), model=student, **mim)
     with alone() as mesh, pytest.raises(CheckpointError, match=r"(?s)not a MIM student.*missing.*vision\.head\.proj"):
         Trainer(config, mesh, prepare())
