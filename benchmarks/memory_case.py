@@ -17,6 +17,7 @@ def measure(config: Config, workload: Workload) -> dict[str, float]:
     with job(config.parallel) as (mesh, device):
         trainer = Trainer(config, mesh, device)
         promised = trainer.training_step.activation_bytes()
+        captions = trainer.training_step.text_activation_bytes()
         before = reset_peak()
         for step in range(2):
             trainer.step(local_batch(workload, step, mesh))
@@ -25,6 +26,7 @@ def measure(config: Config, workload: Workload) -> dict[str, float]:
             "keep": shape.keep,
             "micro_batches": shape.micro_batches,
             "activation_gb": promised / 1e9,
+            "captions_gb": captions / 1e9,
             "built_gb": before / 1e9,
             "peak_gb": (resident_bytes("VmHWM") - before) / 1e9,
         }

@@ -1,13 +1,13 @@
 """How many micro-batches may keep their activations: the budget in GB against what one micro-batch really keeps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 
-def saved_bytes(forward: Callable[[], Tensor], weights: list[Tensor]) -> int:
+def saved_bytes(forward: Callable[[], Tensor], weights: Sequence[Tensor]) -> int:
     """Bytes that autograd keeps for the backward of `forward`, each storage once, the weights not counted."""
     known = {_identity(weight) for weight in weights}
     sizes: dict[int, int] = {}

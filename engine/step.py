@@ -1,5 +1,6 @@
 """One optimizer step on one global batch: towers, schedule, loss, gradient reduction and update put together."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from engine.sigmoid_loss import sigmoid_loss
 from engine.stages import TextRunner, VisionRunner
 from engine.timeline import Phases
 from engine.update import StepOutcome, Update
-from models.clip import LEARNED_SCALE_MAX
+from models.clip import LEARNED_SCALE_MAX, embedding
 
 LOGIT_SCALE_BOUNDS = {"logit_scale.log_scale": (0.0, LEARNED_SCALE_MAX)}
 """The learned scale stays within [1, 100] (its logarithm is the weight)."""
@@ -66,9 +67,10 @@ class ContrastiveStep:
         for runner in self.vision:
             runner.batch = batch
         result = self.schedule.run(self.work, phases)
+        metrics = self._metrics(result)  # before the update: the scale behind it waits for the weights to be gathered
         rates = self.optimizer.rates()
         gradient_norm = self.update(phases, LOGIT_SCALE_BOUNDS, result.loss)
-        return StepOutcome(loss=result.loss, metrics=self._metrics(result), gradient_norm=gradient_norm, rates=rates)
+        return StepOutcome(loss=result.loss, metrics=metrics, gradient_norm=gradient_norm, rates=rates)
 
     def _metrics(self, result: LossResult) -> dict[str, Tensor]:
         metrics = {"i2t_top1": result.i2t_top1, "t2i_top1": result.t2i_top1}
@@ -124,7 +126,10 @@ class ContrastiveStep:
         train = self.config.train
         if train.activation_budget_gb is None:
             return micro_batches if train.keep_activations < 0 else train.keep_activations
-        keep = keep_within(train.activation_budget_gb, self.activation_bytes(), micro_batches)
+        one, budget = self.activation_bytes(), train.activation_budget_gb
+        keep = keep_within(budget, one, micro_batches)
+        if keep == micro_batches and keep * one + self.text_activation_bytes() > budget * 1e9:
+            keep -= 1  # where all micro-batches keep theirs, the captions do, too
         # A replay runs the stage's collectives again, so the ranks of a tensor group have to agree.
         agreed = torch.tensor([keep], device=self.device)
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self.mesh.tensor.group)
@@ -133,6 +138,16 @@ class ContrastiveStep:
     def activation_bytes(self) -> int:
         """Bytes that one micro-batch keeps for backward on this rank, measured by one forward. Collective over TP."""
         return sum(self._chunk_bytes(runner) for runner in self.vision)
+
+    def text_activation_bytes(self) -> int:
+        """Bytes that all captions of this rank keep at full context, measured like `activation_bytes`."""
+        tower, text = self.side.tower, self.config.model.text
+
+        def encode(count: int) -> Tensor:
+            return embedding(tower(torch.zeros(count, text.context_length, dtype=torch.int64, device=self.device)))
+
+        weights = list(tower.parameters())
+        return sum(saved_bytes(partial(encode, rows.stop - rows.start), weights) for rows in self.text.rows)
 
     def _chunk_bytes(self, runner: VisionRunner) -> int:
         train, model = self.config.train, self.config.model
