@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 from models.config import ModelConfig
-from models.flops import block_flops, embedding_flops, head_flops
+from models.flops import block_flops, embedding_flops, head_flops, last_block_flops
 
 
 def stage_layers(depth: int, stages: int, counts: Sequence[int] | None = None) -> list[range]:
@@ -32,9 +32,10 @@ def even_layers(depth: int, stages: int) -> list[int]:
 def balanced_layers(model: ModelConfig, *, stages: int, virtual: int, tokens: int) -> list[int]:
     """Blocks of each of the stages x virtual chunks, in tower order, so that the dearest chunk costs least.
 
-    Costs are FLOPs of one sample of `tokens` kept tokens: patch embedding on the first chunk, projection of the pooled
-    token on the last. Blocks are alike, so handing each to the cheapest chunk so far is optimal; ties go to the rank
-    with the least work, then to the middle chunk. Raises ValueError where a chunk would get no block.
+    Costs are FLOPs of one sample of `tokens` kept tokens: patch embedding on the first chunk, the last block's own cost
+    and the projection of the pooled token on the last. The other blocks are alike, so handing each to the cheapest
+    chunk so far is optimal; ties go to the rank with the least work, then to the middle chunk. Raises ValueError where
+    a chunk would get no block.
     """
     chunks, depth = stages * virtual, model.vision.depth
     if stages < 1 or virtual < 1 or chunks > depth:
@@ -57,7 +58,8 @@ def balanced_layers(model: ModelConfig, *, stages: int, virtual: int, tokens: in
 
 def chunk_costs(model: ModelConfig, counts: Sequence[int], tokens: int) -> list[int]:
     """Forward FLOPs of one sample in each chunk of `counts` blocks."""
-    cost = [count * block_flops(model.vision, tokens) for count in counts]
-    cost[0] += embedding_flops(model.vision, tokens)
-    cost[-1] += head_flops(model)
+    vision = model.vision
+    cost = [count * block_flops(vision, tokens) for count in counts]
+    cost[0] += embedding_flops(vision, tokens)
+    cost[-1] += last_block_flops(vision, tokens) - block_flops(vision, tokens) + head_flops(model)
     return cost

@@ -23,7 +23,7 @@ Kernel = Callable[..., nn.Module]
 
 
 class CoreAttention(MegatronModule):
-    """Attention within each sample: [T, heads, d] -> [T, heads x d]."""
+    """Attention within each sample: [T, heads, d] -> [T, heads x d], or [R, heads x d] of the tokens that ask."""
 
     def __init__(
         self,
@@ -47,7 +47,11 @@ class CoreAttention(MegatronModule):
         if tokens.rope is not None:
             cos, sin = (table.transpose(1, 2) for table in tokens.rope)  # [1 or M, S, 1, d]
             q, k = (rotate(tokens.by_sample(t), cos, sin).flatten(0, 1) for t in (q, k))
-        out = self.kernel(q, k, v, tokens)
+        if tokens.queries is None:
+            out = self.kernel(q, k, v, tokens)
+        else:
+            out = self.kernel(q.index_select(0, tokens.queries.rows), k, v, tokens)
+            out = tokens.queries.pad(out)
         return out if self.inner_norm is None else self.inner_norm(out.unsqueeze(1)).squeeze(1)
 
 
@@ -60,9 +64,17 @@ class SdpaAttention(MegatronModule):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tokens: PackedTokens) -> Tensor:
         """[T, heads, d] -> [T, heads x d]."""
+        seen = _seen_by_queries(tokens) if self.causal and tokens.queries is not None else None
         q, k, v = (tokens.by_sample(t).transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=self.causal and seen is None)
         return out.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _seen_by_queries(tokens: PackedTokens) -> Tensor:
+    """Bool [M, 1, 1, S]: a query sees its sample up to itself."""
+    assert tokens.queries is not None
+    slots = torch.arange(tokens.tokens_per_sample, device=tokens.queries.rows.device)
+    return (slots <= (tokens.queries.rows % tokens.tokens_per_sample).unsqueeze(1))[:, None, None]
 
 
 class MatmulAttention(MegatronModule):

@@ -13,6 +13,13 @@ def block_flops(vision: VisionConfig, tokens: int) -> int:
     return 2 * tokens * (4 * h * h + products * h * vision.mlp_hidden) + attention_flops(tokens, h)
 
 
+def last_block_flops(vision: VisionConfig, tokens: int) -> int:
+    """The tower's last block, which works for the pooled token alone once it has keys and values (last_block.py)."""
+    h = vision.width
+    products = 3 if vision.mlp == "swiglu" else 2
+    return 2 * (tokens * 3 * h * h + h * h + products * h * vision.mlp_hidden) + attention_flops(tokens, h, queries=1)
+
+
 def embedding_flops(vision: VisionConfig, tokens: int) -> int:
     """Patch projection of one sample; dropped patches are never projected, the class token has none."""
     return 2 * (tokens - 1) * 3 * vision.patch_size**2 * vision.width
@@ -23,6 +30,6 @@ def head_flops(model: ModelConfig) -> int:
     return 2 * model.vision.width * model.embed_dim
 
 
-def attention_flops(tokens: int, width: int) -> int:
-    """Scores and weighted sum over all heads."""
-    return 4 * tokens * tokens * width
+def attention_flops(tokens: int, width: int, queries: int | None = None) -> int:
+    """Scores and weighted sum over all heads; queries: how many of the tokens ask, by default all."""
+    return 4 * (tokens if queries is None else queries) * tokens * width

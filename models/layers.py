@@ -5,6 +5,7 @@ Notable choices:
 - the post-norm residual fills the bias-dropout-add slot of megatron-core's TransformerLayer, so post-norm and pre-norm
   towers share every other piece;
 - q/v biases are parameters of their own: the trust ratio of LAMB and the authors' checkpoints see them as two tensors;
+- the last block of a tower works for the tokens that its head reads (models/last_block.py);
 - the sub-LN norms see channels that tensor parallelism splits: they gather, normalise and split again (B/L only).
 """
 
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from models.attention import CoreAttention, QkvWithBias, SdpaAttention, SeparateQkv
 from models.backends import Kernels
 from models.config import VisionConfig
+from models.last_block import LastBlock
 from models.norms import LayerNorm, PostNormResidual, SplitChannelNorm
 
 Spec = Any  # ModuleSpec or class, as megatron-core's submodule tables take them
@@ -146,12 +148,15 @@ def text_layer_spec(config: TransformerConfig) -> ModuleSpec:
 
 
 def build_block(
-    spec: ModuleSpec, layers: int, config: TransformerConfig, groups: ProcessGroupCollection
+    spec: ModuleSpec, layers: int, config: TransformerConfig, groups: ProcessGroupCollection, *, ends_tower: bool
 ) -> TransformerBlock:
     """`layers` blocks of one pipeline stage; the final norm belongs to the tower's head, not to the block."""
+    specs = [spec] * layers
+    if ends_tower and specs:
+        specs[-1] = ModuleSpec(module=LastBlock, submodules=spec.submodules)
     block = TransformerBlock(
         config,
-        TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=None),
+        TransformerBlockSubmodules(layer_specs=specs, layer_norm=None),
         post_process=False,
         pg_collection=groups,
     )

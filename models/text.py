@@ -26,7 +26,7 @@ class TextTower(nn.Module):
         self.config = text_transformer_config(text, dtype=dtype)
         self.token_embedding = nn.Parameter(torch.empty(text.vocab_size, text.width, dtype=dtype))
         self.pos_embed = nn.Parameter(torch.empty(text.context_length, text.width, dtype=dtype))
-        self.block = build_block(text_layer_spec(self.config), text.depth, self.config, groups)
+        self.block = build_block(text_layer_spec(self.config), text.depth, self.config, groups, ends_tower=True)
         self.norm = LayerNorm(config=self.config, hidden_size=text.width, eps=text.norm_eps)
         self.projection = nn.Linear(text.width, model.embed_dim, bias=False, dtype=dtype)
 
@@ -37,10 +37,10 @@ class TextTower(nn.Module):
         """
         m, length = ids.shape
         hidden = F.embedding(ids, self.token_embedding) + self.pos_embed[:length]
-        tokens = PackedTokens.of(m, length, ids.device)
-        hidden = self.block(hidden.reshape(m * length, 1, -1), None, packed_seq_params=tokens)
         end = torch.arange(m, device=ids.device) * length + ids.argmax(dim=-1)
-        return self.projection(self.norm(hidden[end, 0]))
+        tokens = PackedTokens.of(m, length, ids.device).pooling(end)
+        hidden = self.block(hidden.reshape(m * length, 1, -1), None, packed_seq_params=tokens)
+        return self.projection(self.norm(hidden.squeeze(1)))
 
 
 def trim_padding(ids: Tensor) -> Tensor:

@@ -10,16 +10,23 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from torch import Tensor, nn
 
 from models.backends import vision_kernels
 from models.config import ModelConfig, VisionConfig
+from models.last_block import own_rows
 from models.layers import build_block, vision_layer_spec
 from models.norms import NORMS, mark_sequence_parallel
 from models.packed import PackedTokens
 from models.rope import rope_tables
 from models.transformer_config import vision_transformer_config
+
+FP8_ROWS = 128
+"""Rows of a matrix product that every fp8 recipe takes (models/kernel_checks.py)."""
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -78,7 +85,7 @@ def chosen_patches(patches: Tensor, chosen: Tensor, shown: Tensor) -> Tensor:
 
 
 class TowerHead(nn.Module):
-    """What heads of the image tower share: the final norm, and the rows of the packed tokens that it sees."""
+    """What heads of the image tower share: the final norm, which sees rows that are whole on every tensor rank."""
 
     def __init__(self, vision: VisionConfig, config, tp_group):
         super().__init__()
@@ -91,17 +98,12 @@ class TowerHead(nn.Module):
     def gather_rows(self, hidden: Tensor, row: Tensor) -> Tensor:
         """[T or T / tp, 1, H] -> rows `row` (int64 [R]) of all T, [R, H], equal on every tensor rank.
 
-        Sequence parallelism all-reduces R rows instead of gathering T. Shapes do not depend on who holds which row, so
-        nothing waits for the device.
+        Sequence parallelism all-reduces R rows instead of gathering T.
         """
         rows = hidden.squeeze(1)
         if not self.sequence_parallel:
             return rows.index_select(0, row)
-        local = row - self.tp_group.rank() * len(rows)
-        is_mine = (local >= 0) & (local < len(rows))
-        own = rows.index_select(0, local.clamp(0, len(rows) - 1))
-        own = torch.where(is_mine.unsqueeze(1), own, 0)
-        return reduce_from_tensor_model_parallel_region(own, group=self.tp_group)
+        return reduce_from_tensor_model_parallel_region(own_rows(rows, row, self.tp_group), group=self.tp_group)
 
 
 class VisionHead(TowerHead):
@@ -113,15 +115,12 @@ class VisionHead(TowerHead):
         self.projection = nn.Linear(vision.width, model.embed_dim, bias=vision.head_bias, dtype=config.params_dtype)
 
     def forward(self, hidden: Tensor, tokens: PackedTokens) -> Tensor:
-        """Only class rows are normalised: the others do not reach the features."""
-        return self.projection(self.norm(self.class_rows(hidden, tokens)))
-
-    def class_rows(self, hidden: Tensor, tokens: PackedTokens) -> Tensor:
-        """[T or T / tp, 1, H] -> [M, H]."""
-        m, s = tokens.samples, tokens.tokens_per_sample
-        if not self.sequence_parallel:
-            return hidden.reshape(m, s, -1)[:, 0].contiguous()  # a view would keep all T rows for the norm's backward
-        return self.gather_rows(hidden, torch.arange(m, device=hidden.device) * s)
+        """hidden: [R or R / tp, 1, H], what the last block answers with: class tokens, then padding."""
+        if self.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        return self.projection(self.norm(hidden.squeeze(1)[: tokens.samples]))
 
 
 class VisionTower(nn.Module):
@@ -160,9 +159,13 @@ class VisionTower(nn.Module):
         if self.is_first:
             self.embed = embedding(vision, self.config, groups.tp)
         spec = vision_layer_spec(vision, self.config, groups, kernels)
-        self.block = build_block(spec, len(self.layers), self.config, groups)
+        self.block = build_block(spec, len(self.layers), self.config, groups, ends_tower=self.is_last)
         if self.is_last:
             self.head = head(model, self.config, groups.tp)
+        self.pooled_multiple = groups.tp.size() if self.config.sequence_parallel else 1
+        """Of the rows behind the pooling: each tensor rank has as many of them, and fp8 products want multiples."""
+        if model.fp8 != "none":
+            self.pooled_multiple *= FP8_ROWS
 
     def forward(self, inputs: Tensor, kept: Tensor | None = None, *, samples: int) -> Tensor:
         """Normalised images [M, 3, h, w] (first stage) or packed tokens -> packed tokens, or features [M, D] (last).
@@ -170,6 +173,9 @@ class VisionTower(nn.Module):
         kept: int64 [M, k], the patches that survive patch dropout, the same on every rank; None keeps all.
         """
         tokens = self._tokens(samples, kept, inputs.device)
+        if self.is_last:
+            class_rows = torch.arange(samples, device=inputs.device) * tokens.tokens_per_sample
+            tokens = tokens.pooling(class_rows, self.pooled_multiple)
         hidden = self.run_blocks(self.embed(inputs, kept) if self.is_first else inputs, tokens)
         return self.head(hidden, tokens) if self.is_last else hidden
 

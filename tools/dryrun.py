@@ -1,6 +1,6 @@
 """What one step of a job is on one of its ranks: memory, FLOPs and traffic, without a GPU (docs/dryrun.md).
 
-    python -m tools.dryrun CONFIG.yaml --world-size 360 [--rank R | --all-stages] [dotted.key=value …]
+    python -m tools.dryrun CONFIG.yaml --world-size 360 [--rank R | --all-stages] [--phase NAME] …
 
 Runs the engine's own model, schedule, loss and optimizer at full size on tensors without values, in seconds. A job
 that would not start, or not fit, ends with one line that says so and exit status 1.
@@ -16,6 +16,7 @@ from data.errors import DataError
 from engine.balance import stage_layers
 from engine.config import Config, ConfigError, check_layout, check_vocabulary, load_config
 from engine.exit import leave
+from engine.phases import phase_named, phase_plan
 from tools.planning.hardware import load_hardware
 from tools.planning.layout import PlanError
 
@@ -35,7 +36,8 @@ def main(arguments: list[str]) -> int:
     """Run the command; its exit status."""
     options = _parser().parse_intermixed_args(arguments)
     try:
-        config = load_config(options.config, options.overrides)
+        phase = phase_named(phase_plan(load_config(options.config, options.overrides)), options.phase)
+        config = phase.config
         data = check_layout(config, options.world_size)
         check_vocabulary(config)
         _check_countable(config)
@@ -44,8 +46,9 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, DataError, PlanError) as error:
         return _fail(str(error))
     parallel = config.parallel
+    where = f"{options.config}, phase {phase.name}" if phase.name else options.config
     print(
-        f"{options.config}: TP {parallel.tensor} × PP {parallel.pipeline} × DP {data} = {options.world_size} ranks, "
+        f"{where}: TP {parallel.tensor} × PP {parallel.pipeline} × DP {data} = {options.world_size} ranks, "
         f"global batch {config.train.global_batch_size:,}, micro-batch {config.train.micro_batch_size}"
     )
     return _check_memory(_run(config, ranks, options), limit_gb)
@@ -58,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("config", help="the YAML of engine.train")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="as for engine.train")
     parser.add_argument("--world-size", type=int, required=True, help="ranks of the job")
+    parser.add_argument("--phase", default="", metavar="NAME", help="of a config with phases; default: the first")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--rank", type=int, default=0, help="default 0: first stage")
     which.add_argument("--all-stages", action="store_true", help="one rank of each stage that differs from the others")

@@ -1,7 +1,7 @@
 """Plan a contrastive job before its GPUs are rented: what fits, how to lay it out, how long it takes, against ZeRO-3.
 
     python -m tools.plan --model 18b --gpus 360 --gpu a100-40 --nodes-of 8 --global-batch 108000
-        [--samples 6e9 | --tokens N] [--patch-dropout 0.5] [--offload-stash] [--top 10]
+        [--samples 6e9 | --tokens N] [--patch-dropout 0.5] [--frames 1] [--offload-stash] [--top 10]
         [--write DIR] [--json]
 
 --gpu is a profile of tools/planning/hardware (a100-40, a100-80, h100, h200, b200) or a YAML file of your own.
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv)
     try:
         return _plan(arguments)
-    except (ConfigError, PlanError) as error:
+    except (ConfigError, PlanError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -49,6 +49,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     length.add_argument("--samples", type=float, default=PAPER_SAMPLES, help="pairs to train on (6e9)")
     length.add_argument("--tokens", type=float, help="the same as image tokens that are kept")
     parser.add_argument("--patch-dropout", type=float, default=0.5, help="share of patches that are dropped (0.5)")
+    parser.add_argument("--frames", type=int, default=1, help="images of a pair: those of a clip (1)")
     parser.add_argument("--offload-stash", action="store_true", help="keep stage inputs in host memory")
     parser.add_argument("--top", type=int, default=10, help="layouts to print (10)")
     parser.add_argument("--write", type=Path, metavar="DIR", help="write the best layout as config and scripts")
@@ -57,6 +58,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    _check_numbers(arguments)
     model = preset_model(arguments.model)
     hardware = load_hardware(arguments.gpu)
     cluster = Cluster(hardware=hardware, gpus=arguments.gpus, per_node=arguments.nodes_of)
@@ -65,13 +67,14 @@ def _plan(arguments: argparse.Namespace) -> int:
         cluster=cluster,
         global_batch=arguments.global_batch,
         patch_dropout=arguments.patch_dropout,
+        frames=arguments.frames,
         offload_stash=arguments.offload_stash,
     )
     found = search(job)
-    zero3 = best_zero3(model, cluster, job.global_batch, job.patch_dropout)
+    zero3 = best_zero3(model, cluster, job.global_batch, job.patch_dropout, job.frames)
     samples = arguments.samples
     if arguments.tokens is not None:
-        samples = arguments.tokens / model.vision.kept_tokens(job.patch_dropout)
+        samples = arguments.tokens / (job.frames * model.vision.kept_tokens(job.patch_dropout))
     if arguments.json:
         print(json.dumps(as_json(job, found, zero3, samples, arguments.top), indent=1))
     else:
@@ -83,6 +86,13 @@ def _plan(arguments: argparse.Namespace) -> int:
         for path in write_plan(arguments.model, found.best[0], samples, arguments.write):
             print(f"wrote {path}", file=sys.stderr)
     return 0
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    for name in ("samples", "tokens", "top"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise PlanError(f"--{name} {value:g} must be at least 1")
 
 
 def _does_not_fit(job: Job, found: Found) -> str:

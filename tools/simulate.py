@@ -3,7 +3,7 @@
 From numbers:
   python -m tools.simulate --stages 12 --micro-batches 450 --encode-ms 20 [--chunks 2] [--keep 30] [--png FILE] …
 From a config, on the planner's hardware (tools/planning/hardware):
-  python -m tools.simulate CONFIG.yaml [dotted.key=value …] --world-size 360 --gpu a100-40 [--png FILE] …
+  python -m tools.simulate CONFIG.yaml [dotted.key=value …] --world-size 360 --gpu a100-40 [--phase NAME] [--png FILE] …
 """
 
 import argparse
@@ -14,11 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine.config import ConfigError, load_config
+from engine.phases import phase_named, phase_plan
 from tools.planning.cluster import Cluster
 from tools.planning.hardware import load_hardware, profile_names
-from tools.planning.layout import PlanError
+from tools.planning.layout import PlanError, layout_of
 from tools.planning.simulate import CollectiveCosts, Simulation, StageCosts, bubble_bound, durations_of, simulate
-from tools.planning.stage_costs import planned_collectives, planned_schedule, planned_stages, simulated_layout
+from tools.planning.stage_costs import planned_collectives, planned_schedule, planned_stages
 from tools.planning.step_program import Schedule
 from tools.timeline import table
 from tools.timeline_picture import save_picture
@@ -38,6 +39,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     of_config.add_argument("--world-size", type=int, default=0, metavar="N", help="ranks of the job")
     of_config.add_argument("--gpu", default="", metavar="PROFILE", help=f"{', '.join(profile_names())}, or a YAML file")
     of_config.add_argument("--nodes-of", type=int, default=8, metavar="N", help="GPUs of a node (%(default)s)")
+    of_config.add_argument("--phase", default="", metavar="NAME", help="of a config with phases; default: the first")
     numbers = parser.add_argument_group("from numbers")
     numbers.add_argument("--stages", type=int, metavar="P")
     numbers.add_argument("--micro-batches", type=int, metavar="M")
@@ -93,8 +95,12 @@ def _chunks(stage_ms: float, schedule: Schedule) -> tuple[float, ...]:
 def _from_config(arguments: argparse.Namespace) -> Simulation:
     if arguments.world_size < 1 or not arguments.gpu:
         raise ValueError("a config needs --world-size and --gpu")
-    config = load_config(arguments.config, arguments.overrides)
-    layout, hardware = simulated_layout(config, arguments.world_size), load_hardware(arguments.gpu)
+    plan = phase_plan(load_config(arguments.config, arguments.overrides))
+    phase = phase_named(plan, arguments.phase)
+    if phase.name:
+        print(f"phase {phase.name} of {', '.join(each.name for each in plan)}")
+    config = phase.config
+    layout, hardware = layout_of(config, arguments.world_size), load_hardware(arguments.gpu)
     job = (config.model, layout, Cluster(hardware=hardware, gpus=arguments.world_size, per_node=arguments.nodes_of))
     return simulate(planned_schedule(*job), durations_of(planned_stages(*job), planned_collectives(*job)))
 

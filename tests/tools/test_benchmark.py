@@ -19,7 +19,7 @@ from tools.benchmarking.measure import measure
 from tools.benchmarking.options import TRACED_STEPS, Options, benchmark_config
 from tools.benchmarking.result import Result, Spread, load_result, summary
 from tools.benchmarking.work import executed_flops, model_flops, tokens_per_sample
-from tools.planning.counts import vision_forward_flops
+from tools.planning.counts import text_executed_flops, vision_executed_flops, vision_forward_flops
 from tools.timeline_spans import read_step
 
 CONFIG = {
@@ -92,19 +92,19 @@ def test_numbers_of_one_rank_follow_from_each_other(alone: Result) -> None:
 
 def test_executed_flops_count_what_runs_again(tmp_path: Path) -> None:
     config = _config(tmp_path, tmp_path, 1)
-    model = model_flops(config)
-    assert executed_flops(config, kept_share=1.0, keeps_text=True) == model
-    assert executed_flops(config, kept_share=0.0, keeps_text=False) == pytest.approx(model * 4 / 3)
+    once = executed_flops(config, kept_share=1.0, keeps_text=True)
+    assert once == 3 * (vision_executed_flops(config.model, 9) + text_executed_flops(config.model))
+    assert once < model_flops(config)
+    assert executed_flops(config, kept_share=0.0, keeps_text=False) == pytest.approx(once * 4 / 3)
     full = _config(tmp_path, tmp_path, 1, "train.recompute=full")
-    image = executed_flops(config, kept_share=0.0, keeps_text=True) - model
-    assert executed_flops(full, kept_share=0.0, keeps_text=True) == pytest.approx(model + 2 * image)
-    assert executed_flops(full, kept_share=0.75, keeps_text=True) == pytest.approx(model + 1.25 * image)
+    image = executed_flops(config, kept_share=0.0, keeps_text=True) - once
+    assert executed_flops(full, kept_share=0.0, keeps_text=True) == pytest.approx(once + 2 * image)
+    assert executed_flops(full, kept_share=0.75, keeps_text=True) == pytest.approx(once + 1.25 * image)
 
 
 def test_frames_of_a_clip_are_images(tmp_path: Path) -> None:
     one, eight = _config(tmp_path, tmp_path, 1), _config(tmp_path, tmp_path, 1, "data.frames=4")
-    image = executed_flops(one, kept_share=0.0, keeps_text=True) - model_flops(one)
-    assert model_flops(eight) == pytest.approx(model_flops(one) + 3 * 3 * image)
+    assert model_flops(eight) == model_flops(one) + 3 * 3 * vision_forward_flops(one.model, 9)
     assert tokens_per_sample(eight) == 4 * tokens_per_sample(one)
 
 
@@ -140,7 +140,7 @@ def test_a_result_is_kept_and_read_back(tmp_path: Path, alone: Result) -> None:
         (["missing.yaml"], "missing.yaml does not exist"),
         (["@config", "train.micro_batch_size=5"], "not a multiple of DP 1 x train.micro_batch_size 5"),
         (["@config", "--data=real"], "data.shards is empty"),
-        (["@config", "--phase=video"], "phase 'video' is not in"),
+        (["@config", "--phase=video"], "phase 'video' is not one of the config's: it has none"),
         (["sweep", "@config", "--ranks=3,4", "--scaling=weak"], "no whole number"),
         (["compare", "missing.json", "missing.json"], "missing.json"),
         (["table", "@config"], "job.yaml is not a result of tools.benchmark"),

@@ -70,6 +70,7 @@ def test_the_batch_grows_with_the_ranks_in_weak_scaling() -> None:
 # --- a sweep for real --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # torchrun, and ranks that import torch
 def test_a_sweep_goes_on_after_a_point_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "job.yaml"
     train = {"global_batch_size": 8, "micro_batch_size": 4, "logit_scale": 20.0}

@@ -11,12 +11,14 @@ import torch
 from engine.balance import stage_layers
 from engine.config import Config, load_config, resolve
 from models.config import ModelConfig
+from models.flops import block_flops, last_block_flops
 from tools import dryrun
 from tools.dryrunning.flops import flops
 from tools.dryrunning.memory import ELSEWHERE, MemoryTracker
 from tools.dryrunning.rank import RankReport, dry_run
 from tools.dryrunning.report import flops_by_part, to_dict, traffic_table
 from tools.planning import counts
+from tools.planning.activations import text_saved_bytes
 from tools.planning.layout import layout_of, stages_of
 from tools.planning.traffic import step_traffic
 
@@ -47,13 +49,13 @@ def vision_flops(config: Config, stage: int) -> tuple[int, int]:
     model, parallel = config.model, config.parallel
     vision, tensor, stages = model.vision, parallel.tensor, parallel.pipeline
     tokens = vision.kept_tokens(config.train.patch_dropout)
-    projection = 2 * vision.width * model.embed_dim
     row = 2 * 3 * vision.patch_size**2 * vision.width
-    blocks = counts.vision_forward_flops(model, tokens) - projection - (tokens - 1) * row
-    layers = stage_layers(vision.depth, stages)[stage]
+    layers = len(stage_layers(vision.depth, stages)[stage])
     embed = tokens * row // (tensor if parallel.sequence else 1) if stage == 0 else 0
-    head = projection if stage == stages - 1 else 0
-    return blocks * len(layers) // vision.depth // tensor + embed + head, embed
+    if stage < stages - 1:
+        return layers * block_flops(vision, tokens) // tensor + embed, embed
+    blocks = (layers - 1) * block_flops(vision, tokens) + last_block_flops(vision, tokens)
+    return blocks // tensor + embed + 2 * vision.width * model.embed_dim, embed
 
 
 def loss_flops(model: ModelConfig, rows: int, batch: int) -> int:
@@ -86,7 +88,7 @@ def test_flops_are_those_of_the_planner(ranks: int, rank: int, options: tuple[st
         "encode": local * forward,
         "replay": replayed * forward,
         "backward": local * (2 * forward - embed),
-        "text": 4 * captions * counts.text_forward_flops(config.model),
+        "text": 4 * captions * counts.text_executed_flops(config.model),
         "loss": loss_flops(config.model, captions, config.train.global_batch_size),
         "other": 0,
     }
@@ -170,6 +172,13 @@ def test_a_budget_of_memory_keeps_as_many_micro_batches_as_fit() -> None:
     report = dry_run(small(f"train.activation_budget_gb={2.5 * each / 1e9}"), 1, 0)
     assert report.keep == 2
     assert report.peaks["encode"].parts["activations"] >= 2 * each
+
+
+def test_a_budget_counts_the_captions_where_all_micro_batches_are_kept() -> None:
+    images = 8 * dry_run(small(), 1, 0).activation_bytes
+    captions = text_saved_bytes(small().model, 32, element=4)
+    for budget, keep in ((images + 0.9 * captions, 7), (images + 1.1 * captions, 8)):
+        assert dry_run(small(f"train.activation_budget_gb={budget / 1e9}"), 1, 0).keep == keep
 
 
 def test_an_offloaded_stash_is_not_on_the_device() -> None:

@@ -23,9 +23,21 @@ def test_tflops_of_a_pair(preset: str, dropout: float, vision: float, training: 
     assert forward / 1e12 == pytest.approx(vision, rel=1e-3)
     assert counts.text_forward_flops(model) / 1e12 == pytest.approx(0.098, abs=1e-3)
     assert counts.training_flops(model, dropout) / 1e12 == pytest.approx(training, rel=1e-3)
-    assert counts.executed_flops(model, dropout) / 1e12 == pytest.approx(executed, rel=1e-3)
+    # Rows of the last blocks that nobody reads are not computed: 1.6 % less than the authors' code runs.
+    assert counts.executed_flops(model, dropout) / 1e12 == pytest.approx(0.9836 * executed, rel=1e-3)
+
+
+def test_the_last_blocks_compute_what_is_read() -> None:
+    """Of 14 h^2 a token of a block of the 18B, 3 h^2 are for keys, values and queries; of 12 of a caption's, 3."""
+    model = preset_model("18b")
+    for spared, forward, share in (
+        (counts.vision_executed_flops(model, 129), counts.vision_forward_flops(model, 129), 11 / 14 / 48),
+        (counts.text_executed_flops(model), counts.text_forward_flops(model), 9 / 12 / 32),
+    ):
+        assert 1 - spared / forward == pytest.approx(share, rel=0.02)
 
 
 def test_kept_activations_are_not_replayed() -> None:
     model = preset_model("18b")
-    assert counts.executed_flops(model, 0.5, kept_share=1.0) == counts.training_flops(model, 0.5)
+    replayed, kept = (counts.executed_flops(model, 0.5, kept_share=share) for share in (0.0, 1.0))
+    assert replayed == pytest.approx(kept * 4 / 3)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine.config import Config, ConfigError, check_layout, check_vocabulary, load_config
-from engine.phases import phase_plan
+from engine.config import Config, check_layout, check_vocabulary, load_config
+from engine.phases import phase_named, phase_plan
 
 TRACED_STEPS = 2
 """After the timed ones, with a clock that waits for the device: their phases are reported, their spans drawn."""
@@ -38,10 +38,7 @@ class Options:
 def read_config(path: Path, overrides: list[str], options: Options) -> Config:
     """One phase of the config as it stands; synthetic data need no shards. Raises ConfigError or DataError."""
     plan = phase_plan(load_config(path, [*overrides, *(_NO_SHARDS if options.data == "synthetic" else [])]))
-    names = [phase.name for phase in plan]
-    if options.phase and options.phase not in names:
-        raise ConfigError(f"phase {options.phase!r} is not in {path}, whose phases are {names}")
-    return plan[names.index(options.phase) if options.phase else 0].config
+    return phase_named(plan, options.phase).config
 
 
 def benchmark_config(path: Path, overrides: list[str], options: Options, world_size: int) -> Config:

@@ -3,7 +3,13 @@
 from engine.config import Config
 from models.config import ModelConfig
 from models.flops import block_flops, embedding_flops, head_flops
-from tools.planning.counts import TRAINING_FORWARDS, text_forward_flops, vision_forward_flops
+from tools.planning.counts import (
+    TRAINING_FORWARDS,
+    text_executed_flops,
+    text_forward_flops,
+    vision_executed_flops,
+    vision_forward_flops,
+)
 
 
 def tokens_per_sample(config: Config) -> int:
@@ -21,13 +27,15 @@ def model_flops(config: Config) -> float:
 def executed_flops(config: Config, *, kept_share: float, keeps_text: bool) -> float:
     """What runs: replays of the micro-batches that keep no activations, and layers recomputed in their backward.
 
-    kept_share: k / m. Selective recomputation (core attention) is not counted.
+    kept_share: k / m. Selective recomputation (core attention) is not counted, nor are rows of a CLIP's last blocks
+    that nobody reads: they are not computed (models/last_block.py).
     """
     layers_again = config.train.recompute == "full"
     if config.objective == "mim":
         return model_flops(config) + layers_again * _student_flops(config)
-    captions = 0 if keeps_text else text_forward_flops(config.model)
-    return model_flops(config) + (1 - kept_share + layers_again) * _images_flops(config) + captions
+    images = config.data.frames * vision_executed_flops(config.model, _image_tokens(config))
+    captions = (TRAINING_FORWARDS + (not keeps_text)) * text_executed_flops(config.model)
+    return (TRAINING_FORWARDS + 1 - kept_share + layers_again) * images + captions
 
 
 def _image_tokens(config: Config) -> int:

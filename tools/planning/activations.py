@@ -8,6 +8,8 @@ parallelism splits the tokens):
 - MLP: its input e T H (s), the input of GELU e T F and its output e T F (t); SwiGLU: gate, silu(gate), up, product (t).
 Post-norm and pre-norm blocks keep the same amount: a linear keeps the residual stream there, the norm's output here.
 In bf16 with GELU that is (16 H + 4 F) T bytes, 36 H T at F = 5 H. Dropout is 0 and keeps nothing.
+The last block of a tower keeps that of the qkv projection for all tokens, what is behind it for the pooled ones
+(models/last_block.py); its queries are a copy.
 """
 
 from models.config import ModelConfig, VisionConfig
@@ -18,11 +20,21 @@ INDEX = 8
 
 
 def block_saved_bytes(
-    block: VisionConfig, tokens: int, *, element: int, tensor: int = 1, splits_tokens: bool = False, lse: bool = True
+    block: VisionConfig,
+    tokens: int,
+    *,
+    element: int,
+    tensor: int = 1,
+    splits_tokens: bool = False,
+    lse: bool = True,
+    pooled: int | None = None,
 ) -> float:
-    """One block on one tensor rank; lse: keep the attention's log-sum-exp (recompute "selective" drops only that)."""
-    return sum(_attention_bytes(block, tokens, element, tensor, splits_tokens, lse)) + sum(
-        _mlp_bytes(block, tokens, element, tensor, splits_tokens)
+    """One block on one tensor rank; lse: keep the attention's log-sum-exp (recompute "selective" drops only that).
+
+    pooled: rows of the tokens that go on behind the attention of a tower's last block; None: all.
+    """
+    return sum(_attention_bytes(block, tokens, element, tensor, splits_tokens, lse, pooled)) + sum(
+        _mlp_bytes(block, tokens if pooled is None else pooled, element, tensor, splits_tokens)
     )
 
 
@@ -32,17 +44,21 @@ def norm_saved_bytes(block: VisionConfig, tokens: float, element: int) -> float:
 
 
 def _attention_bytes(
-    block: VisionConfig, tokens: int, element: int, tensor: int, splits_tokens: bool, lse: bool
+    block: VisionConfig, tokens: int, element: int, tensor: int, splits_tokens: bool, lse: bool, pooled: int | None
 ) -> list[float]:
-    whole, split = tokens * block.width * element, tokens * block.width * element / tensor
-    rows = tokens / tensor if splits_tokens else tokens
-    kept = [rows * block.width * element, 3 * split, split, norm_saved_bytes(block, rows, element)]
+    asking, row = tokens if pooled is None else pooled, block.width * element
+    share = tensor if splits_tokens else 1
+    normed = asking if block.post_norm else tokens
+    kept = [tokens / share * row, 3 * tokens * row / tensor, asking * row / tensor]
+    kept.append(norm_saved_bytes(block, normed / share, element))
     if lse:
-        kept.append(FP32 * tokens * block.heads / tensor)
+        kept.append(FP32 * asking * block.heads / tensor)
     if block.rope:
-        kept.append(2 * split)  # q and k turned
+        kept.append(tokens * row / tensor)  # k turned
+    if block.rope or pooled is not None:
+        kept.append(asking * row / tensor)  # q turned or picked
     if block.attention_norm:
-        kept += _split_norm_bytes(whole, tokens, tensor)
+        kept += _split_norm_bytes(asking * row, asking, tensor)
     return kept
 
 
@@ -70,10 +86,10 @@ def embedding_saved_bytes(vision: VisionConfig, layout: Layout) -> float:
 
 
 def head_saved_bytes(model: ModelConfig, layout: Layout) -> float:
-    """Norm and projection of the class tokens, and the fp32 features that are normalised."""
-    vision, element, samples = model.vision, layout.element_bytes, layout.micro_batch
-    kept = norm_saved_bytes(vision, samples, element)
-    return kept + samples * (vision.width * element + model.embed_dim * FP32)
+    """Norm and projection of the class tokens, and the fp32 features that are normalised, one a clip."""
+    vision, element, images = model.vision, layout.element_bytes, layout.micro_batch
+    kept = norm_saved_bytes(vision, images, element) + images * vision.width * element
+    return kept + images // layout.frames * model.embed_dim * FP32
 
 
 def micro_batch_saved_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
@@ -83,7 +99,10 @@ def micro_batch_saved_bytes(model: ModelConfig, layout: Layout, stage: Stage) ->
     if layout.recompute == "full":
         blocks: float = stage.blocks * layout.message_bytes(vision)
     else:
-        blocks = stage.blocks * _vision_block_bytes(vision, layout, lse=layout.recompute == "none")
+        lse = layout.recompute == "none"
+        blocks = stage.whole_blocks * _vision_block_bytes(vision, layout, lse=lse)
+        if stage.has_head:
+            blocks += _vision_block_bytes(vision, layout, lse=lse, pooled=layout.pooled_rows)
         if vision.rope:
             samples = layout.micro_batch if layout.patch_dropout > 0 else 1
             table = tokens // layout.micro_batch * samples * vision.head_width
@@ -92,7 +111,7 @@ def micro_batch_saved_bytes(model: ModelConfig, layout: Layout, stage: Stage) ->
     return blocks + embedding + (head_saved_bytes(model, layout) if stage.has_head else 0)
 
 
-def _vision_block_bytes(vision: VisionConfig, layout: Layout, lse: bool = True) -> float:
+def _vision_block_bytes(vision: VisionConfig, layout: Layout, lse: bool = True, pooled: int | None = None) -> float:
     return block_saved_bytes(
         vision,
         layout.packed_tokens(vision),
@@ -100,6 +119,7 @@ def _vision_block_bytes(vision: VisionConfig, layout: Layout, lse: bool = True) 
         tensor=layout.tensor,
         splits_tokens=layout.splits_tokens,
         lse=lse,
+        pooled=pooled,
     )
 
 
@@ -109,7 +129,8 @@ def text_saved_bytes(model: ModelConfig, captions: int, element: int) -> float:
     blocks = text_blocks(text)
     tokens = captions * text.context_length
     head = norm_saved_bytes(blocks, captions, element) + captions * (text.width * element + model.embed_dim * FP32)
-    return text.depth * block_saved_bytes(blocks, tokens, element=element) + tokens * INDEX + head
+    whole = (text.depth - 1) * block_saved_bytes(blocks, tokens, element=element)
+    return whole + block_saved_bytes(blocks, tokens, element=element, pooled=captions) + tokens * INDEX + head
 
 
 def backward_temporary_bytes(

@@ -27,12 +27,17 @@ def block_seconds(
     element: int,
     tensor: int = 1,
     splits_tokens: bool = False,
+    is_last: bool = False,
 ) -> tuple[float, float]:
-    """(forward, backward without gradient sums) of `samples` of `tokens` tokens each through one block."""
-    products = _product_seconds(block, samples * tokens, tensor, hardware)
-    scores = samples * attention_flops(tokens, block.width) / tensor
+    """(forward, backward without gradient sums) of `samples` of `tokens` tokens each through one block.
+
+    is_last: of its tower, so that only the pooled token of each sample goes on behind the attention.
+    """
+    behind = samples * (1 if is_last else tokens)
+    products = _product_seconds(block, samples * tokens, behind, tensor, hardware)
+    scores = samples * attention_flops(tokens, block.width, queries=1 if is_last else tokens) / tensor
     attention = scores / (hardware.bf16_flops * hardware.attention_efficiency)
-    moved = _elementwise_bytes(block, samples * tokens, element, tensor, splits_tokens)
+    moved = _elementwise_bytes(block, samples * tokens, behind, element, tensor, splits_tokens)
     elementwise = moved / hardware.memory_bytes_s
     return (
         products + attention + elementwise,
@@ -40,20 +45,23 @@ def block_seconds(
     )
 
 
-def _product_seconds(block: VisionConfig, rows: int, tensor: int, hardware: Hardware) -> float:
+def _product_seconds(block: VisionConfig, rows: int, behind: int, tensor: int, hardware: Hardware) -> float:
     h, f = block.width, block.mlp_hidden / tensor
     gates = 2 if block.mlp == "swiglu" else 1
-    weights = [(3 * h / tensor, h), (h / tensor, h), *[(f, h)] * (gates + 1)]
-    return sum(2 * rows * a * b / hardware.gemm_flops(rows, min(a, b)) for a, b in weights)
+    weights = [(rows, 3 * h / tensor, h), (behind, h / tensor, h), *[(behind, f, h)] * (gates + 1)]
+    return sum(2 * n * a * b / hardware.gemm_flops(n, min(a, b)) for n, a, b in weights)
 
 
-def _elementwise_bytes(block: VisionConfig, tokens: int, element: int, tensor: int, splits_tokens: bool) -> float:
+def _elementwise_bytes(
+    block: VisionConfig, tokens: int, behind: int, element: int, tensor: int, splits_tokens: bool
+) -> float:
     """Read and written in a forward: norms (RMSNorm in fp32 steps), biases, residuals, activation, attention's own."""
-    rows = tokens / tensor if splits_tokens else tokens
+    share = tensor if splits_tokens else 1
     norm = 2 * element if block.norm == "layer" else 7 * FP32 + 4 * element
-    stream = rows * block.width * 2 * (norm + 5 * element)
-    heads = tokens * block.width * (4 + (6 if block.qkv_bias else 0)) * element
-    hidden = tokens * block.mlp_hidden * (9 if block.mlp == "swiglu" else 4) * element
+    first = behind if block.post_norm else tokens
+    stream = (first + behind) / share * block.width * norm + 2 * behind / share * block.width * 5 * element
+    heads = (2 * (tokens + behind) + (6 * tokens if block.qkv_bias else 0)) * block.width * element
+    hidden = behind * block.mlp_hidden * (9 if block.mlp == "swiglu" else 4) * element
     return stream + (heads + hidden) / tensor
 
 
@@ -61,16 +69,19 @@ def stage_seconds(model: ModelConfig, layout: Layout, stage: Stage, hardware: Ha
     """(forward, backward) of one micro-batch through all chunks of a stage, collectives not included."""
     vision, samples = model.vision, layout.micro_batch
     tokens = vision.kept_tokens(layout.patch_dropout)
-    forward, backward = block_seconds(
-        vision,
-        samples,
-        tokens,
-        hardware,
-        element=layout.element_bytes,
-        tensor=layout.tensor,
-        splits_tokens=layout.splits_tokens,
-    )
-    forward, backward = stage.blocks * forward, stage.blocks * backward
+    forward = backward = 0.0
+    for is_last, blocks in ((False, stage.whole_blocks), (True, int(stage.has_head))):
+        once = block_seconds(
+            vision,
+            samples,
+            tokens,
+            hardware,
+            element=layout.element_bytes,
+            tensor=layout.tensor,
+            splits_tokens=layout.splits_tokens,
+            is_last=is_last,
+        )
+        forward, backward = forward + blocks * once[0], backward + blocks * once[1]
     if stage.has_embedding:
         shared = layout.tensor if layout.splits_tokens else 1
         rate = hardware.gemm_flops(samples * tokens, 3 * vision.patch_size**2)
@@ -89,10 +100,11 @@ def text_seconds(
     """(forward, backward) of `captions` of full length through the caption tower, `at_once` a pass."""
     text = model.text
     passes = -(-captions // at_once)
-    block_forward, block_backward = block_seconds(
-        text_blocks(text), at_once, text.context_length, hardware, element=element
+    (forward, backward), (last_forward, last_backward) = (
+        block_seconds(text_blocks(text), at_once, text.context_length, hardware, element=element, is_last=is_last)
+        for is_last in (False, True)
     )
-    share = captions / (passes * at_once)  # the last pass may be short
+    times = captions / at_once  # the last pass may be short
+    inner = text.depth - 1
     sums = passes * text_parameters(model) * (element + 2 * FP32) / hardware.memory_bytes_s
-    depth = text.depth * passes * share
-    return depth * block_forward, depth * block_backward + sums
+    return times * (inner * forward + last_forward), times * (inner * backward + last_backward) + sums

@@ -2,10 +2,12 @@
 
 Model FLOPs count 2 per multiply-add of matrix products and attention scores; norms, activations and softmax are left
 out. A training step is 3 forwards: replays are not counted (MFU); with a replay of every micro-batch, 4 run (HFU).
+The model is counted as its authors run it, with every row of every block; what runs here is less by what nobody reads
+of the last blocks (models/last_block.py).
 """
 
 from models.config import ModelConfig, TextConfig, VisionConfig
-from models.flops import attention_flops, block_flops, embedding_flops, head_flops
+from models.flops import attention_flops, block_flops, embedding_flops, head_flops, last_block_flops
 
 TRAINING_FORWARDS = 3
 REPLAY_FORWARDS = 1
@@ -45,6 +47,13 @@ def vision_forward_flops(model: ModelConfig, tokens: int) -> int:
     return vision.depth * block_flops(vision, tokens) + embedding_flops(vision, tokens) + head_flops(model)
 
 
+def vision_executed_flops(model: ModelConfig, tokens: int) -> int:
+    """The same without what nobody reads."""
+    vision = model.vision
+    unread = block_flops(vision, tokens) - last_block_flops(vision, tokens)
+    return vision_forward_flops(model, tokens) - unread
+
+
 def text_forward_flops(model: ModelConfig) -> int:
     """One caption of full context length through the caption tower (the causal half is not deducted)."""
     text: TextConfig = model.text
@@ -52,13 +61,21 @@ def text_forward_flops(model: ModelConfig) -> int:
     return text.depth * (2 * length * 12 * w * w + attention_flops(length, w)) + 2 * w * model.embed_dim
 
 
-def training_flops(model: ModelConfig, patch_dropout: float) -> int:
+def text_executed_flops(model: ModelConfig) -> int:
+    """The same without what nobody reads: behind the last block's attention, all rows but the end of text."""
+    w, length = model.text.width, model.text.context_length
+    unread = 2 * (length - 1) * 9 * w * w + attention_flops(length, w) - attention_flops(length, w, queries=1)
+    return text_forward_flops(model) - unread
+
+
+def training_flops(model: ModelConfig, patch_dropout: float, frames: int = 1) -> int:
     """Model FLOPs of one pair in a training step; an MFU is this x samples/s / (GPUs x peak)."""
     tokens = model.vision.kept_tokens(patch_dropout)
-    return TRAINING_FORWARDS * (vision_forward_flops(model, tokens) + text_forward_flops(model))
+    return TRAINING_FORWARDS * (frames * vision_forward_flops(model, tokens) + text_forward_flops(model))
 
 
-def executed_flops(model: ModelConfig, patch_dropout: float, kept_share: float = 0.0) -> float:
+def executed_flops(model: ModelConfig, patch_dropout: float, kept_share: float = 0.0, frames: int = 1) -> float:
     """FLOPs that really run for one pair; kept_share: k / m of the micro-batches keep activations (no replay)."""
     forwards = TRAINING_FORWARDS + REPLAY_FORWARDS * (1 - kept_share)
-    return training_flops(model, patch_dropout) * forwards / TRAINING_FORWARDS
+    images = frames * vision_executed_flops(model, model.vision.kept_tokens(patch_dropout))
+    return (images + text_executed_flops(model)) * forwards

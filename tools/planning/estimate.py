@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from models.config import ModelConfig
 from tools.planning.cluster import Cluster, decoding_nodes
-from tools.planning.counts import executed_flops, training_flops, vision_forward_flops
+from tools.planning.counts import executed_flops, training_flops, vision_executed_flops
 from tools.planning.layout import Layout
 from tools.planning.memory import Memory, peak_memory
 from tools.planning.time import StepTime, step_time
@@ -69,17 +69,17 @@ def estimate(model: ModelConfig, layout: Layout, cluster: Cluster) -> Estimate:
 def priced(model: ModelConfig, layout: Layout, cluster: Cluster, memory: Memory) -> Estimate:
     """The same where its memory is known already."""
     time = step_time(model, layout, cluster)
-    flops = executed_flops(model, layout.patch_dropout, layout.keep / layout.micro_batches)
+    flops = executed_flops(model, layout.patch_dropout, layout.keep / layout.micro_batches, layout.frames)
     if layout.recompute == "full":
-        flops += vision_forward_flops(model, model.vision.kept_tokens(layout.patch_dropout))
+        flops += layout.frames * vision_executed_flops(model, model.vision.kept_tokens(layout.patch_dropout))
     return Estimate(
         name=str(layout),
         memory=memory,
         time=time,
         cluster=cluster,
         global_batch=layout.global_batch,
-        model_flops=training_flops(model, layout.patch_dropout),
+        model_flops=training_flops(model, layout.patch_dropout, layout.frames),
         executed_flops=flops,
-        images_per_node_s=layout.global_batch / time.total / decoding_nodes(layout, cluster),
+        images_per_node_s=layout.global_batch * layout.frames / time.total / decoding_nodes(layout, cluster),
         layout=layout,
     )

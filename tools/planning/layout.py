@@ -29,7 +29,9 @@ class Layout:
     global_batch: int
     """B, pairs of a step."""
     micro_batch: int
-    """M, images of one pass through a stage."""
+    """M, images of one pass through a stage; a multiple of the frames."""
+    frames: int = 1
+    """Images of a pair: 1, or those of a clip."""
     keep: int = 0
     """k, micro-batches that keep their activations."""
     recompute: str = "none"
@@ -65,7 +67,12 @@ class Layout:
     @property
     def micro_batches(self) -> int:
         """m of a replica."""
-        return self.local_batch // self.micro_batch
+        return self.local_images // self.micro_batch
+
+    @property
+    def local_images(self) -> int:
+        """Images of a replica."""
+        return self.local_batch * self.frames
 
     @property
     def own_rows(self) -> int:
@@ -81,6 +88,12 @@ class Layout:
     def splits_tokens(self) -> bool:
         """Whether a tensor rank holds its share of the tokens only."""
         return self.sequence and self.tensor > 1
+
+    @property
+    def pooled_rows(self) -> int:
+        """R, rows that the tower's last block answers with: as many on each tensor rank that splits tokens."""
+        ranks = self.tensor if self.splits_tokens else 1
+        return -(-self.micro_batch // ranks) * ranks
 
     @property
     def element_bytes(self) -> int:
@@ -102,17 +115,19 @@ class Layout:
 
 
 def layout_of(config: Config, ranks: int) -> Layout:
-    """Of a training config, its frames counted as one image. Raises ConfigError if it does not admit these ranks,
-    PlanError for another objective and for a memory budget, which only a rank can turn into micro-batches.
+    """Of a training config without phases. Raises ConfigError if it does not admit these ranks, PlanError for another
+    objective and for a memory budget, which only a rank can turn into micro-batches.
     """
     train, parallel = config.train, config.parallel
-    if config.objective != "contrastive" or train.activation_budget_gb is not None:
+    if config.objective != "contrastive":
+        raise PlanError(f"objective={config.objective} is not planned or simulated: only contrastive steps are")
+    if train.activation_budget_gb is not None:
         raise PlanError(
-            f"objective={config.objective} with train.activation_budget_gb={train.activation_budget_gb} cannot be "
-            "planned: only contrastive steps with a given train.keep_activations can"
+            f"train.activation_budget_gb={train.activation_budget_gb} becomes a number of micro-batches only on a "
+            "rank, which measures one: set train.activation_budget_gb=null and train.keep_activations"
         )
     data = check_layout(config, ranks)
-    micro_batches = train.global_batch_size // (data * train.micro_batch_size)
+    micro_batches = train.global_batch_size // (data * config.micro_batch_samples)
     return Layout(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
@@ -120,6 +135,7 @@ def layout_of(config: Config, ranks: int) -> Layout:
         data=data,
         global_batch=train.global_batch_size,
         micro_batch=train.micro_batch_size,
+        frames=config.data.frames,
         keep=micro_batches if train.keep_activations < 0 else train.keep_activations,
         recompute=train.recompute,
         sequence=parallel.sequence,
@@ -147,6 +163,11 @@ class Stage:
     def blocks(self) -> int:
         """In all."""
         return sum(self.chunks)
+
+    @property
+    def whole_blocks(self) -> int:
+        """Those that compute every row: not the tower's last one (models/last_block.py)."""
+        return self.blocks - self.has_head
 
 
 def stages_of(model: ModelConfig, layout: Layout) -> list[Stage]:

@@ -115,7 +115,7 @@ def buffer_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
     vision = model.vision
     messages = MESSAGES_UNDER_WAY * layout.message_bytes(vision) if layout.pipeline > 1 else 0
     gathered = layout.packed_tokens(vision) * vision.width * layout.element_bytes if layout.splits_tokens else 0
-    pixels = layout.local_batch * 3 * vision.image_size**2 if stage.has_embedding else 0
+    pixels = layout.local_images * 3 * vision.image_size**2 if stage.has_embedding else 0
     return messages + gathered + pixels
 
 

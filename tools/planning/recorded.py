@@ -37,11 +37,12 @@ def schedule_of(timeline: StepTimeline) -> Schedule:
 def recorded_durations(timeline: StepTimeline) -> Durations:
     """What each piece of work took, for one simulation of `schedule_of(timeline)`.
 
-    A collective of all stages ends for all at about the same time: it takes what it took the stage that came last.
+    What all stages do together ends for all at about the same time: it takes what it took the stage that came last. The
+    optimizer is one of these: it begins with the norm of all gradients, in which early stages wait for the last.
     """
     rows = stage_rows(timeline)
     queues = [_queues(row.spans) for row in rows]
-    for phase in (*COMMUNICATION, "loss"):
+    for phase in (*COMMUNICATION, "loss", "optimizer"):
         for number in range(len(queues[0][phase, None, None])):
             shortest = min(queue[phase, None, None][number] for queue in queues)
             for queue in queues:

@@ -17,6 +17,8 @@ from tools.planning.layout import Layout, PlanError, stages_of, telling_stages
 from tools.planning.memory import Memory, peak_memory
 
 MOST_CHUNKS = 8
+MOST_IMAGES = 1024
+"""Of a micro-batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +29,15 @@ class Job:
     cluster: Cluster
     global_batch: int
     patch_dropout: float
+    frames: int = 1
+    """Images of a pair: 1, or those of a clip."""
     offload_stash: bool = False
     """Consider layouts that keep the stash in host memory only, where there is a pipeline."""
+
+    @property
+    def whole_batch(self) -> int:
+        """The nearest batch that is a multiple of the GPUs, which every DP divides."""
+        return max(1, round(self.global_batch / self.cluster.gpus)) * self.cluster.gpus
 
     def check(self) -> None:
         """Raise PlanError for numbers that no layout can have."""
@@ -38,6 +47,8 @@ class Job:
         if gpus > node and gpus % node:
             near = gpus // node * node
             raise PlanError(f"--gpus {gpus} is not a multiple of --nodes-of {node}: take {near} or {near + node}")
+        if self.frames < 1:
+            raise PlanError(f"--frames {self.frames} must be at least 1")
         if not 0 <= self.patch_dropout < 1:
             raise PlanError(f"--patch-dropout {self.patch_dropout} must be in [0, 1)")
         if batch < gpus:
@@ -93,10 +104,10 @@ def speed(entry: Estimate) -> tuple[float, float]:
 def candidates(job: Job) -> Iterator[Layout]:
     """Every layout that engine/config.py accepts, with no micro-batch kept; with full recomputation only as needed."""
     for layout in _cuts(job):
-        for micro_batch in _divisors(layout.local_batch):
-            if micro_batch > 1024:
+        for samples in _divisors(layout.local_batch):
+            if samples * job.frames > MOST_IMAGES:
                 break
-            one = replace(layout, micro_batch=micro_batch)
+            one = replace(layout, micro_batch=samples * job.frames)
             if one.virtual > 1 and one.micro_batches % one.pipeline:
                 continue
             for sequence in (True, False) if one.tensor > 1 else (True,):
@@ -125,7 +136,8 @@ def _cuts(job: Job) -> Iterator[Layout]:
                     virtual=virtual,
                     data=data,
                     global_batch=job.global_batch,
-                    micro_batch=1,
+                    micro_batch=job.frames,
+                    frames=job.frames,
                     patch_dropout=job.patch_dropout,
                     offload_stash=job.offload_stash and pipeline > 1,
                     layers=None if even else tuple(counts),
@@ -183,7 +195,7 @@ def _nothing_divides(job: Job) -> str:
     return (
         f"no TP × PP × DP of {gpus} GPUs divides --global-batch {batch} and the model ({vision.depth} blocks, "
         f"{vision.heads} heads, MLP {vision.mlp_hidden}, TP within nodes of {job.cluster.per_node}): "
-        f"take a multiple of the GPUs, such as {round(batch / gpus) * gpus or gpus}"
+        f"take a multiple of the GPUs, such as {job.whole_batch}"
     )
 
 

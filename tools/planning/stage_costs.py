@@ -1,28 +1,12 @@
 """What the simulator needs of a config on planned hardware: schedule, seconds of each stage, collectives. Projected."""
 
-from engine.config import Config
 from models.config import ModelConfig
 from tools.planning.cluster import Cluster
 from tools.planning.compute import text_seconds
-from tools.planning.layout import Layout, PlanError, Stage, layout_of, stages_of
+from tools.planning.layout import Layout, Stage, stages_of
 from tools.planning.simulate import CollectiveCosts, StageCosts
 from tools.planning.step_program import Schedule
 from tools.planning.time import loss_seconds, step_time, unit_time
-
-
-def simulated_layout(config: Config, world_size: int) -> Layout:
-    """The config's layout on this many ranks. Raises ConfigError if it does not admit them, PlanError if none can tell.
-
-    A memory budget is not a number of micro-batches until a rank has measured one.
-    """
-    train = config.train
-    if config.objective != "contrastive" or train.activation_budget_gb is not None or config.data.frames > 1:
-        raise PlanError(
-            "only contrastive steps on still images with a given train.keep_activations are simulated, not "
-            f"objective={config.objective}, data.frames={config.data.frames}, "
-            f"train.activation_budget_gb={train.activation_budget_gb}"
-        )
-    return layout_of(config, world_size)
 
 
 def planned_schedule(model: ModelConfig, layout: Layout, cluster: Cluster) -> Schedule:

@@ -25,8 +25,9 @@ def show(job: Job, found: Found, zero3: Estimate, samples: float, top: int, cons
     hardware, cluster = job.cluster.hardware, job.cluster
     shown = [*(found.best[:top] or ([found.nearest] if found.nearest else [])), zero3]
     tokens = job.model.vision.kept_tokens(job.patch_dropout)
+    per_pair = f"{job.frames} x {tokens}" if job.frames > 1 else f"{tokens}"
     console.print(
-        f"{job.model.preset or 'model'}: batch {job.global_batch:,} of {tokens} image tokens on {cluster.gpus} x "
+        f"{job.model.preset or 'model'}: batch {job.global_batch:,} of {per_pair} image tokens on {cluster.gpus} x "
         f"{hardware.name} ({cluster.nodes} nodes of {cluster.per_node}); {found.tried:,} layouts tried, "
         f"{hardware.usable_bytes / 1e9:.1f} GB usable a GPU"
     )
@@ -117,6 +118,11 @@ def verdict(job: Job, found: Found, zero3: Estimate) -> list[str]:
             f"The CPUs are a limit: {best.time.input:.2f} s of {best.name}'s step is waiting for pixels, with "
             f"{best.images_per_node_s:,.0f} images/s on each node that decodes."
         )
+    if job.whole_batch != job.global_batch:
+        lines.append(
+            f"--global-batch {job.global_batch:,} is not a multiple of the {job.cluster.gpus} GPUs, which rules "
+            f"layouts out: try {job.whole_batch:,}."
+        )
     if not zero3.fits:
         lines.append(f"Choose {best.name}.")
     elif abs(gain) < EQUAL:
@@ -140,6 +146,7 @@ def as_json(job: Job, found: Found, zero3: Estimate, samples: float, top: int) -
         "hardware": asdict(job.cluster.hardware),
         "global_batch": job.global_batch,
         "patch_dropout": job.patch_dropout,
+        "frames": job.frames,
         "samples": samples,
         "checkpoint_bytes": {"weights": weights, "optimizer": optimizer},
         "tried": found.tried,

@@ -4,6 +4,8 @@ The schedule is engine/schedule.py's. With m micro-batches, k of them kept, v ch
 forward and backward of one micro-batch on a stage (their collectives over the tensor axis included):
 - the stage works (2 m - k) f + m b (+ m f with full recomputation inside it);
 - the bubble is (P - 1) / v x (f + b): the replay of the first micro-batch runs while its gradient travels;
+- with v > 1 micro-batches go round in groups of P. Where a rank's chunks are uneven, its stages are apart by the time
+  of the largest and have the work of the smallest to cover it; and a group's first message is waited for once a round;
 - captions hide only before the first message: the second stage has f / v for their encoding, the last but one b / v
   for their backward; the rest delays everyone;
 - collectives over the tensor axis are not overlapped; messages between stages are, while they take less than a unit;
@@ -24,6 +26,7 @@ from tools.planning.memory import optimizer_bytes_per_element, stage_parameters
 from tools.planning.traffic import (
     block_backward_collectives,
     block_forward_collectives,
+    stage_collectives,
     token_gradient_elements,
 )
 
@@ -84,8 +87,10 @@ class UnitTime:
 def unit_time(model: ModelConfig, layout: Layout, stage: Stage, cluster: Cluster) -> UnitTime:
     """Of one micro-batch through all chunks of `stage`; full recomputation is part of the backward."""
     forward, backward = stage_seconds(model, layout, stage, cluster.hardware)
-    tensor_forward = stage.blocks * _tensor_seconds(layout, block_forward_collectives(model.vision, layout), cluster)
-    tensor_backward = stage.blocks * _tensor_seconds(layout, block_backward_collectives(model.vision, layout), cluster)
+    tensor_forward, tensor_backward = (
+        _tensor_seconds(layout, stage_collectives(of_block, model.vision, layout, stage), cluster)
+        for of_block in (block_forward_collectives, block_backward_collectives)
+    )
     again = 1 if layout.recompute == "full" else 0
     return UnitTime(
         forward=forward,
@@ -112,12 +117,13 @@ def step_time(model: ModelConfig, layout: Layout, cluster: Cluster) -> StepTime:
     unit, stage, hardware = units[slow], stages[slow], cluster.hardware
     m, forwards = layout.micro_batches, 2 * layout.micro_batches - layout.keep
     fill = (layout.pipeline - 1) / layout.virtual
+    bubble = fill * (unit.f + unit.b) + _uneven_rounds(layout, stage, unit)
     text_forward, text_backward = text_step(model, layout, hardware)
     before = dict(
         compute=forwards * unit.forward + m * unit.backward,
         tensor=forwards * unit.tensor_forward + m * unit.tensor_backward,
         p2p=_message_time(model, layout, unit, cluster),
-        bubble=fill * (unit.f + unit.b),
+        bubble=bubble,
         text=_left_over(text_forward, unit.f, layout) + _left_over(text_backward, unit.b, layout),
         data=_state_time(model, layout, stage, unit, text_backward, cluster),
         loss=loss_seconds(model, layout, cluster),
@@ -125,6 +131,15 @@ def step_time(model: ModelConfig, layout: Layout, cluster: Cluster) -> StepTime:
     )
     nodes = decoding_nodes(layout, cluster)
     return StepTime(**before, input=input_seconds(model, layout, sum(before.values()), cluster, nodes))
+
+
+def _uneven_rounds(layout: Layout, stage: Stage, unit: UnitTime) -> float:
+    """Waiting of the groups' rounds for each other, none with equal chunks. Backprop has the replay to cover it."""
+    largest, smallest = (size(stage.chunks) / stage.blocks for size in (max, min))
+    encode = (largest - smallest) * unit.f
+    backprop = largest * unit.b - smallest * (unit.f + unit.b)
+    groups = layout.micro_batches / layout.pipeline
+    return groups * (layout.pipeline - 1) * (encode + max(0.0, backprop))
 
 
 def text_step(model: ModelConfig, layout: Layout, hardware: Hardware) -> tuple[float, float]:
@@ -148,7 +163,8 @@ def _message_time(model: ModelConfig, layout: Layout, unit: UnitTime, cluster: C
     units, chunk = layout.micro_batches * layout.virtual, 1 / layout.virtual
     slow = max(ways)
     left = max(0.0, slow - unit.f * chunk) + max(0.0, slow - (unit.f + unit.b) * chunk)
-    return units * left + 2 * (layout.pipeline - 1) * each
+    rounds = (layout.micro_batches + layout.keep) * (layout.virtual - 1)  # replays hide those of backprop
+    return units * left + (rounds + 2 * (layout.pipeline - 1)) * each
 
 
 def _state_time(
@@ -196,8 +212,8 @@ def optimizer_seconds(owned: float, gradients: float, layout: Layout, hardware: 
 
 def input_seconds(model: ModelConfig, layout: Layout, rest_s: float, cluster: Cluster, nodes: int) -> float:
     """Pixels of the replica to its GPUs; or, if longer, waiting for the CPUs of the `nodes` that decode."""
-    pixels = layout.local_batch * 3 * model.vision.image_size**2
+    pixels = layout.local_images * 3 * model.vision.image_size**2
     copied = pixels / layout.tensor / (cluster.hardware.pcie_gb_s * 1e9)
     copied += cluster.collective_seconds(layout, "tensor", pixels)
-    decoded = layout.global_batch / (nodes * cluster.hardware.decode_images_s)
+    decoded = layout.global_batch * layout.frames / (nodes * cluster.hardware.decode_images_s)
     return max(copied, decoded - rest_s)

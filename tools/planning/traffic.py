@@ -8,9 +8,12 @@ Of tensor parallelism, X = T H elements, a block with one column-parallel linear
 - sequence parallelism: forward 2 all-gathers, 2 reduce-scatters; backward 4 and 2, since megatron-core gathers the
   inputs of the column-parallel linears again for the weight gradients instead of keeping them;
 - without it: 2 all-reduces forward, 2 backward.
+In the last block what is behind the attention has R pooled rows instead of T; sequence parallelism deals them out with
+one more reduce-scatter (all-gather backward) and gathers them for the head.
 A sub-LN norm gathers the split channels, forward and backward.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from models.config import ModelConfig, VisionConfig
@@ -72,48 +75,76 @@ def tensor_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Tra
     vision, m = model.vision, layout.micro_batches
     forwards = m + (m - layout.keep) + (m if layout.recompute == "full" else 0)
     found = []
-    for what, passes, per_block in (
-        ("tensor forward", forwards, block_forward_collectives(vision, layout)),
-        ("tensor backward", m, block_backward_collectives(vision, layout)),
+    for what, passes, of_blocks in (
+        ("tensor forward", forwards, stage_collectives(block_forward_collectives, vision, layout, stage)),
+        ("tensor backward", m, stage_collectives(block_backward_collectives, vision, layout, stage)),
     ):
-        for kind, (count, sent) in per_block.items():
-            times = passes * stage.blocks
-            found.append(Traffic(what=what, axis="tensor", kind=kind, count=count * times, sent_bytes=sent * times))
+        for kind, (count, sent) in of_blocks.items():
+            found.append(Traffic(what=what, axis="tensor", kind=kind, count=count * passes, sent_bytes=sent * passes))
     if stage.has_head and layout.splits_tokens:
         passes = 2 * m - layout.keep
-        each = layout.micro_batch * vision.width * layout.element_bytes
+        each = layout.pooled_rows * vision.width * layout.element_bytes / layout.tensor
         found.append(
-            Traffic(what="tensor forward", axis="tensor", kind="all-reduce", count=passes, sent_bytes=passes * each)
+            Traffic(what="tensor forward", axis="tensor", kind="all-gather", count=passes, sent_bytes=passes * each)
         )
     return found
 
 
-def block_forward_collectives(vision: VisionConfig, layout: Layout) -> dict[str, tuple[int, float]]:
-    """kind -> (how many, bytes put in by all of them) of one block's forward of one micro-batch."""
-    whole = layout.packed_tokens(vision) * vision.width * layout.element_bytes
-    norms, normed = _sub_norms(vision, layout)
+Collectives = dict[str, tuple[int, float]]
+"""kind -> (how many, bytes put in by all of them)."""
+
+
+def stage_collectives(
+    of_block: Callable[[VisionConfig, Layout, bool], Collectives], vision: VisionConfig, layout: Layout, stage: Stage
+) -> Collectives:
+    """Of one micro-batch through the blocks of a stage. of_block: one of the two functions below."""
+    total: Collectives = {}
+    for is_last, times in ((False, stage.whole_blocks), (True, int(stage.has_head))):
+        for kind, (count, sent) in of_block(vision, layout, is_last).items():
+            have, bytes_so_far = total.get(kind, (0, 0.0))
+            total[kind] = have + times * count, bytes_so_far + times * sent
+    return total
+
+
+def block_forward_collectives(vision: VisionConfig, layout: Layout, is_last: bool) -> Collectives:
+    """Of one block's forward of one micro-batch; is_last: of the tower."""
+    before, behind = _stream_bytes(vision, layout, is_last)
+    norms, normed = _sub_norms(vision, layout, is_last)
     if not layout.splits_tokens:
-        return {"all-reduce": (2, 2 * whole), "all-gather": (norms, normed)}
-    columns = sum(column_linears(vision))
-    gathered = columns * whole / layout.tensor
-    return {"all-gather": (columns + norms, gathered + normed), "reduce-scatter": (2, 2 * whole)}
+        return {"all-reduce": (2, 2 * behind), "all-gather": (norms, normed)}
+    qkv, mlp = column_linears(vision)
+    gathered = (qkv * before + mlp * behind) / layout.tensor
+    scattered = 2 + is_last
+    return {"all-gather": (qkv + mlp + norms, gathered + normed), "reduce-scatter": (scattered, scattered * behind)}
 
 
-def block_backward_collectives(vision: VisionConfig, layout: Layout) -> dict[str, tuple[int, float]]:
+def block_backward_collectives(vision: VisionConfig, layout: Layout, is_last: bool) -> Collectives:
     """The same of its backward."""
-    whole = layout.packed_tokens(vision) * vision.width * layout.element_bytes
-    columns = sum(column_linears(vision))
-    norms, normed = _sub_norms(vision, layout)
+    before, behind = _stream_bytes(vision, layout, is_last)
+    norms, normed = _sub_norms(vision, layout, is_last)
+    qkv, mlp = column_linears(vision)
+    of_inputs = qkv * before + mlp * behind
     if not layout.splits_tokens:
-        return {"all-reduce": (columns, columns * whole), "all-gather": (norms, normed)}
-    gathered = (columns + 2) * whole / layout.tensor
-    return {"all-gather": (columns + 2 + norms, gathered + normed), "reduce-scatter": (columns, columns * whole)}
+        return {"all-reduce": (qkv + mlp, of_inputs), "all-gather": (norms, normed)}
+    of_outputs = 2 + is_last
+    gathered = (of_inputs + of_outputs * behind) / layout.tensor
+    return {
+        "all-gather": (qkv + mlp + of_outputs + norms, gathered + normed),
+        "reduce-scatter": (qkv + mlp, of_inputs),
+    }
 
 
-def _sub_norms(vision: VisionConfig, layout: Layout) -> tuple[int, float]:
+def _stream_bytes(vision: VisionConfig, layout: Layout, is_last: bool) -> tuple[float, float]:
+    """The residual stream of a micro-batch, whole, in front of the attention and behind it."""
+    row, tokens = vision.width * layout.element_bytes, layout.packed_tokens(vision)
+    return tokens * row, (layout.pooled_rows if is_last else tokens) * row
+
+
+def _sub_norms(vision: VisionConfig, layout: Layout, is_last: bool) -> tuple[int, float]:
     """All-gathers of the sub-LN norms, which normalise over channels that are split, and their bytes."""
     channels = [vision.width] * vision.attention_norm + [vision.mlp_hidden] * vision.mlp_norm
-    return len(channels), sum(channels) * layout.packed_tokens(vision) * layout.element_bytes / layout.tensor
+    rows = layout.pooled_rows if is_last else layout.packed_tokens(vision)
+    return len(channels), sum(channels) * rows * layout.element_bytes / layout.tensor
 
 
 def column_linears(vision: VisionConfig) -> tuple[int, int]:
@@ -164,7 +195,7 @@ def token_gradient_elements(model: ModelConfig, stage: Stage) -> int:
 def row_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffic]:
     """Embeddings, their gradients, the loss, and the batch itself (engine/rows.py, engine/loss.py, engine/feed.py)."""
     width, batch, own = model.embed_dim * FP32, layout.global_batch, layout.own_rows
-    image = 3 * model.vision.image_size**2
+    pixels = 3 * layout.frames * model.vision.image_size**2
     ids = model.text.context_length * FP32
     entry = Traffic
     found = [
@@ -179,7 +210,7 @@ def row_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffi
     if stage.has_embedding:
         share = -(-layout.local_batch // layout.tensor)
         found += [
-            entry(what="data", axis="tensor", kind="all-gather", count=2, sent_bytes=share * (image + ids)),
+            entry(what="data", axis="tensor", kind="all-gather", count=2, sent_bytes=share * (pixels + ids)),
             entry(what="data", axis="pipeline", kind="broadcast", count=1, sent_bytes=layout.local_batch * ids),
         ]
     return found

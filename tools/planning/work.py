@@ -5,9 +5,9 @@ gradient only, since pixels want none. Captions are taken at full length.
 """
 
 from models.config import ModelConfig
-from models.flops import attention_flops, block_flops, embedding_flops, head_flops
+from models.flops import attention_flops, block_flops, embedding_flops, head_flops, last_block_flops
 from tools.planning.activations import FP32
-from tools.planning.counts import text_forward_flops
+from tools.planning.counts import text_executed_flops
 from tools.planning.layout import Layout, Stage
 from tools.planning.memory import KEPT_LOGITS
 
@@ -24,14 +24,14 @@ def rank_flops(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, fl
         "encode": m * forward,
         "replay": (m - kept) * forward,
         "backward": m * backward,
-        "text": layout.own_rows * text_forward_flops(model) * (4 if replays_text else 3),
+        "text": layout.own_rows * text_executed_flops(model) * (4 if replays_text else 3),
         "loss": loss_flops(model, layout),
     }
 
 
 def micro_batch_flops(model: ModelConfig, layout: Layout, stage: Stage) -> float:
     """Forward of one micro-batch. Without sequence parallelism every tensor rank embeds all tokens."""
-    blocks = stage.blocks * layout.micro_batch * block_flops(model.vision, _tokens(model, layout)) / layout.tensor
+    blocks = layout.micro_batch * _block_flops(model, layout, stage) / layout.tensor
     embedding = _embedding_flops(model, layout) if stage.has_embedding else 0
     return blocks + embedding + (layout.micro_batch * head_flops(model) if stage.has_head else 0)
 
@@ -43,10 +43,22 @@ def _embedding_flops(model: ModelConfig, layout: Layout) -> float:
     return whole / layout.tensor if layout.splits_tokens else whole
 
 
-def _recomputed_flops(model: ModelConfig, layout: Layout, stage: Stage) -> float:
+def _block_flops(model: ModelConfig, layout: Layout, stage: Stage) -> int:
+    """One sample through the blocks of a stage."""
     vision, tokens = model.vision, _tokens(model, layout)
-    again = {"none": 0, "selective": attention_flops(tokens, vision.width), "full": block_flops(vision, tokens)}
-    return stage.blocks * layout.micro_batch * again[layout.recompute] / layout.tensor
+    last = last_block_flops(vision, tokens) if stage.has_head else 0
+    return stage.whole_blocks * block_flops(vision, tokens) + last
+
+
+def _recomputed_flops(model: ModelConfig, layout: Layout, stage: Stage) -> float:
+    if layout.recompute == "none":
+        return 0
+    tokens, width = _tokens(model, layout), model.vision.width
+    again = _block_flops(model, layout, stage)
+    if layout.recompute == "selective":
+        last = attention_flops(tokens, width, queries=1) if stage.has_head else 0
+        again = stage.whole_blocks * attention_flops(tokens, width) + last
+    return layout.micro_batch * again / layout.tensor
 
 
 def _tokens(model: ModelConfig, layout: Layout) -> int:

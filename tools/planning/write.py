@@ -96,7 +96,7 @@ def settings(model: str, entry: Estimate, samples: float) -> dict[str, Any]:
     return {
         "run_dir": f"runs/{model}",
         "model": model,
-        "data": {"shards": SHARDS},
+        "data": {"shards": SHARDS} | ({"frames": layout.frames} if layout.frames > 1 else {}),
         "parallel": parallel,
         "train": {
             "steps": max(1, round(samples / layout.global_batch)),

@@ -54,7 +54,7 @@ def zero3_memory(model: ModelConfig, layout: Layout, zero3: Zero3) -> Memory:
     """layout: of one tensor rank and one stage, DP over all GPUs."""
     vision, text = model.vision, model.text
     samples = -(-zero3.pairs // zero3.chunks)
-    tokens = samples * vision.kept_tokens(layout.patch_dropout)
+    tokens = samples * layout.frames * vision.kept_tokens(layout.patch_dropout)
     one = block_saved_bytes(vision, tokens, element=2)
     kept = vision.depth * (tokens * vision.width * 2 if zero3.checkpoints else one)
     live = one if zero3.checkpoints else 0
@@ -74,7 +74,7 @@ def zero3_memory(model: ModelConfig, layout: Layout, zero3: Zero3) -> Memory:
         activations=kept + live,
         text=text_kept,
         loss=loss_bytes(model, layout),
-        buffers=(GATHERED_BLOCKS + 1) * block + zero3.pairs * 3 * vision.image_size**2,
+        buffers=(GATHERED_BLOCKS + 1) * block + zero3.pairs * layout.frames * 3 * vision.image_size**2,
     )
 
 
@@ -82,7 +82,7 @@ def zero3_time(model: ModelConfig, layout: Layout, zero3: Zero3, cluster: Cluste
     """Compute of all forwards, and what the gathers and the reduce-scatter take beyond the compute they overlap."""
     samples = -(-zero3.pairs // zero3.chunks)
     whole = Stage(rank=0, chunks=(model.vision.depth,), has_embedding=True, has_head=True)
-    one = replace(layout, micro_batch=samples)
+    one = replace(layout, micro_batch=samples * layout.frames)
     forward, backward = stage_seconds(model, one, whole, cluster.hardware)
     text_forward, text_backward = text_seconds(model, zero3.pairs, samples, cluster.hardware, layout.element_bytes)
     again = zero3.forwards - 3
@@ -106,17 +106,25 @@ def zero3_time(model: ModelConfig, layout: Layout, zero3: Zero3, cluster: Cluste
     return StepTime(**before, input=input_seconds(model, layout, sum(before.values()), cluster, cluster.nodes))
 
 
-def best_zero3(model: ModelConfig, cluster: Cluster, global_batch: int, patch_dropout: float) -> Estimate:
+def best_zero3(
+    model: ModelConfig, cluster: Cluster, global_batch: int, patch_dropout: float, frames: int = 1
+) -> Estimate:
     """The fastest form that fits, or the one that needs the least memory."""
-    found = list(_forms(model, cluster, global_batch, patch_dropout))
+    pairs = -(-global_batch // cluster.gpus)
+    layout = Layout(
+        data=cluster.gpus,
+        global_batch=global_batch,
+        micro_batch=pairs * frames,
+        frames=frames,
+        patch_dropout=patch_dropout,
+    )
+    found = list(_forms(model, cluster, layout, pairs))
     fitting = [form for form in found if form.fits]
     return min(fitting, key=lambda e: e.time.total) if fitting else min(found, key=lambda e: e.memory.total)
 
 
-def _forms(model: ModelConfig, cluster: Cluster, global_batch: int, patch_dropout: float) -> Iterator[Estimate]:
-    pairs = -(-global_batch // cluster.gpus)
-    layout = Layout(data=cluster.gpus, global_batch=global_batch, micro_batch=pairs, patch_dropout=patch_dropout)
-    flops = training_flops(model, patch_dropout)
+def _forms(model: ModelConfig, cluster: Cluster, layout: Layout, pairs: int) -> Iterator[Estimate]:
+    flops = training_flops(model, layout.patch_dropout, layout.frames)
     for chunks in (n for n in range(1, pairs + 1) if pairs % n == 0):
         for checkpoints in (True, False):
             zero3 = Zero3(pairs=pairs, chunks=chunks, checkpoints=checkpoints)
@@ -126,8 +134,8 @@ def _forms(model: ModelConfig, cluster: Cluster, global_batch: int, patch_dropou
                 memory=zero3_memory(model, layout, zero3),
                 time=time,
                 cluster=cluster,
-                global_batch=global_batch,
+                global_batch=layout.global_batch,
                 model_flops=flops,
                 executed_flops=flops * zero3.forwards / 3,
-                images_per_node_s=global_batch / time.total / cluster.nodes,
+                images_per_node_s=layout.global_batch * layout.frames / time.total / cluster.nodes,
             )

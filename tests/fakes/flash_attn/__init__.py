@@ -31,12 +31,15 @@ def flash_attn_varlen_func(
     """[T, heads, d] each -> [T, heads, d]."""
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
-    assert cu_seqlens_q.dtype == torch.int32 and max_seqlen_q == int(cu_seqlens_q.diff().max())
-    bounds = cu_seqlens_q.tolist()
+    for bounds, longest in ((cu_seqlens_q, max_seqlen_q), (cu_seqlens_k, max_seqlen_k)):
+        assert bounds.dtype == torch.int32 and longest == int(bounds.diff().max())
+    asking, seen = (itertools.pairwise(bounds.tolist()) for bounds in (cu_seqlens_q, cu_seqlens_k))
     parts = [
         F.scaled_dot_product_attention(
-            *(t[start:stop].transpose(0, 1) for t in (q, k, v)), is_causal=causal, scale=softmax_scale
+            *(t[slice(*rows)].transpose(0, 1) for t, rows in ((q, own), (k, other), (v, other))),
+            is_causal=causal,
+            scale=softmax_scale,
         )
-        for start, stop in itertools.pairwise(bounds)
+        for own, other in zip(asking, seen, strict=True)
     ]
     return torch.cat([part.transpose(0, 1) for part in parts])

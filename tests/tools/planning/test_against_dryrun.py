@@ -37,6 +37,7 @@ class Case:
 
 FAST = [
     Case("first-stage-tp2", 8, 0, (*SHORT, "parallel.tensor=2", "parallel.pipeline=2")),
+    Case("clips", 8, 1, (*SHORT, "parallel.pipeline=2", "data.frames=8", "train.global_batch_size=64")),
     Case("8b-full-virtual", 8, 1, (*SHORT, "parallel.pipeline=2", "parallel.virtual=2", "train.recompute=full"), "8b"),
 ]
 PAPER = ("train.global_batch_size=108000", "train.text_micro_batch_size=25")

@@ -1,10 +1,12 @@
 """The planner's formulas against real steps of small models: parameters, activations and bytes of every collective.
 
-Four ranks, one launch, many cases. What autograd keeps is measured as train.activation_budget_gb does it; collectives
-are read where they are dispatched, and agree to the byte once megatron-core's padding of flat buffers is added.
+Four ranks, one launch, many cases (another for the slow ones). What autograd keeps is measured as
+train.activation_budget_gb does it; collectives are read where they are dispatched, and agree to the byte once
+megatron-core's padding of flat buffers is added.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -59,18 +61,25 @@ class Case:
 
 
 WIDE = "model.vision.width=64"  # three heads do not divide by two tensor ranks
-CASES = [
-    Case("18b-tp2-pp2", (2, 2)),
-    Case("18b-tp2-pp2-no-sequence-keep", (2, 2), ("parallel.sequence=false", "train.keep_activations=2")),
+FAST = [
+    Case("18b-clips-full", (2, 2), ("data.frames=2", "train.recompute=full", "train.keep_activations=1")),
+    Case("18b-no-sequence-keep", (2, 2), ("parallel.sequence=false", "train.keep_activations=2")),
     Case("18b-pp4-fp32", (1, 4), ("train.precision=fp32",)),
     Case("18b-virtual", (1, 2), ("parallel.virtual=2", "train.micro_batch_size=2", "train.keep_activations=1")),
-    Case("18b-full", (2, 2), ("train.recompute=full", "train.keep_activations=1")),
-    Case("8b-dp4", (1, 1), model="tiny-8b"),
     Case("8b-uneven-keep-all", (1, 2), ("parallel.layers=[1,3]", "train.keep_activations=-1"), model="tiny-8b"),
-    Case("e14-pp2", (1, 2), model="tiny-e14"),
     Case("b16-tp2", (2, 1), (WIDE, "train.keep_activations=2"), model="tiny-b16"),
+]
+SLOW = [
+    Case("18b-tp2-pp2", (2, 2)),
+    Case("18b-full", (2, 2), ("train.recompute=full", "train.keep_activations=1")),
+    Case("18b-clips", (2, 2), ("data.frames=2", "train.keep_activations=2")),
+    Case("8b-dp4", (1, 1), model="tiny-8b"),
+    Case("e14-pp2", (1, 2), model="tiny-e14"),
     Case("b16-tp2-no-sequence", (2, 2), (WIDE, "parallel.sequence=false", "train.patch_dropout=0"), model="tiny-b16"),
 ]
+every_case = pytest.mark.parametrize(
+    "case", [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)], ids=lambda case: case.name
+)
 
 
 class _Recorder(TorchDispatchMode):
@@ -87,10 +96,10 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _all_cases() -> dict[str, Any]:
+def _all_cases(cases: list[Case]) -> dict[str, Any]:
     device = prepare()
     mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, dist.group.WORLD))
-    return {case.name: _measured(case.config(), mesh(*case.layout), device) for case in CASES}
+    return {case.name: _measured(case.config(), mesh(*case.layout), device) for case in cases}
 
 
 def _measured(config: Config, mesh: Mesh, device: Any) -> dict[str, Any]:
@@ -102,7 +111,8 @@ def _measured(config: Config, mesh: Mesh, device: Any) -> dict[str, Any]:
         for part in parts
     ]
     side, text = config.model.vision.image_size, config.model.text
-    images = torch.zeros(BATCH, 3, side, side, dtype=torch.uint8)
+    clip = (config.data.frames,) if config.data.frames > 1 else ()
+    images = torch.zeros(BATCH, *clip, 3, side, side, dtype=torch.uint8)
     captions = torch.full((BATCH, text.context_length), 1)
     captions[:, -1] = text.vocab_size - 1  # full length: nothing is cut off
     with _Recorder(mesh) as recorder:
@@ -117,10 +127,14 @@ def _measured(config: Config, mesh: Mesh, device: Any) -> dict[str, Any]:
     }
 
 
+Measured = Callable[[Case], list[dict[str, Any]]]
+
+
 @pytest.fixture(scope="module")
-def ranks() -> list[dict[str, Any]]:
-    """What each of the four ranks measured, by case."""
-    return run_distributed(_all_cases, RANKS)
+def measured() -> Measured:
+    """What each of the four ranks measured of a case; the first question starts them."""
+    launch = cache(lambda slow: run_distributed(_all_cases, RANKS, cases=SLOW if slow else FAST))
+    return lambda case: [results[case.name] for results in launch(case in SLOW)]
 
 
 def _planned(case: Case, stage: int) -> tuple[Config, Layout, Stage]:
@@ -129,42 +143,39 @@ def _planned(case: Case, stage: int) -> tuple[Config, Layout, Stage]:
     return config, layout, stages_of(config.model, layout)[stage]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_parameters_of_a_rank(case: Case, ranks: list[dict[str, Any]]) -> None:
-    for results in ranks:
-        measured = results[case.name]
-        config, layout, stage = _planned(case, measured["stage"])
-        assert stage_parameters(config.model, layout, stage) == measured["parameters"], stage
+@every_case
+def test_parameters_of_a_rank(case: Case, measured: Measured) -> None:
+    for rank in measured(case):
+        config, layout, stage = _planned(case, rank["stage"])
+        assert stage_parameters(config.model, layout, stage) == rank["parameters"], stage
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_bytes_that_autograd_keeps(case: Case, ranks: list[dict[str, Any]]) -> None:
-    for results in ranks:
-        measured = results[case.name]
-        config, layout, stage = _planned(case, measured["stage"])
+@every_case
+def test_bytes_that_autograd_keeps(case: Case, measured: Measured) -> None:
+    for rank in measured(case):
+        config, layout, stage = _planned(case, rank["stage"])
         planned = micro_batch_saved_bytes(config.model, layout, stage)
         # abs: recomputation keeps the bounds of the samples, which only show in so small a model.
-        assert planned == pytest.approx(measured["saved"], rel=0.01, abs=128), stage
+        assert planned == pytest.approx(rank["saved"], rel=0.01, abs=128), stage
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_bytes_of_every_collective(case: Case, ranks: list[dict[str, Any]]) -> None:
-    for results in ranks:
-        measured = results[case.name]
-        config, layout, stage = _planned(case, measured["stage"])
+@every_case
+def test_bytes_of_every_collective(case: Case, measured: Measured) -> None:
+    for rank in measured(case):
+        config, layout, stage = _planned(case, rank["stage"])
         planned = Counter[str]()
         for entry in step_traffic(config.model, layout, stage):
             if entry.what != "data":  # the batch was handed over, not read by the feed
                 planned[f"{entry.axis} {entry.kind}"] += entry.sent_bytes
-        for axis, elements in measured["padding"].items():
+        for axis, elements in rank["padding"].items():
             if (owners := axis_size(layout, axis)) > 1:
                 planned[f"{axis} reduce-scatter"] += elements * 4
                 planned[f"{axis} all-gather"] += elements * layout.element_bytes / owners
-        assert {key: value for key, value in planned.items() if value} == measured["sent"], stage
+        assert {key: value for key, value in planned.items() if value} == rank["sent"], stage
 
 
 def test_the_stash_is_the_inputs_of_all_micro_batches() -> None:
-    config, layout, second = _planned(CASES[0], 1)
+    config, layout, second = _planned(SLOW[0], 1)
     tokens = BATCH * config.model.vision.kept_tokens(0.5)
     assert stash_bytes(config.model, layout, second) == tokens * config.model.vision.width * 2 / layout.tensor
-    assert stash_bytes(config.model, layout, _planned(CASES[0], 0)[2]) == 0
+    assert stash_bytes(config.model, layout, _planned(SLOW[0], 0)[2]) == 0

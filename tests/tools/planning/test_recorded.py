@@ -131,15 +131,17 @@ def _span(rank: int, phase: str, start_s: float, stop_s: float, micro_batch: int
 
 
 def test_a_recorded_collective_takes_what_it_took_the_last_to_come() -> None:
-    end = [("reduce", 12, 12, None), ("optimizer", 12, 12, None), ("gather_weights", 12, 12, None)]
+    end = [("gather_weights", 14, 14, None)]
+    last = [("reduce", 12, 12, None), ("optimizer", 12, 14, None), *end]
+    early = [("reduce", 10, 10, None), ("optimizer", 10, 14, None), *end]  # 2 s of it wait for the norm
     first = [("encode", 0, 1, 0), ("encode_text", 1, 2, None), ("exchange", 2, 7, None), ("loss", 7, 8, None)]
     first += [("exchange", 8, 9, None), ("backward_text", 9, 9, None), ("wait", 9, 10, None), ("backward", 10, 12, 0)]
     second = [("encode_text", 0, 1, None), ("wait", 1, 1, None), ("encode", 1, 6, 0), ("exchange", 6, 7, None)]
     second += [("loss", 7, 8, None), ("exchange", 8, 9, None), ("backward", 9, 10, 0), ("backward_text", 10, 10, None)]
-    timeline = _recording(first + end, second + end)
+    timeline = _recording(first + last, second + early)
     simulation = simulate(schedule_of(timeline), recorded_durations(timeline))
     assert simulation.schedule == Schedule(stages=2, micro_batches=1, keep=(1, 1))
-    assert simulation.step_s == pytest.approx(12)
+    assert simulation.step_s == pytest.approx(14)
     assert [[s.start_s for s in row.spans if s.phase == "loss"] for row in simulation.timeline.rows] == [[7], [7]]
 
 

@@ -24,10 +24,12 @@ ROOT = Path(__file__).resolve().parents[3]
 SMALL = ["--model", "b16", "--gpus", "16", "--gpu", "a100-40", "--global-batch", "4096"]
 
 
-def job(model: str = "b16", gpus: int = 16, batch: int = 4096, gpu: str = "a100-40", dropout: float = 0.5) -> Job:
+def job(
+    model: str = "b16", gpus: int = 16, batch: int = 4096, gpu: str = "a100-40", dropout: float = 0.5, frames: int = 1
+) -> Job:
     """A job on nodes of 8."""
     cluster = Cluster(hardware=load_hardware(gpu), gpus=gpus, per_node=8)
-    return Job(model=preset_model(model), cluster=cluster, global_batch=batch, patch_dropout=dropout)
+    return Job(model=preset_model(model), cluster=cluster, global_batch=batch, patch_dropout=dropout, frames=frames)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_every_candidate_is_accepted_by_the_engine(tmp_path: Path) -> None:
     small = job("tiny-18b", 8, 32)
     any_estimate = best_zero3(small.model, small.cluster, 32, 0.5)
     checked = 0
-    for layout in list(candidates(small))[::3]:
+    for layout in [*list(candidates(small))[::3], *list(candidates(replace(small, frames=2)))[::9]]:
         file = tmp_path / "config.yaml"
         file.write_text(yaml.safe_dump(settings("tiny-18b", replace(any_estimate, layout=layout), 640)))
         assert check_layout(load_config(file), 8) == layout.data
@@ -74,6 +76,21 @@ def test_zero3_at_full_length_needs_gradcache() -> None:
     half, full = (best_zero3(preset_model("18b"), job("18b", 360).cluster, 108_000, dropout) for dropout in (0.5, 0.0))
     assert half.fits and "GradCache" not in half.name
     assert full.fits and "GradCache" in full.name
+
+
+def test_clips_cost_what_their_frames_cost() -> None:
+    """8,640 clips of 4 frames are the images of 34,560 pairs, with a quarter of the captions and of the loss."""
+    clips, pairs = job("18b", 72, 8_640), job("18b", 72, 34_560)
+    layout = Layout(tensor=1, pipeline=8, data=9, global_batch=34_560, micro_batch=48, text_micro_batch=16)
+    of_clips = replace(layout, global_batch=8_640, frames=4)
+    assert of_clips.micro_batches == layout.micro_batches
+    still, clip = (estimate(clips.model, each, clips.cluster) for each in (layout, of_clips))
+    assert clip.images_per_node_s * clip.time.total == pytest.approx(still.images_per_node_s * still.time.total)
+    zero3 = [best_zero3(each.model, each.cluster, each.global_batch, 0.5, n) for each, n in ((pairs, 1), (clips, 4))]
+    for images, frames in ((still, clip), zero3):
+        assert 0.95 < frames.time.total / images.time.total < 1
+        assert frames.memory.activations == pytest.approx(images.memory.activations, rel=0.01)
+        assert frames.model_flops / images.model_flops == pytest.approx(4 * 0.984, rel=0.002)
 
 
 def test_slow_networks_hurt_zero3_more(tmp_path: Path) -> None:
@@ -96,6 +113,7 @@ def test_slow_networks_hurt_zero3_more(tmp_path: Path) -> None:
         (dict(batch=8), "at most 8 GPUs"),
         (dict(dropout=1.0), "[0, 1)"),
         (dict(gpus=0), "at least 1"),
+        (dict(frames=0), "--frames 0"),
         (dict(gpus=1000, batch=1009), "1000"),
     ],
 )
@@ -149,6 +167,28 @@ def test_a_model_that_fits_nowhere_says_what_would_help(capsys: pytest.CaptureFi
     assert "nearest" in captured.err and "--gpu" in captured.err and captured.err.count("\n") == 1
     assert main(["--model", "18c", "--gpus", "8", "--gpu", "h100", "--global-batch", "512"]) == 1
     assert capsys.readouterr().err.startswith("error: model '18c'")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--samples", "-5"], "--samples -5 must be at least 1"),
+        (["--top", "0"], "--top 0 must be at least 1"),
+        (["--gpu", "h101"], "--gpu h101 is neither a file nor a profile"),
+        (["--write", "/dev/null/plan"], "/dev/null/plan"),
+    ],
+)
+def test_mistakes_are_one_clear_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_batch_that_few_layouts_divide_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--global-batch", "4099"]) == 0
+    assert "--global-batch 4,099 is not a multiple of the 16 GPUs" in capsys.readouterr().out.replace("\n", " ")
+    assert main(SMALL) == 0
+    assert "not a multiple" not in capsys.readouterr().out
 
 
 def test_planning_imports_no_torch() -> None:

@@ -9,8 +9,8 @@ from PIL import Image
 from engine.config import load_config
 from tools.planning.cluster import Cluster
 from tools.planning.hardware import load_hardware
+from tools.planning.layout import layout_of
 from tools.planning.simulate import CollectiveCosts, StageCosts, bubble_bound, durations_of, simulate
-from tools.planning.stage_costs import simulated_layout
 from tools.planning.step_program import Schedule
 from tools.planning.time import step_time
 from tools.simulate import main
@@ -145,12 +145,45 @@ def test_from_a_config_on_the_planners_hardware(tmp_path: Path, capsys: pytest.C
     config = tmp_path / "job.yaml"
     config.write_text(JOB)
     for options in ([], ["parallel.virtual=2"], ["parallel.tensor=4", "parallel.pipeline=6"]):
-        assert main([str(config), *options, "--world-size=48", "--gpu=a100-40"]) == 0
-        seconds = float(capsys.readouterr().out.split("step ", 1)[1].split()[0])
+        seconds = _step_s(_printed(capsys, [str(config), *options, "--world-size=48", "--gpu=a100-40"]))
         job = load_config(config, options)
         cluster = Cluster(hardware=load_hardware("a100-40"), gpus=48, per_node=8)
-        time = step_time(job.model, simulated_layout(job, 48), cluster)
+        time = step_time(job.model, layout_of(job, 48), cluster)
         assert seconds == pytest.approx(time.total - time.input, rel=0.02)
+
+
+PHASES = """
+checkpoint: {every_steps: 10}
+phases:
+- {name: stills, steps: 10}
+- {name: clips, steps: 10, data: {frames: 8}, train: {global_batch_size: 384}}
+"""
+
+
+def test_a_phase_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """384 clips of 8 frames are as many images as 3,072 stills; they have fewer captions."""
+    config = tmp_path / "job.yaml"
+    config.write_text(JOB + PHASES)
+    first, named, clips = (
+        _printed(capsys, [str(config), "--world-size=48", "--gpu=a100-40", *phase])
+        for phase in ([], ["--phase=stills"], ["--phase=clips"])
+    )
+    assert first == named and named.startswith("phase stills of stills, clips\n")
+    assert "96 micro-batches" in named and "96 micro-batches" in clips
+    assert 0.9 < _step_s(clips) / _step_s(named) < 1
+
+
+def _printed(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    assert main(arguments) == 0
+    return capsys.readouterr().out
+
+
+def _step_s(printed: str) -> float:
+    return float(printed.split("step ", 1)[1].split()[0])
+
+
+BUDGET = ("train.keep_activations=0", "train.activation_budget_gb=8")
+MIM = ("objective=mim", "mim.teacher=t.pt", "mim.teacher_model=18b", "train.keep_activations=0")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +195,9 @@ def test_from_a_config_on_the_planners_hardware(tmp_path: Path, capsys: pytest.C
         (["missing.yaml"], "needs --world-size"),
         (["@job", "--world-size=50", "--gpu=h100"], "50 ranks cannot be cut into replicas"),
         (["@job", "--world-size=48", "--gpu=z80"], "--gpu z80 is neither a file nor a profile"),
-        (["@job", "--world-size=48", "--gpu=h100", "data.frames=8"], "still images"),
+        (["@job", "--world-size=48", "--gpu=h100", "--phase=video"], "phase 'video' is not one of the config's"),
+        (["@job", "--world-size=48", "--gpu=h100", *BUDGET], "train.activation_budget_gb=8.0 becomes a number"),
+        (["@job", "--world-size=48", "--gpu=h100", *MIM], "objective=mim is not planned or simulated"),
     ],
 )
 def test_mistakes_are_one_clear_line(

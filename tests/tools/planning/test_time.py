@@ -60,10 +60,11 @@ def _costs(layout: Layout) -> list[StageCosts]:
 
 def test_mfu_counts_three_forwards_and_hfu_what_runs() -> None:
     none, every = estimate(MODEL, BASE, CLUSTER), estimate(MODEL, replace(BASE, keep=48), CLUSTER)
-    assert none.hfu / none.mfu == pytest.approx(4 / 3)
-    assert every.hfu == every.mfu > none.mfu
+    read = 0.9836  # share of the model's FLOPs that anybody reads (models/last_block.py)
+    assert none.hfu / none.mfu == pytest.approx(read * 4 / 3, rel=1e-4)
+    assert every.hfu / every.mfu == pytest.approx(read, rel=1e-4) and every.mfu > none.mfu
     again = estimate(MODEL, replace(BASE, recompute="full"), CLUSTER)
-    assert again.hfu / again.mfu == pytest.approx(5 / 3, rel=0.01)  # captions are not computed a fifth time
+    assert again.hfu / again.mfu == pytest.approx(read * 5 / 3, rel=0.01)  # captions are not computed a fifth time
 
 
 def test_a_block_is_never_faster_than_its_products_allow() -> None:

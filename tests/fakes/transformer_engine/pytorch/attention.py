@@ -72,16 +72,17 @@ class DotProductAttention(TransformerEngineBaseModule):
         assert qkv_format == "thd" and attn_mask_type in ("padding", "padding_causal"), (qkv_format, attn_mask_type)
         assert query_layer.shape[1:] == (self.heads, self.head_width)
         assert cu_seqlens_q is not None and cu_seqlens_kv is not None
-        assert max_seqlen_q == int(cu_seqlens_q.diff().max())
+        for bounds, longest in ((cu_seqlens_q, max_seqlen_q), (cu_seqlens_kv, max_seqlen_kv)):
+            assert longest == int(bounds.diff().max())
         causal = attn_mask_type == "padding_causal"
-        bounds = cu_seqlens_q.tolist()
-        rows = [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+        asking, seen = (itertools.pairwise(bounds.tolist()) for bounds in (cu_seqlens_q, cu_seqlens_kv))
         parts = [
             F.scaled_dot_product_attention(
-                *(t[row].transpose(0, 1) for t in (query_layer, key_layer, value_layer)),
+                query_layer[slice(*own)].transpose(0, 1),
+                *(t[slice(*other)].transpose(0, 1) for t in (key_layer, value_layer)),
                 is_causal=causal,
                 scale=self.scale,
             )
-            for row in rows
+            for own, other in zip(asking, seen, strict=True)
         ]
         return torch.cat([part.transpose(0, 1).flatten(1) for part in parts])
