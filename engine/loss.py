@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.loss_exchange import RowExchange, Variant, check_variant
+from engine.loss_exchange import Block, RowExchange, Variant, check_variant
 from engine.loss_tiles import (
     KEEP_BYTES,
     KeptTiles,
@@ -87,7 +87,7 @@ def contrastive_loss(
         image=image,
         text=text,
         scale=torch.as_tensor(logit_scale, dtype=dtype, device=image.device),
-        tiling=Tiling.create(image, tile, max(exchange.counts)),
+        tiling=Tiling.create(image, tile, own_rows=image.shape[0], largest_block=exchange.largest_block(variant)),
         kept=KeptTiles(active=image.shape[0] * exchange.total * dtype.itemsize <= keep_bytes),
     )
     text_blocks = exchange.blocks(text, variant)
@@ -183,16 +183,16 @@ class _Strips:
     tiling: Tiling
     kept: KeptTiles
 
-    def sums(self, text_blocks: Iterable[tuple[int, Tensor]]) -> tuple[_OtherSums, _OtherSums, Tensor]:
+    def sums(self, text_blocks: Iterable[Block]) -> tuple[_OtherSums, _OtherSums, Tensor]:
         """First pass: sums of the own rows [rows], of all columns [B] over all ranks, and s_ii [rows]."""
         own = self.scale.new_empty(self.image.shape[0])
         rows, columns = _OtherSums.empty(len(own), own), _OtherSums.empty(self.exchange.total, own)
-        for owner, texts in text_blocks:
-            block_columns = columns.part(self.exchange.slices()[owner])
+        for block in text_blocks:
+            block_columns, texts = columns.part(block.rows), block.embeddings
             for i, j in self.tiling.cut(len(own), texts.shape[0]):
-                keep = self.kept.reserve((owner, i.start, j.start), i, j, like=own)
+                keep = self.kept.reserve((i.start, block.rows.start + j.start), i, j, like=own)
                 tile = self.tiling.logits_of(self.image[i], texts[j], self.scale, out=keep)
-                if owner == self.exchange.rank:
+                if block.is_own:
                     mask_pairs(tile, i, j, own)
                 work = self.tiling.work_like(tile)
                 rows.part(i).add(tile, 1, work)
@@ -201,37 +201,35 @@ class _Strips:
         return rows, columns, own
 
     def image_strip(
-        self, text_blocks: Iterable[tuple[int, Tensor]], normalisers: list[Tensor], pair_weights: Tensor
+        self, text_blocks: Iterable[Block], normalisers: Tensor, pair_weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Second pass over own images × all texts, normalisers [rows of a rank, (r, c)].
+        """Second pass over own images × all texts, normalisers [B, (r, c)].
 
         Returns Σ weight × embedding of the own images, complete, and of the own texts, over the own images
         only.
         """
         grad_image, grad_text = (self.scale.new_zeros(self.image.shape) for _ in range(2))
-        own_r = normalisers[self.exchange.rank][:, 0]
-        for owner, texts in text_blocks:
-            c = normalisers[owner][:, 1]
+        own_r = normalisers[self.exchange.own_rows, 0]
+        for block in text_blocks:
+            c, texts = normalisers[block.rows, 1], block.embeddings
             for i, j in self.tiling.cut(len(own_r), texts.shape[0]):
-                tile = self.kept.take((owner, i.start, j.start))
+                tile = self.kept.take((i.start, block.rows.start + j.start))
                 if tile is None:
                     tile = self.tiling.logits_of(self.image[i], texts[j], self.scale)
                 weights = self._softmaxes(tile, own_r[i], c[j])
-                if owner == self.exchange.rank:
+                if block.is_own:
                     write_pairs(weights, i, j, pair_weights)
                     accumulate(grad_text[j], weights.t(), self.image[i])
                 accumulate(grad_image[i], weights, texts[j])
         return grad_image, grad_text
 
-    def text_strip(
-        self, image_blocks: Iterable[tuple[int, Tensor]], normalisers: list[Tensor], grad_text: Tensor
-    ) -> None:
+    def text_strip(self, image_blocks: Iterable[Block], normalisers: Tensor, grad_text: Tensor) -> None:
         """Second pass over the other ranks' images × own texts, added to `grad_text`."""
-        own_c = normalisers[self.exchange.rank][:, 1]
-        for owner, images in image_blocks:
-            if owner == self.exchange.rank:
+        own_c = normalisers[self.exchange.own_rows, 1]
+        for block in image_blocks:
+            if block.is_own:
                 continue
-            r = normalisers[owner][:, 0]
+            r, images = normalisers[block.rows, 0], block.embeddings
             for i, j in self.tiling.cut(images.shape[0], len(own_c)):
                 tile = self.tiling.logits_of(images[i], self.text[j], self.scale)
                 accumulate(grad_text[j], self._softmaxes(tile, r[i], own_c[j]).t(), images[i])

@@ -6,6 +6,8 @@ zero. `RowExchange` with group=None is one process alone: every method returns a
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Literal, get_args
 
 import torch
@@ -21,6 +23,18 @@ def check_variant(variant: str) -> None:
     """Raise ValueError for a variant that does not exist."""
     if variant not in get_args(Variant):
         raise ValueError(f"variant is {variant!r}; choose one of {get_args(Variant)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Consecutive rows of the global batch, of one rank or of several."""
+
+    rows: slice
+    """Where they lie in the global order."""
+    embeddings: Tensor
+    """[rows, D]."""
+    is_own: bool
+    """Whether they are this rank's, all of them and no others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +74,20 @@ class RowExchange:
         """Rows of all ranks: the global batch B."""
         return sum(self.counts)
 
+    @cached_property
     def slices(self) -> list[slice]:
         """Where each rank's rows lie in the global order."""
-        starts = [sum(self.counts[:rank]) for rank in range(len(self.counts))]
-        return [slice(start, start + count) for start, count in zip(starts, self.counts, strict=True)]
+        stops = accumulate(self.counts)
+        return [slice(stop - count, stop) for stop, count in zip(stops, self.counts, strict=True)]
 
     @property
     def own_rows(self) -> slice:
         """Where this rank's rows lie in the global order."""
-        return self.slices()[self.rank]
+        return self.slices[self.rank]
+
+    def largest_block(self, variant: Variant) -> int:
+        """Most rows that a block of `blocks` can have."""
+        return max(self.counts) if variant == "ring" else self.total
 
     def max_(self, values: Tensor) -> Tensor:
         """All-reduce `values` in place to the maximum over the ranks."""
@@ -82,14 +101,14 @@ class RowExchange:
             dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self.group)
         return values
 
-    def gather(self, rows: Tensor) -> list[Tensor]:
-        """All-gather rows [rows, ...] of every rank; element k is rank k's [counts[k], ...].
+    def gather(self, rows: Tensor) -> Tensor:
+        """All-gather rows [rows, ...] of every rank -> [B, ...], in the global order.
 
-        Ranks with fewer rows than the fullest one send padding, since collectives want equal sizes. The
-        elements are views of one buffer of W × max(counts) rows.
+        Ranks with fewer rows than the fullest one send padding, since collectives want equal sizes; it is cut out
+        by a copy.
         """
         if self.group is None:
-            return [rows]
+            return rows
         height = max(self.counts)
         padded = rows.contiguous()
         if rows.shape[0] < height:
@@ -97,20 +116,23 @@ class RowExchange:
             padded[: rows.shape[0]] = rows
         gathered = rows.new_empty(len(self.counts) * height, *rows.shape[1:])
         _all_gather(gathered, padded, group=self.group)
-        return [block[:count] for block, count in zip(gathered.split(height), self.counts, strict=True)]
+        if min(self.counts) == height:
+            return gathered
+        return torch.cat([block[:count] for block, count in zip(gathered.split(height), self.counts, strict=True)])
 
-    def blocks(self, rows: Tensor, variant: Variant) -> Iterable[tuple[int, Tensor]]:
-        """(owner, its rows [counts[owner], D]) of every rank, this rank's own first.
+    def blocks(self, rows: Tensor, variant: Variant) -> Iterable[Block]:
+        """Blocks that hold every row of all ranks once, this rank's own first.
 
-        "gather" holds all B rows at once. "ring" moves them anew at each iteration, and holds two blocks
-        beside the own one: one at work, one arriving. Every rank must iterate equally often, and to the end.
+        "gather" holds all B rows at once, and those of the ranks behind this one, and before it, are a block each:
+        hundreds of ranks have few rows each, and a tile of a few rows is too small a piece of work for a GPU.
+        "ring" moves the rows of each rank anew at each iteration, and holds two blocks beside the own one: one at
+        work, one arriving. Every rank must iterate equally often, and to the end.
         """
-        world = len(self.counts)
-        if variant == "ring" and world > 1:
+        if variant == "ring" and len(self.counts) > 1:
             return _Ring(exchange=self, rows=rows.contiguous())
-        gathered = self.gather(rows)
-        owners = [(self.rank + step) % world for step in range(world)]
-        return [(owner, gathered[owner]) for owner in owners]
+        own, everyone = self.own_rows, self.gather(rows)
+        parts = [own, slice(own.stop, self.total), slice(0, own.start)]
+        return [Block(rows=part, embeddings=everyone[part], is_own=part is own) for part in parts]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,18 +142,21 @@ class _Ring:
     exchange: RowExchange
     rows: Tensor
 
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+    def __iter__(self) -> Iterator[Block]:
         counts, rank = self.exchange.counts, self.exchange.rank
-        block = self.rows
+        rows = self.rows
         for step in range(len(counts) - 1):
             owner = (rank + step) % len(counts)
-            arriving = block.new_empty(counts[(owner + 1) % len(counts)], *block.shape[1:])
-            transfers = self._post(block, arriving)
-            yield owner, block
+            arriving = rows.new_empty(counts[(owner + 1) % len(counts)], *rows.shape[1:])
+            transfers = self._post(rows, arriving)
+            yield self._block(owner, rows)
             for transfer in transfers:
                 transfer.wait()
-            block = arriving
-        yield (rank - 1) % len(counts), block
+            rows = arriving
+        yield self._block((rank - 1) % len(counts), rows)
+
+    def _block(self, owner: int, rows: Tensor) -> Block:
+        return Block(rows=self.exchange.slices[owner], embeddings=rows, is_own=owner == self.exchange.rank)
 
     def _post(self, leaving: Tensor, arriving: Tensor) -> list[dist.Work]:
         """Start the transfers of one ring step; empty blocks are known from the counts and never sent."""

@@ -41,22 +41,22 @@ class Tiling:
     """The cut of a block into tiles, and the two buffers they are computed in."""
 
     tile: int
-    """Largest number of image rows, and of text rows, of one tile."""
+    """Largest number of image rows, and of text rows, of one tile; one of the two is of this rank alone."""
     logits: Tensor
     """Flat buffer for the logits of one tile."""
     work: Tensor
     """Flat buffer of the same size for exponentials."""
 
     @classmethod
-    def create(cls, image: Tensor, tile: int | None, largest_block: int) -> "Tiling":
-        """Buffers for blocks of up to `largest_block` rows a side; tile=None picks it for the device."""
+    def create(cls, image: Tensor, tile: int | None, *, own_rows: int, largest_block: int) -> "Tiling":
+        """Buffers for own_rows × blocks of up to `largest_block` rows; tile=None picks it for the device."""
         if tile is None:
             tile = DEFAULT_TILE_CUDA if image.is_cuda else DEFAULT_TILE_CPU
         if tile < 1:
             raise ValueError(f"tile is {tile}; give the rows of a tile, at least 1")
-        side = min(tile, largest_block)
-        buffers = torch.empty(2, side * side, dtype=compute_dtype(image), device=image.device)
-        return cls(tile=side, logits=buffers[0], work=buffers[1])
+        elements = min(tile, own_rows) * min(tile, largest_block)
+        buffers = torch.empty(2, elements, dtype=compute_dtype(image), device=image.device)
+        return cls(tile=tile, logits=buffers[0], work=buffers[1])
 
     def cut(self, image_rows: int, text_rows: int) -> Iterator[tuple[slice, slice]]:
         """Yield (image rows, text rows) of every tile of a block."""
@@ -86,17 +86,17 @@ class KeptTiles:
 
     active: bool
     """Whether tiles are kept at all."""
-    tiles: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
-    """Logits by (owner of the text block, first image row, first text row)."""
+    tiles: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """Logits by (first image row, first text row of the global batch)."""
 
-    def reserve(self, key: tuple[int, int, int], rows: slice, columns: slice, like: Tensor) -> Tensor | None:
+    def reserve(self, key: tuple[int, int], rows: slice, columns: slice, like: Tensor) -> Tensor | None:
         """A tensor for a tile to be computed into and kept, or None when nothing is kept."""
         if not self.active:
             return None
         self.tiles[key] = like.new_empty(rows.stop - rows.start, columns.stop - columns.start)
         return self.tiles[key]
 
-    def take(self, key: tuple[int, int, int]) -> Tensor | None:
+    def take(self, key: tuple[int, int]) -> Tensor | None:
         """The kept logits, handed over for good, or None."""
         return self.tiles.pop(key, None)
 

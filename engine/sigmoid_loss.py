@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.loss_exchange import RowExchange, Variant, check_variant
+from engine.loss_exchange import Block, RowExchange, Variant, check_variant
 from engine.loss_tiles import (
     Tiling,
     accumulate,
@@ -77,7 +77,7 @@ def sigmoid_loss(
         text=text,
         scale=torch.as_tensor(logit_scale, dtype=dtype, device=image.device),
         bias=torch.as_tensor(logit_bias, dtype=dtype, device=image.device),
-        tiling=Tiling.create(image, tile, max(exchange.counts)),
+        tiling=Tiling.create(image, tile, own_rows=image.shape[0], largest_block=exchange.largest_block(variant)),
     )
     sums = _Sums.empty(pairs)
     pairs.image_strip(exchange.blocks(text, variant), sums)
@@ -152,28 +152,29 @@ class _SigmoidStrips:
     bias: Tensor
     tiling: Tiling
 
-    def image_strip(self, text_blocks: Iterable[tuple[int, Tensor]], sums: _Sums) -> None:
+    def image_strip(self, text_blocks: Iterable[Block], sums: _Sums) -> None:
         """Loss, maxima and all that the own images and the own block give."""
-        for owner, texts in text_blocks:
-            block_columns = sums.best_column[self.exchange.slices()[owner]]
+        for block in text_blocks:
+            block_columns, texts = sums.best_column[block.rows], block.embeddings
             for i, j in self.tiling.cut(self.image.shape[0], texts.shape[0]):
                 tile = self.tiling.logits_of(self.image[i], texts[j], self.scale).add_(self.bias)
-                if owner == self.exchange.rank:
+                if block.is_own:
                     mask_pairs(tile, i, j, sums.own)
                 sums.add_logits(tile, i, block_columns[j], self.tiling.work_like(tile))
                 weights = tile.sigmoid_()
-                if owner == self.exchange.rank:
+                if block.is_own:
                     write_pairs(weights, i, j, -(-sums.own).sigmoid())
                     accumulate(sums.grad_text[j], weights.t(), self.image[i])
                 accumulate(sums.grad_image[i], weights, texts[j])
                 sums.weight.add_(weights.sum())
         sums.loss.add_(torch.logaddexp(-sums.own, self.scale.new_zeros(())).sum())
 
-    def text_strip(self, image_blocks: Iterable[tuple[int, Tensor]], sums: _Sums) -> None:
+    def text_strip(self, image_blocks: Iterable[Block], sums: _Sums) -> None:
         """What the other ranks' images give to the own texts."""
-        for owner, images in image_blocks:
-            if owner == self.exchange.rank:
+        for block in image_blocks:
+            if block.is_own:
                 continue
+            images = block.embeddings
             for i, j in self.tiling.cut(images.shape[0], self.text.shape[0]):
                 tile = self.tiling.logits_of(images[i], self.text[j], self.scale).add_(self.bias)
                 accumulate(sums.grad_text[j], tile.sigmoid_().t(), images[i])

@@ -117,20 +117,25 @@ def test_copies_in_another_group_are_never_negatives() -> None:
     assert max(run_distributed(_compare_within_subgroups, 4)) < 1e-12
 
 
-def _largest_blocks() -> tuple[list[int], list[int]]:
-    """Owners and rows that a ring shows this rank, twice in a row."""
+def _blocks_seen() -> tuple[list[tuple[int, bool]], list[tuple[list[float], bool]]]:
+    """(owner, is own) of what a ring shows this rank, twice in a row; (owners of the rows, is own) of a gather."""
     rows = torch.full((dist.get_rank() + 1, 2), float(dist.get_rank()))
-    ring = RowExchange.create(rows, dist.group.WORLD).blocks(rows, "ring")
-    owners, heights = [], []
+    exchange = RowExchange.create(rows, dist.group.WORLD)
+    whole = torch.tensor([0.0, 1, 1, 2, 2, 2])
+    ring, turned = exchange.blocks(rows, "ring"), []
     for _ in range(2):
-        for owner, block in ring:
-            assert (block == owner).all()
-            owners.append(owner)
-            heights.append(block.shape[0])
-    return owners, heights
+        for block in ring:
+            owner = int(block.embeddings[0, 0])
+            assert (block.embeddings[:, 0] == whole[block.rows]).all() and len(block.embeddings) == owner + 1
+            turned.append((owner, block.is_own))
+    gathered = list(exchange.blocks(rows, "gather"))
+    assert all((block.embeddings[:, 0] == whole[block.rows]).all() for block in gathered)
+    return turned, [(block.embeddings[:, 0].tolist(), block.is_own) for block in gathered]
 
 
-def test_a_ring_shows_every_block_own_first_and_can_turn_again() -> None:
-    for rank, (owners, heights) in enumerate(run_distributed(_largest_blocks, 3)):
-        assert owners == [(rank + step) % 3 for step in range(3)] * 2
-        assert heights == [owner + 1 for owner in owners]
+def test_every_row_is_seen_once_and_the_own_ones_first() -> None:
+    behind, before = [[1, 1, 2, 2, 2], [2, 2, 2], []], [[], [0], [0, 1, 1]]
+    for rank, (turned, gathered) in enumerate(run_distributed(_blocks_seen, 3)):
+        assert turned == [((rank + step) % 3, step == 0) for step in range(3)] * 2
+        # However many ranks there are, the others' rows come in two blocks: tiles do not shrink with the ranks.
+        assert gathered == [([rank] * (rank + 1), True), (behind[rank], False), (before[rank], False)]

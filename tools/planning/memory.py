@@ -104,7 +104,7 @@ def stash_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
 def loss_bytes(model: ModelConfig, layout: Layout) -> float:
     """Own rows of both towers and their gradients, one gathered tower, sums and normalisers of all rows, tiles."""
     rows, width, batch = layout.own_rows, model.embed_dim * FP32, layout.global_batch
-    tile = min(GPU_TILE, rows) ** 2 * FP32 * 2
+    tile = min(GPU_TILE, rows) * min(GPU_TILE, batch) * FP32 * 2
     kept = rows * batch * FP32
     gathered = layout.ranks * rows * width
     return 4 * rows * width + gathered + 5 * batch * FP32 + tile + (kept if kept <= KEPT_LOGITS else 0)
