@@ -114,26 +114,29 @@ def build_mesh(tensor: int, pipeline: int, world: Group, *, timeout: timedelta |
         raise LayoutError(f"{len(ranks)} ranks are not a multiple of TP {tensor} x PP {pipeline} = {tensor * pipeline}")
     me = ranks.index(dist.get_rank())
     at = lambda tt, dd, pp: ranks[tt + tensor * (dd + data * pp)]  # noqa: E731
+    t, d, p = me % tensor, me // tensor % data, me // (tensor * data)
 
-    def axis(sets: Sequence[Sequence[int]], options: Any = None) -> Axis:
-        """Create all groups of one kind on every rank (creation is collective) and keep this rank's."""
-        group, _ = dist.new_subgroups_by_enumeration([list(s) for s in sets], timeout=timeout, pg_options=options)
-        own = dist.get_process_group_ranks(group)
+    def axis(members: Sequence[int], options: Any = None) -> Axis:
+        """Only its members create a group, all in the same order of axes: no rank waits for groups of others.
+
+        Otherwise every one of the hundreds of groups of a large job would be a barrier of all its ranks.
+        """
+        own = list(members)
+        group = dist.new_group(own, timeout=timeout, pg_options=options, use_local_synchronization=True)
         return Axis(len(own), own.index(dist.get_rank()), group)
 
-    rows = range
-    pipelines = [[at(tt, dd, i) for i in rows(pipeline)] for tt in rows(tensor) for dd in rows(data)]
+    stages = [at(t, d, pp) for pp in range(pipeline)]
     urgent = priority_options(dist.get_backend(world))
-    pipeline_axis = axis(pipelines, urgent)
+    pipeline_axis = axis(stages, urgent)
     return Mesh(
-        tensor=axis([[at(i, dd, pp) for i in rows(tensor)] for dd in rows(data) for pp in rows(pipeline)]),
-        data=axis([[at(tt, i, pp) for i in rows(data)] for tt in rows(tensor) for pp in rows(pipeline)]),
+        tensor=axis([at(tt, d, p) for tt in range(tensor)]),
+        data=axis([at(t, dd, p) for dd in range(data)]),
         pipeline=pipeline_axis,
-        replica=axis([[at(tt, dd, pp) for pp in rows(pipeline) for tt in rows(tensor)] for dd in rows(data)]),
-        stage=axis([[at(tt, dd, pp) for dd in rows(data) for tt in rows(tensor)] for pp in rows(pipeline)]),
-        alone=axis([[r] for r in ranks]),
+        replica=axis([at(tt, d, pp) for pp in range(pipeline) for tt in range(tensor)]),
+        stage=axis([at(tt, dd, p) for dd in range(data) for tt in range(tensor)]),
+        alone=axis([ranks[me]]),
         world=Axis(len(ranks), me, world),
-        links=_links(pipeline_axis, lambda: axis(pipelines, urgent).group),
+        links=_links(pipeline_axis, lambda: axis(stages, urgent).group),
     )
 
 
