@@ -114,7 +114,9 @@ class Side(Protocol):
 class Ours:
     """The engine on one rank."""
 
-    def __init__(self, workload: Workload, precision: str, *, keep_all: bool, optimizer: str = "adamw"):
+    def __init__(
+        self, workload: Workload, precision: str, *, keep_all: bool, optimizer: str = "adamw", norms: str = "auto"
+    ):
         from engine.config import ParallelConfig, resolve
         from engine.launch import job
         from engine.trainer import Trainer
@@ -132,7 +134,7 @@ class Ours:
         }
         rates = {"lr_vision": RATE, "lr_text": RATE, "layer_decay_vision": 1.0, "layer_decay_text": 1.0}
         optim = rates | {"name": optimizer, "warmup_steps": 0, "clip_grad_norm": CLIP_NORM}
-        model = dataclasses.asdict(workload.model)
+        model = dataclasses.asdict(workload.model) | {"norm_kernel": norms}
         config = resolve({"model": model, "data": {"shards": ["-"]}, "train": train, "optim": optim}, [])
         self.job = job(ParallelConfig())
         mesh, device = self.job.__enter__()
@@ -243,6 +245,7 @@ SIDES: dict[str, Callable[[Workload, str], Side]] = {
     "ours_stash": lambda w, p: Ours(w, p, keep_all=False),
     "plain_checkpoint": lambda w, p: Plain(w, p, checkpointing=True),
     "ours_lamb": lambda w, p: Ours(w, p, keep_all=True, optimizer="lamb"),
+    "ours_compiled": lambda w, p: Ours(w, p, keep_all=True, norms="compiled"),
     "open_clip": OpenClip,
     "gemm": lambda w, p: Gemm(p),
 }

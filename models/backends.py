@@ -17,8 +17,8 @@ from torch import nn
 
 from models.attention import FlashAttention, Kernel, MatmulAttention, SdpaAttention
 from models.config import ModelConfig, ModelConfigError
-from models.norms import NORMS, ApexRMSNorm
-from models.packages import APEX, FLASH_2, FLASH_3, TRANSFORMER_ENGINE, load
+from models.norms import NORMS, ApexRMSNorm, CompiledRMSNorm
+from models.packages import APEX, FLASH_2, FLASH_3, TRANSFORMER_ENGINE, load, require_compiler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,8 @@ def require_kernels(model: ModelConfig, dtype: torch.dtype) -> Choice:
     }
     for package in (package for package, is_asked in asked.items() if is_asked):
         load(package)
+    if choice.norm_kernel == "compiled":
+        require_compiler()
     if choice.attention == "te" and not _te_has_packed_attention():
         raise ModelConfigError(
             f"model.attention=te needs {FLASH_2.name} on this GPU: {_BEFORE_HOPPER}; install: {FLASH_2.install}, or "
@@ -112,7 +114,11 @@ def vision_kernels(model: ModelConfig, layers: range, dtype: torch.dtype) -> Ker
         "flash": partial(FlashAttention, version=2),
         "flash3": partial(FlashAttention, version=3),
     }
-    norms: dict[str, Callable[..., nn.Module]] = {"torch": NORMS[model.vision.norm], "apex": ApexRMSNorm}
+    norms: dict[str, Callable[..., nn.Module]] = {
+        "torch": NORMS[model.vision.norm],
+        "apex": ApexRMSNorm,
+        "compiled": CompiledRMSNorm,
+    }
     column: Kernel = ColumnParallelLinear
     row: Kernel = RowParallelLinear
     settings: dict[str, Any] = {}

@@ -106,7 +106,8 @@ class ModelConfig:
     """Their core attention: auto (the backend's own: sdpa or te; matmul in bf16 on a CPU) | sdpa (torch) | matmul
     (plain products, keeps S x S) | flash (flash-attn 2) | flash3 (flash-attn 3, Hopper) | te (Transformer Engine)."""
     norm_kernel: str = "auto"
-    """Their norms: auto (the backend's own) | torch | apex (fused RMSNorm) | te."""
+    """Their norms: auto (the backend's own) | torch | compiled (RMSNorm fused by torch.compile) | apex (fused RMSNorm)
+    | te."""
     fp8: str = "none"
     """GEMMs of the image tower's blocks: none | current (scaled per tensor; Ada, Hopper) | blockwise (128 x 128
     blocks; Hopper) | mxfp8 (32 elements; Blackwell). models/te.py says what stays bf16, and why no delayed scaling."""
@@ -132,7 +133,7 @@ class ModelConfig:
             )
         _one_of("model.backend", self.backend, ("auto", "local", "transformer_engine"))
         _one_of("model.attention", self.attention, ("auto", "sdpa", "matmul", "flash", "flash3", "te"))
-        _one_of("model.norm_kernel", self.norm_kernel, ("auto", "torch", "apex", "te"))
+        _one_of("model.norm_kernel", self.norm_kernel, ("auto", "torch", "compiled", "apex", "te"))
         _one_of("model.fp8", self.fp8, ("none", *FP8_MULTIPLES))
         blocks = self.fp8_bf16_blocks
         if blocks and (self.fp8 == "none" or not 0 < 2 * blocks < v.depth):

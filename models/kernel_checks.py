@@ -38,9 +38,10 @@ def _check_backend(model: ModelConfig) -> None:
     ]
     if asked and model.backend != "transformer_engine":
         raise ModelConfigError(f"{asked[0]} needs model.backend=transformer_engine, not {model.backend}")
-    if model.norm_kernel == "apex" and model.vision.norm != "rms":
+    if model.norm_kernel in ("apex", "compiled") and model.vision.norm != "rms":
         raise ModelConfigError(
-            f"model.norm_kernel=apex is a fused RMSNorm, but model.vision.norm is {model.vision.norm}: choose torch"
+            f"model.norm_kernel={model.norm_kernel} is a fused RMSNorm, but model.vision.norm is {model.vision.norm}: "
+            "choose torch"
         )
 
 

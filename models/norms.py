@@ -1,6 +1,7 @@
 """Norms of the EVA towers, and the residual form that the post-norm ones fill (paper section 2)."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,12 +42,16 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, inverse = ctx.saved_tensors
-        normed = x * inverse  # fp32: the mean square is
-        scaled = (gradient * weight).float()
-        along = (scaled * normed).mean(-1, keepdim=True)
-        weight_gradient = (gradient * normed.to(weight.dtype)).flatten(0, -2).sum(0)
-        return torch.addcmul(scaled, normed, along, value=-1).mul_(inverse).to(x.dtype), weight_gradient, None
+        return *_norm_backward(gradient, *ctx.saved_tensors), None
+
+
+def _norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the input x and of the gain; inverse: 1 / rms of each row, fp32."""
+    normed = x * inverse  # fp32: the mean square is
+    scaled = (gradient * weight).float()
+    along = (scaled * normed).mean(-1, keepdim=True)
+    weight_gradient = (gradient * normed.to(weight.dtype)).flatten(0, -2).sum(0)
+    return torch.addcmul(scaled, normed, along, value=-1).mul_(inverse).to(x.dtype), weight_gradient
 
 
 class ApexRMSNorm(RMSNorm):
@@ -59,6 +64,56 @@ class ApexRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
         return self.kernel(x, self.weight, self.weight.shape, self.eps)
+
+
+class CompiledRMSNorm(RMSNorm):
+    """The same in two kernels that torch.compile writes, forward and backward, with the sums in front and behind.
+
+    They may round once where the eager norm rounds twice, so in bf16 they are not bit-equal to it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] -> [..., H]."""
+        return _CompiledNorm.apply(x, None, None, self.weight, self.eps)
+
+    def added_to(self, residual: Tensor, branch: Tensor, bias: Tensor | None) -> Tensor:
+        """residual + norm(branch + bias), [..., H]."""
+        return _CompiledNorm.apply(branch, bias, residual, self.weight, self.eps)
+
+
+class _CompiledNorm(torch.autograd.Function):
+    """Keeps what `_RmsNorm` keeps; the compiler's own choice would keep twice as much."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, branch: Tensor, bias: Tensor | None, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> Tensor:
+        out, x, inverse = _compiled(_norm_forward)(branch, bias, residual, weight, eps)
+        ctx.save_for_backward(branch if bias is None else x, weight, inverse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        of_x, of_weight = _compiled(_norm_backward)(gradient, *ctx.saved_tensors)
+        of_bias = of_x.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return of_x, of_bias, gradient if ctx.needs_input_grad[2] else None, of_weight, None
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled at its first call, and once more for all later shapes."""
+    return torch.compile(function)
+
+
+def _norm_forward(
+    branch: Tensor, bias: Tensor | None, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output; input of the norm; 1 / rms of each row, fp32."""
+    x = branch if bias is None else branch + bias
+    inverse = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    normed = (x * inverse).to(weight.dtype) * weight
+    return (normed if residual is None else residual + normed), x, inverse
 
 
 class LayerNorm(nn.LayerNorm):
@@ -110,4 +165,6 @@ class PostNormResidual(nn.Module):
 
     def _add(self, branch_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, _rate: float) -> Tensor:
         branch, bias = branch_and_bias
+        if isinstance(self.norm, CompiledRMSNorm):
+            return self.norm.added_to(residual, branch, bias)
         return residual + self.norm(branch if bias is None else branch + bias)

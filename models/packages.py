@@ -1,9 +1,13 @@
 """The optional packages behind the kernels of the image tower: one import each, and what to do where it is missing."""
 
 import importlib
+import os
+import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import ModuleType
+
+import torch
 
 from models.config import ModelConfigError
 
@@ -62,3 +66,15 @@ def load(package: Package) -> ModuleType:
         raise ModelConfigError(
             f"{package.option} needs {package.name}, which cannot be imported here ({why}); install: {package.install}"
         ) from None
+
+
+def require_compiler() -> None:
+    """Raise ModelConfigError where torch.compile cannot write kernels: Triton's for a GPU, C++ ones for a CPU."""
+    given = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    missing = "" if any(shutil.which(name) for name in given) else f"a C++ compiler ({' or '.join(given)})"
+    if torch.cuda.is_available() and find_spec("triton") is None:
+        missing = "triton (part of torch's CUDA builds)"
+    if missing:
+        raise ModelConfigError(
+            f"model.norm_kernel=compiled needs {missing}, which is not here: install it, or set model.norm_kernel=torch"
+        )

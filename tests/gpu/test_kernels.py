@@ -22,12 +22,13 @@ pytestmark = pytest.mark.gpu
 TE = cases.TE
 KERNEL_TOLERANCE, BF16_TOLERANCE, FP8_TOLERANCE = 1e-2, 6e-2, 0.4
 """As in tests/models/test_backends.py."""
-BF16_KERNELS: list[tuple[str, dict[str, Any], Package, tuple[int, int]]] = [
+BF16_KERNELS: list[tuple[str, dict[str, Any], Package | None, tuple[int, int]]] = [
     ("flash", {"attention": "flash"}, FLASH_2, (8, 0)),
     ("flash3", {"attention": "flash3"}, FLASH_3, (9, 0)),
     ("te-linears", TE | {"attention": "sdpa", "norm_kernel": "torch"}, TRANSFORMER_ENGINE, (8, 0)),
     ("te", TE, TRANSFORMER_ENGINE, (9, 0)),
     ("apex", {"norm_kernel": "apex"}, APEX, (8, 0)),
+    ("compiled", {"norm_kernel": "compiled"}, None, (8, 0)),
 ]
 FP8_CAPABILITY = {"current": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 WIDE = {"width": 1024, "head_width": 128, "mlp_hidden": 5120, "depth": 4}
@@ -54,12 +55,14 @@ def _passes(choice: dict[str, Any], mesh: Mesh, fixture: str) -> dict[str, torch
 @pytest.mark.parametrize(
     ("choice", "fixture"),
     [
-        pytest.param(choice, fixture, marks=gpus(1, package, capability=capability), id=f"{name}-{fixture}")
+        pytest.param(
+            choice, fixture, marks=gpus(1, *filter(None, [package]), capability=capability), id=f"{name}-{fixture}"
+        )
         for name, choice, package, capability in BF16_KERNELS
         for fixture in ARCHITECTURES
         # Flash kernels take head widths in multiples of 8; the other fixtures have 12 and 14.
         if model_of(fixture).vision.head_width % 8 == 0
-        and (choice.get("norm_kernel") != "apex" or model_of(fixture).vision.norm == "rms")
+        and (choice.get("norm_kernel") not in ("apex", "compiled") or model_of(fixture).vision.norm == "rms")
     ],
 )
 def test_a_kernel_agrees_with_torch_in_bf16(choice: dict[str, Any], fixture: str, mesh: Mesh) -> None:

@@ -37,6 +37,7 @@ def _resolve(*options: str) -> Config:
         (["model.attention=flash"], r"attention=flash has kernels for bf16 only, not fp32"),
         (["model.attention=flash3"], r"attention=flash3 has kernels for bf16 only"),
         (["model.norm_kernel=apex", "model.vision.norm=layer"], r"fused RMSNorm, but model\.vision\.norm is layer"),
+        (["model.norm_kernel=compiled", "model.vision.norm=layer"], r"norm_kernel=compiled is a fused RMSNorm, but"),
         ([TE, "model.attention=sdpa", "model.fp8=current"], r"fp8=current needs train\.precision=bf16, not fp32"),
         ([TE, BF16, "model.fp8=current", "train.micro_batch_size=8"], r"multiples of 16 .*72 tokens of a micro-batch"),
         ([TE, BF16, "model.fp8=mxfp8", "train.micro_batch_size=16"], r"multiples of 32 .*144 tokens"),
