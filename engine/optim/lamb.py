@@ -9,15 +9,17 @@ Rules, step t = 1, 2, …, m and v the moments, c1 = 1 - b1^t, c2 = 1 - b2^t, pe
   ratio = clamp(|p| / |u|, trust_min, trust_max), 1 if either norm is 0; p -= lr sqrt(c2) / c1 ratio u.
 - nvlamb (the authors' own class): u = (m / c1) / (sqrt(v) / sqrt(c2) + eps) + wd p; ratio = |p| / |u| where wd > 0
   (everywhere with nvlamb_always_adapt), 1 if either norm is 0.
-- adamw  (Loshchilov, Hutter 2019): u = (m / c1) / (sqrt(v / c2) + eps) + wd p; ratio 1.
+- adamw  (Loshchilov, Hutter 2019): torch's own, fused: one pass over weight, gradient and moments.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
 
 from engine.config import OptimConfig
 from engine.mesh import Axis
@@ -67,6 +69,9 @@ class ShardedOptimizer:
         self.step_count += 1
         self.update_count += 1
         for tower in self.towers:
+            if self.optim.name == "adamw":
+                tower.adamw(self.optim, scale, rates, self.update_count)
+                continue
             updates = tower.direction(self.optim, scale, self.update_count)
             ratios = tower.trust_ratios(updates, self.optim)
             tower.apply(updates, ratios, rates, _step_factor(self.optim, self.update_count))
@@ -103,7 +108,7 @@ class ShardedOptimizer:
 
 def _step_factor(optim: OptimConfig, t: int) -> float:
     """DeepSpeed corrects the bias on the step, the others inside the update."""
-    if optim.name == "lamb" and optim.mode == "paper":
+    if optim.mode == "paper":
         return math.sqrt(1 - optim.betas[1] ** t) / (1 - optim.betas[0] ** t)
     return 1.0
 
@@ -119,6 +124,35 @@ class _TowerState:
         self.second = [torch.zeros_like(w) for w in self.master]
         self.average: list[Tensor] = []
         """Moving average of the master weights; empty where none is kept (engine/optim/ema.py)."""
+
+    def adamw(self, optim: OptimConfig, gradient_scale: float, rates: dict[str, float], t: int) -> None:
+        """The whole update of the owned elements; pieces of one rate and one decay go into one call."""
+        equal: dict[tuple[float, float], list[tuple[Tensor, ...]]] = defaultdict(list)
+        for i, piece in self.shards.owned():
+            group, part = self.groups[piece.tensor], slice(piece.start, piece.stop)
+            flats = (self.master[i], self.shards.shards[i].gradient, self.first[i], self.second[i])
+            equal[rates[group.tower] * group.lr_scale, group.weight_decay].append(tuple(flat[part] for flat in flats))
+        device = self.shards.counted.device
+        for (rate, decay), pieces in equal.items():
+            weights, gradients, first, second = map(list, zip(*pieces, strict=True))
+            torch_adamw(
+                weights,
+                gradients,
+                first,
+                second,
+                [],
+                list(torch.full((len(pieces),), t - 1.0, device=device).unbind()),
+                fused=True,
+                grad_scale=torch.tensor(1 / gradient_scale, device=device),
+                amsgrad=False,
+                beta1=optim.betas[0],
+                beta2=optim.betas[1],
+                lr=rate,
+                weight_decay=decay,
+                eps=optim.eps,
+                maximize=False,
+            )
+        torch._foreach_copy_([shard.weight for shard in self.shards.shards], self.master)
 
     def direction(self, optim: OptimConfig, gradient_scale: float, t: int) -> list[Tensor]:
         """u of every owned element, written over the gradient (no longer needed); moments move on."""
@@ -138,8 +172,6 @@ class _TowerState:
 
     def trust_ratios(self, updates: list[Tensor], optim: OptimConfig) -> list[float]:
         """One ratio a logical tensor, from the norms of the whole tensor."""
-        if optim.name == "adamw":
-            return [1.0] * len(self.groups)
         both = torch.cat([self.shards.squares(self.master), self.shards.squares(updates)])
         weight, update = self.shards.over_holders(both).sqrt().cpu().view(2, -1).tolist()
         tensors = zip(self.shards.tensors, self.groups, weight, update, strict=True)
@@ -175,7 +207,7 @@ def _direction(g: Tensor, m: Tensor, v: Tensor, optim: OptimConfig, scale: float
     b1, b2 = optim.betas
     m.mul_(b1).add_(g, alpha=(1 - b1) * scale)
     v.mul_(b2).addcmul_(g, g, value=(1 - b2) * scale**2)
-    if optim.name == "lamb" and optim.mode == "paper":
+    if optim.mode == "paper":
         torch.div(m, torch.sqrt(v, out=g).add_(optim.eps), out=g)
         return
     # (m / c1) / (sqrt(v) / sqrt(c2) + eps), with both corrections moved to where they cost one scalar

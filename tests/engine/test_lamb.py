@@ -69,10 +69,11 @@ def train(config: Config, mesh: Mesh) -> dict[str, Any]:
     trainer = Trainer(config, mesh, prepare())
     load_weights(trainer.towers, logical("tiny-18b", "weights"))
     ratios = _record_ratios(trainer)
-    seen: dict[str, Any] = {"loss": [], "grad_norm": [], "log_scale": [], "ratios": []}
+    seen: dict[str, Any] = {"loss": [], "grad_norm": [], "log_scale": [], "logit_scale": [], "ratios": []}
     for i in range(STEPS):
         batch = local_batch(batches[f"batch.{i}.images_u8"], batches[f"batch.{i}.text"], mesh)
         outcome = trainer.step(batch)
+        seen["logit_scale"].append(float(outcome.metrics["logit_scale"]))
         trainer.towers.wait_for_weights()
         seen["loss"].append(float(outcome.loss))
         seen["grad_norm"].append(outcome.gradient_norm)
@@ -148,6 +149,9 @@ def test_losses_norms_and_logit_scale(outcome: dict[str, Any], variant: str) -> 
     assert outcome["loss"] == pytest.approx([row["loss"] for row in rows], rel=TOLERANCE)
     assert outcome["grad_norm"] == pytest.approx([row["global_grad_norm"] for row in rows], rel=NORM_TOLERANCE)
     assert outcome["log_scale"] == pytest.approx([row["logit_scale_after"] for row in rows], rel=1e-6)
+    # A record has the scale of its loss: that before the update.
+    before = [math.exp(log_scale) for log_scale in outcome["log_scale"][:-1]]
+    assert outcome["logit_scale"][1:] == pytest.approx(before, rel=1e-6)
 
 
 @pytest.mark.dist
@@ -239,9 +243,10 @@ def test_the_rule_with_weight_decay(rule: str) -> None:
             assert not deviations(whole_weights(trainer), formula.weights, 1e-6)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.05])
-def test_adamw_equals_torch(decay: float) -> None:
-    config = config_of("tiny-18b", *RECIPE, "optim.name=adamw", "optim.clip_grad_norm=0", f"optim.weight_decay={decay}")
+@pytest.mark.parametrize(("decay", "clip"), [(0.0, 0.0), (0.05, 0.1)])
+def test_adamw_equals_torch(decay: float, clip: float) -> None:
+    options = ("optim.name=adamw", f"optim.clip_grad_norm={clip}", f"optim.weight_decay={decay}")
+    config = config_of("tiny-18b", *RECIPE, *options)
     with job(ParallelConfig()) as (mesh, _):
         trainer, batches = _fresh(config, mesh), load_tensors("g5-optim/batches")
         theirs = {name: torch.nn.Parameter(value.clone()) for name, value in whole_weights(trainer).items()}
@@ -259,6 +264,8 @@ def test_adamw_equals_torch(decay: float) -> None:
             for name, entry in zip(theirs, torch_adamw.param_groups, strict=True):
                 theirs[name].grad = gradients[name]
                 entry["lr"] = rates[groups[name].tower] * groups[name].lr_scale
+            if clip:
+                assert torch.nn.utils.clip_grad_norm_(theirs.values(), clip) > 2 * clip
             torch_adamw.step()
             trainer.optimizer.step()
             assert not deviations(whole_weights(trainer), {n: p.detach() for n, p in theirs.items()}, 1e-6)
