@@ -8,7 +8,7 @@
 # TEXT      EVA-02-CLIP-E/14+ in the authors' layout: the start of the caption tower
 # VISION    the start of the image tower: run folder of 1_mim, a checkpoint, or the authors' EVA_18B file
 # RUN_DIR   what the stage writes, on storage that all nodes share
-# NODES     45 nodes of 8 GPUs in the paper. 8 x NODES = 24 x DP, micro-batches a replica: a multiple of 12
+# NODES     45 nodes of 8 GPUs in the paper. DP = NODES, micro-batches a replica: a multiple of 8
 #
 # HEAD_NODE, PORT, JOB_ID, GPUS_PER_NODE, DRY_RUN: examples/launch.sh.
 set -euo pipefail

@@ -8,7 +8,7 @@
 # LAION_COCO   image-text shards of LAION-COCO
 # CLIP         the start of both towers: run folder of 2_clip, or a checkpoint
 # RUN_DIR      what the stage writes, on storage that all nodes share
-# NODES        45 nodes of 8 GPUs in the paper. 8 x NODES = 24 x DP, micro-batches a replica: a multiple of 12
+# NODES        45 nodes of 8 GPUs in the paper. DP = NODES, micro-batches a replica: a multiple of 8
 #
 # HEAD_NODE, PORT, JOB_ID, GPUS_PER_NODE, DRY_RUN: examples/launch.sh.
 set -euo pipefail

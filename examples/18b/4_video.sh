@@ -7,7 +7,7 @@
 # SHARDS    video-text shards: Merged-video, of VideoCC, InternVid and WebVid-10M
 # CLIP      the start of both towers: run folder of 3_clip_full, or a checkpoint
 # RUN_DIR   what the stage writes, on storage that all nodes share
-# NODES     45 nodes of 8 GPUs as in the earlier stages. 8 x NODES = 24 x DP, micro-batches a replica: a multiple of 12
+# NODES     45 nodes of 8 GPUs as in the earlier stages. DP = NODES, micro-batches a replica: a multiple of 8
 #
 # HEAD_NODE, PORT, JOB_ID, GPUS_PER_NODE, DRY_RUN: examples/launch.sh.
 set -euo pipefail

@@ -7,7 +7,7 @@
 # SHARDS    image-text shards of Merged-2B
 # CLIP      the start of both towers at 224 px: run folder of 2_clip, or a checkpoint
 # RUN_DIR   what the stage writes, on storage that all nodes share
-# NODES     48 nodes of 8 GPUs as in the earlier stages. 8 x NODES = 8 x DP, micro-batches a replica: a multiple of 8
+# NODES     48 nodes of 8 GPUs as in the earlier stages. DP = 2 x NODES, micro-batches a replica: a multiple of 4
 #
 # HEAD_NODE, PORT, JOB_ID, GPUS_PER_NODE, DRY_RUN: examples/launch.sh.
 set -euo pipefail

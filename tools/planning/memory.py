@@ -5,10 +5,10 @@ optimizer's fp32 master, m and v of the owned elements (vision over DP, text ove
 - loss: the stash, k kept micro-batches, the gathered embeddings of one tower;
 - captions' backward, before the first gradient arrives: the stash, k kept, the captions of one pass; the last stage
   has it at the end, when stash and kept activations are gone;
-- backprop: the stash, max(k, 1) micro-batches, what a block's backward needs.
+- backprop: the stash, k kept or the chunk that is replayed if that is more, what a block's backward needs.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from models.config import ModelConfig
 from tools.planning.activations import (
@@ -131,8 +131,9 @@ def phase_memory(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, 
     keeps_all = layout.keep >= layout.micro_batches
     text_kept = text_saved_bytes(model, layout.own_rows, layout.element_bytes) if keeps_all else 0
     gradients_of_rows = (layout.local_batch + layout.own_rows) * model.embed_dim * FP32
-    own = own_saved_bytes(model, layout, stage)
-    kept, live = layout.keep * own, max(layout.keep, 1) * own
+    kept = layout.keep * own_saved_bytes(model, layout, stage)
+    # Replays go chunk by chunk, and the kept have freed a chunk of theirs before that of another is replayed.
+    live = max(kept, *(own_saved_bytes(model, layout, chunk) for chunk in _single_chunks(stage)))
     phases = {
         "loss": (kept, text_kept, loss_bytes(model, layout)),
         "text": (0 if stage.has_head else kept, text_kept + _text_pass_bytes(model, layout), gradients_of_rows),
@@ -152,6 +153,20 @@ def phase_memory(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, 
         )
         for phase, (activations, text, loss) in phases.items()
     }
+
+
+def _single_chunks(stage: Stage) -> list[Stage]:
+    """Each chunk of a stage as a stage of its own: a micro-batch is replayed chunk by chunk."""
+    last = len(stage.chunks) - 1
+    return [
+        replace(
+            stage,
+            chunks=(blocks,),
+            has_embedding=stage.has_embedding and number == 0,
+            has_head=stage.has_head and number == last,
+        )
+        for number, blocks in enumerate(stage.chunks)
+    ]
 
 
 def own_saved_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:

@@ -3,19 +3,32 @@
 The same formulas, with what the method may use: block checkpoints and one recomputation (4 forwards), two all-gathers
 of the weights and one reduce-scatter of bf16 gradients a step, both overlapped with compute. Where the pairs of a GPU
 do not fit at once, GradCache (arXiv 2101.06983) cuts them into chunks: encode without grad, then forward and backward a
-chunk, which gathers the weights three times a chunk and, with block checkpoints, runs five forwards.
+chunk, which gathers the weights three times a chunk and, with block checkpoints, runs five forwards. Kernels, and the
+last blocks that work for the tokens that are read (models/last_block.py), are those of the layouts it is compared with.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from models.config import ModelConfig
-from tools.planning.activations import backward_temporary_bytes, block_saved_bytes
+from tools.planning.activations import (
+    block_saved_bytes,
+    micro_batch_saved_bytes,
+    text_saved_bytes,
+    vision_temporary_bytes,
+)
 from tools.planning.cluster import Cluster
 from tools.planning.compute import stage_seconds, text_seconds
-from tools.planning.counts import text_parameters, training_flops, vision_block_parameters, vision_parameters
+from tools.planning.counts import (
+    TRAINING_FORWARDS,
+    executed_flops,
+    text_parameters,
+    training_flops,
+    vision_block_parameters,
+    vision_parameters,
+)
 from tools.planning.estimate import Estimate
-from tools.planning.layout import Layout, Stage, text_blocks
+from tools.planning.layout import Layout, Stage
 from tools.planning.memory import Memory, loss_bytes
 from tools.planning.time import StepTime, input_seconds, loss_seconds, optimizer_seconds
 
@@ -38,7 +51,12 @@ class Zero3:
     @property
     def forwards(self) -> int:
         """Forwards' worth of compute in a step: backward 2, forward 1, recomputation 1, encoding 1."""
-        return 3 + self.checkpoints + (self.chunks > 1)
+        return TRAINING_FORWARDS + self.checkpoints + (self.chunks > 1)
+
+    @property
+    def pairs_at_once(self) -> int:
+        """Pairs of a chunk."""
+        return -(-self.pairs // self.chunks)
 
     @property
     def gathers(self) -> int:
@@ -50,18 +68,24 @@ class Zero3:
         return f"ZeRO-3, {self.pairs} pairs a GPU{chunks}{', block checkpoints' if self.checkpoints else ''}"
 
 
+def _whole_tower(model: ModelConfig, layout: Layout, zero3: Zero3) -> tuple[Layout, Stage]:
+    """A chunk as the micro-batch of a single stage."""
+    whole = Stage(rank=0, chunks=(model.vision.depth,), has_embedding=True, has_head=True)
+    return replace(layout, micro_batch=zero3.pairs_at_once * layout.frames), whole
+
+
 def zero3_memory(model: ModelConfig, layout: Layout, zero3: Zero3) -> Memory:
     """layout: of one tensor rank and one stage, DP over all GPUs."""
     vision, text = model.vision, model.text
-    samples = -(-zero3.pairs // zero3.chunks)
-    tokens = samples * layout.frames * vision.kept_tokens(layout.patch_dropout)
-    one = block_saved_bytes(vision, tokens, element=2)
-    kept = vision.depth * (tokens * vision.width * 2 if zero3.checkpoints else one)
-    live = one if zero3.checkpoints else 0
-    live += backward_temporary_bytes(vision, tokens, element=2, tensor=1, splits_tokens=False)
-    captions = samples * text.context_length
-    caption_block = block_saved_bytes(text_blocks(text), captions, element=2)
-    text_kept = text.depth * (captions * text.width * 2 if zero3.checkpoints else caption_block)
+    one, whole = _whole_tower(model, layout, zero3)
+    if zero3.checkpoints:
+        live = block_saved_bytes(vision, one.packed_tokens(vision), element=layout.element_bytes)
+        kept = vision.depth * one.message_bytes(vision) + live
+        rows = zero3.pairs_at_once * text.context_length
+        text_kept: float = text.depth * rows * text.width * layout.element_bytes
+    else:
+        kept = micro_batch_saved_bytes(model, one, whole)
+        text_kept = text_saved_bytes(model, zero3.pairs_at_once, layout.element_bytes)
     weights, gradients, optimizer = (
         (vision_parameters(model) + text_parameters(model)) * each / layout.ranks for each in STATE_BYTES
     )
@@ -71,7 +95,7 @@ def zero3_memory(model: ModelConfig, layout: Layout, zero3: Zero3) -> Memory:
         gradients=gradients,
         optimizer=optimizer,
         stash=0,
-        activations=kept + live,
+        activations=kept + vision_temporary_bytes(model, one, whole),
         text=text_kept,
         loss=loss_bytes(model, layout),
         buffers=(GATHERED_BLOCKS + 1) * block + zero3.pairs * layout.frames * 3 * vision.image_size**2,
@@ -80,12 +104,12 @@ def zero3_memory(model: ModelConfig, layout: Layout, zero3: Zero3) -> Memory:
 
 def zero3_time(model: ModelConfig, layout: Layout, zero3: Zero3, cluster: Cluster) -> StepTime:
     """Compute of all forwards, and what the gathers and the reduce-scatter take beyond the compute they overlap."""
-    samples = -(-zero3.pairs // zero3.chunks)
-    whole = Stage(rank=0, chunks=(model.vision.depth,), has_embedding=True, has_head=True)
-    one = replace(layout, micro_batch=samples * layout.frames)
+    one, whole = _whole_tower(model, layout, zero3)
     forward, backward = stage_seconds(model, one, whole, cluster.hardware)
-    text_forward, text_backward = text_seconds(model, zero3.pairs, samples, cluster.hardware, layout.element_bytes)
-    again = zero3.forwards - 3
+    text_forward, text_backward = text_seconds(
+        model, zero3.pairs, zero3.pairs_at_once, cluster.hardware, layout.element_bytes
+    )
+    again = zero3.forwards - TRAINING_FORWARDS
     forward_s, backward_s = zero3.chunks * forward, zero3.chunks * backward
     elements = vision_parameters(model) + text_parameters(model)
     blocks = model.vision.depth + model.text.depth
@@ -124,7 +148,8 @@ def best_zero3(
 
 
 def _forms(model: ModelConfig, cluster: Cluster, layout: Layout, pairs: int) -> Iterator[Estimate]:
-    flops = training_flops(model, layout.patch_dropout, layout.frames)
+    counted = training_flops(model, layout.patch_dropout, layout.frames)
+    three_forwards = executed_flops(model, layout.patch_dropout, kept_share=1, frames=layout.frames)
     for chunks in (n for n in range(1, pairs + 1) if pairs % n == 0):
         for checkpoints in (True, False):
             zero3 = Zero3(pairs=pairs, chunks=chunks, checkpoints=checkpoints)
@@ -135,7 +160,7 @@ def _forms(model: ModelConfig, cluster: Cluster, layout: Layout, pairs: int) -> 
                 time=time,
                 cluster=cluster,
                 global_batch=layout.global_batch,
-                model_flops=flops,
-                executed_flops=flops * zero3.forwards / 3,
+                model_flops=counted,
+                executed_flops=three_forwards * zero3.forwards / TRAINING_FORWARDS,
                 images_per_node_s=layout.global_batch * layout.frames / time.total / cluster.nodes,
             )

@@ -37,6 +37,7 @@ class Case:
 
 FAST = [
     Case("first-stage-tp2", 8, 0, (*SHORT, "parallel.tensor=2", "parallel.pipeline=2")),
+    Case("virtual", 8, 0, (*SHORT, "parallel.pipeline=2", "parallel.virtual=2", "train.micro_batch_size=32")),
     Case("clips", 8, 1, (*SHORT, "parallel.pipeline=2", "data.frames=8", "train.global_batch_size=64")),
     Case("8b-full-virtual", 8, 1, (*SHORT, "parallel.pipeline=2", "parallel.virtual=2", "train.recompute=full"), "8b"),
 ]
@@ -45,6 +46,7 @@ SLOW = [
     Case("last-stage-keep", 8, 1, (*SHORT, "parallel.pipeline=2", "train.keep_activations=3")),
     Case("tp2-pp12", 360, 6, (*PAPER, "parallel.tensor=2", "parallel.pipeline=12", "train.micro_batch_size=48")),
     Case("tp1-pp8", 360, 7, (*PAPER, "parallel.pipeline=8", "train.micro_batch_size=50")),
+    Case("recipe", 360, 1, (*PAPER, "parallel.pipeline=8", "parallel.virtual=2", "train.micro_batch_size=50")),
     Case("tp8-pp3", 360, 0, (*PAPER, "parallel.tensor=8", "parallel.pipeline=3", "train.micro_batch_size=48")),
 ]
 

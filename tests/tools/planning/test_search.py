@@ -18,7 +18,7 @@ from tools.planning.layout import Layout, PlanError
 from tools.planning.memory import peak_memory
 from tools.planning.search import Found, Job, candidates, search
 from tools.planning.write import settings
-from tools.planning.zero3 import best_zero3
+from tools.planning.zero3 import Zero3, best_zero3, zero3_memory, zero3_time
 
 ROOT = Path(__file__).resolve().parents[3]
 SMALL = ["--model", "b16", "--gpus", "16", "--gpu", "a100-40", "--global-batch", "4096"]
@@ -76,6 +76,19 @@ def test_zero3_at_full_length_needs_gradcache() -> None:
     half, full = (best_zero3(preset_model("18b"), job("18b", 360).cluster, 108_000, dropout) for dropout in (0.5, 0.0))
     assert half.fits and "GradCache" not in half.name
     assert full.fits and "GradCache" in full.name
+
+
+def test_zero3_computes_and_keeps_what_one_stage_does() -> None:
+    """Kernels and last blocks are the same for both; only who holds the weights differs."""
+    cluster, model = job("18b", 360).cluster, preset_model("18b")
+    layout = Layout(data=360, global_batch=360 * 15, micro_batch=15, keep=1)
+    plain, checkpoints = (Zero3(pairs=15, checkpoints=on) for on in (False, True))
+    stage = estimate(model, layout, cluster)
+    assert zero3_time(model, layout, plain, cluster).compute == pytest.approx(stage.time.compute)
+    assert zero3_memory(model, layout, plain).activations == pytest.approx(stage.memory.activations, rel=1e-6)
+    assert zero3_memory(model, layout, checkpoints).activations < 0.1 * stage.memory.activations
+    found = best_zero3(model, cluster, 108_000, 0.5)
+    assert found.hfu / found.mfu == pytest.approx(0.9836 * 4 / 3, rel=1e-4)  # models/last_block.py
 
 
 def test_clips_cost_what_their_frames_cost() -> None:
