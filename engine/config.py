@@ -1,6 +1,6 @@
 """The training config from YAML plus dotted overrides.
 
-Fields are in engine/config_schema.py, checks in engine/config_checks.py, the phases of a job in engine/phases.py.
+Fields are in engine/config_schema.py, checks in engine/config_*checks.py, the phases of a job in engine/phases.py.
 
 Order of precedence: defaults < model preset < config file < `dotted.key=value` arguments. `load_config` returns the
 resolved tree; what it accepts works together or is refused here, before any process group exists.

@@ -35,6 +35,11 @@ def check_layout(config: Config, world_size: int) -> int:
     require(
         keep <= local, f"train.keep_activations {keep} exceeds the {local} micro-batches of a replica (-1 keeps all)"
     )
+    require(
+        keep < local or not config.train.offload_stash,
+        f"train.offload_stash has nothing to move with train.keep_activations {keep}, all {local} micro-batches of a "
+        "replica: lower it",
+    )
     return data
 
 

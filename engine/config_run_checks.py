@@ -70,9 +70,10 @@ def _check_best(config: Config) -> None:
     """keep_best needs checkpoints, a number that this job measures at each of them, and its better end."""
     best, every, saved = config.checkpoint.keep_best, config.evaluate.every_steps, config.checkpoint.every_steps
     require(saved > 0 or not best, f"checkpoint.keep_best {best} has no effect without checkpoint.every_steps")
+    missing = _not_measured(config)
     require(
-        best not in _not_measured(config),
-        f"checkpoint.keep_best is {best}, which this job does not measure ({_not_measured(config).get(best)})",
+        best not in missing,
+        f"checkpoint.keep_best is {best}, which this job does not measure ({missing.get(best)})",
     )
     require(
         config.checkpoint.keep_best_is == "max" or not _is_accuracy(best),

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from engine.config import ParallelConfig
 from engine.device import Device, order_kernels_by_launch, prepare
-from engine.mesh import Mesh, build_mesh
+from engine.mesh import Mesh, build_mesh, meet
 
 
 @contextmanager
@@ -26,7 +26,8 @@ def job(parallel: ParallelConfig) -> Iterator[tuple[Mesh, Device]]:
         dist.init_process_group(device.backend, timeout=timeout)
     world = dist.distributed_c10d._get_default_group()
     try:
-        yield build_mesh(parallel.tensor, parallel.pipeline, world, timeout=timeout), device
-        dist.barrier(group=world)  # no rank closes its connections while another still uses them
+        mesh = build_mesh(parallel.tensor, parallel.pipeline, world, timeout=timeout)
+        yield mesh, device
+        meet(mesh.world, device.torch_device)  # no rank closes its connections while another still uses them
     finally:
         dist.destroy_process_group()

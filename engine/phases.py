@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.balance import balanced_layers
 from engine.config_checks import check, require
+from engine.config_objective_checks import check_objective
 from engine.config_run_checks import check_run
 from engine.config_schema import Config, PhaseConfig
 from engine.config_tree import load_preset, merged
@@ -120,6 +121,7 @@ def _phase(
 def _settle(config: Config) -> None:
     """Check, and write the list that parallel.layers=balanced stands for: what a run does is in its config.yaml."""
     check(config)
+    check_objective(config)
     check_run(config)
     parallel, model = config.parallel, config.model
     if parallel.layers == "balanced":

@@ -28,7 +28,6 @@ def run_phases(config: Config, mesh: Mesh, device: Device, callbacks: Callbacks)
     the same way.
     """
     plan, run_dir = phase_plan(config), Path(config.run_dir)
-    _check_later_shards(plan[1:], mesh)
     begin: Callable[[], Checkpoint | None] = lambda: choose(config, mesh)  # noqa: E731
     while True:
         phase = _run_next(plan, run_dir, mesh, device, begin, callbacks)
@@ -61,6 +60,7 @@ def _run_next(
     checkpoint = begin()
     done = training_position(checkpoint).step if checkpoint is not None else 0
     phase = next((phase for phase in plan if done < phase.last_step), plan[-1])
+    _check_later_shards(plan[plan.index(phase) + 1 :], mesh)
     trainer = Trainer(phase.config, mesh, device, phase)
     trainer.begin(checkpoint, lock)
     trainer.fit(callbacks(trainer))

@@ -140,7 +140,9 @@ def _rank_main(
             timeout=timedelta(seconds=2 * timeout_s),  # the stack dump comes first: it says more
         )
         torch.save(fn(**kwargs), _result_path(Path(scratch), rank))
-        dist.barrier(group=dist.group.WORLD)  # no rank tears down while another still talks to it
+        # No rank tears down while another still talks to it. Gloo's barrier has disturbed messages that came after
+        # it (engine.mesh.meet): nothing comes after this one.
+        dist.barrier(group=dist.group.WORLD)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

@@ -37,6 +37,20 @@ def _normalised(images: Tensor, dtype: torch.dtype) -> Pixels:
     return lambda rows: normalise(images[rows], dtype)
 
 
+def _as_listed(data: DataConfig, shards: list[str], frames: int) -> DataConfig:
+    """The shards in their order, kept and fetched as the job's are."""
+    return DataConfig(
+        shards=shards,
+        shuffle=False,
+        frames=frames,
+        max_pixels=data.max_pixels,
+        cache_dir=data.cache_dir,
+        cache_gb=data.cache_gb,
+        remote_timeout_s=data.remote_timeout_s,
+        remote_retries=data.remote_retries,
+    )
+
+
 class ShardInput:
     """Pictures and captions of tar shards, in the listed order; pictures squashed to the model's square."""
 
@@ -56,7 +70,7 @@ class ShardInput:
         """max_samples: the first n only; 0: all. frames: of a clip; 1 takes its middle one."""
         self._mesh, self._dtype, self._device = mesh, dtype, device
         self._reader = SampleReader(
-            DataConfig(shards=shards, shuffle=False, frames=frames),
+            _as_listed(config.data, shards, frames),
             image_size=config.model.vision.image_size,
             context_length=config.model.text.context_length,
             seed=0,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.build import DTYPES, Towers
 from engine.config import Config
-from engine.config_checks import block_masks
+from engine.config_objective_checks import block_masks
 from engine.distill import global_masked_count
 from engine.feed import LocalBatch
 from engine.mesh import Mesh
@@ -21,21 +21,31 @@ from engine.rows import own_rows, split_rows
 from engine.timeline import Phases
 from engine.update import StepOutcome, Update
 from models.mim import StudentTower
+from models.vision import VisionTower
 
 
 class MimStep:
     """Steps of one shape on this rank. Collective over the mesh."""
 
-    def __init__(self, config: Config, mesh: Mesh, device: torch.device, towers: Towers, optimizer: ShardedOptimizer):
-        """Loads the teacher. Raises CheckpointError if mim.teacher does not hold it."""
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        device: torch.device,
+        towers: Towers,
+        optimizer: ShardedOptimizer,
+        teacher: VisionTower | None = None,
+    ):
+        """teacher: its tower; None loads it. Raises CheckpointError if mim.teacher does not hold it."""
         self.config, self.mesh, self.device = config, mesh, device
         self.towers, self.optimizer = towers, optimizer
         self.update = Update(towers, optimizer, mesh, config.health)
         self.masks = block_masks(config)
         train, vision = config.train, config.model.vision
-        tower, remarks = load_teacher(config, mesh, device)
-        self.teacher = Teacher(tower, width=teacher_model(config).embed_dim, micro_batch=train.micro_batch_size)
-        self._say(remarks)
+        if teacher is None:
+            teacher, remarks = load_teacher(config, mesh, device)
+            self._say(remarks)
+        self.teacher = Teacher(teacher, width=teacher_model(config).embed_dim, micro_batch=train.micro_batch_size)
         self.local_batch = train.global_batch_size // mesh.data.size
         self.student = [self._runner(chunk) for chunk in towers.vision]
         split = mesh.tensor.size if config.parallel.sequence else 1

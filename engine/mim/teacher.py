@@ -35,22 +35,23 @@ def load_teacher(config: Config, mesh: Mesh, device: torch.device) -> tuple[Visi
 
     Raises CheckpointError: no CLIP image tower of mim.teacher_model.
     """
-    model, path = teacher_model(config), str(config.mim.teacher)
-    with torch.device(device):
-        tower = VisionTower(model, groups=mesh.text_groups(), dtype=_dtype(config))  # groups of this rank alone
-    source = open_source(Path(path), replace(config, model=model, init=InitConfig()), "vision")
+    tower, path = teacher_tower(config, mesh, device), str(config.mim.teacher)
+    source = open_source(Path(path), replace(config, model=teacher_model(config), init=InitConfig()), "vision")
     table = logical_tensors(tower, "vision", 0, 1)
     wanted = {tensor.name: tensor.shape for tensor in table.values()}
     _match(source, wanted, path)
     whole = [(_unsplit(table[name]), parameter) for name, parameter in tower.named_parameters()]
     load_weights(source, set(wanted), whole, mesh)
-    tower.requires_grad_(False).eval()
     remarks = source.remarks if isinstance(source, Resized) else []
     return tower, [f"teacher from {path}: loaded {len(wanted)} tensors", *remarks]
 
 
-def _dtype(config: Config) -> torch.dtype:
-    return DTYPES[config.mim.teacher_precision or config.train.precision]
+def teacher_tower(config: Config, mesh: Mesh, device: torch.device) -> VisionTower:
+    """A frozen tower of mim.teacher_model, its weights not set."""
+    dtype = DTYPES[config.mim.teacher_precision or config.train.precision]
+    with torch.device(device):
+        tower = VisionTower(teacher_model(config), groups=mesh.text_groups(), dtype=dtype)  # groups of this rank alone
+    return tower.requires_grad_(False).eval()
 
 
 def _unsplit(tensor: LogicalTensor) -> LogicalTensor:

@@ -1,6 +1,7 @@
 """Saving: in the background, one at a time, what is kept, what a checkpoint holds."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.callbacks.base import Callback
+from engine.callbacks.base import Callback, RunInfo
 from engine.callbacks.checkpoint import CheckpointCallback
 from engine.callbacks.metrics import METRICS_FILE, MetricsFile, read_metrics
 from engine.checkpoint.errors import CheckpointError
@@ -95,6 +96,21 @@ def test_fit_reports_the_stall_and_gives_the_folder_back(tmp_path: Path, mesh: M
     assert [folder.name for folder in all_checkpoints(tmp_path / "run")] == ["step_00000004", "step_00000006"]
 
 
+class _Unable(Callback):
+    def on_start(self, run: RunInfo) -> None:
+        raise CheckpointError("cannot start")
+
+
+def test_a_callback_that_cannot_start_ends_the_others(tmp_path: Path, mesh: Mesh) -> None:
+    """Their files are closed, the readers are gone, and the folder is given back."""
+    shards = ",".join(make_shards(tmp_path, [16]))
+    trainer = build(job_config(tmp_path / "run", f"data.shards=[{shards}]", "data.workers=0"), mesh)
+    metrics = MetricsFile()
+    with pytest.raises(CheckpointError, match="cannot start"):
+        trainer.fit([metrics, _Unable()])
+    assert metrics._file is not None and metrics._file.closed and trainer.lock is None
+
+
 class _Counter(Callback):
     def __init__(self) -> None:
         self.state: dict[str, Any] = {"count": 3, "best": [1.5, None], "mean": torch.arange(3.0)}
@@ -122,6 +138,15 @@ def test_what_is_kept(tmp_path: Path, mesh: Mesh) -> None:
     assert [f.name for f in all_checkpoints(tmp_path)] == [f"step_{n:08d}" for n in (2, 3, 6, 7, 8)]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000008"
     assert prune(tmp_path, Retention(last=1)) and [f.name for f in all_checkpoints(tmp_path)] == ["step_00000008"]
+
+
+def test_a_number_that_is_not_finite_is_not_the_best(tmp_path: Path, mesh: Mesh) -> None:
+    """Of a step that health skipped, for example; every comparison with NaN is false."""
+    settings = ("checkpoint.every_steps=1", "checkpoint.keep_last=1", "checkpoint.keep_best=score")
+    trainer = build(job_config(tmp_path, *settings), mesh)
+    drive(trainer, callback := callback_of(trainer), 4, score=[math.nan, 0.5, -math.inf, 0.7])
+    callback.saver.wait()
+    assert [f.name for f in all_checkpoints(tmp_path)] == ["step_00000002", "step_00000004"]
 
 
 def test_the_latest_stays_even_if_its_step_is_not_the_highest(tmp_path: Path, mesh: Mesh) -> None:
@@ -158,13 +183,18 @@ def test_a_fresh_run_is_not_mixed_with_an_earlier_one(tmp_path: Path, mesh: Mesh
         ("checkpoint.keep_every_steps=3", "a multiple of checkpoint.every_steps 2"),
         ("checkpoint.keep_best_is=best", "choose min or max"),
         ("checkpoint.keep_last=0", "at least 1"),
+        ("checkpoint.keep_best=loss checkpoint.every_steps=0", "keep_best loss has no effect without checkpoint.every"),
+        ("checkpoint.keep_best=masked_patches", "does not measure .objective=contrastive masks none"),
+        ("checkpoint.keep_best=logit_scale train.logit_scale=9", r"does not measure .train\.logit_scale=9\.0 is fixed"),
+        ("checkpoint.keep_best=i2t_top1", "i2t_top1, where more is better: set checkpoint.keep_best_is=max"),
+        ("checkpoint.keep_best=eval_loss", r"evaluate\.every_steps 0 does not divide checkpoint\.every_steps 2"),
         ("checkpoint.skip=[a]", "needs checkpoint.resume=PATH"),
         ("init.reinit=[a]", "has no effect without init.vision"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        job_config("x", override)
+        job_config("x", *override.split())
 
 
 def test_the_manifest_is_plain_json_with_a_hash_of_itself(tmp_path: Path, mesh: Mesh) -> None:

@@ -17,9 +17,11 @@ from engine.checkpoint.reader import Checkpoint
 from engine.config import Config, ConfigError, ParallelConfig, resolve
 from engine.device import prepare
 from engine.evaluation.on_shards import ClassPrompts
+from engine.evaluation.shards import ShardInput
 from engine.launch import job
 from engine.mesh import build_mesh
 from engine.trainer import Trainer
+from tests.data.http_server import serve
 from tests.data.shard_factory import make_shards
 from tests.distributed import run_distributed
 from tools.evaluate import main as evaluate
@@ -133,6 +135,15 @@ def test_classes_with_plain_templates_are_the_captions(folder: Path, alone: list
         assert scores_of(named[-1])[key] == scores_of(alone[-1])[key]
 
 
+def test_held_out_shards_may_lie_elsewhere(folder: Path, tmp_path: Path) -> None:
+    """They are fetched into the job's data.cache_dir."""
+    pytest.importorskip("aiohttp", reason="the extra `remote` is not installed")
+    config = config_of(str(folder), "remote", f"data.cache_dir={tmp_path}")
+    with job(ParallelConfig()) as (mesh, device), serve(folder) as server:
+        source = ShardInput([f"{server.url}/00001.tar"], config, mesh, torch.float32, device.torch_device)
+        assert [key for block in source.blocks(8) for key in block.keys] == [f"good{n}" for n in range(20, 33)]
+
+
 def test_class_names_must_be_those_of_the_samples() -> None:
     prompts = ClassPrompts(["cat", "dog"], ["{}", "a {}"], 8)
     assert prompts.tokens.shape == torch.Size([4, 8]) and prompts.label("dog") == 1
@@ -148,6 +159,7 @@ def test_class_names_must_be_those_of_the_samples() -> None:
         ("evaluate.shards=[]", "held-out"),
         ("evaluate.every_steps=0", "no effect without evaluate.every_steps"),
         ("evaluate.every_steps=4", "keep_best"),
+        ("checkpoint.keep_best_is=min", "more is better: set checkpoint.keep_best_is=max"),
         ("evaluate.templates=['a photo']", "class name"),
         ("evaluate.templates=['a {}']", "evaluate.classes"),
         ("objective=mim", "captions"),
@@ -161,3 +173,5 @@ def test_refused(override: str, named: str) -> None:
         config_of("x", "y", override, *more)
     with pytest.raises(ConfigError, match=r"evaluate\.ema"):
         config_of("x", "y", "evaluate.ema=true", "optim.ema_decay=0")
+    with pytest.raises(ConfigError, match=r"recall is measured without evaluate\.classes"):
+        config_of("x", "y", "checkpoint.keep_best=eval_recall_at_5", "evaluate.classes=c.txt")

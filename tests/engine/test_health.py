@@ -1,6 +1,7 @@
 """Unsound steps: skipped, rewound or stopped, on every rank alike, counted and never silent."""
 
-import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.config import Config, ConfigError, HealthConfig
-from engine.health import SOUND, Health, UnhealthyStep
+from engine.config import Config
+from engine.health import UnhealthyStep
 from engine.mesh import build_mesh
 from engine.trainer import Trainer
 from tests.checkpoint.jobs import BATCH, alone, build, job_config, run_steps, save
@@ -19,81 +20,6 @@ from tests.golden import deviations
 
 pytestmark = pytest.mark.dist
 
-
-# --- the judge --------------------------------------------------------------------------------------------------------
-
-
-def judge(*steps: tuple[float, float], **settings: Any) -> list[str]:
-    health = Health(HealthConfig(**settings))
-    return [health.judge(loss, norm).action for loss, norm in steps]
-
-
-SPIKES = {"on_spike": "rewind", "window_steps": 3}
-
-
-@pytest.mark.parametrize("bad", [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
-@pytest.mark.parametrize("action", ["stop", "skip", "rewind"])
-def test_what_is_not_finite(bad: tuple[float, float], action: str) -> None:
-    assert judge((1.0, 1.0), bad, (1.0, 1.0), on_nonfinite=action) == ["apply", action, "apply"]
-
-
-def test_a_spike_is_above_the_median_of_the_last_good_steps() -> None:
-    calm = [(1.0, 5.0), (3.0, 1.0), (2.0, 2.0)]  # medians 2 and 2
-    assert judge(*calm, (4.1, 1.0), (3.9, 1.0), loss_factor=2.0, **SPIKES)[3:] == ["rewind", "apply"]
-    assert judge(*calm, (1.0, 6.1), (9.0, 5.9), gradient_factor=3.0, **SPIKES)[3:] == ["rewind", "apply"]
-    # a spike is not a good step: a second one is judged by the same window
-    assert judge(*calm, (5.0, 1.0), (5.0, 1.0), loss_factor=2.0, **SPIKES)[3:] == ["rewind", "rewind"]
-
-
-def test_no_spike_before_the_window_is_full() -> None:
-    assert judge((1.0, 1.0), (1.0, 1.0), (90.0, 1.0), loss_factor=2.0, **SPIKES) == ["apply"] * 3
-
-
-def test_the_problem_names_the_numbers() -> None:
-    health = Health(HealthConfig(loss_factor=2.0, **SPIKES))
-    for _ in range(3):
-        assert health.judge(1.0, 0.5) is SOUND
-    assert health.judge(2.5, 0.5).problem == ("loss 2.5, gradient norm 0.5: loss above 2 x the median 1 of 3 steps")
-
-
-def test_too_many_skips_in_a_row_stop() -> None:
-    bad = (math.nan, 1.0)
-    actions = judge(bad, bad, (1.0, 1.0), bad, bad, bad, on_nonfinite="skip", max_skips=2)
-    assert actions == ["skip", "skip", "apply", "skip", "skip", "stop"]
-
-
-def test_a_resumed_run_judges_as_the_one_it_continues() -> None:
-    settings = HealthConfig(loss_factor=2.0, **SPIKES)
-    first, second = Health(settings), Health(settings)
-    for _ in range(3):
-        first.judge(1.0, 1.0)
-    second.load_state_dict(first.state_dict())
-    assert second.judge(2.5, 1.0) == first.judge(2.5, 1.0) != SOUND
-    assert Health(HealthConfig()).state_dict() == {}
-
-
-@pytest.mark.parametrize(
-    ("override", "named"),
-    [
-        ("health.on_nonfinite=ignore", "stop, skip, rewind"),
-        ("health.on_spike=skip", "set both"),
-        ("health.loss_factor=3", "set both"),
-        ("health.loss_factor=0.5", "above 1"),
-        ("health.window_steps=0", "window_steps"),
-        ("health.max_rewinds=0", "max_rewinds"),
-    ],
-)
-def test_refused(override: str, named: str) -> None:
-    with pytest.raises(ConfigError, match=named):
-        job_config("runs/x", override)
-
-
-def test_a_rewind_needs_checkpoints() -> None:
-    with pytest.raises(ConfigError, match=r"checkpoint\.every_steps"):
-        job_config("runs/x", "health.on_nonfinite=rewind", "checkpoint.every_steps=0")
-
-
-# --- the run ----------------------------------------------------------------------------------------------------------
 
 BAD_STEP = 3
 
@@ -117,11 +43,16 @@ def heal(trainer: Trainer, kept: dict[str, Tensor]) -> None:
             parameter.data.copy_(kept[tensor.name])
 
 
+def own_average(trainer: Trainer) -> list[Tensor]:
+    return [average.clone() for tower in trainer.optimizer.towers for average in tower.average]
+
+
 def summary(trainer: Trainer, losses: list[float]) -> dict[str, Any]:
     position, optimizer = trainer.position, trainer.optimizer
     return {
         "losses": losses,
         "weights": whole_weights(trainer),
+        "average": own_average(trainer),
         "counts": [position.step, position.samples_seen // BATCH, position.skipped_steps, position.rewinds],
         "updates": [position.updates, optimizer.update_count, optimizer.step_count],
     }
@@ -156,7 +87,7 @@ def without(updates_at: list[int], config: Config, mesh) -> dict[str, Any]:
         trainer.position.step = trainer.optimizer.step_count = step
         trainer.position.samples_seen = step * BATCH
         losses += run_steps(trainer, 1)
-    return {"losses": losses, "weights": whole_weights(trainer)}
+    return {"losses": losses, "weights": whole_weights(trainer), "average": own_average(trainer)}
 
 
 SCENARIOS = {"skip": skipping, "rewind": rewinding}
@@ -179,20 +110,31 @@ def test_the_update_is_left_out_and_nothing_else(action: str, tmp_path, capsys: 
         expected = without(EXPECTED[action], job_config(tmp_path / "plain", "optim.ema_decay=0.9"), mesh)
     assert found["losses"][-2:] == expected["losses"][-2:]
     assert all(found["weights"][name].equal(value) for name, value in expected["weights"].items())
+    assert all(one.equal(other) for one, other in zip(found["average"], expected["average"], strict=True))
     assert found["counts"] == [6, 6, *([1, 0] if action == "skip" else [0, 1])]
     updates = len(EXPECTED[action])
     assert found["updates"] == [updates, updates, 6]
     assert f"WARNING: step {BAD_STEP}: loss nan, gradient norm nan: not finite" in warned
 
 
-def run_layouts(folder: str) -> list[dict[str, Any]]:
+def under_way_after_a_stop(config: Config, mesh) -> bool:
+    """Whether weights are still being gathered, which the end of the job's groups would cut off."""
+    trainer = build(config, mesh)
+    poison(trainer)
+    with pytest.raises(UnhealthyStep):
+        run_steps(trainer, 1)
+    return any(group.param_gather_handle for part in trainer.towers.parts for group in part.ddp.bucket_groups)
+
+
+def run_layouts(folder: str) -> list[Any]:
     results = []
     for action, run in SCENARIOS.items():
         for name, overrides in LAYOUTS.items():
             config = scenario(folder, action, f"{action}-{name}", *overrides)
             mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, dist.group.WORLD)
             results.append(run(config, mesh))
-    return results
+    config = scenario(folder, "stop", "stop-dp2")
+    return [*results, under_way_after_a_stop(config, build_mesh(1, 1, dist.group.WORLD))]
 
 
 def test_every_rank_does_the_same(tmp_path) -> None:
@@ -201,7 +143,8 @@ def test_every_rank_does_the_same(tmp_path) -> None:
             action: run(scenario(str(tmp_path), action, f"{action}-1"), mesh) for action, run in SCENARIOS.items()
         }
     names = [(action, layout) for action in SCENARIOS for layout in LAYOUTS]
-    for rank, results in enumerate(run_distributed(run_layouts, 2, folder=str(tmp_path))):
+    for rank, (*results, under_way) in enumerate(run_distributed(run_layouts, 2, folder=str(tmp_path))):
+        assert not under_way
         for (action, layout), found in zip(names, results, strict=True):
             assert found["losses"] == pytest.approx(expected[action]["losses"], rel=1e-5), (action, layout)
             assert (found["counts"], found["updates"]) == (expected[action]["counts"], expected[action]["updates"])
@@ -234,4 +177,48 @@ def test_too_many_rewinds_stop_and_so_does_one_without_a_checkpoint(tmp_path) ->
         run_steps(trainer, 1)
         poison(trainer)
         with pytest.raises(UnhealthyStep, match="after 1 rewinds"):
+            run_steps(trainer, 1)
+
+
+def run_and_save(trainer: Trainer, steps: int) -> Path:
+    run_steps(trainer, steps)
+    return save(trainer)
+
+
+def test_a_rewind_goes_to_what_this_run_saved_or_began_with(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not to a later checkpoint of an attempt that was given up, which the folder still holds."""
+    rewinds = ("health.on_nonfinite=rewind", "health.max_rewinds=9", "checkpoint.keep_last=9")
+    with alone() as mesh:
+        given_up = build(job_config(tmp_path, *rewinds), mesh)
+        began, later = run_and_save(given_up, 1), run_and_save(given_up, 2)
+        given_up.lock.release()
+        trainer = build(job_config(tmp_path, *rewinds, f"checkpoint.resume={began}"), mesh)
+
+        def said_of_a_rewind() -> str:
+            poison(trainer)
+            run_steps(trainer, 1)
+            return capsys.readouterr().err
+
+        expected = whole_weights(trainer)
+        assert later.is_dir() and f"; weights of {began}, " in said_of_a_rewind()
+        assert all(value.equal(expected[name]) for name, value in whole_weights(trainer).items())
+        first, second = run_and_save(trainer, 2), run_and_save(trainer, 1)
+        trainer.recovery.saver.saved = [first, second]  # of one callback, as in a run; save() makes one each
+        assert f"; weights of {second}, " in said_of_a_rewind()
+        (second / "rank_00000.safetensors").unlink()
+        said = said_of_a_rewind()
+        assert f"; weights of {first}, " in said and f"WARNING: {second} is damaged" in said
+        shutil.rmtree(first)  # as retention does
+        said = said_of_a_rewind()
+        assert f"; weights of {began}, " in said and "damaged" not in said
+
+
+def test_a_checkpoint_that_gave_a_part_is_nothing_to_rewind_to(tmp_path) -> None:
+    """The rest would keep the values that the unsound steps gave it."""
+    with alone() as mesh:
+        folder = run_and_save(build(job_config(tmp_path / "first"), mesh), 1)
+        settings = (f"checkpoint.resume={folder}", "checkpoint.reinit=[text.projection.weight]")
+        trainer = build(job_config(tmp_path / "second", "health.on_nonfinite=rewind", *settings), mesh)
+        poison(trainer)
+        with pytest.raises(UnhealthyStep, match=r"to rewind to yet: lower checkpoint\.every_steps 2, or let health"):
             run_steps(trainer, 1)

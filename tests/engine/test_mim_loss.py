@@ -46,6 +46,10 @@ def test_no_masked_patches_on_a_rank_add_nothing() -> None:
     assert float(distillation_loss(torch.empty(0, 4), torch.empty(0, 4), 7)) == 0
 
 
+def test_a_batch_whose_masks_are_all_empty_has_no_loss() -> None:
+    assert float(distillation_loss(torch.empty(0, 4), torch.empty(0, 4), 0)) == 0
+
+
 def _share() -> dict:
     mesh = build_mesh(1, 1, dist.group.WORLD)
     rows = slice(*SHARES[mesh.data.rank])

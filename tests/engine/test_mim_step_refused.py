@@ -20,7 +20,9 @@ from tests.engine.mim_jobs import MODEL, TEACHER, Layout, mim_config
         ("mim.masked_patches=17", r"17 masked patches: a 4 x 4 grid allows 1 to 16"),
         ("mim.min_aspect=0", r"aspect ratio 0\.0"),
         ("mim.teacher_model.vision.patch_size=8", r"student sees 4 x 4 patches .*teacher 7 x 7.*image_size=98"),
-        ("mim.teacher_model.vision.patch_size=9", r"mim: model\.vision\.image_size"),
+        ("mim.teacher_model.vision.patch_size=9", r"mim\.teacher_model: model\.vision\.image_size"),
+        ("mim.teacher_model.fp8=current", r"teacher_model\.fp8 is current: the teacher's passes have any number"),
+        ("mim.teacher_model.attention=flash", r"mim\.teacher_model: model\.attention=flash .* bf16 only, not fp32"),
         ("train.patch_dropout=0.5", r"masks patches and drops none, set it to 0"),
         ("train.keep_activations=1", r"keep_activations=1 has no effect.*1F1B keeps the activations.*remove it"),
         ("train.activation_budget_gb=1", r"activation_budget_gb=1\.0 has no effect.*1F1B"),
@@ -30,6 +32,7 @@ from tests.engine.mim_jobs import MODEL, TEACHER, Layout, mim_config
         ("optim.lr_text=0.1", r"optim\.lr_text=0\.1 has no effect"),
         ("optim.layer_decay_text=1", r"layer_decay_text=1\.0 has no effect"),
         ("init.text=elsewhere", r"init\.text=elsewhere has no effect"),
+        ("checkpoint={keep_best: t2i_top1, every_steps: 1}", r"keep_best is t2i_top1, which this job .*no captions"),
         ("data.frames=2", r"data\.frames 2 needs objective=contrastive"),
     ],
 )

@@ -11,11 +11,12 @@ from engine.callbacks.base import Callback, Record, RunInfo
 from engine.callbacks.checkpoint import CheckpointCallback
 from engine.callbacks.metrics import MetricsFile, read_metrics
 from engine.checkpoint.errors import CheckpointError
+from engine.checkpoint.matching import Exceptions
 from engine.checkpoint.reader import Checkpoint
 from engine.config import Config, ParallelConfig, resolve
 from engine.device import prepare
 from engine.launch import job
-from engine.mesh import build_mesh
+from engine.mesh import build_mesh, meet
 from engine.phases import phase_plan
 from engine.run_phases import run_phases
 from engine.trainer import Trainer
@@ -89,7 +90,7 @@ def run_job(folder: str, run: str, *overrides: str, stop_at: int | None = None) 
     try:
         run_phases(config, mesh, prepare(), callbacks)
     except _Stopped:
-        dist.barrier(group=mesh.world.group)
+        meet(mesh.world, torch.device("cpu"))
         return
     assert stop_at is None
 
@@ -202,6 +203,48 @@ def test_another_layout_goes_on_with_the_same_job(whole: Path, stop: int) -> Non
         assert [record[i] for record in found] == pytest.approx([record[i] for record in expected], rel=2e-5)
     average = checkpoint(whole, f"layouts-{stop}", 8).read_whole(POSITIONS, "average")
     assert deviation(average, checkpoint(whole, "whole", 8).read_whole(POSITIONS, "average")) < 1e-4
+
+
+def test_a_border_crossed_again_takes_back_the_steps_behind_it(whole: Path) -> None:
+    """As a rewind does: the moments of the steps behind the border go, too."""
+    before = checkpoint(whole, "whole", 5)
+    with job(ParallelConfig()) as (mesh, device):
+        phase = phase_plan(config_of(str(whole), "whole"))[2]
+        trainer = Trainer(phase.config, mesh, device, phase)
+        trainer.begin(before, None)
+        trainer.step(local_batch(*random_pairs(phase.config, 0), mesh, start_position=32))
+        towers = trainer.optimizer.towers
+        assert all(moment.any() for tower in towers for moment in (*tower.first, *tower.second))
+        trainer.begin(before, None)
+        assert not any(moment.any() for tower in towers for moment in (*tower.first, *tower.second))
+        assert trainer.optimizer.update_count == 0
+
+
+def test_a_border_leaves_out_what_the_checkpoint_is_told_to(whole: Path) -> None:
+    name = "text.projection.weight"
+    before = Checkpoint(checkpoint(whole, "whole", 5).folder, Exceptions(reinit=[name]))
+    with job(ParallelConfig()) as (mesh, device):
+        phase = phase_plan(config_of(str(whole), "whole"))[2]
+        trainer = Trainer(phase.config, mesh, device, phase)
+        fresh = whole_weights(trainer)
+        trainer.begin(before, None)
+        kept = [key for key, value in whole_weights(trainer).items() if value.equal(fresh[key])]
+        assert kept == [name]
+        assert trainer.recovery.began is None, "a rewind to it would leave that tensor as it is"
+
+
+def test_shards_of_phases_to_come_are_looked_for_at_the_start(whole: Path) -> None:
+    def begin(config: Config) -> None:
+        with job(ParallelConfig()) as (mesh, device):
+            run_phases(config, mesh, device, lambda trainer: [CheckpointCallback(trainer)])
+
+    config = config_of(str(whole), "fresh")
+    config.phases[1].data["sources"][0]["shards"] = [f"{whole}/gone.tar"]
+    with pytest.raises(CheckpointError, match=r"phase 'whole': shard .*gone\.tar .* does not exist"):
+        begin(config)
+    assert not (whole / "fresh" / "checkpoints").exists()
+    config.run_dir = f"{whole}/whole"
+    begin(config)  # what lies behind the run is not needed any more
 
 
 @pytest.mark.slow

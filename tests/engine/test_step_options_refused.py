@@ -45,6 +45,7 @@ def test_a_config_is_refused(options: list[str], message: str) -> None:
     [
         (2, ["parallel.pipeline=2", "parallel.virtual=2", "train.global_batch_size=6"], r"groups of.*2.*replica has 3"),
         (4, ["parallel.pipeline=4", "train.keep_activations=9"], r"keep_activations 9 exceeds the 8 micro-batches"),
+        (2, ["parallel.pipeline=2", "train.offload_stash=true", "train.keep_activations=8"], r"all 8 micro-batches"),
         (4, ["train.keep_activations=3"], r"keep_activations 3 exceeds the 2 micro-batches"),
         (3, ["parallel.pipeline=2"], r"3 ranks cannot be cut.*2.*multiple of 2"),
         (8, ["train.micro_batch_size=4"], r"16 is not a multiple of DP 8 x train\.micro_batch_size 4 = 32"),
