@@ -58,7 +58,9 @@ class Case:
     def options(self) -> list[str]:
         """As dotted overrides."""
         kept = f"keep_activations={self.keep}" if self.budget_gb is None else f"activation_budget_gb={self.budget_gb}"
-        return [f"train.{kept}", f"train.micro_batch_size={self.micro_batch}", f"train.recompute={self.recompute}"]
+        # Captions in parts, or their backward would be the peak where little else is kept.
+        sizes = [f"train.{side}micro_batch_size={self.micro_batch}" for side in ("", "text_")]
+        return [f"train.{kept}", *sizes, f"train.recompute={self.recompute}"]
 
 
 def run(case: Case, options: argparse.Namespace) -> dict[str, Any]:

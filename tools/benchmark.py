@@ -15,8 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data.errors import DataError
+from engine.checkpoint.errors import CheckpointError
 from engine.config import ConfigError
 from engine.exit import leave
+from engine.health import UnhealthyStep
+from models.config import ModelConfigError
 from tools.benchmarking.charts import save_result_picture, save_sweep_picture
 from tools.benchmarking.options import GEMM_SIDE, Options, benchmark_config
 from tools.benchmarking.result import Result, load_result, summary
@@ -174,6 +177,7 @@ def _table(argv: list[str]) -> int:
     return 0
 
 
+_REFUSED = (ConfigError, ModelConfigError, DataError, CheckpointError, UnhealthyStep, OSError, ValueError)
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {"sweep": _sweep, "compare": _compare, "table": _table}
 
 
@@ -184,7 +188,7 @@ def main(argv: list[str]) -> int:
         return 2
     try:
         return _COMMANDS[argv[0]](argv[1:]) if argv[0] in _COMMANDS else _run(argv)
-    except (ConfigError, DataError, OSError, ValueError) as error:
+    except _REFUSED as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
 

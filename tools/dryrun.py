@@ -17,19 +17,18 @@ from engine.balance import stage_layers
 from engine.config import Config, ConfigError, check_layout, check_vocabulary, load_config
 from engine.exit import leave
 from engine.phases import phase_named, phase_plan
+from tools.dryrunning.countable import check_countable
 from tools.planning.hardware import load_hardware
 from tools.planning.layout import PlanError
 
 if TYPE_CHECKING:
     from tools.dryrunning.rank import RankReport
 
-_COUNTED = {
-    "backend": ("local", "auto"),
-    "attention": ("sdpa", "auto"),
-    "norm_kernel": ("torch", "auto"),
-    "fp8": ("none",),
+_LESS = {
+    "contrastive": "or lower train.micro_batch_size, train.keep_activations or train.text_micro_batch_size",
+    "mim": "lower train.micro_batch_size or parallel.virtual, or set train.recompute=full",
 }
-"""Setting of the model -> values that run here."""
+"""Objective -> what else takes less memory."""
 
 
 def main(arguments: list[str]) -> int:
@@ -40,7 +39,7 @@ def main(arguments: list[str]) -> int:
         config = phase.config
         data = check_layout(config, options.world_size)
         check_vocabulary(config)
-        _check_countable(config)
+        check_countable(config)
         ranks = _ranks(config, data, options)
         limit_gb = load_hardware(options.gpu).usable_bytes / 1e9 if options.gpu else options.gpu_memory_gb
     except (ConfigError, DataError, PlanError) as error:
@@ -77,19 +76,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_countable(config: Config) -> None:
-    """Raise ConfigError for what is not run here, so that no number is given for something else."""
-    if config.objective != "contrastive":
-        raise ConfigError(f"the dry run knows the contrastive step, not objective={config.objective}")
-    for key, counted in _COUNTED.items():
-        value = getattr(config.model, key)
-        if value not in counted:
-            raise ConfigError(
-                f"model.{key}={value} needs a GPU and its package; the dry run counts torch's kernels: add "
-                f"model.{key}={counted[0]} (the products, their FLOPs and the traffic are the same)"
-            )
-
-
 def _ranks(config: Config, data: int, options: argparse.Namespace) -> dict[int, list[int]]:
     """Rank to run -> stages that it stands for, where several are wanted."""
     if options.all_stages:
@@ -100,15 +86,18 @@ def _ranks(config: Config, data: int, options: argparse.Namespace) -> dict[int, 
 
 
 def _stages_alike(config: Config, data: int) -> list[list[int]]:
-    """Stages in groups that do the same: the same blocks, both or none of the tower's ends, as many captions."""
+    """Stages in groups that do the same: as many blocks, both or none of the tower's ends, as many samples dealt.
+
+    1F1B holds fewer micro-batches the later the stage: the first of a group has the highest peak.
+    """
     parallel, replica = config.parallel, config.parallel.tensor * config.parallel.pipeline
     blocks = stage_layers(config.model.vision.depth, parallel.pipeline * parallel.virtual, parallel.layers)
-    captions, longer = divmod(config.train.global_batch_size // data, replica)
+    rows, longer = divmod(config.train.global_batch_size // data, replica)
     groups: dict[tuple[object, ...], list[int]] = {}
     for stage in range(parallel.pipeline):
         ends = stage == 0, stage == parallel.pipeline - 1
         lengths = tuple(len(chunk) for chunk in blocks[stage :: parallel.pipeline])
-        groups.setdefault((lengths, ends, captions + (stage * parallel.tensor < longer)), []).append(stage)
+        groups.setdefault((lengths, ends, rows + (stage * parallel.tensor < longer)), []).append(stage)
     return list(groups.values())
 
 
@@ -122,7 +111,8 @@ def _run(config: Config, ranks: dict[int, list[int]], options: argparse.Namespac
     for rank, stages in ranks.items():
         reports.append(dry_run(config, options.world_size, rank, every_micro_batch=options.every_micro_batch))
         if len(stages) > 1:
-            print(f"\nstages {stages[0]} to {stages[-1]} ({len(stages)} of them) do the same:", end="")
+            but = " (later ones with fewer micro-batches in flight)" if config.objective == "mim" else ""
+            print(f"\nstages {stages[0]} to {stages[-1]} ({len(stages)} of them) do the same{but}:", end="")
         print("\n" + to_text(reports[-1]), flush=True)
     if options.json:
         options.json.write_text(json.dumps([to_dict(report) for report in reports], indent=1) + "\n")
@@ -139,8 +129,7 @@ def _check_memory(worst: "RankReport", limit_gb: float | None) -> int:
     largest = worst.peak.parts.most_common(1)[0][0]
     return _fail(
         f"rank {worst.rank} needs {peak_gb:.2f} GB at its peak ({worst.peak_phase}; most of it {largest}), more than "
-        f"the {limit_gb:g} GB that it may take: raise parallel.pipeline or parallel.tensor, or lower "
-        "train.micro_batch_size, train.keep_activations or train.text_micro_batch_size"
+        f"the {limit_gb:g} GB that it may take: raise parallel.pipeline or parallel.tensor, {_LESS[worst.objective]}"
     )
 
 

@@ -247,6 +247,19 @@ def test_stages_that_do_the_same_run_once(recipe: Path, tmp_path: Path, capsys: 
     assert "stages 1 to 2 (2 of them) do the same" in capsys.readouterr().out
 
 
+def test_a_phase_is_a_job_of_its_own(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "numbers.json"
+    phases = "{name: stills, steps: 2}, {name: clips, steps: 2, data: {frames: 2}, train: {patch_dropout: 0.0}}"
+    recipe.write_text(recipe.read_text() + f"checkpoint: {{every_steps: 1}}\nphases: [{phases}]\n")
+    counted = []
+    for options in ([], ["--phase", "clips"]):
+        assert dryrun.main([str(recipe), "--world-size", "2", *options, "--json", str(file)]) == 0
+        counted.append(json.loads(file.read_text())[0]["flops"])
+    assert "job.yaml, phase clips: TP 1" in capsys.readouterr().out
+    assert counted[1]["encode"] > 3 * counted[0]["encode"]  # twice the frames, and 17 tokens instead of 9
+    assert counted[1]["text"] == counted[0]["text"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -268,9 +281,10 @@ def test_what_would_fail_is_refused(
 @pytest.mark.slow
 def test_a_stage_of_the_18b_recipe() -> None:
     recipe = Path(__file__).parents[2] / "examples" / "18b" / "2_clip.yaml"
-    config = load_config(recipe, ["train.micro_batch_size=16", "parallel.virtual=1"])
+    layout = ["parallel.tensor=2", "parallel.pipeline=12", "parallel.virtual=1"]
+    config = load_config(recipe, ["train.micro_batch_size=16", *layout])
     report = dry_run(config, 360, 30 * 6)
-    assert report.vision_parameters == pytest.approx(734.2e6, rel=1e-4)
+    assert report.parameters["vision"] == pytest.approx(734.2e6, rel=1e-4)
     forward, _ = vision_flops(config, 6)
     assert flops_by_part(report)["encode"] == 7200 * forward
     kinds = {(row["axis"], row["kind"]): row for row in traffic_table(report)}

@@ -21,9 +21,11 @@ from engine.mesh import Mesh, build_mesh
 from engine.rows import own_rows
 from engine.trainer import Trainer
 from tests.distributed import run_distributed
+from tests.engine.mim_jobs import Layout, mim_config, pictures_of_step
 from tests.tools.test_dryrun import small
 from tools.dryrunning.memory import Usage
-from tools.dryrunning.rank import RankReport, dry_run, record_step
+from tools.dryrunning.rank import RankReport, dry_run
+from tools.dryrunning.record import record_step
 from tools.dryrunning.report import transfers_of
 
 pytestmark = pytest.mark.dist
@@ -37,19 +39,37 @@ CASES = {
     "pp2-virtual-keep": ("parallel.pipeline=2", "parallel.virtual=2", "train.keep_activations=2"),
     "dp4-learned-text": ("train.logit_scale=null", "train.text_micro_batch_size=3", "train.patch_dropout=0"),
     "tp2-recompute": ("parallel.tensor=2", "train.recompute=full"),
+    "pp2-clips": ("parallel.pipeline=2", "data.frames=2"),
 }
-FAST = ("pp2-tp2",)
-SLOW = tuple(name for name in CASES if name not in FAST)
+MIM_CASES = {
+    "mim-pp2-tp2": Layout(2, 2, 1, 2),
+    "mim-tp2-dp2-nosp": Layout(2, 1, 2, 2, options=("parallel.sequence=false",)),
+    "mim-pp4-uneven-rows": Layout(1, 4, 1, 3, batch=18),
+    "mim-pp2-virtual-bf16": Layout(
+        2, 2, 1, 4, options=("parallel.virtual=2", "train.precision=bf16", "train.recompute=full")
+    ),
+}
+FAST = ("pp2-tp2", "mim-pp2-tp2")
+SLOW = tuple(name for name in (*CASES, *MIM_CASES) if name not in FAST)
 
 
-def whole_captions_batch(config: Config, mesh: Mesh) -> LocalBatch:
-    """Random pixels and captions that fill the context, as the dry run takes them."""
+def config_of(name: str) -> Config:
+    """The job of a case."""
+    return mim_config(MIM_CASES[name], "model.attention=sdpa") if name in MIM_CASES else small(*CASES[name])
+
+
+def real_batch(config: Config, mesh: Mesh) -> LocalBatch:
+    """Random pixels and, where there are any, captions that fill the context, as the dry run takes them."""
+    if config.objective == "mim":
+        return pictures_of_step(config, mesh, 0)
     rows, first = config.train.global_batch_size // mesh.data.size, mesh.data.rank
     text, side = config.model.text, config.model.vision.image_size
     own = own_rows(rows, mesh)
     tokens = torch.randint(1, text.vocab_size - 1, (own.stop - own.start, text.context_length))
     tokens[:, -1] = text.vocab_size - 1
-    images = torch.randint(0, 256, (rows, 3, side, side), dtype=torch.uint8) if mesh.is_first_stage else None
+    clip = (config.data.frames,) if config.data.frames > 1 else ()
+    shape = (rows, *clip, 3, side, side)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8) if mesh.is_first_stage else None
     return LocalBatch(positions=np.arange(first * rows, (first + 1) * rows), images=images, tokens=tokens)
 
 
@@ -58,9 +78,9 @@ def real_steps(names: list[str]) -> list[dict[str, Any]]:
     mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, dist.group.WORLD))
     seen = []
     for name in names:
-        config = small(*CASES[name])
+        config = config_of(name)
         trainer = Trainer(config, mesh(config.parallel.tensor, config.parallel.pipeline), prepare())
-        step, batch = trainer.training_step, whole_captions_batch(config, trainer.mesh)
+        step, batch = trainer.training_step, real_batch(config, trainer.mesh)
         trainer.step(batch)
         recorder = record_step(step, batch, every=True)
         transfers = sum((tally.transfers for tally in recorder.phases.values()), Counter())
@@ -72,7 +92,7 @@ def real_steps(names: list[str]) -> list[dict[str, Any]]:
 @cache
 def dry(name: str, rank: int) -> RankReport:
     """The dry run of a case."""
-    return dry_run(small(*CASES[name]), RANKS, rank)
+    return dry_run(config_of(name), RANKS, rank)
 
 
 def _rows(transfers: Counter) -> list[tuple[Any, ...]]:

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _RESIZING = {"set_", "resize_", "resize_as_"}
@@ -29,7 +30,9 @@ _DONE = _Done()  # torch holds it without keeping the Python object alive
 
 
 class Absent(TorchDispatchMode):
-    """Above a FakeTensorMode: a transfer is done at once, a write has nothing to write, a number that is read is 1."""
+    """Above a FakeTensorMode: a transfer is done at once, a write has nothing to write, a number that is read is 1 and
+    a truth value false. What follows from known values alone (masks from numpy) is computed.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Sees every operator."""
@@ -39,6 +42,9 @@ class Absent(TorchDispatchMode):
         if func.namespace == "c10d":
             work = _DONE.boxed()
             return work if len(func._schema.returns) == 1 else (args[0], work)
+        if _are_known((*args, *kwargs.values())):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
         written = _written_argument(func)
         if written is not None:
             return kwargs[written] if isinstance(written, str) else args[written]
@@ -47,7 +53,21 @@ class Absent(TorchDispatchMode):
         except DataDependentOutputException:
             if func is not _READ:
                 raise
-            return 1.0 if args[0].dtype.is_floating_point else 1
+            return _number(args[0].dtype)
+
+
+def _are_known(args: tuple[Any, ...]) -> bool:
+    """Whether an operator takes tensors, and each of them has values."""
+    given = [value for arg in args for value in (arg if isinstance(arg, list | tuple) else (arg,))]
+    tensors = [value for value in given if isinstance(value, Tensor)]
+    return bool(tensors) and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
+
+
+def _number(dtype: torch.dtype) -> float | int | bool:
+    """What is read. A truncated normal is drawn again while any value is outside: none is."""
+    if dtype == torch.bool:
+        return False
+    return 1.0 if dtype.is_floating_point else 1
 
 
 @cache

@@ -11,35 +11,40 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch import Tensor
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from engine.build import Towers, build_optimizer, build_towers
 from engine.config import Config
-from engine.device import SideStream, prepare
-from engine.feed import LocalBatch
+from engine.device import prepare
 from engine.loss_tiles import DEFAULT_TILE_CUDA
 from engine.mesh import Group, Mesh, build_mesh
+from engine.mim.step import MimStep
+from engine.mim.teacher import teacher_tower
 from engine.optim.lamb import ShardedOptimizer
-from engine.rows import own_rows
-from engine.stash import HostStash
 from engine.step import ContrastiveStep
 from tools.dryrunning.absent import Absent
-from tools.dryrunning.folding import Folding
-from tools.dryrunning.memory import ELSEWHERE, Usage
-from tools.dryrunning.recorder import RecordedPhases, Recorder, Tally
-from tools.dryrunning.stand_in import FoldedChunk
+from tools.dryrunning.countable import models_of
+from tools.dryrunning.memory import Usage
+from tools.dryrunning.record import (
+    TrainingStep,
+    measure_activations,
+    placeholder_batch,
+    record_step,
+    units_in_flight,
+)
+from tools.dryrunning.recorder import Tally
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankReport:
     """What one step is on one rank."""
 
+    objective: str
     rank: int
     tensor: int
     data: int
@@ -47,16 +52,17 @@ class RankReport:
     """Coordinates on the mesh."""
     blocks: list[range]
     """Of the image tower, by chunk."""
-    vision_parameters: int
-    """Elements of this rank's slices."""
-    text_parameters: int
+    parameters: dict[str, int]
+    """Tower -> elements of this rank's slices."""
     micro_batches: int
     keep: int
-    """k, micro-batches that keep their activations."""
+    """k, micro-batches that keep their activations until the loss and are not replayed; 0 where nothing is replayed."""
+    in_flight: int
+    """Units of 1F1B (a micro-batch through a chunk) that wait for their backward at once, at most; 0 without 1F1B."""
     micro_batches_run: int
     """Operator by operator; the others are booked as repetitions."""
     activation_bytes: int
-    """What one micro-batch keeps for its backward."""
+    """What one micro-batch keeps for its backward, in all chunks."""
     peaks: dict[str, Usage]
     """Phase of the step -> highest memory, by category."""
     phases: dict[str, Tally]
@@ -83,24 +89,24 @@ def dry_run(config: Config, world_size: int, rank: int, *, every_micro_batch: bo
     device = prepare().torch_device
     with _fake_ranks(world_size, rank) as world:
         mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, world)
-        # Real tensors come in as well: the kept patches from numpy, the state of the random generator.
+        # Real tensors come in as well: kept and masked patches from numpy, the state of the random generator.
         with FakeTensorMode(allow_non_fake_inputs=True), Absent():
             towers = build_towers(config, mesh, device)
-            optimizer = build_optimizer(config, towers)
-            step = ContrastiveStep(config, mesh, device, towers, optimizer)
-            step.text.trim = lambda tokens: tokens
-            activation_bytes = step.activation_bytes()  # also makes the buffers that stay
-            recorder = record_step(step, placeholder_batch(config, mesh), every=every_micro_batch)
+            step = _build_step(config, mesh, device, towers, build_optimizer(config, towers))
+            batch = placeholder_batch(config, mesh)
+            activation_bytes = measure_activations(step, batch)
+            recorder = record_step(step, batch, every=every_micro_batch)
     return RankReport(
+        objective=config.objective,
         rank=rank,
         tensor=mesh.tensor.rank,
         data=mesh.data.rank,
         stage=mesh.pipeline.rank,
         blocks=[chunk.layers for chunk in towers.vision],
-        vision_parameters=sum(p.numel() for chunk in towers.vision for p in chunk.parameters()),
-        text_parameters=sum(p.numel() for p in towers.text_side.parameters()),
+        parameters=_parameters(step),
         micro_batches=recorder.folding.micro_batches,
         keep=recorder.folding.keep,
+        in_flight=units_in_flight(step.schedule.turns) if isinstance(step, MimStep) else 0,
         micro_batches_run=recorder.folding.running,
         activation_bytes=activation_bytes,
         peaks=recorder.memory.peaks,
@@ -109,39 +115,13 @@ def dry_run(config: Config, world_size: int, rank: int, *, every_micro_batch: bo
     )
 
 
-def record_step(step: ContrastiveStep, batch: LocalBatch, *, every: bool) -> Recorder:
-    """Run one step and see what it does. every: run every micro-batch, as real tensors must. Collective."""
-    shape = step.schedule.shape
-    folding = Folding(micro_batches=shape.micro_batches, keep=shape.keep, every=every)
-    recorder = Recorder(step.mesh, folding)
-    _adopt(recorder, step.towers, step.optimizer, batch)
-    if isinstance(step.schedule.stash, HostStash):
-        step.schedule.stash.side = _HostMemory(recorder, step.device)
-    step.work.vision = [FoldedChunk(chunk, i, recorder) for i, chunk in enumerate(step.vision)]
-    with recorder:
-        step(batch, RecordedPhases(recorder))
-    return recorder
-
-
-def placeholder_batch(config: Config, mesh: Mesh) -> LocalBatch:
-    """A local batch of the right shapes."""
-    rows = config.train.global_batch_size // mesh.data.size
-    own = own_rows(rows, mesh)
-    side, context = config.model.vision.image_size, config.model.text.context_length
-    clip = (config.data.frames,) if config.data.frames > 1 else ()
-    return LocalBatch(
-        positions=np.arange(mesh.data.rank * rows, (mesh.data.rank + 1) * rows),
-        images=torch.zeros(rows, *clip, 3, side, side, dtype=torch.uint8) if mesh.is_first_stage else None,
-        tokens=torch.zeros(own.stop - own.start, context, dtype=torch.int64),
-    )
-
-
 def _as_on_a_gpu(config: Config) -> Config:
     config = copy.deepcopy(config)
     if config.train.loss_tile is None:
         config.train.loss_tile = DEFAULT_TILE_CUDA
-    if config.model.attention == "auto":
-        config.model.attention = "sdpa"
+    for model in models_of(config).values():
+        if model.attention == "auto":
+            model.attention = "sdpa"
     return config
 
 
@@ -155,31 +135,22 @@ def _fake_ranks(world_size: int, rank: int) -> Iterator[Group]:
         dist.destroy_process_group()
 
 
-def _adopt(recorder: Recorder, towers: Towers, optimizer: ShardedOptimizer, batch: LocalBatch) -> None:
-    """What is there before the step."""
-    for part, state in zip(towers.parts, optimizer.towers, strict=True):
-        tower = "text " if part.ddp.module is towers.side else ""
-        _book(recorder, tower + "weights", [buffer.param_data for buffer in part.ddp.buffers])
-        _book(recorder, tower + "gradients", [buffer.grad_data for buffer in part.ddp.buffers])
-        _book(recorder, tower + "optimizer", [*state.master, *state.first, *state.second, *state.average])
-    _book(recorder, "buffers", parallel_state.get_global_memory_buffer().buffer.values())
-    _book(recorder, "batch", [tensor for tensor in (batch.images, batch.tokens) if tensor is not None])
+def _build_step(
+    config: Config, mesh: Mesh, device: torch.device, towers: Towers, optimizer: ShardedOptimizer
+) -> TrainingStep:
+    if config.objective == "mim":
+        return MimStep(config, mesh, device, towers, optimizer, teacher_tower(config, mesh, device))
+    step = ContrastiveStep(config, mesh, device, towers, optimizer)
+    step.text.trim = lambda tokens: tokens
+    return step
 
 
-def _book(recorder: Recorder, category: str, tensors: Iterable[Tensor]) -> None:
-    with recorder.memory.booked_as(category):
-        for tensor in tensors:
-            recorder.memory.see(tensor)
+def _parameters(step: TrainingStep) -> dict[str, int]:
+    vision = _elements(step.towers.vision)
+    if isinstance(step, MimStep):
+        return {"student": vision, "teacher": _elements([step.teacher.tower])}
+    return {"vision": vision, "text": _elements([step.towers.text_side])}
 
 
-class _HostMemory(SideStream):
-    """The stash's host buffers are not the device's memory, although a dry run has them on one and the same CPU."""
-
-    def __init__(self, recorder: Recorder, device: torch.device):
-        super().__init__(device)
-        self.recorder = recorder
-
-    def host_buffer(self, like: Tensor) -> Tensor:
-        """Host memory."""
-        with self.recorder.memory.booked_as(ELSEWHERE):
-            return super().host_buffer(like)
+def _elements(modules: Iterable[nn.Module]) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())

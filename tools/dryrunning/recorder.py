@@ -22,15 +22,23 @@ from tools.dryrunning.folding import Folding
 from tools.dryrunning.memory import MemoryTracker
 
 _CATEGORIES = {
-    "encode": "activations",
-    "replay": "activations",
-    "backward": "activations",
-    "encode_text": "text",
-    "backward_text": "text",
-    "loss": "loss",
-    "exchange": "loss",
+    "contrastive": {
+        "encode": "activations",
+        "replay": "activations",
+        "backward": "activations",
+        "encode_text": "text",
+        "backward_text": "text",
+        "loss": "loss",
+        "exchange": "loss",
+    },
+    "mim": {
+        "forward": "activations",
+        "backward": "activations",
+        "teacher": "teacher",
+        "exchange": "teacher",
+    },
 }
-"""Phase of the step -> whose memory it takes; the rest is temporary."""
+"""Objective -> phase of its step -> whose memory it takes; the rest is temporary."""
 
 
 @dataclass(kw_only=True)
@@ -58,8 +66,9 @@ class _Example:
 class Recorder(TorchDispatchMode):
     """Records one step of this rank."""
 
-    def __init__(self, mesh: Mesh, folding: Folding):
+    def __init__(self, mesh: Mesh, folding: Folding, objective: str):
         super().__init__()
+        self._categories = _CATEGORIES[objective]
         self.memory = MemoryTracker()
         self.phases: dict[str, Tally] = {}
         """What each phase did; phase "" is what lies between the phases."""
@@ -67,7 +76,8 @@ class Recorder(TorchDispatchMode):
         self._traffic = TrafficReader(mesh)
         self._tally = self.phases.setdefault("", Tally())
         self._examples: dict[tuple[str, int, bool], _Example] = {}
-        self._is_after_loss = False
+        self._has_stash = "loss" in self._categories
+        """Until the loss."""
         self._enter("")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -103,14 +113,14 @@ class Recorder(TorchDispatchMode):
             self._enter(outer_phase)
 
     def _book_message(self, transfer: Transfer, args: tuple[Any, ...]) -> None:
-        """What a stage receives is its input before the loss, which it stashes, and a gradient after it."""
+        """What a stage receives before a loss that is a barrier is its input, which it stashes."""
         if transfer.kind == "receive" and transfer.axis == "pipeline":
             for buffer in args[0]:
-                self.memory.move(buffer, "messages" if self._is_after_loss else "stash")
+                self.memory.move(buffer, "stash" if self._has_stash else "messages")
 
     def _enter(self, phase: str) -> None:
-        self._is_after_loss |= phase == "loss"
-        self.memory.enter(phase, _CATEGORIES.get(phase, "temporary"))
+        self._has_stash &= phase != "loss"
+        self.memory.enter(phase, self._categories.get(phase, "temporary"))
 
     def _book(self, phase: str, unit: Unit, left_bytes: int) -> Tally:
         key = (phase, unit.chunk, self.folding.is_kept(unit.micro_batch))

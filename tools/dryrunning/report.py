@@ -8,19 +8,23 @@ from engine.traffic import Transfer
 from tools.dryrunning.rank import RankReport
 from tools.dryrunning.recorder import Tally
 
-_FLOP_PARTS = {
-    "encode": ("encode",),
-    "replay": ("replay",),
-    "backward": ("backward",),
-    "text": ("encode_text", "backward_text"),
-    "loss": ("loss",),
+_FLOP_PARTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "contrastive": {
+        "encode": ("encode",),
+        "replay": ("replay",),
+        "backward": ("backward",),
+        "text": ("encode_text", "backward_text"),
+        "loss": ("loss",),
+    },
+    "mim": {"teacher": ("teacher",), "forward": ("forward",), "backward": ("backward",)},
 }
-"""Row of the table -> phases of the step; the rest is small ("other")."""
+"""Objective -> row of the table -> phases of the step; the rest is small ("other")."""
 
 
 def flops_by_part(report: RankReport) -> dict[str, int]:
-    """FLOPs of one step on this rank; text includes its replay and backward."""
-    named = {part: sum(_flops(report.phases, phases)) for part, phases in _FLOP_PARTS.items()}
+    """FLOPs of one step on this rank; text includes its replay and backward, a backward what is recomputed in it."""
+    parts = _FLOP_PARTS[report.objective]
+    named = {part: sum(_flops(report.phases, phases)) for part, phases in parts.items()}
     return {**named, "other": sum(t.flops for t in report.phases.values()) - sum(named.values())}
 
 
@@ -50,12 +54,13 @@ def to_dict(report: RankReport) -> dict[str, Any]:
     """For --json."""
     peak = report.peak
     return {
-        **{name: getattr(report, name) for name in ("rank", "tensor", "data", "stage")},
+        **{name: getattr(report, name) for name in ("objective", "rank", "tensor", "data", "stage")},
         "blocks": [[chunk.start, chunk.stop] for chunk in report.blocks],
-        "parameters": {"vision": report.vision_parameters, "text": report.text_parameters},
+        "parameters": report.parameters,
         "micro_batches": report.micro_batches,
         "micro_batches_run": report.micro_batches_run,
         "keep_activations": report.keep,
+        "units_in_flight": report.in_flight,
         "activation_bytes_per_micro_batch": report.activation_bytes,
         "peak_bytes": peak.total,
         "peak_phase": report.peak_phase,
@@ -70,14 +75,12 @@ def to_dict(report: RankReport) -> dict[str, Any]:
 def to_text(report: RankReport) -> str:
     """The tables of one rank."""
     blocks = ", ".join(f"{chunk.start}-{chunk.stop - 1}" for chunk in report.blocks)
-    ran = report.micro_batches_run
-    vision, text = (f"{count / 1e6:,.1f} M" for count in (report.vision_parameters, report.text_parameters))
+    parameters = ", ".join(f"{tower} {count / 1e6:,.1f} M" for tower, count in report.parameters.items())
     return "\n".join(
         [
             f"rank {report.rank}: tensor {report.tensor}, data {report.data}, stage {report.stage} (blocks {blocks})",
-            f"  parameters        vision {vision}, text {text}",
-            f"  micro-batches     {report.micro_batches}, {report.keep} of them keep their activations "
-            f"({report.activation_bytes / 1e9:.2f} GB each); {ran} ran, the others repeat them",
+            f"  parameters        {parameters}",
+            f"  micro-batches     {_micro_batches_line(report)}",
             f"  dry run           {report.seconds:.1f} s",
             "",
             *_memory_lines(report),
@@ -86,6 +89,20 @@ def to_text(report: RankReport) -> str:
             "",
             *_traffic_lines(report),
         ]
+    )
+
+
+def _micro_batches_line(report: RankReport) -> str:
+    each = f"{report.activation_bytes / 1e9:.2f} GB"
+    if report.in_flight:
+        units = f"{len(report.blocks)} unit{'s' if len(report.blocks) > 1 else ''} of work"
+        return (
+            f"{report.micro_batches}, each {units}; at most {report.in_flight} units wait for their backward "
+            f"({each} a micro-batch)"
+        )
+    return (
+        f"{report.micro_batches}, {report.keep} of them keep their activations ({each} each); "
+        f"{report.micro_batches_run} ran, the others repeat them"
     )
 
 
