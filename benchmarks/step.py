@@ -6,7 +6,7 @@
 
 The model is EVA-CLIP-18B's shape scaled down (benchmarks/step_sides.py), one thread. Every side lives in a fresh
 process and they take turns within a round: the table holds medians over rounds and their range. `ours` keeps all
-activations, `ours_stash` none (k = 0, micro-batches of 4), `plain_checkpoint` computes every block again in backward;
+activations, `ours_stash` none (k = 0, two micro-batches), `plain_checkpoint` computes every block again in backward;
 `ours_lamb` has the paper's optimizer where all others run AdamW; `ours_compiled` has model.norm_kernel=compiled.
 Before anything is timed, the first losses of ours and plain must agree. A share of the peak is useful operations (3
 forwards) over a large matrix product's rate.

@@ -124,7 +124,8 @@ class Ours:
         self.workload = workload
         train = {
             "global_batch_size": workload.batch,
-            "micro_batch_size": workload.batch if keep_all else workload.micro_batch,
+            # Two micro-batches to replay: about the peak memory of the side that checkpoints every block.
+            "micro_batch_size": workload.batch if keep_all else workload.batch // 2,
             "keep_activations": -1 if keep_all else 0,
             "precision": precision,
             "patch_dropout": DROPOUT,
