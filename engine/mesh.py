@@ -95,8 +95,9 @@ def _collection(*, tp: Group, dp: Group, alone: Group) -> ProcessGroupCollection
 def meet(axis: Axis, device: torch.device) -> None:
     """Wait on the host until every rank of the axis is here. Collective over the axis.
 
-    Not torch's barrier: on gloo, after a few of them, two of thirteen two-rank jobs died in their first steps, with
-    messages of one group delivered to another; none of 41 did without (torch 2.13, measured; the cause is not known).
+    Nothing else may be under way in the axis' group: on gloo, with an all-gather of weights in flight, 4 of about 40
+    two-rank jobs died in their first steps after torch's barrier or after this all-reduce, a message of one collective
+    having met the buffer of another; no other job did (torch 2.13; the cause is not known).
     """
     here = torch.ones(1, device=device)
     dist.all_reduce(here, group=axis.group)

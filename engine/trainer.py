@@ -116,6 +116,7 @@ class Trainer:
             phases = Phases()
             return self.step(batch, phases), phases
         phases = Phases(clock=self.device.clock_s, record_spans=True)
+        self.towers.wait_for_weights()  # no two collectives under way in one group: see `meet`
         meet(self.mesh.world, self.device.torch_device)
         zero_s = self.device.clock_s()
         outcome = self.step(batch, phases)

@@ -92,6 +92,7 @@ def _check_matrix(folder: Path, pairs: list[tuple[str, str]]) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_an_axis_may_change_from_1_to_4_and_back(tmp_path: Path) -> None:
     _check_matrix(tmp_path, QUICK)
 

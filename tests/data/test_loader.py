@@ -123,7 +123,11 @@ def _wait_for_ever(positions: np.ndarray) -> SampleBatch:
 
 
 @pytest.mark.parametrize(
-    ("read", "words"), [(_die, "(killed by signal|exited unexpectedly)"), (_wait_for_ever, "timed out after 1")]
+    ("read", "words"),
+    [
+        (_die, "(killed by signal|exited unexpectedly)"),
+        pytest.param(_wait_for_ever, "timed out after 1", marks=pytest.mark.slow),
+    ],
 )
 def test_a_reader_that_dies_or_stalls_is_an_error(read: Callable[[np.ndarray], SampleBatch], words: str) -> None:
     with (

@@ -38,6 +38,7 @@ def _values(module: PostNormResidual, rows: int, bias: Tensor | None) -> list[Te
     return [out, *torch.autograd.grad((out * weights).sum(), inputs)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not _compiler_is_here(), reason="needs what torch.compile writes kernels with")
 def test_the_compiled_norm_is_the_norm() -> None:
     eager, compiled = _residual(RMSNorm), _residual(CompiledRMSNorm)

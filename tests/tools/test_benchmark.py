@@ -64,6 +64,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_what_two_ranks_measure(tmp_path: Path, alone: Result) -> None:
     of_ranks = run_distributed(_measure_on_ranks, 2, folder=str(tmp_path))
     for name, *trees in zip(LAYOUTS, *of_ranks, strict=True):
