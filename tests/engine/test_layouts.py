@@ -280,6 +280,7 @@ def fit_all_on_shards(folder: str) -> list[list[float]]:
     return [fit_on_shards(case, build_mesh(case.tensor, case.pipeline, world), folder) for case in SHARD_CASES]
 
 
+@pytest.mark.slow  # the quickstart of every CI run is such a run, too
 def test_real_input_gives_the_one_process_curve(tmp_path: Path, outcomes: Outcomes) -> None:
     (tmp_path / "shards").mkdir()
     make_shards(tmp_path / "shards", [13, 20, 30])  # 63 samples: five steps of 16 run into the second epoch
