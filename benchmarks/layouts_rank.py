@@ -14,7 +14,7 @@ from benchmarks.step_sides import DROPOUT, FULL, QUICK, SCALE, Batch, Workload
 from engine.config import Config, check_layout, resolve
 from engine.feed import LocalBatch
 from engine.launch import job
-from engine.mesh import Mesh, meet
+from engine.mesh import Mesh
 from engine.rows import own_rows
 from engine.traffic import AXES, TrafficCounter
 from engine.trainer import Trainer
@@ -37,10 +37,10 @@ def measure(config: Config, workload: Workload, steps: int) -> dict[str, Any]:
         losses, seconds = [], []
         for step in range(1 + steps):
             batch = local_batch(workload, step, mesh)
-            meet(mesh.world, trainer.device.torch_device)
+            trainer.meet()
             start = time.perf_counter()
             losses.append(float(trainer.step(batch).loss))
-            meet(mesh.world, trainer.device.torch_device)
+            trainer.meet()
             seconds.append(time.perf_counter() - start)
         with TrafficCounter(mesh) as traffic:
             trainer.step(local_batch(workload, 1 + steps, mesh))

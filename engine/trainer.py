@@ -109,6 +109,11 @@ class Trainer:
         self.recovery.act(self.health.verdict, self.position, outcome.rates["vision"])
         return outcome
 
+    def meet(self) -> None:
+        """Wait on the host until every rank is here, with its weights. Collective over the mesh."""
+        self.towers.wait_for_weights()  # no two collectives under way in one group: see engine/mesh.py
+        meet(self.mesh.world, self.device.torch_device)
+
     def traced_step(self, batch: LocalBatch) -> tuple[StepOutcome, Phases]:
         """A step whose spans are written if log.timeline_steps asks for it."""
         step = self.position.step
@@ -116,8 +121,7 @@ class Trainer:
             phases = Phases()
             return self.step(batch, phases), phases
         phases = Phases(clock=self.device.clock_s, record_spans=True)
-        self.towers.wait_for_weights()  # no two collectives under way in one group: see `meet`
-        meet(self.mesh.world, self.device.torch_device)
+        self.meet()
         zero_s = self.device.clock_s()
         outcome = self.step(batch, phases)
         place = {"tensor": self.mesh.tensor.rank, "pipeline": self.mesh.pipeline.rank, "data": self.mesh.data.rank}

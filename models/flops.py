@@ -8,16 +8,20 @@ from models.config import ModelConfig, VisionConfig
 
 def block_flops(vision: VisionConfig, tokens: int) -> int:
     """One sample of `tokens` tokens through one block of the image tower."""
-    h = vision.width
-    products = 3 if vision.mlp == "swiglu" else 2
-    return 2 * tokens * (4 * h * h + products * h * vision.mlp_hidden) + attention_flops(tokens, h)
+    return _block_flops(vision, tokens, asking=tokens)
 
 
 def last_block_flops(vision: VisionConfig, tokens: int) -> int:
     """The tower's last block, which works for the pooled token alone once it has keys and values (last_block.py)."""
+    return _block_flops(vision, tokens, asking=1)
+
+
+def _block_flops(vision: VisionConfig, tokens: int, asking: int) -> int:
+    """asking: the tokens that go on behind q, k and v."""
     h = vision.width
     products = 3 if vision.mlp == "swiglu" else 2
-    return 2 * (tokens * 3 * h * h + h * h + products * h * vision.mlp_hidden) + attention_flops(tokens, h, queries=1)
+    behind = h * h + products * h * vision.mlp_hidden
+    return 2 * (tokens * 3 * h * h + asking * behind) + attention_flops(tokens, h, queries=asking)
 
 
 def embedding_flops(vision: VisionConfig, tokens: int) -> int:

@@ -133,6 +133,8 @@ class _TowerState:
             flats = (self.master[i], self.shards.shards[i].gradient, self.first[i], self.second[i])
             equal[rates[group.tower] * group.lr_scale, group.weight_decay].append(tuple(flat[part] for flat in flats))
         device = self.shards.counted.device
+        # Without a scale the kernel does not write the gradients back.
+        scale = None if gradient_scale == 1 else torch.tensor(1 / gradient_scale, device=device)
         for (rate, decay), pieces in equal.items():
             weights, gradients, first, second = map(list, zip(*pieces, strict=True))
             torch_adamw(
@@ -143,7 +145,7 @@ class _TowerState:
                 [],
                 list(torch.full((len(pieces),), t - 1.0, device=device).unbind()),
                 fused=True,
-                grad_scale=torch.tensor(1 / gradient_scale, device=device),
+                grad_scale=scale,
                 amsgrad=False,
                 beta1=optim.betas[0],
                 beta2=optim.betas[1],

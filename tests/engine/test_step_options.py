@@ -19,7 +19,7 @@ import torch.distributed as dist
 from engine.config import Config, ParallelConfig, check_layout, resolve
 from engine.device import Device, prepare
 from engine.launch import job
-from engine.mesh import Mesh, build_mesh, meet
+from engine.mesh import Mesh, build_mesh
 from engine.timeline import Phases, write_spans
 from engine.trainer import Trainer
 from tests.distributed import run_distributed
@@ -142,7 +142,7 @@ def _curve(config: Config, mesh: Mesh, device: Device, *, spans_to: str = "", me
     losses = []
     for step in range(STEPS):
         phases = Phases(record_spans=bool(spans_to) and step == STEPS - 1)
-        meet(mesh.world, device.torch_device)
+        trainer.meet()
         zero_s = phases.clock()
         losses.append(float(trainer.step(local_batch(*_pairs(config, step), mesh), phases).loss))
         if phases.record_spans:
