@@ -1,7 +1,5 @@
 """What one step of a job is on one of its ranks: memory, FLOPs and traffic, without a GPU (docs/dryrun.md).
 
-    python -m tools.dryrun CONFIG.yaml --world-size 360 [--rank R | --all-stages] [--phase NAME] …
-
 Runs the engine's own model, schedule, loss and optimizer at full size on tensors without values, in seconds. A job
 that would not start, or not fit, ends with one line that says so and exit status 1.
 """
@@ -12,18 +10,21 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.errors import DataError
 from engine.balance import stage_layers
 from engine.config import Config, ConfigError, check_layout, check_vocabulary, load_config
 from engine.exit import leave
 from engine.phases import phase_named, phase_plan
+from tools.cli import amount, answer, check_file, command_parser, complain, positive
 from tools.dryrunning.countable import check_countable
-from tools.planning.hardware import load_hardware
-from tools.planning.layout import PlanError
+from tools.planning.hardware import load_hardware, profile_names
 
 if TYPE_CHECKING:
     from tools.dryrunning.rank import RankReport
 
+_EXAMPLES = (
+    "python -m tools.dryrun examples/18b/2_clip.yaml --world-size 360 --all-stages --gpu a100-40",
+    "python -m tools.dryrun examples/18b/2_3_4_phases.yaml --world-size 360 --phase video --json video.json",
+)
 _LESS = {
     "contrastive": "or lower train.micro_batch_size, train.keep_activations or train.text_micro_batch_size",
     "mim": "lower train.micro_batch_size or parallel.virtual, or set train.recompute=full",
@@ -34,16 +35,19 @@ _LESS = {
 def main(arguments: list[str]) -> int:
     """Run the command; its exit status."""
     options = _parser().parse_intermixed_args(arguments)
-    try:
-        phase = phase_named(phase_plan(load_config(options.config, options.overrides)), options.phase)
-        config = phase.config
-        data = check_layout(config, options.world_size)
-        check_vocabulary(config)
-        check_countable(config)
-        ranks = _ranks(config, data, options)
-        limit_gb = load_hardware(options.gpu).usable_bytes / 1e9 if options.gpu else options.gpu_memory_gb
-    except (ConfigError, DataError, PlanError) as error:
-        return _fail(str(error))
+    return answer(lambda: _dry_run(options))
+
+
+def _dry_run(options: argparse.Namespace) -> int:
+    phase = phase_named(phase_plan(load_config(options.config, options.overrides)), options.phase)
+    config = phase.config
+    data = check_layout(config, options.world_size)
+    check_vocabulary(config)
+    check_countable(config)
+    ranks = _ranks(config, data, options)
+    limit_gb = load_hardware(options.gpu).usable_bytes / 1e9 if options.gpu else options.gpu_memory_gb
+    if options.json:
+        check_file(options.json)
     parallel = config.parallel
     where = f"{options.config}, phase {phase.name}" if phase.name else options.config
     print(
@@ -54,20 +58,20 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.dryrun", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", help="the YAML of engine.train")
+    parser = command_parser("dryrun", __doc__, _EXAMPLES)
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the YAML of engine.train")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="as for engine.train")
-    parser.add_argument("--world-size", type=int, required=True, help="ranks of the job")
+    parser.add_argument("--world-size", type=positive, required=True, metavar="N", help="ranks of the job")
     parser.add_argument("--phase", default="", metavar="NAME", help="of a config with phases; default: the first")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--rank", type=int, default=0, help="default 0: first stage")
+    which.add_argument("--rank", type=int, default=0, metavar="R", help="rank to run; 0 is on the first stage")
     which.add_argument("--all-stages", action="store_true", help="one rank of each stage that differs from the others")
     limit = parser.add_mutually_exclusive_group()
-    limit.add_argument("--gpu-memory-gb", type=float, metavar="GB", help="refuse a job whose peak is above this")
+    limit.add_argument("--gpu-memory-gb", type=amount, metavar="GB", help="refuse a job whose peak is above this")
     limit.add_argument(
-        "--gpu", help="the same with what a profile of tools.plan leaves to tensors (a100-40, …, or YAML)"
+        "--gpu",
+        metavar="PROFILE",
+        help=f"the same with what a GPU leaves to tensors: {', '.join(profile_names())}, or a YAML file",
     )
     parser.add_argument(
         "--every-micro-batch", action="store_true", help="run them all instead of repeating those that are alike"
@@ -127,15 +131,10 @@ def _check_memory(worst: "RankReport", limit_gb: float | None) -> int:
     if limit_gb is None or peak_gb <= limit_gb:
         return 0
     largest = worst.peak.parts.most_common(1)[0][0]
-    return _fail(
+    return complain(
         f"rank {worst.rank} needs {peak_gb:.2f} GB at its peak ({worst.peak_phase}; most of it {largest}), more than "
         f"the {limit_gb:g} GB that it may take: raise parallel.pipeline or parallel.tensor, {_LESS[worst.objective]}"
     )
-
-
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    return 1
 
 
 if __name__ == "__main__":

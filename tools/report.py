@@ -1,4 +1,4 @@
-"""Compare runs on one page: python -m tools.report RUN_DIR [RUN_DIR ...] [--out FILE.html] [--png FILE.png].
+"""Compare runs on one page.
 
 The page is one self-contained HTML file (charts inline, no script, no outside resource): curves, evaluation,
 config differences and held-out images with their nearest captions. It reads `metrics.jsonl` and, where they
@@ -10,14 +10,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tools.cli import CommandError, answer, check_file, command_parser
 from tools.reporting.charts import PALETTE
 from tools.reporting.page import render
 from tools.reporting.picture import save_picture
 from tools.reporting.runs import load_runs
 
+_EXAMPLES = (
+    "python -m tools.report runs/quickstart",
+    "python -m tools.report runs/a runs/b --out compared.html --png compared.png",
+)
+
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.report", description="Compare training runs on one page.")
+    parser = command_parser("report", __doc__, _EXAMPLES)
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="folder with a metrics.jsonl")
     parser.add_argument("--out", type=Path, metavar="FILE.html", help="the page; default: report.html in the first run")
     parser.add_argument("--png", type=Path, metavar="FILE.png", help="also write one picture")
@@ -27,19 +33,22 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report; the exit code is 1, after one line on standard error, if it cannot be made."""
     arguments = _arguments(argv)
-    try:
-        if len(arguments.run_dirs) > len(PALETTE):
-            raise ValueError(f"{len(arguments.run_dirs)} runs; at most {len(PALETTE)} can be told apart on a page")
-        runs = load_runs(arguments.run_dirs)
-        page = arguments.out or arguments.run_dirs[0] / "report.html"
-        page.write_text(render(runs), encoding="utf-8")
-        print(page)
-        if arguments.png is not None:
-            save_picture(runs, arguments.png)
-            print(arguments.png)
-    except (OSError, ValueError) as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 1
+    return answer(lambda: _report(arguments), ValueError)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    if len(arguments.run_dirs) > len(PALETTE):
+        raise CommandError(f"{len(arguments.run_dirs)} runs; at most {len(PALETTE)} can be told apart on a page")
+    runs = load_runs(arguments.run_dirs)
+    page = arguments.out or arguments.run_dirs[0] / "report.html"
+    for file in (page, arguments.png):
+        if file is not None:
+            check_file(file)
+    page.write_text(render(runs), encoding="utf-8")
+    print(page)
+    if arguments.png is not None:
+        save_picture(runs, arguments.png)
+        print(arguments.png)
     return 0
 
 

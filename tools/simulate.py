@@ -1,9 +1,6 @@
 """Simulate a contrastive step: when each stage computes and waits, how long the step takes, its bubble, its picture.
 
-From numbers:
-  python -m tools.simulate --stages 12 --micro-batches 450 --encode-ms 20 [--chunks 2] [--keep 30] [--png FILE] …
-From a config, on the planner's hardware (tools/planning/hardware):
-  python -m tools.simulate CONFIG.yaml [dotted.key=value …] --world-size 360 --gpu a100-40 [--phase NAME] [--png FILE] …
+Durations come from the options, or from a config on the planner's hardware.
 """
 
 import argparse
@@ -13,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from engine.config import ConfigError, load_config
+from engine.config import load_config
 from engine.phases import phase_named, phase_plan
+from tools.cli import CommandError, answer, check_file, command_parser
 from tools.planning.cluster import Cluster
 from tools.planning.hardware import load_hardware, profile_names
-from tools.planning.layout import PlanError, layout_of
+from tools.planning.layout import layout_of
 from tools.planning.simulate import CollectiveCosts, Simulation, StageCosts, bubble_bound, durations_of, simulate
 from tools.planning.stage_costs import planned_collectives, planned_schedule, planned_stages
 from tools.planning.step_program import Schedule
@@ -26,35 +24,43 @@ from tools.timeline_picture import save_picture
 from tools.timeline_spans import StepTimeline
 from tools.timeline_trace import save_trace
 
+_EXAMPLES = (
+    "python -m tools.simulate examples/18b/2_clip.yaml --world-size 360 --gpu a100-40 --png step.png",
+    "python -m tools.simulate --stages 12 --micro-batches 450 --encode-ms 20 --chunks 2 --keep 30",
+)
 _COLLECTIVES = ("exchange", "loss", "reduce", "optimizer", "gather_weights")
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.simulate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("simulate", __doc__, _EXAMPLES)
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="a training config")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="its overrides")
     of_config = parser.add_argument_group("from a config")
-    of_config.add_argument("--world-size", type=int, default=0, metavar="N", help="ranks of the job")
+    of_config.add_argument("--world-size", type=int, default=0, metavar="N", help="ranks of the job, needed")
     of_config.add_argument("--gpu", default="", metavar="PROFILE", help=f"{', '.join(profile_names())}, or a YAML file")
     of_config.add_argument("--nodes-of", type=int, default=8, metavar="N", help="GPUs of a node (%(default)s)")
     of_config.add_argument("--phase", default="", metavar="NAME", help="of a config with phases; default: the first")
     numbers = parser.add_argument_group("from numbers")
-    numbers.add_argument("--stages", type=int, metavar="P")
-    numbers.add_argument("--micro-batches", type=int, metavar="M")
+    numbers.add_argument("--stages", type=int, metavar="P", help="pipeline stages, needed")
+    numbers.add_argument("--micro-batches", type=int, metavar="M", help="of a replica and step, needed")
     numbers.add_argument("--chunks", type=int, default=1, metavar="V", help="virtual stages a rank holds")
     numbers.add_argument("--keep", type=int, default=0, metavar="K", help="micro-batches that are not replayed")
-    numbers.add_argument("--encode-ms", type=float, help="forward of a micro-batch through a stage, all its chunks")
-    numbers.add_argument("--replay-ms", type=float, help="default: as encode")
-    numbers.add_argument("--backward-ms", type=float, help="default: twice encode")
-    numbers.add_argument("--encode-text-ms", type=float, default=0.0, help="all captions of a rank")
-    numbers.add_argument("--backward-text-ms", type=float, default=0.0)
-    numbers.add_argument("--message-mb", type=float, default=0.0, help="activations between stages, 10^6 bytes")
-    numbers.add_argument("--bandwidth-gb-s", type=float, default=math.inf, help="between stages; default: no limit")
-    numbers.add_argument("--latency-us", type=float, default=0.0, help="of a message")
+    numbers.add_argument("--encode-ms", type=float, metavar="MS", help="forward through all chunks of a stage, needed")
+    numbers.add_argument("--replay-ms", type=float, metavar="MS", help="default: as encode")
+    numbers.add_argument("--backward-ms", type=float, metavar="MS", help="default: twice encode")
+    numbers.add_argument("--encode-text-ms", type=float, default=0.0, metavar="MS", help="all captions of a rank")
+    numbers.add_argument("--backward-text-ms", type=float, default=0.0, metavar="MS", help="the same, their backward")
+    numbers.add_argument(
+        "--message-mb", type=float, default=0.0, metavar="MB", help="activations between stages, 10^6 bytes"
+    )
+    numbers.add_argument(
+        "--bandwidth-gb-s", type=float, default=math.inf, metavar="GB", help="between stages; default: no limit"
+    )
+    numbers.add_argument("--latency-us", type=float, default=0.0, metavar="US", help="of a message")
     for phase in _COLLECTIVES:
-        numbers.add_argument(f"--{phase.replace('_', '-')}-ms", type=float, default=0.0, help="once a step, not hidden")
+        numbers.add_argument(
+            f"--{phase.replace('_', '-')}-ms", type=float, default=0.0, metavar="MS", help="once a step, not hidden"
+        )
     both = parser.add_argument_group("both")
     both.add_argument("--png", type=Path, metavar="FILE", help="draw the timeline")
     both.add_argument("--trace", type=Path, metavar="FILE.json", help="write it for Perfetto")
@@ -65,7 +71,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _from_numbers(arguments: argparse.Namespace) -> Simulation:
     missing = [name for name in ("stages", "micro_batches", "encode_ms") if getattr(arguments, name) is None]
     if missing:
-        raise ValueError(f"give a CONFIG.yaml, or numbers: --{missing[0].replace('_', '-')} is missing")
+        raise CommandError(f"give a CONFIG.yaml, or numbers: --{missing[0].replace('_', '-')} is missing")
     schedule = Schedule(
         stages=arguments.stages,
         micro_batches=arguments.micro_batches,
@@ -94,7 +100,7 @@ def _chunks(stage_ms: float, schedule: Schedule) -> tuple[float, ...]:
 
 def _from_config(arguments: argparse.Namespace) -> Simulation:
     if arguments.world_size < 1 or not arguments.gpu:
-        raise ValueError("a config needs --world-size and --gpu")
+        raise CommandError("a config needs --world-size and --gpu")
     plan = phase_plan(load_config(arguments.config, arguments.overrides))
     phase = phase_named(plan, arguments.phase)
     if phase.name:
@@ -132,18 +138,21 @@ def drawable(timeline: StepTimeline) -> StepTimeline:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the simulated step; the exit code is 1, after one line on standard error, if that cannot be done."""
     arguments = _arguments(argv)
-    try:
-        simulation = _from_config(arguments) if arguments.config else _from_numbers(arguments)
-        timeline = drawable(simulation.timeline)
-        if arguments.png:
-            save_picture(timeline, arguments.title, arguments.png)
-        if arguments.trace:
-            save_trace(timeline, arguments.trace)
-    except (OSError, ValueError, ConfigError, PlanError) as error:
-        print(f"simulate: {error}", file=sys.stderr)
-        return 1
+    return answer(lambda: _simulate(arguments), ValueError)
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    files = [file for file in (arguments.png, arguments.trace) if file is not None]
+    for file in files:
+        check_file(file)
+    simulation = _from_config(arguments) if arguments.config else _from_numbers(arguments)
+    timeline = drawable(simulation.timeline)
+    if arguments.png:
+        save_picture(timeline, arguments.title, arguments.png)
+    if arguments.trace:
+        save_trace(timeline, arguments.trace)
     print(report(simulation))
-    for file in filter(None, (arguments.png, arguments.trace)):
+    for file in files:
         print(file)
     return 0
 

@@ -1,4 +1,4 @@
-"""Draw a recorded step: python -m tools.timeline RUN_DIR [--step N] [--png FILE] [--trace FILE.json].
+"""Draw a recorded step, one row a rank, and print how each rank spent it.
 
 Reads RUN_DIR/timeline, which a run with log.timeline_steps=[N] writes; makes a Gantt chart (one row a rank, coloured by
 phase), a trace for Perfetto or chrome://tracing, and a table of how each rank spent the step.
@@ -9,13 +9,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tools.cli import answer, check_file, command_parser
 from tools.timeline_picture import save_picture
 from tools.timeline_spans import COMMUNICATION, COMPUTE, StepTimeline, read_step
 from tools.timeline_trace import save_trace
 
+_EXAMPLES = (
+    "python -m tools.timeline runs/quickstart",
+    "python -m tools.timeline runs/18b --step 100 --png step.png --trace step.json",
+)
+
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.timeline", description="Draw the phases of a recorded step.")
+    parser = command_parser("timeline", __doc__, _EXAMPLES)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of a run with log.timeline_steps set")
     parser.add_argument("--step", type=int, metavar="N", help="recorded step (0-based); default: the last one")
     parser.add_argument("--png", type=Path, metavar="FILE", help="default: RUN_DIR/timeline/step_N.png")
@@ -38,15 +44,17 @@ def table(timeline: StepTimeline) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write picture and trace; the exit code is 1, after one line on standard error, if that cannot be done."""
     arguments = _arguments(argv)
-    try:
-        timeline = read_step(arguments.run_dir, arguments.step)
-        stem = arguments.run_dir / "timeline" / f"step_{timeline.step:06d}"
-        png, trace = arguments.png or stem.with_suffix(".png"), arguments.trace or stem.with_suffix(".json")
-        save_picture(timeline, arguments.run_dir.resolve().name, png)
-        save_trace(timeline, trace)
-    except (OSError, ValueError) as error:
-        print(f"timeline: {error}", file=sys.stderr)
-        return 1
+    return answer(lambda: _draw(arguments))
+
+
+def _draw(arguments: argparse.Namespace) -> int:
+    timeline = read_step(arguments.run_dir, arguments.step)
+    stem = arguments.run_dir / "timeline" / f"step_{timeline.step:06d}"
+    png, trace = arguments.png or stem.with_suffix(".png"), arguments.trace or stem.with_suffix(".json")
+    for file in (png, trace):
+        check_file(file)
+    save_picture(timeline, arguments.run_dir.resolve().name, png)
+    save_trace(timeline, trace)
     print(f"step {timeline.step}: {timeline.seconds * 1e3:.1f} ms")
     print(table(timeline))
     print(png)

@@ -8,6 +8,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from tools.cli import CommandError
+
 COMPUTE = ("encode", "encode_text", "teacher", "forward", "replay", "backward", "backward_text", "loss", "optimizer")
 COMMUNICATION = ("exchange", "reduce", "gather_weights")
 WAIT = "wait"
@@ -92,16 +94,16 @@ def read_step(run_dir: Path, step: int | None = None) -> StepTimeline:
     """The recording of `step` (None: the last step that every rank recorded). Raises ValueError in one clear line."""
     files = sorted((run_dir / "timeline").glob("rank_*.jsonl"))
     if not files:
-        raise ValueError(f"{run_dir}/timeline has no rank_*.jsonl: train with log.timeline_steps=[STEP] first")
+        raise CommandError(f"{run_dir}/timeline has no rank_*.jsonl: train with log.timeline_steps=[STEP] first")
     recordings = {file: dict(_recordings(file)) for file in files}
     complete = set.intersection(*(set(steps) for steps in recordings.values()))
     if step is None:
         if not complete:
-            raise ValueError(f"no step in {run_dir}/timeline is recorded by all {len(files)} ranks; did the run end?")
+            raise CommandError(f"no step in {run_dir}/timeline is recorded by all {len(files)} ranks; did the run end?")
         step = max(complete)
     missing = [file.stem for file, steps in recordings.items() if step not in steps]
     if missing:
-        raise ValueError(
+        raise CommandError(
             f"step {step} is not recorded by {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}; "
             f"recorded by all ranks: {sorted(complete) or 'none'}"
         )
@@ -137,7 +139,9 @@ def _parse(file: Path, number: int, text: str) -> tuple[dict[str, int], Span]:
             chunk=entry.get("chunk"),
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}, line {number}: not a span of a timeline ({type(error).__name__}: {error})") from None
+        raise CommandError(
+            f"{file}, line {number}: not a span of a timeline ({type(error).__name__}: {error})"
+        ) from None
     if span.stop_s < span.start_s:
-        raise ValueError(f"{file}, line {number}: the span ends at {span.stop_s} before it starts at {span.start_s}")
+        raise CommandError(f"{file}, line {number}: the span ends at {span.stop_s} before it starts at {span.start_s}")
     return place, span

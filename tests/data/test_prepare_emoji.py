@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ def test_held_out_combinations_are_new_but_their_parts_are_not() -> None:
 
 
 def _run(out: Path, *extra: str) -> dict:
-    prepare_emoji.main(["--out", str(out), "--size", "20", "--shards", "2", *extra])
+    assert prepare_emoji.main(["--out", str(out), "--size", "20", "--shards", "2", *extra]) == 0
     return json.loads((out / "stats.json").read_text())
 
 
@@ -66,11 +67,19 @@ def test_a_second_run_only_works_for_other_arguments(tmp_path: Path) -> None:
     assert shard.read_bytes() != first[0]
     _run(tmp_path, "--limit", "40")
     assert shard.read_bytes() == first[0]
+    shard.unlink()
+    _run(tmp_path, "--limit", "40")
+    assert shard.read_bytes() == first[0]
 
 
-def test_too_small_a_limit_is_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"^tools.prepare_emoji: .*raise --limit"):
-        _run(tmp_path, "--limit", "1")
+def _refused(out: Path, capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    assert prepare_emoji.main(["--out", str(out), "--size", "20", "--shards", "2", *arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_too_small_a_limit_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert re.match(r"error: .*raise --limit", _refused(tmp_path, capsys, "--limit", "1"))
 
 
 def _centre(image: Image.Image) -> np.ndarray:
@@ -115,6 +124,7 @@ def test_clips_read_back_as_frames(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("extra", "message"), [(("--clips", "1"), "at least 2"), (("--motions", "9"), "1 to 8")])
-def test_clips_without_motion_are_refused(tmp_path: Path, extra: tuple[str, str], message: str) -> None:
-    with pytest.raises(SystemExit, match=message):
-        _run(tmp_path, "--clips", "4", *extra)
+def test_clips_without_motion_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture, extra: tuple[str, str], message: str
+) -> None:
+    assert message in _refused(tmp_path, capsys, "--clips", "4", *extra)

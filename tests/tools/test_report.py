@@ -330,7 +330,7 @@ def test_what_cannot_be_read_is_one_clear_line(tmp_path, capsys, name, content, 
     (run_dir / name).unlink() if content is None else (run_dir / name).write_text(content)
     assert main([str(run_dir)]) == 1
     error = capsys.readouterr().err
-    assert message in error and error.startswith("report: ") and error.count("\n") == 1
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
     assert not (run_dir / "report.html").exists()
 
 

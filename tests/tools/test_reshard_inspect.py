@@ -1,6 +1,8 @@
 """tools.reshard and tools.inspect: same tensors in other files, streamed; what is in a checkpoint and what differs."""
 
+import json
 import shutil
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,11 +108,41 @@ def test_inspect_says_what_is_there(trained: Path, capsys) -> None:
     assert inspect.main([str(trained), "--verify", "--tensors"]) == 0
     said = capsys.readouterr().out
     for wanted in (
-        "training", "step 2, samples seen 32", "tensor 1, pipeline 1, data 1", "megatron-core", "moment2: ",
-        "weight/vision.head.projection.bias  [16] F32  1 parts in rank_00000.safetensors",
+        "training", "step 2, samples seen 32", "tensor 1, pipeline 1, data 1", "megatron-core",
         "sizes and hashes of all files are those of the manifest", "sha256",
     ):  # fmt: skip
         assert wanted in said, wanted
+    lines = [line.split() for line in said.splitlines()]
+    assert ["vision.depth", "5"] in lines
+    assert ["weight/vision.head.projection.bias", "[16]", "F32", "1", "rank_00000.safetensors"] in lines
+    assert [line[0] for line in lines if line[3:] == ["F32"]] == ["weight", "moment1", "moment2"]
+
+
+def test_inspect_lists_the_largest_difference_first(trained: Path, tmp_path: Path, capsys) -> None:
+    """Also where a value is not finite, and where a difference is below what fp32 can subtract."""
+    other = shutil.copytree(trained, tmp_path / "other")
+    changed = {"text.norm.bias": 0.25, "vision.head.norm.weight": 3.0, "text.norm.weight": float("nan")}
+    for name, value in changed.items():
+        _overwrite(other, f"weight/{name}", value)
+    assert inspect.main([str(trained), "--diff", str(other)]) == 1
+    said = capsys.readouterr().out.partition("difference to")[2]
+    found = [line.split()[0] for line in said.splitlines() if "max abs" in line]
+    assert found == ["weight/text.norm.weight", "weight/vision.head.norm.weight", "weight/text.norm.bias"]
+
+
+def _overwrite(checkpoint: Path, key: str, value: float) -> None:
+    """Set the first element of a tensor in its file; the manifest's hash is wrong from now on."""
+    stored = Checkpoint(checkpoint).manifest.tensors[key]
+    path = checkpoint / stored.parts[0].file
+    content = bytearray(path.read_bytes())
+    header = int.from_bytes(content[:8], "little")
+    start = json.loads(content[8 : 8 + header])[_entry(content, header, key)]["data_offsets"][0]
+    content[8 + header + start : 8 + header + start + 4] = struct.pack("<f", value)
+    path.write_bytes(content)
+
+
+def _entry(content: bytearray, header: int, key: str) -> str:
+    return next(name for name in json.loads(content[8 : 8 + header]) if name == key)
 
 
 def test_inspect_measures_differences(trained: Path, tmp_path: Path, mesh: Mesh, capsys) -> None:
@@ -124,5 +156,5 @@ def test_inspect_measures_differences(trained: Path, tmp_path: Path, mesh: Mesh,
     capsys.readouterr()
     assert inspect.main([str(trained), "--diff", str(save(run))]) == 1
     said = capsys.readouterr().out
-    assert "weight/text.norm.bias: max abs 5.000e-01" in said and said.count("max abs") == 1
+    assert "weight/text.norm.bias  max abs 5.000e-01" in said and said.count("max abs") == 1
     assert before < 0.5

@@ -20,7 +20,9 @@ def launch(arguments: Sequence[str], ranks: int, *, threads: int | None, timeout
 
     threads: CPU threads of a rank; None: OMP_NUM_THREADS if it is set, else the cores shared out.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    # --local-addr: all ranks are on this host, whose name need not resolve.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    command.append(f"--nproc-per-node={ranks}")
     process = subprocess.Popen(
         [*command, "-m", "tools.benchmark", *arguments],
         env=_environment(ranks, threads),
@@ -57,7 +59,7 @@ def _environment(ranks: int, threads: int | None) -> dict[str, str]:
     given = {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
         "OMP_WAIT_POLICY": "PASSIVE",  # waiting threads and ranks leave their core to the others
-        "GLOO_SOCKET_IFNAME": "lo",  # all ranks are on this host, whose name need not resolve
+        "GLOO_SOCKET_IFNAME": "lo",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     }
     # Started where the caller is: paths of its overrides (data.shards) are relative to that.

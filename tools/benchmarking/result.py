@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tools.cli import CommandError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
@@ -92,7 +94,7 @@ def load_result(path: Path) -> Result:
         tree = json.loads(path.read_text(encoding="utf-8"))
         return Result(**{**tree, "step_s": Spread(**tree["step_s"])})
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not a result of tools.benchmark ({type(error).__name__}: {error})") from None
+        raise CommandError(f"{path} is not a result of tools.benchmark ({type(error).__name__}: {error})") from None
 
 
 def summary(result: Result) -> str:

@@ -9,6 +9,7 @@ from engine.config import ConfigError, TrainConfig
 from tools.benchmarking.launch import launch
 from tools.benchmarking.options import Options, benchmark_config, read_config
 from tools.benchmarking.result import Result, load_result
+from tools.cli import CommandError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,8 @@ class Outcome:
     point: Point
     result: Result | None = None
     failure: str = ""
+    refused: bool = False
+    """The config does not admit the point: it was not started."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +68,10 @@ class Sweep:
     def run(self, points: list[Point]) -> Iterator[Outcome]:
         """Measure every point; one that fails does not end the sweep."""
         for point in points:
-            failure = self._refused(point) or self._launch(point)
+            refusal = self._refused(point)
+            failure = refusal or self._launch(point)
             if failure:
-                yield Outcome(point=point, failure=failure)
+                yield Outcome(point=point, failure=failure, refused=refusal is not None)
             else:
                 yield Outcome(point=point, result=load_result(self._folder(point) / "result.json"))
 
@@ -105,7 +109,7 @@ def points_of(
     """
     fewest = min(ranks)
     if weak and (uneven := [n for n in ranks if global_batch * n % fewest]):
-        raise ValueError(
+        raise CommandError(
             f"weak scaling: {uneven[0]} ranks would have a batch of {global_batch} x {uneven[0]} / {fewest}, no whole "
             "number: make train.global_batch_size (the batch of the fewest ranks) a multiple of them"
         )

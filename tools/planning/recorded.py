@@ -8,6 +8,7 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 
 from engine.pipeline import Unit
+from tools.cli import CommandError
 from tools.planning.simulate import Durations
 from tools.planning.step_program import Schedule
 from tools.timeline_spans import COMMUNICATION, WAIT, Row, Span, StepTimeline
@@ -23,7 +24,7 @@ def schedule_of(timeline: StepTimeline) -> Schedule:
     rows = stage_rows(timeline)
     encoded = [span for span in rows[0].spans if span.phase == "encode"]
     if not encoded:
-        raise ValueError("the recording has no encode spans: it is not of a contrastive step")
+        raise CommandError("the recording has no encode spans: it is not of a contrastive step")
     micro_batches = 1 + max(span.micro_batch or 0 for span in encoded)
     replayed = [{span.micro_batch for span in row.spans if span.phase == "replay"} for row in rows]
     return Schedule(

@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 
 from engine.callbacks.metrics import METRICS_FILE, RUN_FILE, read_metrics
+from tools.cli import CommandError
 
 T = TypeVar("T")
 EVALUATION_PREFIX = "eval_"
@@ -137,7 +138,7 @@ def _load_run(run_dir: Path, *, name: str) -> Run:
         raise FileNotFoundError(f"{metrics} does not exist; give the run_dir of a training run")
     records = read_metrics(metrics)
     if not records:
-        raise ValueError(f"{metrics} has no finished step yet; the report needs at least one")
+        raise CommandError(f"{metrics} has no finished step yet; the report needs at least one")
     config = _read(run_dir / "config.yaml", yaml.safe_load)
     return Run(
         name=name,
@@ -157,9 +158,9 @@ def _read(path: Path, parse) -> dict[str, Any] | None:
     try:
         content = parse(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise CommandError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a mapping, not a {type(content).__name__}")
+        raise CommandError(f"{path} must hold a mapping, not a {type(content).__name__}")
     return content
 
 
@@ -177,7 +178,7 @@ def _samples(path: Path) -> list[Sample]:
             for entry in content["samples"]
         ]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a predictions file: {error!r}; run tools.evaluate again") from error
+        raise CommandError(f"{path} is not a predictions file: {error!r}; run tools.evaluate again") from error
 
 
 def _png(encoded: str) -> bytes:
@@ -185,9 +186,9 @@ def _png(encoded: str) -> bytes:
     try:
         data = base64.b64decode(encoded, validate=True)
     except binascii.Error as error:
-        raise ValueError(f"an image is not base64: {error}") from error
+        raise CommandError(f"an image is not base64: {error}") from error
     if not data.startswith(_PNG_SIGNATURE):
-        raise ValueError("an image is not a PNG")
+        raise CommandError("an image is not a PNG")
     return data
 
 

@@ -1,0 +1,133 @@
+"""What all commands share: outputs are looked at before the work, one line says what is refused, help is complete."""
+
+import importlib
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tools.cli import CommandError, answer, check_file, check_folder, progress
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ["plan", "dryrun", "simulate", "timeline", "benchmark", "benchmark sweep", "benchmark compare"]
+COMMANDS += ["benchmark table", "report", "reshard", "inspect", "prepare_emoji"]
+QUICKSTART = str(ROOT / "examples" / "quickstart" / "train.yaml")
+WRITERS = {
+    "plan": ["--model", "b16", "--gpus", "8", "--gpu", "h100", "--global-batch", "1024", "--write"],
+    "dryrun": [QUICKSTART, "--world-size", "4", "--json"],
+    "simulate": ["--stages", "2", "--micro-batches", "4", "--encode-ms", "1", "--png"],
+    "prepare_emoji": ["--out"],
+    "benchmark": [QUICKSTART, "parallel.tensor=1", "parallel.pipeline=1", "--out"],
+    "benchmark sweep": [QUICKSTART, "--ranks", "1", "--out"],
+}
+"""Command -> arguments of work that takes long, up to the place of its result."""
+
+
+@contextmanager
+def _full_disk() -> Iterator[None]:
+    """No file can grow beyond 1 KiB: a write fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def _refused(check, path: Path) -> str:
+    with pytest.raises(CommandError) as refused:
+        check(path)
+    assert "\n" not in str(refused.value) and str(path) in str(refused.value)
+    return str(refused.value)
+
+
+def test_a_place_that_takes_no_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a file").write_text("")
+    assert "is a folder where a file is to be written" in _refused(check_file, tmp_path)
+    assert f"mkdir -p '{tmp_path}/no folder'" in _refused(check_file, tmp_path / "no folder" / "x.json")
+    assert "a file is a file" in _refused(check_file, tmp_path / "a file" / "x.json")
+    assert "a file is a file" in _refused(check_folder, tmp_path / "a file" / "runs" / "x")
+    assert "a file is a file" in _refused(check_folder, tmp_path / "a file")
+    for check in (check_file, check_folder):
+        assert "cannot be written" in _refused(check, Path("/proc/x"))  # a file system that takes no files
+        with _full_disk():
+            assert "File too large" in _refused(check, tmp_path / "x")
+        with pytest.raises(CommandError, match=r"1000000000\.00 GB are needed"):
+            check(tmp_path / "x", 10**18)
+
+
+def test_a_good_place_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text("old")
+    check_file(tmp_path / "old.json")
+    check_file(tmp_path / "new.json")
+    check_file(Path("/dev/null"))
+    check_folder(tmp_path)
+    check_folder(tmp_path / "runs" / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["old.json"]
+    assert (tmp_path / "old.json").read_text() == "old"
+
+
+def test_what_is_refused_is_one_line_and_faults_are_not(capsys: pytest.CaptureFixture) -> None:
+    def fail(error: BaseException) -> int:
+        raise error
+
+    errors = [CommandError("no"), FileNotFoundError(2, "No such file or directory", "x.json"), KeyboardInterrupt()]
+    assert [answer(lambda error=error: fail(error)) for error in errors] == [1, 1, 130]
+    lines = ["error: no", "error: x.json: No such file or directory", "error: interrupted"]
+    assert capsys.readouterr().err.splitlines() == lines
+    assert answer(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        answer(lambda: fail(ZeroDivisionError("a fault")))
+
+
+def test_progress_is_quiet_where_nobody_looks(capfd: pytest.CaptureFixture) -> None:
+    with progress("reading", 10, "files") as done:
+        for _ in range(10):
+            done(1)
+    assert capfd.readouterr() == ("", "")
+
+
+def _main(command: str) -> Callable[[list[str]], int]:
+    """The command in this process: importing torch again for each takes longer than what is tested."""
+    name, *rest = command.split()
+    package = importlib.import_module(f"tools.{name}")
+    module = importlib.import_module(f"tools.{name}.__main__") if hasattr(package, "__path__") else package
+    return lambda arguments: module.main([*rest, *arguments])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_everything(command: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        _main(command)(["--help"])
+    said = capsys.readouterr()
+    assert (ended.value.code, said.err) == (0, "")
+    assert said.out.startswith(f"usage: python -m tools.{command} ")
+    options, examples = said.out.split("\nexamples:\n")
+    assert len([line for line in examples.splitlines() if f"-m tools.{command}" in line]) >= 2
+    entries = re.split(r"\n  (?=\S)", options.partition("\noptions:\n")[2])
+    assert entries and all(re.search(r"(  |\n +)\S", entry) for entry in entries), "an option without its meaning"
+    assert "default: None" not in options and "default: False" not in options
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_an_output_that_cannot_be_written_is_found_before_the_work(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert _main(command)([*WRITERS[command], str(tmp_path / "file" / "out")]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
+    assert "is a file" in said.err
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "tools.plan", *WRITERS["plan"][:-1], "--json"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
