@@ -16,6 +16,7 @@ import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from hashlib import blake2b
 from typing import BinaryIO
 
 import numpy as np
@@ -42,6 +43,7 @@ _PLACES = dict.fromkeys((*_IMAGE_SUFFIXES, *_CLIP_SUFFIXES), Place.IMAGE) | {
 _FRAME = re.compile(rf"(\d+)\.(?:{'|'.join(_IMAGE_SUFFIXES)})")
 _ABSENT = -1
 _BLOCK_BYTES = 512
+_DIGESTED_TEXT_BYTES = 64 * 1024
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +64,8 @@ class ShardIndex:
     """int64 [n + 1]: sample i has the frames frame_starts[i] ... frame_starts[i + 1] - 1."""
     truncated: bool
     """The tar ends early or is damaged; `spans` holds what came before."""
+    digest: int
+    """Hash (64 bits) of all keys, member sizes and text: what `data/fingerprint.py` compares."""
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -113,10 +117,28 @@ def build_index(stream: BinaryIO, name: str) -> ShardIndex:
         _log.warning("%s is truncated or damaged: the %d samples up to the damage are used", name, len(samples))
     if ignored:
         _log.warning("%s: %d second images, captions or frames of a sample are ignored", name, ignored)
-    return _to_arrays(samples, truncated)
+    return _to_arrays(samples, truncated, _digest(samples, stream))
 
 
-def _to_arrays(samples: dict[str, _Members], truncated: bool) -> ShardIndex:
+def _digest(samples: dict[str, _Members], stream: BinaryIO) -> int:
+    """The hash of every sample's key, of the size of each member in its place, and of the text itself (captions and
+    metadata, the first 64 KiB of a member). Where the members lie does not count, so a shard that is packed again is
+    the same shard; pictures count by their size alone, for hashing them would read the whole shard.
+    """
+    digest = blake2b(digest_size=8)
+    for key, sample in samples.items():
+        sizes = [size if offset != _ABSENT else _ABSENT for offset, size in sample.spans]
+        frames = sorted((number, size) for number, (_, size) in sample.frames.items())
+        digest.update(repr((key, sizes, frames)).encode(errors="surrogateescape"))
+        for place in (Place.CAPTION, Place.METADATA):
+            offset, size = sample.spans[place]
+            if offset != _ABSENT:
+                stream.seek(offset)
+                digest.update(stream.read(min(size, _DIGESTED_TEXT_BYTES)))
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _to_arrays(samples: dict[str, _Members], truncated: bool, digest: int) -> ShardIndex:
     frames = [[sample.frames[number] for number in sorted(sample.frames)] for sample in samples.values()]
     return ShardIndex(
         keys=np.array([key.encode(errors="surrogateescape") for key in samples], dtype=np.bytes_),
@@ -124,6 +146,7 @@ def _to_arrays(samples: dict[str, _Members], truncated: bool) -> ShardIndex:
         frames=np.array([span for of_sample in frames for span in of_sample], dtype=np.int64).reshape(-1, 2),
         frame_starts=np.cumsum([0, *map(len, frames)], dtype=np.int64),
         truncated=truncated,
+        digest=digest,
     )
 
 

@@ -3,7 +3,7 @@
 An index is cached as `SHARD.index.npz` beside its shard, or in `data.cache_dir` where that folder cannot be
 written and for remote shards. It is valid for one size and mtime of the shard and one format version, and is
 written to a temporary name and renamed: readers that build it at the same time do no harm.
-`shards.counts.npz` (tools.index_shards) holds the sample counts of a whole folder, so that a run over 200,000
+`shards.counts.npz` (tools.index_shards) holds sample counts and digests of a whole folder, so that a run over 200,000
 shards starts with one small read instead of opening every index.
 """
 
@@ -13,7 +13,7 @@ import os
 import secrets
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,10 +24,19 @@ from data.storage import Storage
 
 T = TypeVar("T")
 COUNTS_FILE = "shards.counts.npz"
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 _log = logging.getLogger(__name__)
+
+
+class Tally(NamedTuple):
+    """What is known of a shard without its index."""
+
+    samples: int
+    """Number of samples in the shard."""
+    digest: int
+    """`ShardIndex.digest`."""
 
 
 class IndexStore:
@@ -38,27 +47,33 @@ class IndexStore:
         self._storage = storage
         self._loaded: Lru[int, ShardIndex] = Lru(max_loaded, self._load)
         self._expected: np.ndarray | None = None  # known once all are counted
-        self.counts = self._expected = self._count_all()
+        tallies = self._tally_all()
+        self.counts = self._expected = np.array([tally.samples for tally in tallies], dtype=np.int64)
         """int64 [shards]: samples of each shard."""
+        self.digests = np.array([tally.digest for tally in tallies], dtype=np.uint64)
+        """uint64 [shards]: `ShardIndex.digest` of each shard."""
 
-    def _count_all(self) -> np.ndarray:
-        tables: dict[str, dict[str, tuple[int, int, int]]] = {}
-        counts = np.empty(len(self._shards), dtype=np.int64)
+    def _tally_all(self) -> list[Tally]:
+        tables: dict[str, dict[str, tuple[tuple[int, int], Tally]]] = {}
+        tallies = []
         for number, shard in enumerate(self._shards):
             folder, _, name = shard.rpartition("/")
             if folder not in tables:
                 tables[folder] = _read_counts(folder, self._storage)
-            counts[number] = self._count(number, tables[folder].get(name))
-        return counts
+            tallies.append(self._tally(number, tables[folder].get(name)))
+        return tallies
 
-    def _count(self, number: int, entry: tuple[int, int, int] | None) -> int:
+    def _tally(self, number: int, entry: tuple[tuple[int, int], Tally] | None) -> Tally:
         shard = self._shards[number]
         if entry is not None:
-            size, mtime_ns, count = entry
-            if self._storage.stamp(shard) in (None, (size, mtime_ns)):
-                return count
-        cached = _from_cache(shard, self._storage, lambda cache: int(cache["count"]))
-        return len(self._loaded[number]) if cached is None else cached
+            stamp, tally = entry
+            if self._storage.stamp(shard) in (None, stamp):
+                return tally
+        cached = _from_cache(shard, self._storage, lambda cache: Tally(int(cache["count"]), int(cache["digest"])))
+        if cached is not None:
+            return cached
+        index = self._loaded[number]
+        return Tally(len(index), index.digest)
 
     def _load(self, number: int) -> ShardIndex:
         index = load_index(self._shards[number], self._storage)
@@ -119,6 +134,7 @@ def _read_index(cache: Mapping[str, np.ndarray]) -> ShardIndex:
         frames=cache["frames"],
         frame_starts=cache["frame_starts"],
         truncated=bool(cache["truncated"]),
+        digest=int(cache["digest"]),
     )
 
 
@@ -129,6 +145,7 @@ def _write_index(shard: str, storage: Storage, index: ShardIndex, stamp: np.ndar
         stamp=stamp,
         count=np.int64(len(index)),
         truncated=np.bool_(index.truncated),
+        digest=np.uint64(index.digest),
         keys=index.keys,
         spans=index.spans,
         frames=index.frames,
@@ -154,7 +171,7 @@ def _write_first(storage: Storage, name: str, **arrays: Any) -> bool:
     return False
 
 
-def write_counts(shards: Sequence[str], counts: np.ndarray, storage: Storage) -> None:
+def write_counts(shards: Sequence[str], tallies: Sequence[Tally], storage: Storage) -> None:
     """`shards.counts.npz` for the folders of the shards."""
     by_folder: dict[str, list[int]] = {}
     for number, shard in enumerate(shards):
@@ -166,7 +183,9 @@ def write_counts(shards: Sequence[str], counts: np.ndarray, storage: Storage) ->
             _counts_name(folder),
             version=np.int64(_FORMAT_VERSION),
             names=np.array([shards[number].rpartition("/")[2].encode() for number in numbers], dtype=np.bytes_),
-            table=np.array([(*stamp, counts[n]) for stamp, n in zip(stamps, numbers, strict=True)], dtype=np.int64),
+            stamps=np.array(stamps, dtype=np.int64),
+            counts=np.array([tallies[number].samples for number in numbers], dtype=np.int64),
+            digests=np.array([tallies[number].digest for number in numbers], dtype=np.uint64),
         )
 
 
@@ -174,11 +193,13 @@ def _counts_name(folder: str) -> str:
     return f"{folder}/{COUNTS_FILE}" if folder else COUNTS_FILE
 
 
-def _read_counts(folder: str, storage: Storage) -> dict[str, tuple[int, int, int]]:
-    """(size, mtime, count) by shard name; empty where there is no such file."""
+def _read_counts(folder: str, storage: Storage) -> dict[str, tuple[tuple[int, int], Tally]]:
+    """((size, mtime), tally) by shard name; empty where there is no such file."""
     for file in storage.side_files(_counts_name(folder)):
         with contextlib.suppress(*_UNREADABLE), np.load(file, allow_pickle=False) as cache:
             if cache["version"] == _FORMAT_VERSION:
                 names = [name.decode() for name in cache["names"].tolist()]
-                return dict(zip(names, map(tuple, cache["table"].tolist()), strict=True))
+                stamps = map(tuple, cache["stamps"].tolist())
+                tallies = map(Tally, cache["counts"].tolist(), cache["digests"].tolist())
+                return dict(zip(names, zip(stamps, tallies, strict=True), strict=True))
     return {}

@@ -1,7 +1,7 @@
 """The shards of a data config with their indices and their order: what a reader reads from."""
 
 import logging
-from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from data.mixture import Mixture, MixtureLaw, Switch, integer_weights
 from data.order import SampleOrder
 from data.shards import ShardFiles, expand_shards
 from data.storage import Storage
+
+PLAIN_SOURCE = "data.shards"
+"""Name of the one source of a config without data.sources."""
 
 _log = logging.getLogger(__name__)
 
@@ -38,11 +41,12 @@ class Sources:
         """Paths and URLs by shard id."""
         in_use = 2 * config.shuffle_group_shards * len(lists)
         self.files = ShardFiles(self.shards, max_open=in_use, storage=storage)
+        self._borders = np.cumsum([0, *map(len, lists)]).tolist()
         self._indices = IndexStore(self.shards, max_loaded=in_use, storage=storage)
         self.order = (
             Mixture(
                 _law(config, global_batch_size),
-                *self._parts(config, [len(shards) for shards in lists], seed=seed),
+                *self._orders(config, seed=seed),
                 first_position=first_position,
             )
             if train
@@ -50,13 +54,28 @@ class Sources:
         )
         """Positions to (shard, sample)."""
 
+    @property
+    def counts_of_shards(self) -> np.ndarray:
+        """int64 [shards]: samples by shard id."""
+        return self._indices.counts
+
+    @property
+    def digests_of_shards(self) -> np.ndarray:
+        """uint64 [shards]: `ShardIndex.digest` by shard id."""
+        return self._indices.digests
+
+    def parts(self) -> dict[str, slice]:
+        """The shard ids of each source by its name."""
+        names = self.names or [PLAIN_SOURCE]
+        return {name: slice(*ends) for name, ends in zip(names, pairwise(self._borders), strict=True)}
+
     def index(self, shard: int) -> ShardIndex:
         """The shard's index, loaded when needed."""
         return self._indices[shard]
 
     def epochs_begun(self, first: int, last: int) -> list[str]:
         """In words: which sources start an epoch after their first one at positions [first, last)."""
-        names = self.names or ["data.shards"]
+        names = self.names or [PLAIN_SOURCE]
         before, after = self.order.counts(first), self.order.counts(last)
         lines = []
         for name, total, was, now in zip(names, self.order.totals, before, after, strict=True):
@@ -71,22 +90,21 @@ class Sources:
 
     def _list(self) -> Mixture:
         order = SampleOrder(self._indices.counts, seed=0, shuffle=False, group_shards=1)
-        return Mixture(_single_law(), [order], [0])
+        return Mixture(MixtureLaw([Switch(start=0, weights=(1,))], turn_samples=1), [order], [0])
 
-    def _parts(self, config: DataConfig, sizes: Sequence[int], *, seed: int) -> tuple[list[SampleOrder], list[int]]:
+    def _orders(self, config: DataConfig, *, seed: int) -> tuple[list[SampleOrder], list[int]]:
         """The order of each source and the id of its first shard."""
-        borders = np.cumsum([0, *sizes])
         orders = [
             SampleOrder(
-                self._indices.counts[borders[number] : borders[number + 1]],
+                self._indices.counts[part],
                 seed=seed,
                 shuffle=config.shuffle,
                 group_shards=config.shuffle_group_shards,
-                stream=f"order/{self.names[number]}" if self.names else "order",
+                stream=f"order/{name}" if self.names else "order",
             )
-            for number in range(len(sizes))
+            for name, part in self.parts().items()
         ]
-        return orders, borders[:-1].tolist()
+        return orders, self._borders[:-1]
 
 
 def check_shards(config: DataConfig) -> None:
@@ -100,17 +118,26 @@ def _shard_lists(config: DataConfig, storage: Storage) -> list[list[str]]:
     return [expand_shards(source.shards, storage) for source in sources]
 
 
-def _single_law() -> MixtureLaw:
-    return MixtureLaw([Switch(start=0, weights=(1,))], turn_samples=1)
+def weight_switches(config: DataConfig) -> list[tuple[int, dict[str, int]]]:
+    """(first position, positive integer weights by source name) for every stretch of the schedule."""
+    if not config.sources:
+        return [(0, {PLAIN_SOURCE: 1})]
+    stretches = [
+        (0, {source.name: source.weight for source in config.sources}),
+        *((switch.at_samples, switch.weights) for switch in config.mixture_schedule),
+    ]
+    names = [source.name for source in config.sources]
+    whole = [(start, integer_weights([weights.get(name, 0.0) for name in names])) for start, weights in stretches]
+    return [(start, {name: w for name, w in zip(names, weights, strict=True) if w}) for start, weights in whole]
 
 
 def _law(config: DataConfig, global_batch_size: int) -> MixtureLaw:
-    if not config.sources:
-        return _single_law()
-    switches = [Switch(start=0, weights=integer_weights([source.weight for source in config.sources]))]
-    for switch in config.mixture_schedule:
-        weights = [switch.weights.get(source.name, 0.0) for source in config.sources]
-        switches.append(Switch(start=switch.at_samples, weights=integer_weights(weights)))
-    if config.mix == "one_per_batch" and global_batch_size < 1:
+    names = [source.name for source in config.sources] or [PLAIN_SOURCE]
+    switches = [
+        Switch(start=start, weights=tuple(weights.get(name, 0) for name in names))
+        for start, weights in weight_switches(config)
+    ]
+    one_per_batch = bool(config.sources) and config.mix == "one_per_batch"
+    if one_per_batch and global_batch_size < 1:
         raise DataError(f"data.mix=one_per_batch needs the global batch size, not {global_batch_size}")
-    return MixtureLaw(switches, turn_samples=global_batch_size if config.mix == "one_per_batch" else 1)
+    return MixtureLaw(switches, turn_samples=global_batch_size if one_per_batch else 1)

@@ -24,7 +24,7 @@ import numpy as np
 
 from data.config import DataConfig
 from data.errors import DataError
-from data.index_store import load_index, write_counts
+from data.index_store import Tally, load_index, write_counts
 from data.shards import expand_shards
 from data.storage import Storage
 
@@ -38,8 +38,9 @@ def index_shards(entries: Sequence[str], storage: Storage, *, workers: int) -> d
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         results = list(pool.map(partial(_index_one, storage), shards, chunksize=16))
     usable = [number for number, (_, _, problem) in enumerate(results) if problem is None]
-    counts = np.array([results[number][0] for number in usable], dtype=np.int64)
-    write_counts([shards[number] for number in usable], counts, storage)
+    tallies = [results[number][0] for number in usable]
+    counts = np.array([tally.samples for tally in tallies], dtype=np.int64)
+    write_counts([shards[number] for number in usable], tallies, storage)
     return {
         "shards": len(shards),
         "samples": int(counts.sum()),
@@ -50,13 +51,13 @@ def index_shards(entries: Sequence[str], storage: Storage, *, workers: int) -> d
     }
 
 
-def _index_one(storage: Storage, shard: str) -> tuple[int, bool, str | None]:
-    """(samples, truncated, why it cannot be used)."""
+def _index_one(storage: Storage, shard: str) -> tuple[Tally, bool, str | None]:
+    """(count and digest, truncated, why it cannot be used)."""
     try:
         index = load_index(shard, storage)
     except DataError as error:
-        return 0, False, str(error)
-    return len(index), index.truncated, None
+        return Tally(0, 0), False, str(error)
+    return Tally(len(index), index.digest), index.truncated, None
 
 
 def add_shard_arguments(parser: argparse.ArgumentParser) -> None:

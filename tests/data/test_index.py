@@ -12,7 +12,7 @@ import pytest
 from data.errors import DataError
 from data.index import Place, ShardIndex
 from data.index import build_index as build_from_stream
-from data.index_store import COUNTS_FILE, IndexStore, index_name, load_index, write_counts
+from data.index_store import COUNTS_FILE, IndexStore, Tally, index_name, load_index, write_counts
 from data.storage import Storage
 from data.write import write_shard
 from tests.data.shard_factory import good_sample, make_shards
@@ -96,10 +96,12 @@ def test_a_shard_that_changes_during_a_run_is_an_error(tmp_path: Path) -> None:
 
 def test_counts_of_a_folder_are_those_of_its_unchanged_shards(tmp_path: Path) -> None:
     shards = make_shards(tmp_path, [2, 4])
-    write_counts(shards, np.array([20, 40]), Storage())  # other numbers, to see where the counts come from
+    write_counts(shards, [Tally(20, 7), Tally(40, 8)], Storage())  # other numbers, to see where the counts come from
     assert (tmp_path / COUNTS_FILE).exists()
     os.utime(shards[1])
-    assert IndexStore(shards, max_loaded=1, storage=Storage()).counts.tolist() == [20, 4]
+    store = IndexStore(shards, max_loaded=1, storage=Storage())
+    assert store.counts.tolist() == [20, 4]
+    assert store.digests.tolist() == [7, build_index(shards[1]).digest]
 
 
 def test_a_valid_cache_is_used_and_a_stale_one_rebuilt(tmp_path: Path) -> None:

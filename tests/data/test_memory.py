@@ -11,7 +11,7 @@ import pytest
 
 from data.config import DataConfig
 from data.index import ShardIndex
-from data.index_store import COUNTS_FILE, IndexStore, _stamp, _write_index, write_counts
+from data.index_store import COUNTS_FILE, IndexStore, Tally, _stamp, _write_index, write_counts
 from data.loader import PrefetchLoader
 from data.order import SampleOrder
 from data.reader import SampleReader
@@ -54,7 +54,7 @@ def test_two_billion_samples(tmp_path: Path) -> None:
         for shard in shards:
             Path(shard).touch()
         storage = Storage()
-        write_counts(shards, np.full(SHARDS, SAMPLES), storage)
+        write_counts(shards, [Tally(SAMPLES, 0)] * SHARDS, storage)
         store = IndexStore(shards, max_loaded=2 * GROUP, storage=storage)
         order = SampleOrder(store.counts, seed=0, shuffle=True, group_shards=GROUP)
         assert order.total == 2_000_000_000 and (tmp_path / COUNTS_FILE).exists()
@@ -80,4 +80,5 @@ def _index() -> ShardIndex:
         frames=np.empty((0, 2), dtype=np.int64),
         frame_starts=np.zeros(SAMPLES + 1, dtype=np.int64),
         truncated=False,
+        digest=0,
     )
