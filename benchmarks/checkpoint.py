@@ -31,10 +31,10 @@ from benchmarks.common import RESULTS, Spread, child_environment, machine, write
 from engine.callbacks.checkpoint import CheckpointCallback
 from engine.checkpoint.load import resume_training
 from engine.checkpoint.reader import Checkpoint
-from engine.config import resolve
-from engine.device import prepare
+from engine.config.read import resolve
 from engine.feed import LocalBatch
-from engine.mesh import Mesh, build_mesh
+from engine.parallel.device import prepare
+from engine.parallel.mesh import Mesh, build_mesh
 from engine.trainer import Trainer
 
 BLOCK = 16 * 2**20

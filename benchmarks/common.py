@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tools.benchmarking.machine import machine as machine
-from tools.benchmarking.result import Spread as Spread
+from tools.benchmark.machine import machine as machine
+from tools.benchmark.result import Spread as Spread
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import reset_peak, resident_bytes
-from engine.loss import contrastive_loss
-from engine.loss_tiles import DEFAULT_TILE_CPU, KEEP_BYTES
+from engine.objectives.contrastive.softmax import contrastive_loss
+from engine.objectives.contrastive.tiles import DEFAULT_TILE_CPU, KEEP_BYTES
 
 SCALE = 100.0
 WARM_UP_ROWS = 16

@@ -7,7 +7,7 @@
 Forms, all float32 with the same inputs and scale 100 (benchmarks/contrastive_forms.py):
 * full_matrix: every rank gathers with gradient and holds the B × B logits under autograd;
 * local_loss: gather with gradient, two strips of b × B logits under autograd, as open_clip's recipes run it;
-* gather, ring: engine.loss.contrastive_loss.
+* gather, ring: engine.objectives.contrastive.softmax.contrastive_loss.
 Every run is a fresh set of processes, and forms alternate within a repeat; the table holds medians.
 `computed` is what a formula promises for the memory. The goal case runs first; what does not fit the memory
 or time limits is listed as skipped, with the reason.

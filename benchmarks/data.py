@@ -39,12 +39,12 @@ from PIL import Image
 
 from benchmarks.common import RESULTS, Spread, machine
 from data.config import DataConfig
-from data.decode import pillow, resize
 from data.loader import PrefetchLoader
+from data.pixels.decode import pillow, resize
+from data.pixels.transforms import CLIP_MEAN, CLIP_STD, RandomResizedCrop, normalise
 from data.reader import SampleReader
+from data.shards.write import write_shard
 from data.tokenizer import Tokenizer
-from data.transforms import CLIP_MEAN, CLIP_STD, RandomResizedCrop, normalise
-from data.write import write_shard
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.step_sides import DROPOUT, FULL, QUICK, SCALE, Batch, Workload
-from engine.config import Config, check_layout, resolve
+from engine.config.read import Config, check_layout, resolve
 from engine.feed import LocalBatch
-from engine.launch import job
-from engine.mesh import Mesh
-from engine.rows import own_rows
-from engine.traffic import AXES, TrafficCounter
+from engine.parallel.launch import job
+from engine.parallel.mesh import Mesh
+from engine.parallel.rows import own_rows
+from engine.parallel.traffic import AXES, TrafficCounter
 from engine.trainer import Trainer
 
 

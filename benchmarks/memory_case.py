@@ -7,8 +7,8 @@ from dataclasses import replace
 from benchmarks.common import reset_peak, resident_bytes
 from benchmarks.layouts_rank import config_of, local_batch
 from benchmarks.step_sides import FULL, QUICK, Workload
-from engine.config import Config, check_layout
-from engine.launch import job
+from engine.config.read import Config, check_layout
+from engine.parallel.launch import job
 from engine.trainer import Trainer
 
 

@@ -1,7 +1,7 @@
 """The benchmark's model in plain eager PyTorch, as one would write it without an engine: autograd does everything.
 
 Same mathematics as models/ (post-norm RMSNorm tower, causal text tower); parameters are named as in the authors' state
-dict, so that models/authors.py gives both sides the same weights. fp32 weights; bf16 by autocast.
+dict, so that models/formats/eva_names.py gives both sides the same weights. fp32 weights; bf16 by autocast.
 """
 
 import torch
@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.authors import from_logical, to_logical
 from models.config import ModelConfig, TextConfig, VisionConfig
-from models.init import initial_value
-from models.naming import LogicalTensor
+from models.formats.eva_names import from_logical, to_logical
+from models.tensors.init import initial_value
+from models.tensors.naming import LogicalTensor
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)

@@ -1,4 +1,4 @@
-"""How far the schedule simulator (tools/planning/simulate.py) is from recorded steps of the same layout.
+"""How far the schedule simulator (tools/simulate/events.py) is from recorded steps of the same layout.
 
     python -m benchmarks.simulator            # about 6 minutes on 2 idle cores
 
@@ -23,12 +23,12 @@ import yaml
 
 from benchmarks.common import RESULTS, machine, write_json
 from benchmarks.step_sides import FULL, QUICK
-from engine.pipeline import Unit
-from tools.benchmarking.launch import launch
-from tools.benchmarking.options import TRACED_STEPS
-from tools.planning.recorded import recorded_durations, schedule_of, stage_rows
-from tools.planning.simulate import Durations, bubble_bound, simulate
-from tools.timeline_spans import StepTimeline, read_step
+from engine.pipeline.links import Unit
+from tools.benchmark.launch import launch
+from tools.benchmark.options import TRACED_STEPS
+from tools.simulate.events import Durations, bubble_bound, simulate
+from tools.simulate.recorded import recorded_durations, schedule_of, stage_rows
+from tools.timeline.spans import StepTimeline, read_step
 
 STEPS, WARMUP = 2, 2
 GLOBAL_BATCH, MICRO_BATCH = 32, 4

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import reset_peak, resident_bytes
-from data.stateless import kept_patches
+from data.order.stateless import kept_patches
 from models.config import ModelConfig, TextConfig, VisionConfig
 
 SEED, SCALE, RATE, CLIP_NORM = 0, 100.0, 1e-3, 5.0
@@ -117,8 +117,8 @@ class Ours:
     def __init__(
         self, workload: Workload, precision: str, *, keep_all: bool, optimizer: str = "adamw", norms: str = "auto"
     ):
-        from engine.config import ParallelConfig, resolve
-        from engine.launch import job
+        from engine.config.read import ParallelConfig, resolve
+        from engine.parallel.launch import job
         from engine.trainer import Trainer
 
         self.workload = workload
@@ -201,7 +201,7 @@ class OpenClip:
 
     def step(self, batch: Batch) -> float:
         """Its forward, its loss."""
-        from data.transforms import normalise
+        from data.pixels.transforms import normalise
 
         images = normalise(batch.images, torch.float32)
         return self.train(lambda: self.loss(*self.clip(images, batch.ids)))

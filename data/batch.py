@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data.transforms import Window
+from data.pixels.transforms import Window
 
 
 @dataclass(frozen=True, kw_only=True)

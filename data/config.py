@@ -49,7 +49,7 @@ class DataConfig:
     mixture_schedule: list[MixtureSwitch] = field(default_factory=list)
     """Switches of the weights, by rising position."""
     shuffle: bool = True
-    """Shuffle every epoch (data/order.py); false reads the shards in the listed order."""
+    """Shuffle every epoch (data/order/order.py); false reads the shards in the listed order."""
     shuffle_group_shards: int = 64
     """Samples are permuted within groups of this many (already permuted) shards."""
     decoder: str = "auto"

@@ -16,13 +16,13 @@ import torch
 from data.bad import describe, judge_bad_fraction
 from data.batch import BadSample, EncodedBatch, EncodedSample, SampleBatch
 from data.config import DataConfig
-from data.decode import make_decoder
 from data.errors import DataError, Rejected
-from data.index import Place, ShardIndex, Span
+from data.pixels.decode import make_decoder
+from data.pixels.transforms import RandomResizedCrop, Transform, eval_transform
+from data.pixels.video import ClipDecoder, check_available, frame_numbers, is_clip
+from data.shards.index import Place, ShardIndex, Span
 from data.sources import Sources
 from data.tokenizer import EOT, Tokenizer
-from data.transforms import RandomResizedCrop, Transform, eval_transform
-from data.video import ClipDecoder, check_available, frame_numbers, is_clip
 
 __all__ = ["BadSample", "SampleBatch", "SampleReader"]
 

@@ -7,12 +7,12 @@ import numpy as np
 
 from data.config import DataConfig, SourceConfig
 from data.errors import DataError
-from data.index import ShardIndex
-from data.index_store import IndexStore
-from data.mixture import Mixture, MixtureLaw, Switch, integer_weights
-from data.order import SampleOrder
-from data.shards import ShardFiles, expand_shards
-from data.storage import Storage
+from data.order.mixture import Mixture, MixtureLaw, Switch, integer_weights
+from data.order.order import SampleOrder
+from data.shards.index import ShardIndex
+from data.shards.index_store import IndexStore
+from data.shards.listing import ShardFiles, expand_shards
+from data.shards.storage import Storage
 
 PLAIN_SOURCE = "data.shards"
 """Name of the one source of a config without data.sources."""

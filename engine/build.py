@@ -13,18 +13,18 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch import nn
 
-from engine.balance import stage_layers
-from engine.config import Config, MimConfig
-from engine.mesh import Axis, Mesh
+from engine.config.read import Config, MimConfig
+from engine.config.stages import stage_layers
 from engine.optim.groups import tensor_group
 from engine.optim.lamb import ShardedOptimizer
-from engine.optim.shards import TowerShards
+from engine.parallel.mesh import Axis, Mesh
+from engine.parallel.shards import TowerShards
 from models.clip import LogitBias, LogitScale
-from models.init import clip_rule, initialise, student_rule
-from models.mim import StudentTower
-from models.naming import LogicalTensor, logical_name, logical_tensors
-from models.text import TextTower
-from models.vision import VisionTower
+from models.tensors.init import clip_rule, initialise, student_rule
+from models.tensors.naming import LogicalTensor, logical_name, logical_tensors
+from models.towers.mim import StudentTower
+from models.towers.text import TextTower
+from models.towers.vision import VisionTower
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -25,9 +25,9 @@ from data.batch import BadSample, EncodedBatch, SampleBatch
 from data.errors import DataError
 from data.loader import PrefetchLoader
 from data.reader import SampleReader
-from engine.config import Config
-from engine.mesh import Mesh
-from engine.rows import gather_rows, own_rows, split_rows
+from engine.config.read import Config
+from engine.parallel.mesh import Mesh
+from engine.parallel.rows import gather_rows, own_rows, split_rows
 
 _SHARED_MEMORY = "/dev/shm"  # where reader processes leave pixels for the training process
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import yaml
 
 from data.errors import DataError
-from engine.config import Config, ConfigError, check_layout, check_vocabulary, load_config, to_dict
-from engine.exit import leave
-from engine.phases import phase_plan
+from engine.config.phases import phase_plan
+from engine.config.read import Config, ConfigError, check_layout, check_vocabulary, load_config, to_dict
+from engine.resilience.exit import leave
 
 if TYPE_CHECKING:
-    from engine.callbacks.base import Callback
+    from engine.record import Callback
     from engine.trainer import Trainer
 
 
@@ -39,12 +39,12 @@ def main(arguments: list[str]) -> int:
 def _train(config: Config) -> int:
     # Importing torch and megatron-core takes seconds: after the checks, so that a typing mistake answers at once.
     from engine.build import DTYPES
-    from engine.checkpoint.errors import CheckpointError
-    from engine.health import UnhealthyStep
-    from engine.launch import job
-    from engine.mesh import LayoutError
-    from engine.run_phases import run_phases
-    from models.backends import require_kernels
+    from engine.checkpoint.format.errors import CheckpointError
+    from engine.job import run_phases
+    from engine.parallel.launch import job
+    from engine.parallel.mesh import LayoutError
+    from engine.resilience.judge import UnhealthyStep
+    from models.blocks.kernels import require_kernels
     from models.config import ModelConfigError
 
     try:

@@ -12,24 +12,24 @@ import torch
 import torch.distributed as dist
 
 from engine.build import build_optimizer, build_towers
-from engine.callbacks.base import Callback, RunInfo
-from engine.checkpoint.lock import RunLock
-from engine.checkpoint.manifest import Position
+from engine.checkpoint.format.lock import RunLock
+from engine.checkpoint.format.manifest import Position
 from engine.checkpoint.reader import WHOLE, Checkpoint
 from engine.checkpoint.resume import choose, lock_run, start
-from engine.config import Config, to_dict
-from engine.device import Device
+from engine.config.phases import Phase, phase_plan
+from engine.config.read import Config, to_dict
 from engine.feed import Feed, LocalBatch
-from engine.health import Health
-from engine.mesh import Mesh, meet
-from engine.mim.step import MimStep
-from engine.optim.ema import restart_average
-from engine.phases import Phase, phase_plan
-from engine.quarantine import Quarantine
-from engine.recovery import Recovery
-from engine.step import ContrastiveStep
-from engine.timeline import Phases, write_spans
-from engine.update import StepOutcome
+from engine.objectives.contrastive.step import ContrastiveStep
+from engine.objectives.mim.step import MimStep
+from engine.objectives.update import StepOutcome
+from engine.optim.average import restart_average
+from engine.parallel.device import Device
+from engine.parallel.mesh import Mesh, meet
+from engine.pipeline.clock import Phases, write_spans
+from engine.record import Callback, RunInfo
+from engine.resilience.judge import Health
+from engine.resilience.quarantine import Quarantine
+from engine.resilience.rewind import Recovery
 
 
 class Trainer:
@@ -111,7 +111,7 @@ class Trainer:
 
     def meet(self) -> None:
         """Wait on the host until every rank is here, with its weights. Collective over the mesh."""
-        self.towers.wait_for_weights()  # no two collectives under way in one group: see engine/mesh.py
+        self.towers.wait_for_weights()  # no two collectives under way in one group: see engine/parallel/mesh.py
         meet(self.mesh.world, self.device.torch_device)
 
     def traced_step(self, batch: LocalBatch) -> tuple[StepOutcome, Phases]:

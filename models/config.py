@@ -110,7 +110,8 @@ class ModelConfig:
     | te."""
     fp8: str = "none"
     """GEMMs of the image tower's blocks: none | current (scaled per tensor; Ada, Hopper) | blockwise (128 x 128
-    blocks; Hopper) | mxfp8 (32 elements; Blackwell). models/te.py says what stays bf16, and why no delayed scaling."""
+    blocks; Hopper) | mxfp8 (32 elements; Blackwell). models/blocks/te.py says what stays bf16, and why no delayed
+    scaling."""
     fp8_bf16_blocks: int = 0
     """First and last blocks of the image tower, of each so many, that stay bf16."""
 

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.feed import LocalBatch
-from engine.mesh import Axis
-from engine.schedule import Loss, LossResult
-from engine.step import ContrastiveStep
-from engine.timeline import Phases
+from engine.objectives.contrastive.step import ContrastiveStep
+from engine.parallel.mesh import Axis
+from engine.pipeline.clock import Phases
+from engine.pipeline.executor import Loss, LossResult
 from engine.trainer import Trainer
-from models.naming import LogicalTensor
+from models.tensors.naming import LogicalTensor
 
 COPIES_AGREE = 1e-5
 """Relative difference allowed between ranks that hold the same part: sums in another order."""

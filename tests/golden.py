@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.transforms import normalise
+from data.pixels.transforms import normalise
 from engine.build import Towers
-from engine.config import Config, preset_model, resolve
+from engine.config.read import Config, preset_model, resolve
 from engine.feed import LocalBatch
-from engine.mesh import Mesh
-from engine.rows import own_rows
-from models.authors import to_logical
+from engine.parallel.mesh import Mesh
+from engine.parallel.rows import own_rows
 from models.config import ModelConfig
+from models.formats.eva_names import to_logical
 
 FOLDER = Path(__file__).parent / "golden"
 PRESET_OF = {"tiny-18b": "tiny-18b", "tiny-8b": "tiny-8b", "tiny-bigE": "tiny-e14", "tiny-eva02-B": "tiny-b16"}

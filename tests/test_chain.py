@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from engine.callbacks.metrics import METRICS_FILE, read_metrics
-from engine.config import load_config, to_dict
+from engine.config.read import load_config, to_dict
 from examples.chain.chain import FOLDER, SHORT_STEPS, Options, Stages
 
 ROOT = Path(__file__).parents[1]

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import check_layout, load_config, to_dict
-from engine.phases import phase_plan
-from tools.planning.cluster import Cluster
-from tools.planning.estimate import estimate
-from tools.planning.hardware import load_hardware
-from tools.planning.layout import layout_of
+from engine.config.phases import phase_plan
+from engine.config.read import check_layout, load_config, to_dict
+from tools.cost.cluster import Cluster
+from tools.cost.estimate import estimate
+from tools.cost.hardware import load_hardware
+from tools.cost.layout import layout_of
 
 ROOT = Path(__file__).parents[1]
 YAMLS = sorted(path.relative_to(ROOT) for path in (ROOT / "examples").rglob("*.yaml"))

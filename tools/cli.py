@@ -20,8 +20,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from data.errors import DataError
-from engine.checkpoint.errors import CheckpointError
-from engine.config import ConfigError
+from engine.checkpoint.format.errors import CheckpointError
+from engine.config.read import ConfigError
 from models.config import ModelConfigError
 
 NO_SHARDS: dict[str, Any] = {"data": {"shards": ["-"]}}

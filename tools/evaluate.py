@@ -25,13 +25,13 @@ from torch import Tensor
 
 from data.errors import DataError
 from engine.callbacks.metrics import read_metrics
-from engine.checkpoint.errors import CheckpointError
-from engine.config import ConfigError
-from engine.evaluation.on_shards import caption_scores, embedded_blocks
+from engine.checkpoint.format.errors import CheckpointError
+from engine.config.read import ConfigError
 from engine.evaluation.retrieval import predictions
-from engine.exit import leave
-from engine.mesh import LayoutError
-from tools.embedding.session import Session, block_size, fail, load, open_session, shard_input, split_overrides
+from engine.evaluation.scores import caption_scores, embedded_blocks
+from engine.evaluation.session import Session, block_size, fail, load, open_session, shard_input, split_overrides
+from engine.parallel.mesh import LayoutError
+from engine.resilience.exit import leave
 
 
 def main(argv: list[str]) -> int:
@@ -94,7 +94,7 @@ def _training_seconds(run_dir: Path) -> float | None:
 def _pictures(
     shards: list[str], chosen: list[tuple[int, str, Tensor]], image: Tensor, text: Tensor, captions: list[str]
 ) -> dict[str, Any]:
-    """Evenly spaced samples (row, key, pixels) with their three best captions, as tools/report.py shows them."""
+    """Evenly spaced samples (row, key, pixels) with their three best captions, as tools/report shows them."""
     best = predictions(image[[row for row, _, _ in chosen]], text, captions, k=3)
     return {
         "shards": shards,

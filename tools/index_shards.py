@@ -24,9 +24,9 @@ import numpy as np
 
 from data.config import DataConfig
 from data.errors import DataError
-from data.index_store import Tally, load_index, write_counts
-from data.shards import expand_shards
-from data.storage import Storage
+from data.shards.index_store import Tally, load_index, write_counts
+from data.shards.listing import expand_shards
+from data.shards.storage import Storage
 
 
 def index_shards(entries: Sequence[str], storage: Storage, *, workers: int) -> dict[str, Any]:

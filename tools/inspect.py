@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.checkpoint.errors import listed
-from engine.checkpoint.folders import resolve_checkpoint
+from engine.checkpoint.format.errors import listed
+from engine.checkpoint.format.folders import resolve_checkpoint
+from engine.checkpoint.format.tensor_file import DTYPE_NAMES
 from engine.checkpoint.reader import Checkpoint
-from engine.checkpoint.tensor_file import DTYPE_NAMES
 from tools.cli import answer, command_parser, progress, table
 
 _EXAMPLES = (

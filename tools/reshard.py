@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from engine.checkpoint.folders import resolve_checkpoint
+from engine.checkpoint.format.folders import resolve_checkpoint
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.reshard import TargetLayout, plan_reshard
 from engine.checkpoint.write import PlannedFile, PlannedPart, refuse_existing, write_checkpoint

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.callbacks.base import Callback, Record, RunInfo
-from engine.checkpoint.errors import CheckpointError
-from engine.checkpoint.folders import Retention
+from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.format.folders import Retention
 from engine.checkpoint.save import CheckpointSaver
+from engine.record import Callback, Record, RunInfo
 from engine.trainer import Trainer
 
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from engine.callbacks.base import Callback, Record, RunInfo
+from engine.record import Callback, Record, RunInfo
 
 
 class ConsoleProgress(Callback):

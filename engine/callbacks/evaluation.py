@@ -9,11 +9,11 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from data.errors import DataError
-from engine.callbacks.base import Callback, Record, RunInfo
-from engine.evaluation.on_shards import ClassPrompts, score_captions, score_classes
-from engine.evaluation.shards import ShardInput
-from engine.inference import Embedder, Encoders
-from engine.optim.ema import averaged_weights
+from engine.evaluation.embedder import Embedder, Encoders
+from engine.evaluation.inputs import ShardInput
+from engine.evaluation.scores import ClassPrompts, score_captions, score_classes
+from engine.optim.average import averaged_weights
+from engine.record import Callback, Record, RunInfo
 from engine.trainer import Trainer
 
 

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
-from engine.callbacks.base import Callback, Record, RunInfo
+from engine.record import Callback, Record, RunInfo
 
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"

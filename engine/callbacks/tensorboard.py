@@ -3,7 +3,7 @@
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from engine.callbacks.base import Callback, Record, RunInfo
+from engine.record import Callback, Record, RunInfo
 
 
 class TensorBoard(Callback):

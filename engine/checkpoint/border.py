@@ -6,15 +6,15 @@ an interpolated second moment can be negative.
 """
 
 from engine.build import Towers
-from engine.checkpoint.init import Resized
+from engine.checkpoint.format.manifest import AVERAGE, MOMENT1, MOMENT2, WEIGHT, Position
+from engine.checkpoint.format.matching import match
+from engine.checkpoint.initial import Resized
 from engine.checkpoint.load import fill, model_shapes, publish, same_run, training_position, updates_of
-from engine.checkpoint.manifest import AVERAGE, MOMENT1, MOMENT2, WEIGHT, Position
-from engine.checkpoint.matching import match
 from engine.checkpoint.reader import Checkpoint
-from engine.config import Config
-from engine.mesh import Mesh
-from engine.optim.ema import restart_average
+from engine.config.read import Config
+from engine.optim.average import restart_average
 from engine.optim.lamb import ShardedOptimizer
+from engine.parallel.mesh import Mesh
 
 
 def cross_border(

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from engine.build import Towers
-from engine.checkpoint.errors import CheckpointError
-from engine.checkpoint.flat_slice import FlatSlice
-from engine.checkpoint.manifest import AVERAGE, MOMENT1, MOMENT2, WEIGHT, Position
-from engine.checkpoint.matching import Match, Shapes, match
+from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.format.flat_slice import FlatSlice
+from engine.checkpoint.format.manifest import AVERAGE, MOMENT1, MOMENT2, WEIGHT, Position
+from engine.checkpoint.format.matching import Match, Shapes, match
 from engine.checkpoint.reader import Checkpoint
-from engine.checkpoint.snapshot import KINDS, owned_slice
-from engine.checkpoint.together import everyone
-from engine.config import Config, to_dict
-from engine.mesh import Mesh
-from engine.optim.ema import restart_average
+from engine.checkpoint.state import KINDS, owned_slice
+from engine.config.read import Config, to_dict
+from engine.optim.average import restart_average
 from engine.optim.lamb import ShardedOptimizer
-from models.naming import LogicalTensor
+from engine.parallel.agree import everyone
+from engine.parallel.mesh import Mesh
+from models.tensors.naming import LogicalTensor
 
 _NOT_THE_MODEL = ("preset", "backend")  # how it was written down, and which kernels compute it
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.checkpoint.errors import CheckpointError, listed
-from engine.checkpoint.flat_slice import FlatSlice, copy_overlap
-from engine.checkpoint.manifest import WEIGHT, Manifest, read_manifest
-from engine.checkpoint.matching import Exceptions
-from engine.checkpoint.tensor_file import TensorFile, hash_file
+from engine.checkpoint.format.errors import CheckpointError, listed
+from engine.checkpoint.format.flat_slice import FlatSlice, copy_overlap
+from engine.checkpoint.format.manifest import WEIGHT, Manifest, read_manifest
+from engine.checkpoint.format.matching import Exceptions
+from engine.checkpoint.format.tensor_file import TensorFile, hash_file
 
 WHOLE = Exceptions()
 """Nothing is left out."""

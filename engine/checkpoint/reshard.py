@@ -6,12 +6,12 @@ opens few files. One file a (stage, tensor rank) and share of DP for the vision 
 
 from dataclasses import dataclass
 
-from engine.balance import stage_layers
-from engine.checkpoint.errors import CheckpointError
-from engine.checkpoint.flat_slice import FlatSlice
-from engine.checkpoint.manifest import Manifest
+from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.format.flat_slice import FlatSlice
+from engine.checkpoint.format.manifest import Manifest
 from engine.checkpoint.write import PlannedFile, PlannedPart
-from models.naming import split_dim
+from engine.config.stages import stage_layers
+from models.tensors.naming import split_dim
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,19 +8,25 @@ from typing import Any
 
 from engine.build import Towers
 from engine.checkpoint.border import cross_border
-from engine.checkpoint.errors import CheckpointError, listed
-from engine.checkpoint.folders import all_checkpoints, clear_leftovers, latest_first, resolve_checkpoint, set_aside
-from engine.checkpoint.init import initialise_from
+from engine.checkpoint.format.errors import CheckpointError, listed
+from engine.checkpoint.format.folders import (
+    all_checkpoints,
+    clear_leftovers,
+    latest_first,
+    resolve_checkpoint,
+    set_aside,
+)
+from engine.checkpoint.format.lock import RunLock
+from engine.checkpoint.format.manifest import Position
+from engine.checkpoint.format.matching import Exceptions
+from engine.checkpoint.initial import initialise_from
 from engine.checkpoint.load import resume_training, training_position
-from engine.checkpoint.lock import RunLock
-from engine.checkpoint.manifest import Position
-from engine.checkpoint.matching import Exceptions
 from engine.checkpoint.reader import Checkpoint
-from engine.checkpoint.together import everyone, raise_together
-from engine.config import Config
-from engine.mesh import Mesh
+from engine.config.phases import Phase
+from engine.config.read import Config
 from engine.optim.lamb import ShardedOptimizer
-from engine.phases import Phase
+from engine.parallel.agree import everyone, raise_together
+from engine.parallel.mesh import Mesh
 
 
 @dataclass

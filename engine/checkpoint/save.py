@@ -17,15 +17,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.errors import CheckpointError
-from engine.checkpoint.folders import (
+from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.format.folders import (
     Retention,
     prune,
     put_in_place,
     saving_folder,
     step_folder,
 )
-from engine.checkpoint.manifest import (
+from engine.checkpoint.format.manifest import (
     Manifest,
     Position,
     StoredPart,
@@ -36,12 +36,12 @@ from engine.checkpoint.manifest import (
     write_manifest,
     write_synced,
 )
-from engine.checkpoint.snapshot import Snapshot, SnapshotPart
-from engine.checkpoint.tensor_file import FileRecord, TensorSpec, write_tensor_file
-from engine.checkpoint.together import everyone, raise_together
-from engine.config import Config, to_dict
-from engine.mesh import Mesh
+from engine.checkpoint.format.tensor_file import FileRecord, TensorSpec, write_tensor_file
+from engine.checkpoint.state import Snapshot, SnapshotPart
+from engine.config.read import Config, to_dict
 from engine.optim.lamb import ShardedOptimizer
+from engine.parallel.agree import everyone, raise_together
+from engine.parallel.mesh import Mesh
 
 _POLL_S = 0.02
 _MARGIN_BYTES = 64 * 2**20

@@ -9,7 +9,7 @@ stage. No decay: vectors, biases, class token and position tables. The mask toke
 import re
 from dataclasses import dataclass
 
-from engine.config import OptimConfig
+from engine.config.read import OptimConfig
 from models.config import ModelConfig
 
 _BLOCK = re.compile(r"(vision|text)\.blocks\.(\d+)\.")

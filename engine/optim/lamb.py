@@ -21,11 +21,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
-from engine.config import OptimConfig
-from engine.mesh import Axis
+from engine.config.read import OptimConfig
 from engine.optim.groups import TensorGroup, base_rate
-from engine.optim.schedule import warmup_cosine
-from engine.optim.shards import TowerShards
+from engine.optim.rates import warmup_cosine
+from engine.parallel.mesh import Axis
+from engine.parallel.shards import TowerShards
 
 
 class ShardedOptimizer:
@@ -123,7 +123,7 @@ class _TowerState:
         self.first = [torch.zeros_like(w) for w in self.master]
         self.second = [torch.zeros_like(w) for w in self.master]
         self.average: list[Tensor] = []
-        """Moving average of the master weights; empty where none is kept (engine/optim/ema.py)."""
+        """Moving average of the master weights; empty where none is kept (engine/optim/average.py)."""
 
     def adamw(self, optim: OptimConfig, gradient_scale: float, rates: dict[str, float], t: int) -> None:
         """The whole update of the owned elements; pieces of one rate and one decay go into one call."""

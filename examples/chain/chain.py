@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from engine.callbacks.metrics import METRICS_FILE, read_metrics
-from engine.checkpoint.folders import step_folder
+from engine.checkpoint.format.folders import step_folder
 from examples.chain.results import Chain, report
 
 FOLDER = Path(__file__).parent

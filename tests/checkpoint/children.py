@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from engine.checkpoint.errors import CheckpointError
-from engine.checkpoint.lock import RunLock
+from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.format.lock import RunLock
 from tests.checkpoint.jobs import alone, build, callback_of, drive, job_config, run_steps, save
 
 _CONTEXT = mp.get_context("forkserver")

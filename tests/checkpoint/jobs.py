@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from engine.callbacks.base import RunInfo
 from engine.callbacks.checkpoint import CheckpointCallback
 from engine.checkpoint.reader import Checkpoint
-from engine.config import Config, resolve
-from engine.device import prepare
-from engine.mesh import Mesh, build_mesh
+from engine.config.read import Config, resolve
+from engine.parallel.device import prepare
+from engine.parallel.mesh import Mesh, build_mesh
+from engine.record import RunInfo
 from engine.trainer import Trainer
 from tests.golden import local_batch
 

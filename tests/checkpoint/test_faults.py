@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint.errors import CheckpointError
-from engine.checkpoint.folders import all_checkpoints, checkpoints_folder, latest_first
-from engine.checkpoint.lock import LOCK_FILE, RunLock
+from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.format.folders import all_checkpoints, checkpoints_folder, latest_first
+from engine.checkpoint.format.lock import LOCK_FILE, RunLock
 from engine.checkpoint.reader import Checkpoint
-from engine.mesh import Mesh
+from engine.parallel.mesh import Mesh
 from tests.checkpoint.children import child, hear, hold_lock, save_for_ever, save_with_file_limit
 from tests.checkpoint.jobs import alone, build, differing, job_config, run_steps, save
 

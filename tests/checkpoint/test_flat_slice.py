@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from engine.checkpoint import flat_slice
-from engine.checkpoint.flat_slice import FlatSlice, copy_overlap
+from engine.checkpoint.format import flat_slice
+from engine.checkpoint.format.flat_slice import FlatSlice, copy_overlap
 
 
 def cuts(shape: tuple[int, ...], dim: int, ranks: int, borders: int, draw: random.Random) -> list[FlatSlice]:

@@ -8,17 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.checkpoint.errors import CheckpointError
-from engine.checkpoint.matching import Exceptions, match
+from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.format.matching import Exceptions, match
 from engine.checkpoint.reader import Checkpoint
-from engine.config import Config, resolve
-from engine.mesh import Mesh
+from engine.config.read import Config, resolve
+from engine.parallel.mesh import Mesh
 from engine.trainer import Trainer
-from models.authors import from_logical
-from models.posembed import resize_patch_kernel, resize_pos_embed
+from models.formats.eva_names import from_logical
+from models.towers.posembed import resize_patch_kernel, resize_pos_embed
 from tests.checkpoint.jobs import alone, build, job_config, run_steps, save
 from tests.golden import FOLDER
-from tools import convert
+from tools.convert import __main__ as convert
 
 
 @pytest.fixture(scope="module")

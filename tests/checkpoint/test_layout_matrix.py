@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine.checkpoint.reader import Checkpoint
-from engine.mesh import Mesh
+from engine.parallel.mesh import Mesh
 from tests.checkpoint.jobs import alone, build, differing, job_config, run_steps, save, world_mesh
 from tests.distributed import run_distributed
 

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from engine.callbacks.base import Callback, RunInfo
 from engine.callbacks.checkpoint import CheckpointCallback
 from engine.callbacks.metrics import METRICS_FILE, MetricsFile, read_metrics
-from engine.checkpoint.errors import CheckpointError
-from engine.checkpoint.folders import Retention, all_checkpoints, prune, step_folder
-from engine.checkpoint.lock import LOCK_FILE
+from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.format.folders import Retention, all_checkpoints, prune, step_folder
+from engine.checkpoint.format.lock import LOCK_FILE
 from engine.checkpoint.reader import Checkpoint
-from engine.checkpoint.snapshot import Snapshot
-from engine.config import ConfigError
-from engine.mesh import Mesh
+from engine.checkpoint.state import Snapshot
+from engine.config.read import ConfigError
+from engine.parallel.mesh import Mesh
+from engine.record import Callback, RunInfo
 from tests.checkpoint.jobs import alone, build, callback_of, drive, job_config, run_steps, save
 from tests.data.shard_factory import make_shards
 

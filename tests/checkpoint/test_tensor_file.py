@@ -8,8 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.checkpoint.errors import CheckpointError
-from engine.checkpoint.tensor_file import DTYPES, FileRecord, TensorFile, TensorSpec, hash_file, write_tensor_file
+from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.format.tensor_file import (
+    DTYPES,
+    FileRecord,
+    TensorFile,
+    TensorSpec,
+    hash_file,
+    write_tensor_file,
+)
 
 TENSORS = {
     "a": torch.arange(12.0).view(3, 4),

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.write import write_shard
+from data.shards.write import write_shard
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from data.config import DataConfig
-from data.decode import make_decoder
 from data.errors import DataError
 from data.loader import PrefetchLoader
+from data.pixels.decode import make_decoder
+from data.pixels.transforms import RandomResizedCrop, Window, eval_transform
 from data.reader import SampleBatch, SampleReader
-from data.transforms import RandomResizedCrop, Window, eval_transform
-from data.write import write_shard
+from data.shards.write import write_shard
 from tests.data.shard_factory import encode, picture
 
 # Levels of 255: both resize with the same filter, but round and upsample chroma differently on the way.

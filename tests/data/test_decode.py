@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.decode import Decoder, make_decoder
 from data.errors import DataError, Rejected
-from data.transforms import Window
+from data.pixels.decode import Decoder, make_decoder
+from data.pixels.transforms import Window
 from tests.data.shard_factory import encode, picture
 
 DECODER: Decoder = make_decoder("auto", max_pixels=10**8)

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from data.config import DataConfig, SourceConfig
 from data.errors import DataError
 from data.reader import SampleReader
-from data.write import write_shard
-from engine.config import Config, ConfigError, resolve
+from data.shards.write import write_shard
+from engine.config.read import Config, ConfigError, resolve
 from engine.feed import Feed
-from engine.mesh import Mesh, build_mesh
-from engine.quarantine import QUARANTINE_FILE, Quarantine
+from engine.parallel.mesh import Mesh, build_mesh
+from engine.resilience.quarantine import QUARANTINE_FILE, Quarantine
 from tests.data.shard_factory import encode, good_sample, picture
 from tests.distributed import run_distributed
 

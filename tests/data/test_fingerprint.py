@@ -11,8 +11,8 @@ import pytest
 
 from data.config import DataConfig, MixtureSwitch, SourceConfig
 from data.fingerprint import differences, fingerprint
+from data.shards.write import write_shard
 from data.sources import Sources
-from data.write import write_shard
 from tests.data.shard_factory import good_sample, make_shards
 
 Change = Callable[[Path, DataConfig], DataConfig]

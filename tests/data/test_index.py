@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from data.errors import DataError
-from data.index import Place, ShardIndex
-from data.index import build_index as build_from_stream
-from data.index_store import COUNTS_FILE, IndexStore, Tally, index_name, load_index, write_counts
-from data.storage import Storage
-from data.write import write_shard
+from data.shards.index import Place, ShardIndex
+from data.shards.index import build_index as build_from_stream
+from data.shards.index_store import COUNTS_FILE, IndexStore, Tally, index_name, load_index, write_counts
+from data.shards.storage import Storage
+from data.shards.write import write_shard
 from tests.data.shard_factory import good_sample, make_shards
 
 

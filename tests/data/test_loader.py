@@ -17,7 +17,7 @@ from data.config import DataConfig
 from data.errors import DataError
 from data.loader import PrefetchLoader
 from data.reader import SampleBatch, SampleReader
-from data.write import write_shard
+from data.shards.write import write_shard
 from tests.data.shard_factory import good_sample, make_shards
 
 

@@ -1,6 +1,6 @@
 """The least recently used value goes first, and is closed."""
 
-from data.lru import Lru
+from data.shards.lru import Lru
 
 
 def test_the_least_recently_used_goes_first() -> None:

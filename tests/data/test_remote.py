@@ -11,12 +11,12 @@ import pytest
 
 from data.config import DataConfig
 from data.errors import DataError
-from data.index_store import load_index
 from data.loader import PrefetchLoader
 from data.reader import SampleReader
-from data.remote import Absent, Remote, ShardCache, is_remote
-from data.shards import expand_shards
-from data.storage import Storage
+from data.shards.index_store import load_index
+from data.shards.listing import expand_shards
+from data.shards.remote import Absent, Remote, ShardCache, is_remote
+from data.shards.storage import Storage
 from tests.data.http_server import Server, serve
 from tests.data.shard_factory import make_shards
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from data.errors import DataError
-from data.shards import ShardFiles, expand_braces, expand_shards
-from data.storage import Storage
+from data.shards.listing import ShardFiles, expand_braces, expand_shards
+from data.shards.storage import Storage
 
 
 @pytest.fixture

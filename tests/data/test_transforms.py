@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data.decode import PillowDecoder
 from data.errors import DataError
-from data.transforms import RandomResizedCrop, Window, eval_transform, normalise
+from data.pixels.decode import PillowDecoder
+from data.pixels.transforms import RandomResizedCrop, Window, eval_transform, normalise
 from tests.data.shard_factory import encode, picture
 
 

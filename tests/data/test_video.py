@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from data import video
 from data.config import DataConfig
 from data.errors import Rejected
+from data.pixels import video
+from data.pixels.transforms import Window
+from data.pixels.video import ClipDecoder, frame_numbers, is_clip
 from data.reader import SampleReader
-from data.transforms import Window
-from data.video import ClipDecoder, frame_numbers, is_clip
-from data.write import write_shard
+from data.shards.write import write_shard
 from tests.data.shard_factory import encode, good_sample, picture
 
 av = pytest.importorskip("av", reason="the extra `video` is not installed")

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.config import Config, resolve
+from engine.config.read import Config, resolve
 from engine.feed import LocalBatch
-from engine.mesh import Mesh
+from engine.parallel.mesh import Mesh
 from models.config import ModelConfig, VisionConfig
 from tests.golden import FOLDER, local_batch
 

@@ -4,8 +4,8 @@ from itertools import product
 
 import pytest
 
-from engine.balance import balanced_layers, chunk_costs, even_layers, stage_layers
-from engine.config import ConfigError, preset_model, resolve
+from engine.config.read import ConfigError, preset_model, resolve
+from engine.config.stages import balanced_layers, chunk_costs, even_layers, stage_layers
 from models.config import ModelConfig, TextConfig, VisionConfig
 
 GOOD = {"model": "tiny-18b", "data": {"shards": ["some.tar"]}}

@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine.callbacks.base import RunInfo
 from engine.callbacks.console import ConsoleProgress
 from engine.callbacks.metrics import MetricsFile, read_metrics
 from engine.callbacks.tensorboard import TensorBoard
+from engine.record import RunInfo
 
 
 def run_info(run_dir: Path, *, start_step: int = 0, total_steps: int = 100) -> RunInfo:

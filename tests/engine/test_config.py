@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import ConfigError, check_layout, check_vocabulary, load_config, resolve, to_dict
+from engine.config.read import ConfigError, check_layout, check_vocabulary, load_config, resolve, to_dict
 from engine.train import main
 
 ROOT = Path(__file__).resolve().parents[2]

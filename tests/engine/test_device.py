@@ -1,4 +1,4 @@
-"""Canary: what engine/device.py replaces where there is no GPU still exists under these names."""
+"""Canary: what engine/parallel/device.py replaces where there is no GPU still exists under these names."""
 
 import os
 from datetime import timedelta
@@ -8,9 +8,9 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as megatron_random
 
-from engine import device
-from engine.config import ParallelConfig
-from engine.launch import job
+from engine.config.read import ParallelConfig
+from engine.parallel import device
+from engine.parallel.launch import job
 
 
 def test_replaced_names_exist() -> None:

@@ -9,18 +9,18 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.checkpoint.errors import CheckpointError
-from engine.checkpoint.manifest import AVERAGE, WEIGHT
+from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.format.manifest import AVERAGE, WEIGHT
 from engine.checkpoint.reader import Checkpoint
-from engine.config import ConfigError
-from engine.inference import load_encoders
-from engine.mesh import build_mesh
-from engine.optim.ema import averaged_weights
+from engine.config.read import ConfigError
+from engine.evaluation.embedder import load_encoders
+from engine.optim.average import averaged_weights
+from engine.parallel.mesh import build_mesh
 from tests.checkpoint.jobs import alone, build, job_config, run_steps, save
 from tests.distributed import run_distributed
 from tests.gather import whole_weights
 from tests.golden import deviations
-from tools.convert import main as convert
+from tools.convert.__main__ import main as convert
 
 pytestmark = pytest.mark.dist
 

@@ -9,17 +9,17 @@ import torch
 import torch.distributed as dist
 
 from data.errors import DataError
-from engine.callbacks.base import Callback, Record
 from engine.callbacks.checkpoint import CheckpointCallback
 from engine.callbacks.evaluation import Evaluation
 from engine.callbacks.metrics import MetricsFile, read_metrics
 from engine.checkpoint.reader import Checkpoint
-from engine.config import Config, ConfigError, ParallelConfig, resolve
-from engine.device import prepare
-from engine.evaluation.on_shards import ClassPrompts
-from engine.evaluation.shards import ShardInput
-from engine.launch import job
-from engine.mesh import build_mesh
+from engine.config.read import Config, ConfigError, ParallelConfig, resolve
+from engine.evaluation.inputs import ShardInput
+from engine.evaluation.scores import ClassPrompts
+from engine.parallel.device import prepare
+from engine.parallel.launch import job
+from engine.parallel.mesh import build_mesh
+from engine.record import Callback, Record
 from engine.trainer import Trainer
 from tests.data.http_server import serve
 from tests.data.shard_factory import make_shards

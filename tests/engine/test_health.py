@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.config import Config
-from engine.health import UnhealthyStep
-from engine.mesh import build_mesh
+from engine.config.read import Config
+from engine.parallel.mesh import build_mesh
+from engine.resilience.judge import UnhealthyStep
 from engine.trainer import Trainer
 from tests.checkpoint.jobs import BATCH, alone, build, job_config, run_steps, save
 from tests.distributed import run_distributed

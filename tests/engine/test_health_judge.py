@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from engine.config import ConfigError, HealthConfig
-from engine.health import SOUND, Health
+from engine.config.read import ConfigError, HealthConfig
+from engine.resilience.judge import SOUND, Health
 from tests.checkpoint.jobs import job_config
 
 

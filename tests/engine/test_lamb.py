@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.config import Config, ConfigError, OptimConfig, ParallelConfig, preset_model, resolve
-from engine.device import prepare
-from engine.launch import job
-from engine.mesh import Mesh, build_mesh
+from engine.config.read import Config, ConfigError, OptimConfig, ParallelConfig, preset_model, resolve
 from engine.optim.groups import TensorGroup, base_rate, tensor_group
-from engine.optim.schedule import warmup_cosine
+from engine.optim.rates import warmup_cosine
+from engine.parallel.device import prepare
+from engine.parallel.launch import job
+from engine.parallel.mesh import Mesh, build_mesh
 from engine.trainer import Trainer
-from models.authors import logical_name, to_logical
+from models.formats.eva_names import logical_name, to_logical
 from tests.distributed import run_distributed
 from tests.gather import backward_only, gather_objects, whole_gradients, whole_weights
 from tests.golden import (

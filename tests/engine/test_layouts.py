@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.callbacks.base import Callback, Record
-from engine.config import Config, ParallelConfig, check_layout, resolve
-from engine.device import prepare
-from engine.launch import job
-from engine.mesh import Mesh, build_mesh
+from engine.config.read import Config, ParallelConfig, check_layout, resolve
+from engine.parallel.device import prepare
+from engine.parallel.launch import job
+from engine.parallel.mesh import Mesh, build_mesh
+from engine.record import Callback, Record
 from engine.trainer import Trainer
 from tests.data.shard_factory import make_shards
 from tests.distributed import run_distributed

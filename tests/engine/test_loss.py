@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.loss import contrastive_loss
-from engine.sigmoid_loss import sigmoid_loss
+from engine.objectives.contrastive.sigmoid import sigmoid_loss
+from engine.objectives.contrastive.softmax import contrastive_loss
 from tests.engine.loss_reference import contrastive_reference, pairs, sigmoid_reference, worst_error
 
 ROWS = 37

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from engine.loss import contrastive_loss
-from engine.loss_exchange import RowExchange, Variant
-from engine.sigmoid_loss import sigmoid_loss
+from engine.objectives.contrastive.exchange import RowExchange, Variant
+from engine.objectives.contrastive.sigmoid import sigmoid_loss
+from engine.objectives.contrastive.softmax import contrastive_loss
 from tests.distributed import run_distributed
 from tests.engine.loss_reference import contrastive_reference, pairs, sigmoid_reference, worst_error
 

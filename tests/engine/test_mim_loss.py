@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engine.distill import distillation_loss, global_masked_count
-from engine.mesh import build_mesh
+from engine.objectives.mim.loss import distillation_loss, global_masked_count
+from engine.parallel.mesh import build_mesh
 from tests.distributed import run_distributed
 from tests.golden import deviation, load_tensors
 

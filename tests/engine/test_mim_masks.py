@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.errors import DataError
-from data.masks import BlockMasks
+from data.pixels.masks import BlockMasks
 from tests.golden import load_json, load_tensors
 
 RECIPES = load_json("g8-mim/meta.json")["masks"]

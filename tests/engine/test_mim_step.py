@@ -15,13 +15,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data.masks import BlockMasks
-from engine.config import Config, ParallelConfig, check_layout
-from engine.device import prepare
-from engine.launch import job
-from engine.mesh import Mesh, build_mesh
-from engine.mim.step import MimStep
-from engine.timeline import Phases
+from data.pixels.masks import BlockMasks
+from engine.config.read import Config, ParallelConfig, check_layout
+from engine.objectives.mim.step import MimStep
+from engine.parallel.device import prepare
+from engine.parallel.launch import job
+from engine.parallel.mesh import Mesh, build_mesh
+from engine.pipeline.clock import Phases
 from engine.trainer import Trainer
 from tests.checkpoint.jobs import build, save
 from tests.distributed import run_distributed

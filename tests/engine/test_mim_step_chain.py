@@ -8,18 +8,20 @@ import pytest
 import torch
 import yaml
 
-from data.write import write_shard
+from data.shards.write import write_shard
 from engine import train
-from engine.checkpoint.errors import CheckpointError
+from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.reader import Checkpoint
-from engine.config import Config, resolve
-from engine.device import prepare
+from engine.config.read import Config, resolve
+from engine.parallel.device import prepare
 from engine.trainer import Trainer
 from models.config import ModelConfig, VisionConfig
 from tests.checkpoint.jobs import MODEL, alone, build, job_config, run_steps, save
 from tests.data.shard_factory import good_sample
 from tests.engine.mim_jobs import Layout, mim_config
-from tools import inspect, report, timeline
+from tools import inspect
+from tools.report import __main__ as report
+from tools.timeline import __main__ as timeline
 
 # Two by two patches like the teacher's 28 px at patch 14: it sees the pictures at its own size.
 STUDENT = asdict(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import Config, ConfigError, check_layout, check_vocabulary, resolve, to_dict
+from engine.config.read import Config, ConfigError, check_layout, check_vocabulary, resolve, to_dict
 from tests.engine.mim_jobs import MODEL, TEACHER, Layout, mim_config
 
 

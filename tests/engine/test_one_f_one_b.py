@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
-from engine.one_f_one_b import Turn, turns
-from engine.pipeline import Unit
+from engine.pipeline.links import Unit
+from engine.pipeline.one_f_one_b import Turn, turns
 
 SHAPES = [
     *product((1, 2, 3, 4, 5), (1, 2, 5, 8), (1,)),

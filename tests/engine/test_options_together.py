@@ -13,18 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.callbacks.base import Callback, Record
 from engine.callbacks.checkpoint import CheckpointCallback
 from engine.callbacks.evaluation import Evaluation
 from engine.callbacks.metrics import MetricsFile, read_metrics
-from engine.checkpoint.manifest import AVERAGE
+from engine.checkpoint.format.manifest import AVERAGE
 from engine.checkpoint.reader import Checkpoint
-from engine.config import Config, ParallelConfig, check_layout, resolve
-from engine.device import prepare
-from engine.launch import job
-from engine.mesh import build_mesh, meet
-from engine.phases import phase_plan
-from engine.run_phases import run_phases
+from engine.config.phases import phase_plan
+from engine.config.read import Config, ParallelConfig, check_layout, resolve
+from engine.job import run_phases
+from engine.parallel.device import prepare
+from engine.parallel.launch import job
+from engine.parallel.mesh import build_mesh, meet
+from engine.record import Callback, Record
 from engine.trainer import Trainer
 from tests.checkpoint.jobs import differing
 from tests.data.shard_factory import make_shards

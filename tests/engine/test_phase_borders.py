@@ -7,20 +7,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engine.callbacks.base import Callback, Record, RunInfo
 from engine.callbacks.checkpoint import CheckpointCallback
 from engine.callbacks.metrics import MetricsFile, read_metrics
-from engine.checkpoint.errors import CheckpointError
-from engine.checkpoint.matching import Exceptions
+from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.format.matching import Exceptions
 from engine.checkpoint.reader import Checkpoint
-from engine.config import Config, ParallelConfig, resolve
-from engine.device import prepare
-from engine.launch import job
-from engine.mesh import build_mesh, meet
-from engine.phases import phase_plan
-from engine.run_phases import run_phases
+from engine.config.phases import phase_plan
+from engine.config.read import Config, ParallelConfig, resolve
+from engine.job import run_phases
+from engine.parallel.device import prepare
+from engine.parallel.launch import job
+from engine.parallel.mesh import build_mesh, meet
+from engine.record import Callback, Record, RunInfo
 from engine.trainer import Trainer
-from models.posembed import resize_pos_embed
+from models.towers.posembed import resize_pos_embed
 from tests.data.shard_factory import make_shards
 from tests.distributed import run_distributed
 from tests.engine.test_layouts import random_pairs

@@ -8,8 +8,8 @@ import pytest
 
 from data.config import DataConfig, MixtureSwitch, SourceConfig
 from data.reader import SampleReader
-from engine.config import Config, ConfigError, resolve
-from engine.phases import Phase, phase_plan
+from engine.config.phases import Phase, phase_plan
+from engine.config.read import Config, ConfigError, resolve
 from tests.data.shard_factory import make_shards
 
 PAPER: list[dict[str, Any]] = [

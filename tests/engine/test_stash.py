@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.stash import DeviceStash, HostStash
+from engine.pipeline.stash import DeviceStash, HostStash
 
 CPU = torch.device("cpu")
 

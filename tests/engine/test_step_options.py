@@ -16,15 +16,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engine.config import Config, ParallelConfig, check_layout, resolve
-from engine.device import Device, prepare
-from engine.launch import job
-from engine.mesh import Mesh, build_mesh
-from engine.timeline import Phases, write_spans
+from engine.config.read import Config, ParallelConfig, check_layout, resolve
+from engine.parallel.device import Device, prepare
+from engine.parallel.launch import job
+from engine.parallel.mesh import Mesh, build_mesh
+from engine.pipeline.clock import Phases, write_spans
 from engine.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.golden import local_batch
-from tools.timeline import main as draw_timeline
+from tools.timeline.__main__ import main as draw_timeline
 
 pytestmark = pytest.mark.dist
 

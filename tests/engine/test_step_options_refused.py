@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.config import Config, ConfigError, check_layout, resolve
+from engine.config.read import Config, ConfigError, check_layout, resolve
 
 
 def _resolve(*options: str) -> Config:

@@ -8,12 +8,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.stateless import kept_patches
-from data.transforms import normalise
-from engine.config import Config, ConfigError, ParallelConfig, check_layout, resolve
-from engine.device import prepare
-from engine.launch import job
-from engine.mesh import Mesh, build_mesh
+from data.order.stateless import kept_patches
+from data.pixels.transforms import normalise
+from engine.config.read import Config, ConfigError, ParallelConfig, check_layout, resolve
+from engine.parallel.device import prepare
+from engine.parallel.launch import job
+from engine.parallel.mesh import Mesh, build_mesh
 from engine.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.engine.test_layouts import LOSS_TOLERANCE, WEIGHT_TOLERANCE, random_pairs

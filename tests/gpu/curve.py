@@ -9,8 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from engine.exit import leave
-from engine.launch import job
+from engine.parallel.launch import job
+from engine.resilience.exit import leave
 from tests.engine import test_step_options as step_options
 
 

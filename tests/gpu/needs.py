@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.packages import Package
+from models.blocks.packages import Package
 
 
 def gpus(count: int, *packages: Package, capability: tuple[int, int] = (8, 0)) -> pytest.MarkDecorator:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from engine.mesh import Mesh
+from engine.parallel.mesh import Mesh
+from models.blocks.packages import APEX, FLASH_2, FLASH_3, TRANSFORMER_ENGINE, Package
 from models.config import FP8_MULTIPLES
-from models.packages import APEX, FLASH_2, FLASH_3, TRANSFORMER_ENGINE, Package
-from models.vision import VisionTower
+from models.towers.vision import VisionTower
 from tests.golden import ARCHITECTURES, TOLERANCE, deviation, deviations, load_io, model_of, pixels
 from tests.gpu.needs import gpus
 from tests.models import backend_cases as cases

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.stash import HostStash
-from models.packages import TRANSFORMER_ENGINE
+from engine.pipeline.stash import HostStash
+from models.blocks.packages import TRANSFORMER_ENGINE
 from tests.gpu.needs import gpus
 
 pytestmark = pytest.mark.gpu

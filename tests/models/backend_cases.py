@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from engine.config import ParallelConfig, preset_model
-from engine.device import prepare
-from engine.launch import job
-from engine.mesh import Mesh, build_mesh
+from engine.config.read import ParallelConfig, preset_model
+from engine.parallel.device import prepare
+from engine.parallel.launch import job
+from engine.parallel.mesh import Mesh, build_mesh
 from models.config import ModelConfig
-from models.naming import logical_tensors
-from models.vision import VisionTower
+from models.tensors.naming import logical_tensors
+from models.towers.vision import VisionTower
 from tests.distributed import run_distributed
 from tests.engine import test_step_options as step_options
 from tests.golden import ARCHITECTURES, logical, model_of, pixels

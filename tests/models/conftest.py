@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from engine.config import ParallelConfig
-from engine.launch import job
-from engine.mesh import Mesh
+from engine.config.read import ParallelConfig
+from engine.parallel.launch import job
+from engine.parallel.mesh import Mesh
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from data.transforms import normalise
-from engine.mesh import Mesh
-from models.authors import to_logical
+from data.pixels.transforms import normalise
+from engine.parallel.mesh import Mesh
 from models.config import ModelConfig, VisionConfig
-from models.mim import StudentTower
-from models.naming import LogicalTensor, logical_tensors
+from models.formats.eva_names import to_logical
+from models.tensors.naming import LogicalTensor, logical_tensors
+from models.towers.mim import StudentTower
 from tests.golden import load_json, load_tensors
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")

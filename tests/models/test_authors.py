@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.authors import LayoutMismatch, authors_name, from_logical, is_derived, logical_name, to_logical
+from models.formats.eva_names import LayoutMismatch, authors_name, from_logical, is_derived, logical_name, to_logical
 from tests.golden import ARCHITECTURES, load_tensors, logical, model_of
 
 

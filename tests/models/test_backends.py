@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.device import prepare
-from engine.mesh import Mesh
+from engine.parallel.device import prepare
+from engine.parallel.mesh import Mesh
 from tests.golden import TOLERANCE, deviation, deviations
 from tests.models import backend_cases as cases
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from engine.checkpoint.manifest import Manifest
-from engine.config import Config, ConfigError, resolve, to_dict
-from engine.inference import inference_config
-from models.backends import choose, require_kernels
+from engine.checkpoint.format.manifest import Manifest
+from engine.config.read import Config, ConfigError, resolve, to_dict
+from engine.evaluation.embedder import inference_config
+from models.blocks.kernels import choose, require_kernels
+from models.blocks.packages import APEX, FLASH_2, FLASH_3, TRANSFORMER_ENGINE, Package
 from models.config import LOCAL_KERNELS, ModelConfigError
-from models.packages import APEX, FLASH_2, FLASH_3, TRANSFORMER_ENGINE, Package
 
 TE = "model.backend=transformer_engine"
 BF16 = "train.precision=bf16"

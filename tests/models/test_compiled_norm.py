@@ -5,10 +5,10 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from engine.memory import saved_bytes
+from engine.pipeline.memory import saved_bytes
+from models.blocks.norms import CompiledRMSNorm, PostNormResidual, RMSNorm
+from models.blocks.packages import require_compiler
 from models.config import ModelConfigError
-from models.norms import CompiledRMSNorm, PostNormResidual, RMSNorm
-from models.packages import require_compiler
 
 WIDTH = 64
 

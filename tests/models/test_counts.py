@@ -5,12 +5,12 @@ from math import prod
 import pytest
 import torch
 
-from engine.config import PRESETS, preset_model
-from engine.mesh import Mesh
-from models.authors import from_logical
-from models.naming import LogicalTensor, logical_tensors
-from models.text import TextTower
-from models.vision import VisionTower
+from engine.config.read import PRESETS, preset_model
+from engine.parallel.mesh import Mesh
+from models.formats.eva_names import from_logical
+from models.tensors.naming import LogicalTensor, logical_tensors
+from models.towers.text import TextTower
+from models.towers.vision import VisionTower
 from tests.golden import load_json
 
 # Vision and text, parameters and tensors. Counted from the authors' own modules; the paper prints rounded numbers

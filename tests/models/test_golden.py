@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.mesh import Mesh
-from models.authors import from_logical, to_logical
+from engine.parallel.mesh import Mesh
 from models.clip import LogitScale, embedding
-from models.naming import logical_name, logical_tensors
-from models.text import TextTower, trim_padding
-from models.vision import VisionTower
+from models.formats.eva_names import from_logical, to_logical
+from models.tensors.naming import logical_name, logical_tensors
+from models.towers.text import TextTower, trim_padding
+from models.towers.vision import VisionTower
 from tests.golden import (
     ARCHITECTURES,
     PATCH_DROPOUT_GRADIENTS,

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.config import Config, ConfigError, ParallelConfig
-from engine.device import prepare
-from engine.launch import job
-from engine.mesh import Mesh, build_mesh
-from engine.schedule import LossResult
-from engine.stages import VisionRunner
-from engine.step import ContrastiveStep
+from engine.config.read import Config, ConfigError, ParallelConfig
+from engine.objectives.contrastive.step import ContrastiveStep
+from engine.objectives.contrastive.towers import VisionRunner
+from engine.parallel.device import prepare
+from engine.parallel.launch import job
+from engine.parallel.mesh import Mesh, build_mesh
+from engine.pipeline.executor import LossResult
 from engine.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.gather import backward_only, gather_objects, whole_gradients

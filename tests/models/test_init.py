@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.mesh import Mesh
-from models.authors import from_logical
-from models.init import initial_value, initialise
-from models.naming import LogicalTensor, logical_tensors, split_dim
-from models.vision import VisionTower
+from engine.parallel.mesh import Mesh
+from models.formats.eva_names import from_logical
+from models.tensors.init import initial_value, initialise
+from models.tensors.naming import LogicalTensor, logical_tensors, split_dim
+from models.towers.vision import VisionTower
 from tests.golden import ARCHITECTURES, load_json, logical, model_of
 
 SIGMAS = 5.0

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from data.transforms import normalise
-from engine.mesh import Mesh
+from data.pixels.transforms import normalise
+from engine.parallel.mesh import Mesh
 from models.config import ModelConfigError, VisionConfig
-from models.mim import check_grids, resize_for_teacher, teacher_features
-from models.naming import logical_tensors
-from models.vision import VisionTower
+from models.tensors.naming import logical_tensors
+from models.towers.mim import check_grids, resize_for_teacher, teacher_features
+from models.towers.vision import VisionTower
 from tests.golden import TOLERANCE, deviation, load_tensors, logical, model_of
 from tests.models.students import build_student
 

@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.balance import stage_layers
-from engine.config import ParallelConfig
-from engine.device import prepare
-from engine.distill import distillation_loss
-from engine.launch import job
-from engine.mesh import Mesh, build_mesh
-from models.mim import StudentTower
-from models.naming import split_dim
+from engine.config.read import ParallelConfig
+from engine.config.stages import stage_layers
+from engine.objectives.mim.loss import distillation_loss
+from engine.parallel.device import prepare
+from engine.parallel.launch import job
+from engine.parallel.mesh import Mesh, build_mesh
+from models.tensors.naming import split_dim
+from models.towers.mim import StudentTower
 from tests.distributed import run_distributed
 from tests.golden import TOLERANCE, deviation, deviations, load_tensors
 from tests.models.students import (
@@ -134,7 +134,7 @@ def one_pass(case: Case, mesh: Mesh) -> dict[str, Any]:
 
 
 def _gradients(tower: StudentTower, mesh: Mesh) -> dict[str, Tensor]:
-    """Logical name -> gradient of this rank's slice, partial sums added up as engine/update.py adds them."""
+    """Logical name -> gradient of this rank's slice, partial sums added up as engine/objectives/update.py adds them."""
     for parameter in tower.parameters():
         if getattr(parameter, "sequence_parallel", False):
             dist.all_reduce(parameter.grad, group=mesh.tensor.group)

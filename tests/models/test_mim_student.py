@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import OptimConfig
-from engine.distill import distillation_loss
-from engine.mesh import Mesh
+from engine.config.read import OptimConfig
+from engine.objectives.mim.loss import distillation_loss
 from engine.optim.groups import tensor_group
-from models.init import initial_value, initialise, student_rule
-from models.layouts.inventory import mim_shapes, vision_shapes
-from models.mim import StudentTower
-from models.naming import LogicalTensor, logical_tensors
+from engine.parallel.mesh import Mesh
+from models.tensors.init import initial_value, initialise, student_rule
+from models.tensors.inventory import mim_shapes, vision_shapes
+from models.tensors.naming import LogicalTensor, logical_tensors
+from models.towers.mim import StudentTower
 from tests.golden import TOLERANCE, deviation, deviations, load_tensors, model_of
 from tests.models.students import (
     STUDENTS,

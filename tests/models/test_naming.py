@@ -5,11 +5,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from engine.config import preset_model
-from engine.mesh import Mesh
-from models.naming import LogicalTensor, logical_tensors
-from models.text import TextTower
-from models.vision import VisionTower
+from engine.config.read import preset_model
+from engine.parallel.mesh import Mesh
+from models.tensors.naming import LogicalTensor, logical_tensors
+from models.towers.text import TextTower
+from models.towers.vision import VisionTower
 from tests.golden import ARCHITECTURES, logical, model_of
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.posembed import resize_patch_kernel, resize_pos_embed
+from models.towers.posembed import resize_patch_kernel, resize_pos_embed
 from tests.golden import load_json, load_tensors
 
 CASES = {case["key"]: case for case in load_json("g6-posembed/meta.json")}

@@ -8,19 +8,19 @@ import pytest
 import torch.distributed as dist
 import yaml
 
-from engine.config import Config, ParallelConfig
-from engine.device import prepare
-from engine.launch import job
-from engine.mesh import build_mesh
-from models.flops import embedding_flops
+from engine.config.read import Config, ParallelConfig
+from engine.parallel.device import prepare
+from engine.parallel.launch import job
+from engine.parallel.mesh import build_mesh
+from models.tensors.flops import embedding_flops
 from tests.distributed import run_distributed
-from tools.benchmark import main
-from tools.benchmarking.measure import measure
-from tools.benchmarking.options import TRACED_STEPS, Options, benchmark_config
-from tools.benchmarking.result import Result, Spread, load_result, summary
-from tools.benchmarking.work import executed_flops, model_flops, tokens_per_sample
-from tools.planning.counts import text_executed_flops, vision_executed_flops, vision_forward_flops
-from tools.timeline_spans import read_step
+from tools.benchmark.__main__ import main
+from tools.benchmark.measure import measure
+from tools.benchmark.options import TRACED_STEPS, Options, benchmark_config
+from tools.benchmark.result import Result, Spread, load_result, summary
+from tools.benchmark.work import executed_flops, model_flops, tokens_per_sample
+from tools.cost.counts import text_executed_flops, vision_executed_flops, vision_forward_flops
+from tools.timeline.spans import read_step
 
 CONFIG = {
     "model": "tiny-18b",

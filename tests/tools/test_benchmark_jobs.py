@@ -9,15 +9,15 @@ import pytest
 import torch.distributed as dist
 import yaml
 
-from engine.device import prepare
-from engine.mesh import build_mesh
+from engine.parallel.device import prepare
+from engine.parallel.mesh import build_mesh
 from tests.data.shard_factory import make_shards
 from tests.distributed import run_distributed
 from tests.engine.mim_jobs import MODEL, TEACHER
-from tools.benchmark import main
-from tools.benchmarking.measure import measure
-from tools.benchmarking.options import Options, benchmark_config
-from tools.benchmarking.result import Result, load_result
+from tools.benchmark.__main__ import main
+from tools.benchmark.measure import measure
+from tools.benchmark.options import Options, benchmark_config
+from tools.benchmark.result import Result, load_result
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 

@@ -9,12 +9,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from tools.benchmark import main
-from tools.benchmarking.charts import save_result_picture, save_sweep_picture
-from tools.benchmarking.launch import failure_reason
-from tools.benchmarking.result import Result, Spread
-from tools.benchmarking.sweep import points_of
-from tools.benchmarking.tables import compare, efficiencies, results_table
+from tools.benchmark.__main__ import main
+from tools.benchmark.charts import save_result_picture, save_sweep_picture
+from tools.benchmark.launch import failure_reason
+from tools.benchmark.result import Result, Spread
+from tools.benchmark.sweep import points_of
+from tools.benchmark.tables import compare, efficiencies, results_table
 
 MACHINE = {"cpu": "a", "cores": 2, "memory_gb": 8.0, "device": "cpu", "torch": "2", "python": "3", "commit": "abc"}
 

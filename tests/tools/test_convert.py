@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from engine.checkpoint.reader import Checkpoint
 from models.config import ModelConfig
-from models.layouts.authors import AUTHORS
-from models.layouts.base import entries
-from models.layouts.eva_config import eva_from_model, model_from_eva
-from models.layouts.inventory import clip_shapes
+from models.formats.authors import AUTHORS
+from models.formats.base import entries
+from models.formats.eva_config import eva_from_model, model_from_eva
+from models.tensors.inventory import clip_shapes
 from tests.golden import ARCHITECTURES, FOLDER, load_json, load_tensors, model_of
-from tools import convert
+from tools.convert import __main__ as convert
 
 
 def run(*arguments: object) -> int:

@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from engine.balance import stage_layers
-from engine.config import Config, load_config, resolve
+from engine.config.read import Config, load_config, resolve
+from engine.config.stages import stage_layers
 from models.config import ModelConfig
-from models.flops import block_flops, last_block_flops
-from tools import dryrun
-from tools.dryrunning.flops import flops
-from tools.dryrunning.memory import ELSEWHERE, MemoryTracker
-from tools.dryrunning.rank import RankReport, dry_run
-from tools.dryrunning.report import flops_by_part, to_dict, traffic_table
-from tools.planning import counts
-from tools.planning.activations import text_saved_bytes
-from tools.planning.layout import layout_of, stages_of
-from tools.planning.traffic import step_traffic
+from models.tensors.flops import block_flops, last_block_flops
+from tools.cost import counts
+from tools.cost.activations import text_saved_bytes
+from tools.cost.layout import layout_of, stages_of
+from tools.cost.traffic import step_traffic
+from tools.dryrun import __main__ as dryrun
+from tools.dryrun.flops import flops
+from tools.dryrun.memory import ELSEWHERE, MemoryTracker
+from tools.dryrun.rank import RankReport, dry_run
+from tools.dryrun.report import flops_by_part, to_dict, traffic_table
 
 SMALL = (
     "model.preset=tiny-18b",

@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.config import Config, load_config
-from engine.config_objective_checks import block_masks
-from engine.one_f_one_b import turns
-from models.flops import block_flops, head_flops
+from engine.config.objective_checks import block_masks
+from engine.config.read import Config, load_config
+from engine.pipeline.one_f_one_b import turns
+from models.tensors.flops import block_flops, head_flops
 from tests.engine.mim_jobs import Layout, mim_config
-from tools import dryrun
-from tools.benchmarking.work import model_flops
-from tools.dryrunning.rank import RankReport, dry_run
-from tools.dryrunning.record import units_in_flight
-from tools.dryrunning.report import flops_by_part
-from tools.planning.counts import vision_parameters
+from tools.benchmark.work import model_flops
+from tools.cost.counts import vision_parameters
+from tools.dryrun import __main__ as dryrun
+from tools.dryrun.rank import RankReport, dry_run
+from tools.dryrun.record import units_in_flight
+from tools.dryrun.report import flops_by_part
 
 RECIPES = Path(__file__).parents[2] / "examples"
 
@@ -28,7 +28,7 @@ def replica(config: Config, layout: Layout) -> list[RankReport]:
 
 
 def more_than_the_formulas(config: Config, rows: int, masked: int) -> int:
-    """FLOPs of `rows` images with `masked` masked patches that run and that tools/benchmarking/work.py does not count.
+    """FLOPs of `rows` images with `masked` masked patches that run and that tools/benchmark/work.py does not count.
 
     Masked patches and the class token are rows of zeros of the patch projection, which has one product in the backward,
     not two: pixels need no gradient. Masks end short. Each tensor rank predicts. The teacher projects every patch.

@@ -14,19 +14,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engine.config import Config
-from engine.device import prepare
+from engine.config.read import Config
 from engine.feed import LocalBatch
-from engine.mesh import Mesh, build_mesh
-from engine.rows import own_rows
+from engine.parallel.device import prepare
+from engine.parallel.mesh import Mesh, build_mesh
+from engine.parallel.rows import own_rows
 from engine.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.engine.mim_jobs import Layout, mim_config, pictures_of_step
 from tests.tools.test_dryrun import small
-from tools.dryrunning.memory import Usage
-from tools.dryrunning.rank import RankReport, dry_run
-from tools.dryrunning.record import record_step
-from tools.dryrunning.report import transfers_of
+from tools.dryrun.memory import Usage
+from tools.dryrun.rank import RankReport, dry_run
+from tools.dryrun.record import record_step
+from tools.dryrun.report import transfers_of
 
 pytestmark = pytest.mark.dist
 

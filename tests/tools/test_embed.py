@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from data.decode.resize import cut
-from data.transforms import Squash, normalise
-from data.write import write_shard
+from data.pixels.decode.resize import cut
+from data.pixels.transforms import Squash, normalise
+from data.shards.write import write_shard
 from engine.checkpoint.reader import Checkpoint
-from engine.config import ConfigError
-from engine.device import prepare
-from engine.inference import inference_config, load_encoders
+from engine.config.read import ConfigError
+from engine.evaluation.embedder import inference_config, load_encoders
+from engine.evaluation.session import Session
+from engine.parallel.device import prepare
 from tests.checkpoint.jobs import (
     CONTEXT,
     SIDE,
@@ -31,8 +32,9 @@ from tests.checkpoint.jobs import (
 from tests.data.shard_factory import encode, make_shards, picture
 from tests.distributed import run_distributed
 from tests.golden import ARCHITECTURES, FOLDER, load_io, pixels
-from tools import convert, embed, evaluate
-from tools.embedding.session import Session
+from tools import evaluate
+from tools.convert import __main__ as convert
+from tools.embed import __main__ as embed
 
 TOLERANCE = 1e-5
 LAYOUTS = {

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from data.config import DataConfig
-from data.index_store import IndexStore, index_name
 from data.reader import SampleReader
-from data.storage import Storage
-from data.write import write_shard
+from data.shards.index_store import IndexStore, index_name
+from data.shards.storage import Storage
+from data.shards.write import write_shard
 from tests.data.http_server import serve
 from tests.data.shard_factory import encode, good_sample, make_shards, picture
 from tools import index_shards, inspect_shards

@@ -2,9 +2,9 @@
 
 import pytest
 
-from engine.config import preset_model
+from engine.config.read import preset_model
 from tests.models.test_counts import REAL
-from tools.planning import counts
+from tools.cost import counts
 
 
 @pytest.mark.parametrize("preset", REAL)

@@ -14,12 +14,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from engine.callbacks.base import RunInfo
 from engine.callbacks.metrics import MetricsFile
-from tools.report import main
-from tools.reporting.charts import PALETTE, to_svg
-from tools.reporting.panels import panels
-from tools.reporting.runs import config_differences, evenly_spaced, load_runs
+from engine.record import RunInfo
+from tools.report.__main__ import main
+from tools.report.curves import PALETTE, to_svg
+from tools.report.panels import panels
+from tools.report.runs import config_differences, evenly_spaced, load_runs
 
 VOID_TAGS = {"meta", "img", "br", "path", "use"}
 

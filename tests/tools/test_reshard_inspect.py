@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.balance import stage_layers
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.reshard import TargetLayout, plan_reshard
-from engine.mesh import Mesh
+from engine.config.stages import stage_layers
+from engine.parallel.mesh import Mesh
 from tests.checkpoint.jobs import alone, build, differing, job_config, run_steps, save
 from tools import inspect, reshard
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from engine.pipeline import Unit
-from engine.timeline import Phases, write_spans
-from tools.timeline import main, table
-from tools.timeline_spans import read_step
+from engine.pipeline.clock import Phases, write_spans
+from engine.pipeline.links import Unit
+from tools.timeline.__main__ import main, table
+from tools.timeline.spans import read_step
 
 
 class _Clock:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from engine.config import Config, resolve
-from tools.dryrunning.rank import dry_run
-from tools.planning.layout import layout_of, stages_of
-from tools.planning.memory import phase_memory
-from tools.planning.work import rank_flops
+from engine.config.read import Config, resolve
+from tools.cost.layout import layout_of, stages_of
+from tools.cost.memory import phase_memory
+from tools.cost.work import rank_flops
+from tools.dryrun.rank import dry_run
 
 PHASES = {"loss": "loss", "backward": "backprop", "backward_text": "text"}
 """Phase of the dry run -> of the formulas."""

@@ -16,17 +16,17 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.config import Config, resolve
-from engine.device import prepare
-from engine.mesh import Mesh, build_mesh
-from engine.traffic import TrafficReader
+from engine.config.read import Config, resolve
+from engine.parallel.device import prepare
+from engine.parallel.mesh import Mesh, build_mesh
+from engine.parallel.traffic import TrafficReader
 from engine.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.golden import local_batch
-from tools.planning.activations import micro_batch_saved_bytes
-from tools.planning.layout import Layout, Stage, layout_of, stages_of
-from tools.planning.memory import stage_parameters, stash_bytes
-from tools.planning.traffic import axis_size, step_traffic
+from tools.cost.activations import micro_batch_saved_bytes
+from tools.cost.layout import Layout, Stage, layout_of, stages_of
+from tools.cost.memory import stage_parameters, stash_bytes
+from tools.cost.traffic import axis_size, step_traffic
 
 pytestmark = pytest.mark.dist
 

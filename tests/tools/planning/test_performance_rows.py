@@ -5,11 +5,11 @@ Where the planner's own number differs, the difference is what this engine does 
 
 import pytest
 
-from engine.config import preset_model
-from models.flops import attention_flops
-from tools.planning.activations import block_saved_bytes
-from tools.planning.cluster import Cluster
-from tools.planning.counts import (
+from engine.config.read import preset_model
+from models.tensors.flops import attention_flops
+from tools.cost.activations import block_saved_bytes
+from tools.cost.cluster import Cluster
+from tools.cost.counts import (
     executed_flops,
     text_forward_flops,
     text_parameters,
@@ -17,10 +17,10 @@ from tools.planning.counts import (
     vision_forward_flops,
     vision_parameters,
 )
-from tools.planning.estimate import estimate
-from tools.planning.hardware import load_hardware
-from tools.planning.layout import Layout, stages_of
-from tools.planning.memory import (
+from tools.cost.estimate import estimate
+from tools.cost.hardware import load_hardware
+from tools.cost.layout import Layout, stages_of
+from tools.cost.memory import (
     GPU_TILE,
     checkpoint_bytes,
     loss_bytes,
@@ -30,9 +30,9 @@ from tools.planning.memory import (
     stage_parameters,
     stash_bytes,
 )
-from tools.planning.time import LOSS_PRODUCTS
-from tools.planning.traffic import step_traffic
-from tools.planning.zero3 import Zero3, zero3_memory
+from tools.cost.time import LOSS_PRODUCTS
+from tools.cost.traffic import step_traffic
+from tools.plan.zero3 import Zero3, zero3_memory
 
 MODEL = preset_model("18b")
 GPUS, BATCH = 360, 108_000

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from engine.config import Config, resolve
-from engine.device import prepare
-from engine.mesh import build_mesh
-from engine.timeline import Phases, write_spans
+from engine.config.read import Config, resolve
+from engine.parallel.device import prepare
+from engine.parallel.mesh import build_mesh
+from engine.pipeline.clock import Phases, write_spans
 from engine.trainer import Trainer
 from tests.distributed import run_distributed
-from tools.benchmarking.synthetic import SyntheticFeed
-from tools.planning.recorded import order_of_work, recorded_durations, schedule_of, stage_rows
-from tools.planning.simulate import simulate
-from tools.planning.step_program import Compute, Open, Receive, Schedule, Send, Together, program
-from tools.timeline_spans import Row, Span, StepTimeline, read_step
+from tools.benchmark.synthetic import SyntheticFeed
+from tools.simulate.events import simulate
+from tools.simulate.recorded import order_of_work, recorded_durations, schedule_of, stage_rows
+from tools.simulate.step_program import Compute, Open, Receive, Schedule, Send, Together, program
+from tools.timeline.spans import Row, Span, StepTimeline, read_step
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine.config import check_layout, load_config, preset_model
-from tools.plan import main
-from tools.planning.cluster import Cluster
-from tools.planning.estimate import estimate
-from tools.planning.hardware import Hardware, load_hardware, profile_names
-from tools.planning.layout import Layout, PlanError
-from tools.planning.memory import peak_memory
-from tools.planning.search import Found, Job, candidates, search
-from tools.planning.write import settings
-from tools.planning.zero3 import Zero3, best_zero3, zero3_memory, zero3_time
+from engine.config.read import check_layout, load_config, preset_model
+from tools.cost.cluster import Cluster
+from tools.cost.estimate import estimate
+from tools.cost.hardware import Hardware, load_hardware, profile_names
+from tools.cost.layout import Layout, PlanError
+from tools.cost.memory import peak_memory
+from tools.plan.__main__ import main
+from tools.plan.search import Found, Job, candidates, search
+from tools.plan.write import settings
+from tools.plan.zero3 import Zero3, best_zero3, zero3_memory, zero3_time
 
 ROOT = Path(__file__).resolve().parents[3]
 SMALL = ["--model", "b16", "--gpus", "16", "--gpu", "a100-40", "--global-batch", "4096"]
@@ -88,7 +88,7 @@ def test_zero3_computes_and_keeps_what_one_stage_does() -> None:
     assert zero3_memory(model, layout, plain).activations == pytest.approx(stage.memory.activations, rel=1e-6)
     assert zero3_memory(model, layout, checkpoints).activations < 0.1 * stage.memory.activations
     found = best_zero3(model, cluster, 108_000, 0.5)
-    assert found.hfu / found.mfu == pytest.approx(0.9836 * 4 / 3, rel=1e-4)  # models/last_block.py
+    assert found.hfu / found.mfu == pytest.approx(0.9836 * 4 / 3, rel=1e-4)  # models/blocks/last_block.py
 
 
 def test_clips_cost_what_their_frames_cost() -> None:
@@ -107,7 +107,7 @@ def test_clips_cost_what_their_frames_cost() -> None:
 
 
 def test_slow_networks_hurt_zero3_more(tmp_path: Path) -> None:
-    slow = yaml.safe_load((ROOT / "tools/planning/hardware/a100-40.yaml").read_text()) | {"nic_gb_s": 0.8}
+    slow = yaml.safe_load((ROOT / "tools/cost/hardware/a100-40.yaml").read_text()) | {"nic_gb_s": 0.8}
     (tmp_path / "slow.yaml").write_text(yaml.safe_dump(slow))
     layout = Layout(tensor=2, pipeline=12, data=15, global_batch=23_040, micro_batch=16, text_micro_batch=16)
     ratio = {}

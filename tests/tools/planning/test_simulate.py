@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from engine.config import load_config
-from tools.planning.cluster import Cluster
-from tools.planning.hardware import load_hardware
-from tools.planning.layout import layout_of
-from tools.planning.simulate import CollectiveCosts, StageCosts, bubble_bound, durations_of, simulate
-from tools.planning.step_program import Schedule
-from tools.planning.time import step_time
-from tools.simulate import main
+from engine.config.read import load_config
+from tools.cost.cluster import Cluster
+from tools.cost.hardware import load_hardware
+from tools.cost.layout import layout_of
+from tools.cost.time import step_time
+from tools.simulate.__main__ import main
+from tools.simulate.events import CollectiveCosts, StageCosts, bubble_bound, durations_of, simulate
+from tools.simulate.step_program import Schedule
 
 FORWARD, BACKWARD = 3.0, 7.0
 

@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from engine.config import preset_model
-from tools.planning.cluster import Cluster
-from tools.planning.compute import block_seconds
-from tools.planning.estimate import estimate
-from tools.planning.hardware import load_hardware
-from tools.planning.layout import Layout, stages_of
-from tools.planning.simulate import StageCosts, durations_of, simulate
-from tools.planning.step_program import Schedule
-from tools.planning.time import step_time, text_step, unit_time
+from engine.config.read import preset_model
+from tools.cost.cluster import Cluster
+from tools.cost.compute import block_seconds
+from tools.cost.estimate import estimate
+from tools.cost.hardware import load_hardware
+from tools.cost.layout import Layout, stages_of
+from tools.cost.time import step_time, text_step, unit_time
+from tools.simulate.events import StageCosts, durations_of, simulate
+from tools.simulate.step_program import Schedule
 
 MODEL = preset_model("18b")
 A100 = load_hardware("a100-40")
@@ -60,7 +60,7 @@ def _costs(layout: Layout) -> list[StageCosts]:
 
 def test_mfu_counts_three_forwards_and_hfu_what_runs() -> None:
     none, every = estimate(MODEL, BASE, CLUSTER), estimate(MODEL, replace(BASE, keep=48), CLUSTER)
-    read = 0.9836  # share of the model's FLOPs that anybody reads (models/last_block.py)
+    read = 0.9836  # share of the model's FLOPs that anybody reads (models/blocks/last_block.py)
     assert none.hfu / none.mfu == pytest.approx(read * 4 / 3, rel=1e-4)
     assert every.hfu / every.mfu == pytest.approx(read, rel=1e-4) and every.mfu > none.mfu
     again = estimate(MODEL, replace(BASE, recompute="full"), CLUSTER)

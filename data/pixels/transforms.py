@@ -1,0 +1,143 @@
+"""Which window of an image is seen, and how its pixels enter the network.
+
+A transform turns (position, width, height) into a `Window`; a decoder cuts and resizes that window. Train
+windows are drawn from the stateless generator, so every decoder, rank and reader count cuts the same one.
+Pixels stay uint8 until `normalise` on the device: a quarter of the traffic.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data.errors import DataError
+from data.order.stateless import uniform
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+_ATTEMPTS = 10
+_RATIO = (3 / 4, 4 / 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """The part of an image that becomes one square sample."""
+
+    box: tuple[float, float, float, float]
+    """left, top, right, bottom in source pixels (continuous, 0 is the left or top edge)."""
+    size: int
+    """Side of the result in pixels."""
+    flip: bool = False
+    """Mirror left and right after the resize."""
+    crop_first: bool = True
+    """The whole-pixel box is cut before the resize, so that the filter sees nothing beyond it (torchvision's
+    resized crop, which the paper's training uses); False: same samples as resizing the whole image and
+    cutting afterwards.
+    """
+
+
+class Transform(ABC):
+    """How windows are chosen."""
+
+    @abstractmethod
+    def window(self, position: int, width: int, height: int) -> Window:
+        """Window for the sample at a global position in an image of width x height pixels."""
+
+
+class RandomResizedCrop(Transform):
+    """Training (EVA-CLIP code transform.py:60-103): area share uniform in `scale`, aspect log-uniform in
+    3/4..4/3.
+
+    Draws up to ten windows and takes the first that fits; else the largest centred one with an admissible
+    aspect ("Going deeper with convolutions", section 6; the form of torchvision).
+    """
+
+    def __init__(self, *, seed: int, size: int, scale: tuple[float, float], flip: bool) -> None:
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise DataError(f"data.crop_scale is {list(scale)}: it needs 0 < low <= high <= 1")
+        self._seed = seed
+        self._size = size
+        self._scale = scale
+        self._flip = flip
+
+    def window(self, position: int, width: int, height: int) -> Window:
+        at = np.array([position], dtype=np.int64)
+        draws = uniform(self._seed, "crop", at, 4 * _ATTEMPTS).reshape(4, _ATTEMPTS)
+        flip = self._flip and bool(uniform(self._seed, "flip", at, 1)[0, 0] < 0.5)
+        left, top, crop_width, crop_height = self._crop(draws, width, height)
+        return Window(box=(left, top, left + crop_width, top + crop_height), size=self._size, flip=flip)
+
+    def _crop(self, draws: np.ndarray, width: int, height: int) -> tuple[int, int, int, int]:
+        """draws float64 [4, attempts]: area, aspect, left, top -> left, top, width, height in pixels."""
+        area = width * height * (self._scale[0] + draws[0] * (self._scale[1] - self._scale[0]))
+        low, high = np.log(_RATIO)
+        aspect = np.exp(low + draws[1] * (high - low))
+        widths, heights = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+        fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
+        if not fits.any():
+            return _largest_centred(width, height)
+        first = int(np.argmax(fits))
+        crop_width, crop_height = int(widths[first]), int(heights[first])
+        left = int(draws[2, first] * (width - crop_width + 1))
+        top = int(draws[3, first] * (height - crop_height + 1))
+        return left, top, crop_width, crop_height
+
+
+def _largest_centred(width: int, height: int) -> tuple[int, int, int, int]:
+    crop_width, crop_height = width, height
+    if width < height * _RATIO[0]:
+        crop_height = round(width / _RATIO[0])
+    elif width > height * _RATIO[1]:
+        crop_width = round(height * _RATIO[1])
+    return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
+
+
+class Squash(Transform):
+    """Evaluation: the whole image resized to a square, aspect ignored (paper, section 7)."""
+
+    def __init__(self, *, size: int) -> None:
+        self._size = size
+
+    def window(self, position: int, width: int, height: int) -> Window:
+        return Window(box=(0, 0, width, height), size=self._size, crop_first=False)
+
+
+class CentreCrop(Transform):
+    """Evaluation: shortest side resized to `size`, then the centre (paper, section 7).
+
+    The box is the preimage of that crop, on the whole pixels of the resized image: same samples of the same
+    filter as resizing everything and cutting afterwards.
+    """
+
+    def __init__(self, *, size: int) -> None:
+        self._size = size
+
+    def window(self, position: int, width: int, height: int) -> Window:
+        size, shortest = self._size, min(width, height)
+        resized_width, resized_height = size * width // shortest, size * height // shortest
+        left, top = round((resized_width - size) / 2), round((resized_height - size) / 2)
+        step_x, step_y = width / resized_width, height / resized_height
+        box = (left * step_x, top * step_y, (left + size) * step_x, (top + size) * step_y)
+        inside = (box[0], box[1], min(box[2], width), min(box[3], height))
+        return Window(box=inside, size=size, crop_first=False)
+
+
+_EVAL_TRANSFORMS = {"squash": Squash, "crop": CentreCrop}
+
+
+def eval_transform(name: str, *, size: int) -> Transform:
+    """The evaluation transform "squash" or "crop". Raises DataError for another name."""
+    if name not in _EVAL_TRANSFORMS:
+        raise DataError(f"evaluation transform {name!r} is unknown: choose one of {sorted(_EVAL_TRANSFORMS)}")
+    return _EVAL_TRANSFORMS[name](size=size)
+
+
+def normalise(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """uint8 [..., 3, H, W] RGB -> (images / 255 - mean) / std of CLIP, computed in float32, returned as
+    `dtype`.
+    """
+    mean = torch.tensor(CLIP_MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(CLIP_STD, device=images.device).view(3, 1, 1)
+    return (images.float().div_(255).sub_(mean).div_(std)).to(dtype)

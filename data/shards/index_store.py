@@ -1,0 +1,205 @@
+"""Shard indices kept on disk and in memory.
+
+An index is cached as `SHARD.index.npz` beside its shard, or in `data.cache_dir` where that folder cannot be
+written and for remote shards. It is valid for one size and mtime of the shard and one format version, and is
+written to a temporary name and renamed: readers that build it at the same time do no harm.
+`shards.counts.npz` (tools.index_shards) holds sample counts and digests of a whole folder, so that a run over 200,000
+shards starts with one small read instead of opening every index.
+"""
+
+import contextlib
+import logging
+import os
+import secrets
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from data.errors import DataError
+from data.shards.index import ShardIndex, build_index
+from data.shards.lru import Lru
+from data.shards.storage import Storage
+
+T = TypeVar("T")
+COUNTS_FILE = "shards.counts.npz"
+_FORMAT_VERSION = 3
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+
+_log = logging.getLogger(__name__)
+
+
+class Tally(NamedTuple):
+    """What is known of a shard without its index."""
+
+    samples: int
+    """Number of samples in the shard."""
+    digest: int
+    """`ShardIndex.digest`."""
+
+
+class IndexStore:
+    """Indices of a list of shards: all sample counts up front, the indices themselves loaded when needed."""
+
+    def __init__(self, shards: Sequence[str], *, max_loaded: int, storage: Storage) -> None:
+        self._shards = shards
+        self._storage = storage
+        self._loaded: Lru[int, ShardIndex] = Lru(max_loaded, self._load)
+        self._expected: np.ndarray | None = None  # known once all are counted
+        tallies = self._tally_all()
+        self.counts = self._expected = np.array([tally.samples for tally in tallies], dtype=np.int64)
+        """int64 [shards]: samples of each shard."""
+        self.digests = np.array([tally.digest for tally in tallies], dtype=np.uint64)
+        """uint64 [shards]: `ShardIndex.digest` of each shard."""
+
+    def _tally_all(self) -> list[Tally]:
+        tables: dict[str, dict[str, tuple[tuple[int, int], Tally]]] = {}
+        tallies = []
+        for number, shard in enumerate(self._shards):
+            folder, _, name = shard.rpartition("/")
+            if folder not in tables:
+                tables[folder] = _read_counts(folder, self._storage)
+            tallies.append(self._tally(number, tables[folder].get(name)))
+        return tallies
+
+    def _tally(self, number: int, entry: tuple[tuple[int, int], Tally] | None) -> Tally:
+        shard = self._shards[number]
+        if entry is not None:
+            stamp, tally = entry
+            if self._storage.stamp(shard) in (None, stamp):
+                return tally
+        cached = _from_cache(shard, self._storage, lambda cache: Tally(int(cache["count"]), int(cache["digest"])))
+        if cached is not None:
+            return cached
+        index = self._loaded[number]
+        return Tally(len(index), index.digest)
+
+    def _load(self, number: int) -> ShardIndex:
+        index = load_index(self._shards[number], self._storage)
+        if self._expected is not None and len(index) != self._expected[number]:
+            raise DataError(
+                f"{self._shards[number]} holds {len(index)} samples, but {self._expected[number]} when the run started "
+                f"or in {COUNTS_FILE}: shards must not change during a run; run tools.index_shards after a change"
+            )
+        return index
+
+    def __getitem__(self, shard: int) -> ShardIndex:
+        return self._loaded[shard]
+
+
+def load_index(shard: str, storage: Storage) -> ShardIndex:
+    """The shard's index, from a cache if one is valid. Raises DataError if the shard is no tar or holds no
+    sample.
+    """
+    cached = _from_cache(shard, storage, _read_index)
+    if cached is not None:
+        return cached
+    stamp = _stamp(shard, storage)
+    with open(storage.open(shard), "rb") as stream:
+        if stamp[1] < 0:  # remote: the size is for people and for a copy that is put back beside the shard
+            stamp[1] = os.fstat(stream.fileno()).st_size
+        index = build_index(stream, shard)
+    _write_index(shard, storage, index, stamp)
+    return index
+
+
+def index_name(shard: str) -> str:
+    """Name of the shard's cached index where it lies beside the shard."""
+    return f"{shard}.index.npz"
+
+
+def _stamp(shard: str, storage: Storage) -> np.ndarray:
+    """int64 [3]: format version, shard size in bytes, shard mtime in ns; the last two -1 for a remote one."""
+    return np.array([_FORMAT_VERSION, *(storage.stamp(shard) or (-1, -1))], dtype=np.int64)
+
+
+def _from_cache(shard: str, storage: Storage, read: Callable[[Mapping[str, np.ndarray]], T]) -> T | None:
+    """`read` of the first valid cache; None without one. An npz array is loaded only when asked for: counting
+    is cheap.
+    """
+    stamp = _stamp(shard, storage)
+    for file in storage.side_files(index_name(shard)):
+        with contextlib.suppress(*_UNREADABLE), np.load(file, allow_pickle=False) as cache:
+            found = cache["stamp"]
+            if found[0] == stamp[0] and (stamp[1] < 0 or np.array_equal(found, stamp)):
+                return read(cache)
+    return None
+
+
+def _read_index(cache: Mapping[str, np.ndarray]) -> ShardIndex:
+    return ShardIndex(
+        keys=cache["keys"],
+        spans=cache["spans"],
+        frames=cache["frames"],
+        frame_starts=cache["frame_starts"],
+        truncated=bool(cache["truncated"]),
+        digest=int(cache["digest"]),
+    )
+
+
+def _write_index(shard: str, storage: Storage, index: ShardIndex, stamp: np.ndarray) -> None:
+    written = _write_first(
+        storage,
+        index_name(shard),
+        stamp=stamp,
+        count=np.int64(len(index)),
+        truncated=np.bool_(index.truncated),
+        digest=np.uint64(index.digest),
+        keys=index.keys,
+        spans=index.spans,
+        frames=index.frames,
+        frame_starts=index.frame_starts,
+    )
+    if not written:
+        _log.info("the index of %s is kept in memory only: set data.cache_dir to keep it", shard)
+
+
+def _write_first(storage: Storage, name: str, **arrays: Any) -> bool:
+    """Write an npz in the first place that takes it."""
+    for file in storage.side_files(name):
+        temporary = f"{file}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        try:
+            os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+            with open(temporary, "xb") as stream:
+                np.savez(stream, **arrays)
+            os.replace(temporary, file)
+            return True
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+    return False
+
+
+def write_counts(shards: Sequence[str], tallies: Sequence[Tally], storage: Storage) -> None:
+    """`shards.counts.npz` for the folders of the shards."""
+    by_folder: dict[str, list[int]] = {}
+    for number, shard in enumerate(shards):
+        by_folder.setdefault(shard.rpartition("/")[0], []).append(number)
+    for folder, numbers in by_folder.items():
+        stamps = [storage.stamp(shards[number]) or (-1, -1) for number in numbers]
+        _write_first(
+            storage,
+            _counts_name(folder),
+            version=np.int64(_FORMAT_VERSION),
+            names=np.array([shards[number].rpartition("/")[2].encode() for number in numbers], dtype=np.bytes_),
+            stamps=np.array(stamps, dtype=np.int64),
+            counts=np.array([tallies[number].samples for number in numbers], dtype=np.int64),
+            digests=np.array([tallies[number].digest for number in numbers], dtype=np.uint64),
+        )
+
+
+def _counts_name(folder: str) -> str:
+    return f"{folder}/{COUNTS_FILE}" if folder else COUNTS_FILE
+
+
+def _read_counts(folder: str, storage: Storage) -> dict[str, tuple[tuple[int, int], Tally]]:
+    """((size, mtime), tally) by shard name; empty where there is no such file."""
+    for file in storage.side_files(_counts_name(folder)):
+        with contextlib.suppress(*_UNREADABLE), np.load(file, allow_pickle=False) as cache:
+            if cache["version"] == _FORMAT_VERSION:
+                names = [name.decode() for name in cache["names"].tolist()]
+                stamps = map(tuple, cache["stamps"].tolist())
+                tallies = map(Tally, cache["counts"].tolist(), cache["digests"].tolist())
+                return dict(zip(names, zip(stamps, tallies, strict=True), strict=True))
+    return {}

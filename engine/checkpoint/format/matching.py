@@ -1,0 +1,83 @@
+"""Which tensors a load takes: strict by default, exceptions only by pattern, and printed."""
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from engine.checkpoint.format.errors import CheckpointError, listed
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exceptions:
+    """Patterns (shell style: `vision.head.*`) of logical names that a load may treat differently."""
+
+    skip: list[str] = field(default_factory=list)
+    """Tensors of the checkpoint that are left where they are."""
+    reinit: list[str] = field(default_factory=list)
+    """Tensors of the model that keep their fresh values, whether the checkpoint has them or not."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """The outcome: every tensor of both sides is in exactly one list, or the load is refused."""
+
+    load: list[str]
+    reinit: list[str]
+    skip: list[str]
+
+    def lines(self) -> list[str]:
+        """For people: what is not simply loaded."""
+        out = [f"loaded {len(self.load)} tensors"]
+        if self.reinit:
+            out.append(f"fresh values for {len(self.reinit)} tensors:{listed(self.reinit)}")
+        if self.skip:
+            out.append(f"left in the checkpoint, {len(self.skip)} tensors:{listed(self.skip)}")
+        return out
+
+
+def match(stored: Shapes, wanted: Shapes, exceptions: Exceptions, source: str, keys: str = "checkpoint") -> Match:
+    """Compare by name and shape.
+
+    keys: the config section whose `skip` and `reinit` the messages name. Raises CheckpointError that lists missing,
+    extra and mis-shaped tensors, and one for a pattern that matches nothing.
+    """
+    _refuse_idle_patterns(exceptions.skip, stored, f"{keys}.skip", source)
+    _refuse_idle_patterns(exceptions.reinit, wanted, f"{keys}.reinit", "the model")
+    skip = [name for name in stored if _matches(name, exceptions.skip)]
+    reinit = [name for name in wanted if _matches(name, exceptions.reinit)]
+    offered = {name: shape for name, shape in stored.items() if name not in set(skip)}
+    needed = {name: shape for name, shape in wanted.items() if name not in set(reinit)}
+    missing = sorted(needed.keys() - offered.keys())
+    extra = sorted(offered.keys() - wanted.keys())
+    bent = sorted(name for name in needed.keys() & offered.keys() if tuple(needed[name]) != tuple(offered[name]))
+    if missing or extra or bent:
+        raise CheckpointError(_refusal(source, keys, missing, extra, [_shapes(n, offered, needed) for n in bent]))
+    return Match(load=list(needed), reinit=reinit, skip=skip)
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _refuse_idle_patterns(patterns: list[str], names: Shapes, key: str, where: str) -> None:
+    idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+    if idle:
+        example = next(iter(names), "nothing")
+        raise CheckpointError(f"{key} {idle} matches no tensor of {where} (names look like {example})")
+
+
+def _shapes(name: str, offered: Shapes, needed: Shapes) -> str:
+    return f"{name}: stored {list(offered[name])}, wanted {list(needed[name])}"
+
+
+def _refusal(source: str, keys: str, missing: list[str], extra: list[str], bent: list[str]) -> str:
+    parts = [f"{source} does not fit the model:"]
+    afresh = f"name them in {keys}.reinit to start them afresh"
+    if missing:
+        parts.append(f"  missing, {len(missing)} ({afresh}):{listed(missing)}")
+    if extra:
+        parts.append(f"  extra, {len(extra)} (name them in {keys}.skip to leave them out):{listed(extra)}")
+    if bent:
+        parts.append(f"  of another shape, {len(bent)} ({afresh}):{listed(bent)}")
+    return "\n".join(parts)

@@ -1,0 +1,64 @@
+"""What a rank has to write, copied to host memory: the training it copies from may go on at once."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint.format.flat_slice import FlatSlice
+from engine.checkpoint.format.manifest import AVERAGE, MOMENT1, MOMENT2, WEIGHT
+from engine.optim.lamb import ShardedOptimizer
+from engine.parallel.mesh import Mesh
+from engine.parallel.shards import Piece, TowerShards
+
+KINDS = {WEIGHT: "master", MOMENT1: "first", MOMENT2: "second", AVERAGE: "average"}
+"""Kind in a checkpoint -> attribute of the optimizer's tower state (1-D fp32 tensors, one a shard; no average, no
+tensors)."""
+
+
+@dataclass(frozen=True)
+class SnapshotPart:
+    """One tensor to write."""
+
+    key: str
+    """kind/logical name."""
+    where: FlatSlice
+    values: Tensor
+    """1-D on the CPU."""
+
+
+def owned_slice(shards: TowerShards, piece: Piece, mesh: Mesh) -> FlatSlice:
+    """Coordinates of an owned piece in its logical tensor."""
+    tensor = shards.tensors[piece.tensor]
+    whole = FlatSlice.of_rank(tensor.shape, tensor.split_dim, mesh.tensor.rank, mesh.tensor.size)
+    return whole.part(piece.offset, piece.offset + piece.stop - piece.start)
+
+
+class Snapshot:
+    """Copies of the owned optimizer state. The host buffers are kept between saves (pinned for a GPU)."""
+
+    def __init__(self, optimizer: ShardedOptimizer, mesh: Mesh):
+        self.optimizer, self.mesh = optimizer, mesh
+        self._buffers: dict[tuple[int, str, int], Tensor] = {}
+
+    def take(self) -> list[SnapshotPart]:
+        """Copy now. Each element of the job is in the parts of exactly one rank."""
+        return list(self._parts())
+
+    def _parts(self) -> Iterator[SnapshotPart]:
+        for t, tower in enumerate(self.optimizer.towers):
+            # Of tensors that every tensor rank holds whole, only the counted copy is written.
+            writes = (tower.shards.counted > 0).tolist()
+            for kind, attribute in KINDS.items():
+                host = [self._copy((t, kind, s), flat) for s, flat in enumerate(getattr(tower, attribute))]
+                for s, piece in tower.shards.owned() if host else ():
+                    if writes[piece.tensor]:
+                        name = tower.shards.tensors[piece.tensor].name
+                        where = owned_slice(tower.shards, piece, self.mesh)
+                        yield SnapshotPart(f"{kind}/{name}", where, host[s][piece.start : piece.stop])
+
+    def _copy(self, key: tuple[int, str, int], flat: Tensor) -> Tensor:
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(flat.shape, dtype=flat.dtype, device="cpu", pin_memory=flat.is_cuda)
+        return self._buffers[key].copy_(flat.detach())

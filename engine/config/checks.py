@@ -1,0 +1,216 @@
+"""Checks of the sections of a config, each alone and with the others, that need no process group.
+
+Beside them: what an objective needs (config_objective_checks.py), what goes on around the steps (config_run_checks.py),
+the ranks (config_layout.py). What they accept works together.
+"""
+
+from data.errors import DataError
+from engine.config.schema import (
+    CheckpointConfig,
+    Config,
+    InitConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from models.blocks.kernel_checks import check_kernels
+from models.config import ModelConfigError
+
+
+class ConfigError(Exception):
+    """A config that cannot be run; the message names the key, its value and the fix."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for the first thing that cannot be run."""
+    try:
+        config.model.check()
+    except ModelConfigError as error:
+        raise ConfigError(str(error)) from None
+    _check_data(config)
+    _check_parallel(config)
+    _check_train(config.train)
+    _check_kernels(config)
+    _check_offload(config)
+    _check_optim(config.optim)
+    _check_checkpoint(config.checkpoint)
+    _check_init(config.init)
+    require(config.log.every_steps >= 1, "log.every_steps must be at least 1")
+
+
+def _check_data(config: Config) -> None:
+    try:
+        config.data.check()
+    except DataError as error:
+        raise ConfigError(str(error)) from None
+    frames, micro = config.data.frames, config.train.micro_batch_size
+    require(
+        micro % frames == 0,
+        f"train.micro_batch_size {micro} counts images and holds whole clips: use a multiple of data.frames {frames}",
+    )
+    require(frames == 1 or config.objective == "contrastive", f"data.frames {frames} needs objective=contrastive")
+    batch = config.train.global_batch_size
+    for switch in config.data.mixture_schedule:
+        require(
+            config.data.mix != "one_per_batch" or switch.at_samples % batch == 0,
+            f"data.mixture_schedule switches at {switch.at_samples} samples, within a batch of train.global_batch_size "
+            f"{batch} that data.mix=one_per_batch takes from one source: use a multiple of {batch}",
+        )
+
+
+def _check_parallel(config: Config) -> None:
+    tensor, pipeline, vision = config.parallel.tensor, config.parallel.pipeline, config.model.vision
+    require(tensor >= 1 and pipeline >= 1, f"parallel.tensor {tensor} and parallel.pipeline {pipeline} must be >= 1")
+    require(
+        vision.heads % tensor == 0,
+        f"parallel.tensor {tensor} does not divide the {vision.heads} attention heads of the vision tower",
+    )
+    require(
+        vision.mlp_hidden % tensor == 0,
+        f"parallel.tensor {tensor} does not divide the MLP width {vision.mlp_hidden} of the vision tower",
+    )
+    _check_stages(config.parallel, vision.depth)
+    if config.parallel.sequence and tensor > 1:
+        tokens = vision.kept_tokens(config.train.patch_dropout)
+        packed = tokens * config.train.micro_batch_size
+        require(
+            packed % tensor == 0,
+            f"parallel.sequence splits train.micro_batch_size {config.train.micro_batch_size} x {tokens} tokens = "
+            f"{packed} over parallel.tensor {tensor}: make the micro-batch a multiple of {tensor} or set "
+            "parallel.sequence=false",
+        )
+
+
+def _check_stages(parallel: ParallelConfig, depth: int) -> None:
+    stages = parallel.pipeline * parallel.virtual
+    require(parallel.virtual >= 1, f"parallel.virtual is {parallel.virtual}: it must be at least 1")
+    require(
+        parallel.virtual == 1 or parallel.pipeline > 1,
+        f"parallel.virtual {parallel.virtual} needs parallel.pipeline > 1: one stage has no bubble to shorten",
+    )
+    require(
+        stages <= depth,
+        f"parallel.pipeline {parallel.pipeline} x parallel.virtual {parallel.virtual} = {stages} exceeds the {depth} "
+        "blocks of the vision tower",
+    )
+    given = parallel.layers
+    counts = isinstance(given, list) and all(type(count) is int for count in given)
+    require(
+        counts or given is None or given == "balanced",
+        f"parallel.layers is {given!r}: give a list of the blocks of each stage, balanced (by cost) or null (even)",
+    )
+    if counts:
+        require(
+            len(given) == stages and sum(given) == depth and min(given) >= 1,
+            f"parallel.layers {given} must give each of the {stages} stages at least one of the {depth} blocks "
+            f"(it gives {sum(given)} to {len(given)})",
+        )
+    require(parallel.bucket_size is None or parallel.bucket_size >= 1, "parallel.bucket_size must be at least 1")
+    require(parallel.timeout_minutes > 0, f"parallel.timeout_minutes is {parallel.timeout_minutes}: more than 0")
+
+
+def _check_train(train: TrainConfig) -> None:
+    require(train.steps >= 1, f"train.steps is {train.steps}: it must be at least 1")
+    require(0 <= train.patch_dropout < 1, f"train.patch_dropout is {train.patch_dropout}: it must be in [0, 1)")
+    require(train.precision in ("fp32", "bf16"), f"train.precision is {train.precision!r}: choose fp32 or bf16")
+    require(train.micro_batch_size >= 1, f"train.micro_batch_size is {train.micro_batch_size}: at least 1")
+    require(train.text_micro_batch_size >= 0, "train.text_micro_batch_size must be 0 (all at once) or more")
+    require(
+        train.keep_activations >= -1, "train.keep_activations must be -1 (all), 0 (none) or a number of micro-batches"
+    )
+    require(train.loss_tile is None or train.loss_tile >= 1, f"train.loss_tile is {train.loss_tile}: at least 1")
+    require(train.loss in ("softmax", "sigmoid"), f"train.loss is {train.loss!r}: choose softmax or sigmoid")
+    require(train.loss_variant in ("gather", "ring"), f"train.loss_variant is {train.loss_variant!r}: gather or ring")
+    require(
+        train.recompute in ("none", "selective", "full"),
+        f"train.recompute is {train.recompute!r}: choose none, selective or full",
+    )
+    require(
+        train.activation_budget_gb is None or (train.activation_budget_gb >= 0 and train.keep_activations == 0),
+        "train.activation_budget_gb replaces train.keep_activations: give one of them, and not a negative budget",
+    )
+    require(
+        train.logit_scale is None or train.logit_scale > 0,
+        f"train.logit_scale is {train.logit_scale}: a positive number, or null to learn it",
+    )
+
+
+def _check_kernels(config: Config) -> None:
+    train, parallel, tensor = config.train, config.parallel, config.parallel.tensor
+    # An evaluation between steps runs on the same kernels and keeps all patches.
+    dropouts = [train.patch_dropout, *([0.0] if config.evaluate.every_steps else [])]
+    try:
+        for dropout in dropouts:
+            check_kernels(
+                config.model,
+                precision=train.precision,
+                packed_tokens=train.micro_batch_size * config.model.vision.kept_tokens(dropout),
+                tensor=tensor,
+                sequence_parallel=parallel.sequence and tensor > 1,
+            )
+    except ModelConfigError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _check_offload(config: Config) -> None:
+    train, pipeline = config.train, config.parallel.pipeline
+    require(
+        not train.offload_stash or pipeline > 1,
+        f"train.offload_stash needs parallel.pipeline > 1, not {pipeline}: the first stage stashes nothing, its images "
+        "are on the host anyway",
+    )
+    require(
+        not train.offload_stash or train.keep_activations != -1,
+        "train.offload_stash has nothing to move with train.keep_activations=-1: no micro-batch is stashed",
+    )
+
+
+def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
+    require(checkpoint.every_steps >= 0, "checkpoint.every_steps must be 0 (never) or more")
+    require(checkpoint.keep_last >= 1, "checkpoint.keep_last must be at least 1")
+    every, kept = checkpoint.every_steps, checkpoint.keep_every_steps
+    require(
+        kept >= 0 and (kept == 0 or (every > 0 and kept % every == 0)),
+        f"checkpoint.keep_every_steps is {kept}: 0, or a multiple of checkpoint.every_steps {every}",
+    )
+    partial = [key for key in ("skip", "reinit") if getattr(checkpoint, key)]
+    require(
+        not partial or checkpoint.resume not in ("auto", "none"),
+        f"checkpoint.{partial[0] if partial else ''} needs checkpoint.resume=PATH: a run takes its own checkpoints "
+        "whole",
+    )
+    require(
+        checkpoint.keep_best_is in ("min", "max"),
+        f"checkpoint.keep_best_is is {checkpoint.keep_best_is!r}: choose min or max",
+    )
+
+
+def _check_init(init: InitConfig) -> None:
+    loads = init.vision or init.text or init.logit_scale
+    idle = [key for key in ("skip", "reinit", "resize_patch") if getattr(init, key) and not loads]
+    key = idle[0] if idle else ""
+    require(not idle, f"init.{key} has no effect without init.vision, init.text or init.logit_scale")
+
+
+def _check_optim(optim: OptimConfig) -> None:
+    require(optim.name in ("lamb", "adamw"), f"optim.name is {optim.name!r}: choose lamb or adamw")
+    require(optim.mode in ("paper", "nvlamb"), f"optim.mode is {optim.mode!r}: choose paper or nvlamb")
+    require(len(optim.betas) == 2 and all(0 <= b < 1 for b in optim.betas), f"optim.betas {optim.betas}: two in [0, 1)")
+    require(
+        not optim.nvlamb_always_adapt or (optim.name == "lamb" and optim.mode == "nvlamb"),
+        f"optim.nvlamb_always_adapt needs optim.name=lamb and optim.mode=nvlamb, not {optim.name} and {optim.mode} "
+        "(mode paper always adapts)",
+    )
+    require(0 < optim.trust_min <= optim.trust_max, "optim.trust_min must be positive and at most optim.trust_max")
+    for name in ("layer_decay_vision", "layer_decay_text"):
+        value = getattr(optim, name)
+        require(0 < value <= 1, f"optim.{name} is {value}: it must be in (0, 1]")
+    for name in ("lr_vision", "lr_text", "lr_other", "weight_decay", "warmup_steps", "min_lr_ratio", "clip_grad_norm"):
+        value = getattr(optim, name)
+        require(value >= 0, f"optim.{name} is {value}: it must not be negative")

@@ -1,0 +1,52 @@
+"""Checks of a config against the ranks and the tokenizer of a job: pure arithmetic, no process group."""
+
+from data.tokenizer import VOCAB_SIZE
+from engine.config.checks import require
+from engine.config.schema import Config
+
+
+def check_layout(config: Config, world_size: int) -> int:
+    """DP for this number of ranks, or ConfigError with every factor. Pure arithmetic: dry runs call it too."""
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    replica = tensor * pipeline
+    require(
+        world_size % replica == 0,
+        f"{world_size} ranks cannot be cut into replicas of parallel.tensor {tensor} x parallel.pipeline {pipeline} = "
+        f"{replica} ranks: start a multiple of {replica} ranks",
+    )
+    data = world_size // replica
+    batch, micro, frames = config.train.global_batch_size, config.micro_batch_samples, config.data.frames
+    per_micro = f"train.micro_batch_size {micro * frames}" + (f" / data.frames {frames}" if frames > 1 else "")
+    require(
+        batch % (data * micro) == 0,
+        f"train.global_batch_size {batch} is not a multiple of DP {data} x {per_micro} = "
+        f"{data * micro} (TP {tensor} x PP {pipeline} x DP {data} = {world_size} ranks)",
+    )
+    keep, local = config.train.keep_activations, batch // (data * micro)
+    require(
+        batch >= world_size or config.objective == "mim",
+        f"train.global_batch_size {batch} is smaller than the {world_size} ranks: each encodes captions of its own",
+    )
+    require(
+        config.parallel.virtual == 1 or local % pipeline == 0,
+        f"parallel.virtual {config.parallel.virtual} works groups of parallel.pipeline {pipeline} micro-batches, but a "
+        f"replica has {local}: change train.micro_batch_size or set parallel.virtual=1",
+    )
+    require(
+        keep <= local, f"train.keep_activations {keep} exceeds the {local} micro-batches of a replica (-1 keeps all)"
+    )
+    require(
+        keep < local or not config.train.offload_stash,
+        f"train.offload_stash has nothing to move with train.keep_activations {keep}, all {local} micro-batches of a "
+        "replica: lower it",
+    )
+    return data
+
+
+def check_vocabulary(config: Config) -> None:
+    """The tokenizer's ids must fit the token table, and the end-of-text id must be the highest (pooling)."""
+    size = config.model.text.vocab_size
+    require(
+        size == VOCAB_SIZE or config.objective == "mim",
+        f"model.text.vocab_size is {size}, but the tokenizer of captions has {VOCAB_SIZE} ids: set it to {VOCAB_SIZE}",
+    )

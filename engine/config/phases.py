@@ -1,0 +1,215 @@
+"""The phases of a job: each a whole config, resolved and checked at the start (docs/phases.md).
+
+Steps and samples are counted over the whole job. A phase has its own data order, which begins at the phase's sample 0;
+crops and dropped patches follow the position in the whole job.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from engine.config.checks import check, require
+from engine.config.objective_checks import check_objective
+from engine.config.run_checks import check_run
+from engine.config.schema import Config, PhaseConfig
+from engine.config.stages import balanced_layers
+from engine.config.tree import load_preset, merged
+from models.config import ModelConfig
+
+_SECTIONS = ("model", "data", "train", "optim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One part of a job, resolved."""
+
+    config: Config
+    """Of this phase alone: no phases in it; train.steps is the phase's length."""
+    name: str
+    """Empty for a job without phases."""
+    first_step: int
+    """Steps of the job before it."""
+    last_step: int
+    """Steps of the job when it ends."""
+    first_sample: int
+    """Position in the job of the phase's sample 0."""
+    schedule_first_step: int
+    """Step of the job at which its warm-up and cosine began."""
+    schedule_steps: int
+    """Their length, over all phases that share them."""
+    total_steps: int
+    """Of the job."""
+    reset_optimizer: bool
+    """The moments start at 0."""
+
+
+def phase_plan(config: Config) -> list[Phase]:
+    """All phases in order, checked; one without a name for a job that has none. Raises ConfigError."""
+    if not config.phases:
+        _settle(config)
+        steps = config.train.steps
+        return [_phase(config, "", 0, 0, schedule=(0, steps), total_steps=steps, reset_optimizer=False)]
+    configs = [_resolved(config, phase) for phase in config.phases]
+    _check_together(config, configs)
+    lengths = [c.train.steps for c in configs]
+    for own in configs:
+        _settle(own)
+    first_step, first_sample, plan = 0, 0, []
+    for i, (phase, own) in enumerate(zip(config.phases, configs, strict=True)):
+        schedule = _schedule(config.phases, lengths, i)
+        plan.append(
+            _phase(
+                own,
+                phase.name,
+                first_step,
+                first_sample,
+                schedule=schedule,
+                total_steps=sum(lengths),
+                reset_optimizer=phase.optimizer == "reset",
+            )
+        )
+        first_step += own.train.steps
+        first_sample += own.train.steps * own.train.global_batch_size
+    return plan
+
+
+def phase_named(plan: list[Phase], name: str) -> Phase:
+    """The phase of this name; empty: the first. Raises ConfigError that lists the names."""
+    names = [phase.name for phase in plan]
+    require(
+        not name or name in names, f"phase {name!r} is not one of the config's: {', '.join(names) or 'it has none'}"
+    )
+    return plan[names.index(name) if name else 0]
+
+
+def check_job(config: Config, given_steps: int | None) -> None:
+    """Raise ConfigError for the first thing of any phase that cannot be run. given_steps: train.steps as written."""
+    plan = phase_plan(config)
+    if config.phases:
+        total = plan[-1].total_steps
+        require(
+            given_steps in (None, total),
+            f"train.steps is {given_steps}, but the phases add up to {total} steps: leave train.steps out",
+        )
+        config.train.steps = total
+
+
+def _phase(
+    config: Config,
+    name: str,
+    first_step: int,
+    first_sample: int,
+    *,
+    schedule: tuple[int, int],
+    total_steps: int,
+    reset_optimizer: bool,
+) -> Phase:
+    return Phase(
+        config=config,
+        name=name,
+        first_step=first_step,
+        last_step=first_step + config.train.steps,
+        first_sample=first_sample,
+        schedule_first_step=schedule[0],
+        schedule_steps=schedule[1],
+        total_steps=total_steps,
+        reset_optimizer=reset_optimizer,
+    )
+
+
+def _settle(config: Config) -> None:
+    """Check, and write the list that parallel.layers=balanced stands for: what a run does is in its config.yaml."""
+    check(config)
+    check_objective(config)
+    check_run(config)
+    parallel, model = config.parallel, config.model
+    if parallel.layers == "balanced":
+        tokens = model.vision.kept_tokens(config.train.patch_dropout)
+        parallel.layers = balanced_layers(model, stages=parallel.pipeline, virtual=parallel.virtual, tokens=tokens)
+
+
+def _schedule(phases: list[PhaseConfig], lengths: list[int], i: int) -> tuple[int, int]:
+    """(first step of the job, steps) of the warm-up and cosine that phase i is part of."""
+    begins = [j == 0 or phase.schedule == "restart" for j, phase in enumerate(phases)]
+    first = max(j for j in range(i + 1) if begins[j])
+    after = next((j for j in range(i + 1, len(phases)) if begins[j]), len(phases))
+    return sum(lengths[:first]), sum(lengths[first:after])
+
+
+def _resolved(job: Config, phase: PhaseConfig) -> Config:
+    where = f"phase {phase.name!r}"
+    require(phase.optimizer in ("keep", "reset"), f"{where}: optimizer is {phase.optimizer!r}: choose keep or reset")
+    require(
+        phase.schedule in ("continue", "restart"),
+        f"{where}: schedule is {phase.schedule!r}: choose continue or restart",
+    )
+    fixed = [key for key in ("steps", "seed") if key in phase.train]
+    require(
+        not fixed,
+        f"{where} sets train.{fixed[0] if fixed else ''}: a phase's length is its own steps or samples, the seed is "
+        "that of the job",
+    )
+    tree: dict[str, Any] = dataclasses.asdict(job) | {"phases": []}
+    if "shards" in phase.data:
+        tree["data"] |= {"sources": [], "mixture_schedule": []}
+    if "sources" in phase.data:
+        tree["data"] |= {"shards": [], "mixture_schedule": []}
+    preset = phase.model.get("preset")
+    layers = [tree] + ([] if preset is None else [{"model": load_preset(str(preset))}])
+    config = merged([*layers, {section: getattr(phase, section) for section in _SECTIONS}], where)
+    config.train.steps = _length(phase, config.train.global_batch_size)
+    return config
+
+
+def _length(phase: PhaseConfig, global_batch_size: int) -> int:
+    given = (phase.steps > 0) + (phase.samples > 0)
+    require(
+        given == 1 and min(phase.steps, phase.samples) >= 0,
+        f"phase {phase.name!r} has steps {phase.steps} and samples {phase.samples}: give one of them, above 0",
+    )
+    return phase.steps or math.ceil(phase.samples / max(1, global_batch_size))
+
+
+def _check_together(job: Config, configs: list[Config]) -> None:
+    names = [phase.name for phase in job.phases]
+    require(all(names) and len(set(names)) == len(names), f"phases have the names {names}: each needs one of its own")
+    require(
+        len(names) == 1 or job.checkpoint.every_steps > 0,
+        "phases go on from the checkpoint at their border: set checkpoint.every_steps above 0",
+    )
+    for i in range(1, len(configs)):
+        _check_border(job.phases[i], configs[i - 1], configs[i])
+
+
+def _check_border(phase: PhaseConfig, before: Config, after: Config) -> None:
+    where = f"phase {phase.name!r}"
+    require(
+        _without_resolution(before.model) == _without_resolution(after.model),
+        f"{where} changes the model beyond its resolution (model.vision.image_size): start another job from this one's "
+        "checkpoint with init.vision and init.text",
+    )
+    for key, learned in (("train.logit_scale", _learns_scale), ("train.loss", _learns_bias)):
+        require(
+            learned(before) == learned(after),
+            f"{where} changes {key} so that the model has other learned scalars: keep it over all phases",
+        )
+    for key in ("warmup_steps", "min_lr_ratio") if phase.schedule == "continue" else ():
+        one, other = getattr(before.optim, key), getattr(after.optim, key)
+        require(
+            one == other,
+            f"{where} continues the schedule of the phase before, but sets optim.{key} {other} instead of {one}: set "
+            "schedule: restart, or leave it out",
+        )
+
+
+def _without_resolution(model: ModelConfig) -> ModelConfig:
+    return replace(model, preset=None, backend="", vision=replace(model.vision, image_size=0))
+
+
+def _learns_scale(config: Config) -> bool:
+    return config.train.logit_scale is None
+
+
+def _learns_bias(config: Config) -> bool:
+    return config.train.loss == "sigmoid"

@@ -1,0 +1,201 @@
+"""Embeddings of images and captions at any layout, without gradients: evaluation and feature extraction.
+
+Images (or clips) are dealt over the data axis and run through the stages in micro-batches; captions are dealt over all
+ranks.
+Every rank gets all embeddings, in input order.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from engine.build import DTYPES, build_vision
+from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.format.manifest import WEIGHT, Manifest
+from engine.checkpoint.format.matching import Exceptions, match
+from engine.checkpoint.initial import Resized
+from engine.checkpoint.load import load_weights
+from engine.checkpoint.reader import Checkpoint
+from engine.config.read import Config, ConfigError, check_layout, resolve
+from engine.parallel.agree import everyone
+from engine.parallel.mesh import Mesh
+from engine.parallel.rows import gather_rows, split_rows
+from engine.pipeline.links import Pipeline, forward_order
+from models.clip import embedding
+from models.config import LOCAL_KERNELS
+from models.tensors.naming import LogicalTensor, logical_tensors
+from models.towers.text import TextTower, trim_padding
+from models.towers.vision import VisionTower
+
+Pixels = Callable[[slice], Tensor]
+"""rows of the input -> normalised images [rows, 3, h, w] or clips [rows, frames, 3, h, w]; asked for on the first stage
+only."""
+
+_OVERRIDABLE = (
+    "parallel.",
+    "data.frames=",
+    "model.vision.image_size=",
+    "model.backend=",
+    "model.attention=",
+    "model.norm_kernel=",
+    "train.precision=",
+)
+
+
+@dataclass
+class Encoders:
+    """This rank's parts of the towers, for forward passes only: no gradient buffers, no optimizer."""
+
+    vision: list[VisionTower]
+    """Chunks in tower order; empty if images are not asked for."""
+    text: TextTower | None
+    embed_dim: int
+
+
+def inference_config(manifest: Manifest, overrides: list[str], world_size: int, micro_batch: int) -> Config:
+    """The model of a checkpoint at the layout of `overrides`, by default the one it was written at.
+
+    Raises ConfigError for a layout that model or ranks do not admit and for overrides that mean nothing here.
+    """
+    idle = [override for override in overrides if not override.startswith(_OVERRIDABLE)]
+    if idle:
+        raise ConfigError(f"{idle[0]} has no effect here; what can be set: {', '.join(_OVERRIDABLE)}")
+    stored = manifest.config
+    parallel = {key: stored["parallel"][key] for key in ("tensor", "pipeline", "sequence")}
+    tree = {
+        "model": {**stored["model"], **LOCAL_KERNELS},
+        "parallel": parallel,
+        "data": {"shards": ["-"]},
+        "train": {"precision": stored["train"]["precision"], "patch_dropout": 0.0, "micro_batch_size": 1},
+    }
+    # Sequence parallelism cuts micro-batch x tokens, so a multiple of the tensor axis always fits; clips stay whole.
+    unit = math.lcm(*(_count_of(key, tree, overrides) for key in ("parallel.tensor", "data.frames")))
+    micro_batch += -micro_batch % unit
+    batch = [f"train.micro_batch_size={micro_batch}", f"train.global_batch_size={micro_batch * world_size}"]
+    config = resolve(tree, [*overrides, *batch], source="checkpoint")
+    if config.parallel.virtual > 1:
+        raise ConfigError("parallel.virtual is for training: without a backward there is no bubble worth it")
+    check_layout(config, world_size)
+    return config
+
+
+def _count_of(key: str, tree: dict, overrides: list[str]) -> int:
+    section, name = key.split(".")
+    given = [o.partition("=")[2] for o in overrides if o.startswith(f"{key}=")]
+    try:
+        return max(1, int(given[-1] if given else tree[section].get(name, 1)))
+    except ValueError:
+        raise ConfigError(f"{key}={given[-1]} is not a number") from None
+
+
+def load_encoders(
+    checkpoint: Checkpoint,
+    config: Config,
+    mesh: Mesh,
+    device: torch.device,
+    *,
+    images: bool = True,
+    texts: bool = True,
+    kind: str = WEIGHT,
+) -> tuple[Encoders, list[str]]:
+    """Build the towers that are asked for and fill them; returns them and remarks for people. Collective over the mesh.
+
+    kind: WEIGHT or AVERAGE (engine/checkpoint/format/manifest.py).
+
+    Raises CheckpointError if a tensor of theirs is missing or of another shape; other tensors of the checkpoint (the
+    logit scale, the other tower, the optimizer's) are not looked at.
+    """
+    vision = build_vision(config, mesh, device) if images else []
+    text = None
+    if texts:
+        with torch.device(device):
+            text = TextTower(config.model, groups=mesh.text_groups(), dtype=DTYPES[config.train.precision])
+    tables: list[tuple[nn.Module, dict[str, LogicalTensor]]] = []
+    for chunk in vision:
+        tables.append((chunk, logical_tensors(chunk, "vision", chunk.layers.start, mesh.tensor.size)))
+    if text is not None:
+        tables.append((text, logical_tensors(text, "text", 0, 1)))
+    own = {t.name: t.shape for _, table in tables for t in table.values()}
+    wanted = {name: tuple(shape) for stage in everyone(own, mesh.pipeline) for name, shape in stage.items()}
+    source = Resized(checkpoint.kind(kind), config.model, None, resize_patch=False)
+    towers = {name.split(".", 1)[0] for name in wanted}
+    stored = {name: shape for name, shape in source.shapes().items() if name.split(".", 1)[0] in towers}
+    match(stored, wanted, Exceptions(), str(checkpoint.folder))
+    for module, table in tables:
+        load_weights(source, set(wanted), [(table[n], p) for n, p in module.named_parameters()], mesh)
+        module.eval()
+    return Encoders(vision, text, config.model.embed_dim), source.remarks
+
+
+def verify_together(checkpoint: Checkpoint, mesh: Mesh, hashes: bool) -> None:
+    """Check every file, each on one rank; raise CheckpointError on all. Collective over the mesh."""
+    own = checkpoint.problems(mesh.world.rank, mesh.world.size, hashes)
+    problems = [problem for part in everyone(own, mesh.world) for problem in part]
+    if problems:
+        raise CheckpointError(f"{checkpoint.folder} is damaged: {'; '.join(problems)}")
+
+
+class Embedder:
+    """Runs the towers forward. Collective over the mesh."""
+
+    def __init__(self, encoders: Encoders, mesh: Mesh, device: torch.device, micro_batch: int, frames: int = 1):
+        """micro_batch: images of one pass; a multiple of the tensor axis under sequence parallelism, and of frames."""
+        self.encoders, self.mesh, self.device, self.micro_batch = encoders, mesh, device, micro_batch
+        self.frames = frames
+        if encoders.vision:
+            tower = encoders.vision[0]
+            tokens = micro_batch * (1 + tower.vision.patches)
+            rows = tokens // (mesh.tensor.size if tower.config.sequence_parallel else 1)
+            shape = (rows, 1, tower.vision.width)
+            self.pipeline = Pipeline(mesh, len(encoders.vision), shape, tower.config.params_dtype, device)
+
+    @torch.no_grad()
+    def images(self, pixels: Pixels, count: int) -> Tensor:
+        """Embeddings fp32 [count, D] of `count` images, or clips of `frames` images."""
+        mine = split_rows(count, self.mesh.data.size)[self.mesh.data.rank]
+        blocks = list(_blocks(mine, self.micro_batch // self.frames))
+        units = forward_order(len(blocks), self.mesh.pipeline.size, self.pipeline.chunks)
+        inbox = self.pipeline.forward_inbox(units)
+        own = torch.empty(mine.stop - mine.start, self.encoders.embed_dim, device=self.device)
+        for unit in units:
+            rows = blocks[unit.micro_batch]
+            inputs = self._padded(pixels(rows)) if self.pipeline.starts(unit) else inbox.receive()
+            output = self.encoders.vision[unit.chunk](inputs, samples=self.micro_batch)
+            if self.pipeline.ends(unit):
+                ended = output[: (rows.stop - rows.start) * self.frames]
+                own[rows.start - mine.start : rows.stop - mine.start] = embedding(ended, self.frames)
+            else:
+                self.pipeline.next.send(output)
+        self.pipeline.next.drain()
+        if self.mesh.pipeline.size > 1:
+            last = dist.get_global_rank(self.mesh.pipeline.group, self.mesh.pipeline.size - 1)
+            dist.broadcast(own, src=last, group=self.mesh.pipeline.group)
+        return gather_rows(own, count, self.mesh.data)
+
+    def _padded(self, images: Tensor) -> Tensor:
+        """The last block is filled up, so that every message has the same shape."""
+        images = images.to(self.device).flatten(0, -4)
+        full = images.new_zeros(self.micro_batch, *images.shape[1:])
+        full[: len(images)] = images
+        return full
+
+    @torch.no_grad()
+    def texts(self, tokens: Tensor) -> Tensor:
+        """Embeddings fp32 [N, D] of token ids int64 [N, context]; every rank passes all of them."""
+        assert self.encoders.text is not None, "the text tower was not loaded"
+        mine = split_rows(len(tokens), self.mesh.world.size)[self.mesh.world.rank]
+        outputs = [
+            embedding(self.encoders.text(trim_padding(tokens[rows]).to(self.device)))
+            for rows in _blocks(mine, self.micro_batch)
+        ]
+        own = torch.cat(outputs) if outputs else torch.empty(0, self.encoders.embed_dim, device=self.device)
+        return gather_rows(own, len(tokens), self.mesh.world)
+
+
+def _blocks(rows: slice, size: int) -> Iterator[slice]:
+    for start in range(rows.start, rows.stop, size):
+        yield slice(start, min(start + size, rows.stop))

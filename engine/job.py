@@ -1,0 +1,67 @@
+"""A whole job: its phases one after the other, each with towers of its own, from checkpoint to checkpoint."""
+
+import gc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from data.errors import DataError
+from data.sources import check_shards
+from engine.checkpoint.load import training_position
+from engine.checkpoint.reader import Checkpoint
+from engine.checkpoint.resume import choose, lock_run, newest_good
+from engine.config.phases import Phase, phase_plan
+from engine.config.read import Config
+from engine.parallel.agree import raise_together
+from engine.parallel.device import Device
+from engine.parallel.mesh import Mesh
+from engine.record import Callback
+from engine.trainer import Trainer
+
+Callbacks = Callable[[Trainer], list[Callback]]
+"""What watches a phase, in the order in which they are asked."""
+
+
+def run_phases(config: Config, mesh: Mesh, device: Device, callbacks: Callbacks) -> None:
+    """Train what is left of the job. Collective over the mesh.
+
+    A phase begins with the checkpoint that the one before left at the border; a run that was stopped there begins it in
+    the same way.
+    """
+    plan, run_dir = phase_plan(config), Path(config.run_dir)
+    begin: Callable[[], Checkpoint | None] = lambda: choose(config, mesh)  # noqa: E731
+    while True:
+        phase = _run_next(plan, run_dir, mesh, device, begin, callbacks)
+        if phase is plan[-1]:
+            return
+        gc.collect()  # towers and buffers of the last phase hang in cycles of hooks; the next one needs their memory
+        begin = lambda: newest_good(run_dir, config, mesh)  # noqa: E731
+
+
+def _check_later_shards(phases: Sequence[Phase], mesh: Mesh) -> None:
+    """Raise on every rank if a phase has shards that are not there: now, not when its turn comes. Collective."""
+    error = None
+    try:
+        for phase in phases if mesh.world.rank == 0 else ():
+            check_shards(phase.config.data)
+    except DataError as problem:
+        error = f"phase {phase.name!r}: {problem}"
+    raise_together(error, mesh.world)
+
+
+def _run_next(
+    plan: list[Phase],
+    run_dir: Path,
+    mesh: Mesh,
+    device: Device,
+    begin: Callable[[], Checkpoint | None],
+    callbacks: Callbacks,
+) -> Phase:
+    lock = lock_run(run_dir, mesh)
+    checkpoint = begin()
+    done = training_position(checkpoint).step if checkpoint is not None else 0
+    phase = next((phase for phase in plan if done < phase.last_step), plan[-1])
+    _check_later_shards(plan[plan.index(phase) + 1 :], mesh)
+    trainer = Trainer(phase.config, mesh, device, phase)
+    trainer.begin(checkpoint, lock)
+    trainer.fit(callbacks(trainer))
+    return phase

@@ -1,0 +1,113 @@
+"""One optimizer step of masked-feature distillation: masks, the teacher's targets, 1F1B, update (docs/mim.md)."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.build import DTYPES, Towers
+from engine.config.objective_checks import block_masks
+from engine.config.read import Config
+from engine.feed import LocalBatch
+from engine.objectives.mim.exchange import collect_targets, deal_images
+from engine.objectives.mim.loss import global_masked_count
+from engine.objectives.mim.student import MaskedBatch, StudentRunner
+from engine.objectives.mim.teacher import Teacher, load_teacher, teacher_model
+from engine.objectives.update import StepOutcome, Update
+from engine.optim.lamb import ShardedOptimizer
+from engine.parallel.mesh import Mesh
+from engine.parallel.rows import own_rows, split_rows
+from engine.pipeline.clock import Phases
+from engine.pipeline.one_f_one_b import OneForwardOneBackward
+from models.towers.mim import StudentTower
+from models.towers.vision import VisionTower
+
+
+class MimStep:
+    """Steps of one shape on this rank. Collective over the mesh."""
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        device: torch.device,
+        towers: Towers,
+        optimizer: ShardedOptimizer,
+        teacher: VisionTower | None = None,
+    ):
+        """teacher: its tower; None loads it. Raises CheckpointError if mim.teacher does not hold it."""
+        self.config, self.mesh, self.device = config, mesh, device
+        self.towers, self.optimizer = towers, optimizer
+        self.update = Update(towers, optimizer, mesh, config.health)
+        self.masks = block_masks(config)
+        train, vision = config.train, config.model.vision
+        if teacher is None:
+            teacher, remarks = load_teacher(config, mesh, device)
+            self._say(remarks)
+        self.teacher = Teacher(teacher, width=teacher_model(config).embed_dim, micro_batch=train.micro_batch_size)
+        self.local_batch = train.global_batch_size // mesh.data.size
+        self.student = [self._runner(chunk) for chunk in towers.vision]
+        split = mesh.tensor.size if config.parallel.sequence else 1
+        self.schedule = OneForwardOneBackward(
+            mesh,
+            micro_batches=self.local_batch // train.micro_batch_size,
+            chunks=config.parallel.virtual,
+            hidden=(train.micro_batch_size * (1 + vision.patches) // split, 1, vision.width),
+            dtype=DTYPES[train.precision],
+            device=device,
+        )
+
+    def __call__(self, batch: LocalBatch, phases: Phases) -> StepOutcome:
+        """Train on one batch."""
+        masked_count, own_loss = self.gradients(batch, phases)
+        rates = {"vision": self.optimizer.rates()["vision"]}
+        loss = self.global_loss(own_loss)
+        gradient_norm = self.update(phases, {}, loss)
+        per_image = torch.tensor(masked_count / self.config.train.global_batch_size)
+        return StepOutcome(
+            loss=loss,
+            metrics={"masked_patches": per_image},
+            gradient_norm=gradient_norm,
+            rates=rates,
+        )
+
+    def gradients(self, batch: LocalBatch, phases: Phases) -> tuple[int, Tensor]:
+        """Masked patches of the global batch and this rank's part of the loss; gradients are not reduced yet."""
+        self.towers.zero_gradients()
+        masked = torch.from_numpy(self.masks.of_samples(self.config.train.seed, batch.positions))
+        masked_count = global_masked_count(int(masked.sum()), self.mesh.data, self.device)
+        targets = self._targets(batch.images, masked, phases)
+        shown = MaskedBatch(images=batch.images, masked=masked, targets=targets, masked_count=masked_count)
+        for runner in self.student:
+            runner.batch = shown
+        backward = [part.last_backward for part in self.towers.parts]
+        return masked_count, self.schedule.run(self.student, backward, phases)
+
+    def _targets(self, images: Tensor | None, masked: Tensor, phases: Phases) -> Tensor | None:
+        """The teacher's features of the masked patches of the local batch, on the last stage. Collective over replica.
+
+        Ahead of 1F1B: the weights that the last update gathers may still be under way meanwhile.
+        """
+        mesh, rows = self.mesh, self.local_batch
+        with phases.time("exchange"):
+            own = deal_images(images, rows, self.config.model.vision.image_size, mesh, self.device)
+        with phases.time("teacher"):
+            features = self.teacher.targets(own, masked[own_rows(rows, mesh)])
+        counts = [int(masked[part].sum()) for part in split_rows(rows, mesh.replica.size)]
+        with phases.time("exchange"):
+            return collect_targets(features, counts, mesh)
+
+    def global_loss(self, own: Tensor) -> Tensor:
+        """Sum over replicas, on every rank; the tensor ranks of a last stage hold the same part."""
+        loss = own.clone() if self.mesh.tensor.rank == 0 else torch.zeros_like(own)  # 0 on all but the last stage
+        dist.all_reduce(loss, group=self.mesh.world.group)
+        return loss
+
+    def _runner(self, chunk) -> StudentRunner:
+        assert isinstance(chunk, StudentTower)
+        return StudentRunner(chunk, micro_batch=self.config.train.micro_batch_size, device=self.device)
+
+    def _say(self, lines: list[str]) -> None:
+        if self.mesh.world.rank == 0:
+            print("; ".join(lines), file=sys.stderr, flush=True)

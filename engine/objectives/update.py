@@ -1,0 +1,85 @@
+"""What ends a step of any objective: gradients reduced, judged, clipped, applied, and the new weights on every rank."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.build import Towers
+from engine.config.read import HealthConfig
+from engine.optim.average import move_average
+from engine.optim.lamb import ShardedOptimizer
+from engine.parallel.mesh import Mesh
+from engine.pipeline.clock import Phases
+from engine.resilience.judge import Health
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutcome:
+    """What a step reports."""
+
+    loss: Tensor
+    """0-d fp32, of the global batch, the same on every rank."""
+    metrics: Mapping[str, Tensor]
+    """Further 0-d numbers of the step record, by name."""
+    gradient_norm: float
+    """Before clipping."""
+    rates: Mapping[str, float]
+    """Base rates of this step by tower, before layer decay."""
+
+
+class Update:
+    """The end of every step on this rank. Collective over the mesh."""
+
+    def __init__(self, towers: Towers, optimizer: ShardedOptimizer, mesh: Mesh, health: HealthConfig):
+        self.towers, self.optimizer, self.mesh = towers, optimizer, mesh
+        self.health = Health(health)
+
+    def __call__(self, phases: Phases, clamps: Mapping[str, tuple[float, float]], loss: Tensor) -> float:
+        """Reduce, update, gather -> gradient norm before clipping. A step that is not sound changes nothing.
+
+        clamps: bounds of learned scalars by name. loss: 0-d, global, the same on every rank.
+        """
+        with phases.time("reduce"):
+            self.reduce()
+        with phases.time("optimizer"):
+            gradient_norm = self.optimizer.gradient_norm()
+            # The norm has waited for the device already: the loss is there.
+            if self.health.judge(float(loss), gradient_norm).action == "apply":
+                self._apply(gradient_norm, clamps)
+            else:
+                self.optimizer.skip()
+        with phases.time("gather_weights"):
+            self.towers.gather_weights()
+        return gradient_norm
+
+    def _apply(self, gradient_norm: float, clamps: Mapping[str, tuple[float, float]]) -> None:
+        self.optimizer.apply(gradient_norm)
+        for name, (lowest, highest) in clamps.items():  # on the master weight, before the all-gather
+            self.optimizer.clamp(name, lowest, highest)
+        move_average(self.optimizer)
+
+    def reduce(self) -> None:
+        """After it the gradients are complete on the ranks that own them."""
+        self.towers.finish_reduction()
+        self._reduce_over_tensor_ranks()
+
+    def _reduce_over_tensor_ranks(self) -> None:
+        """Sum gradients that each tensor rank computed from its own tokens only (norms, biases, embedding).
+
+        After the reduction over data ranks: both are sums, and that one may still be running during the backward.
+        """
+        partial = [
+            p for chunk in self.towers.vision for p in chunk.parameters() if getattr(p, "sequence_parallel", False)
+        ]
+        if not partial:
+            return
+        gradients: list[Tensor] = [p.main_grad for p in partial]  # type: ignore[attr-defined]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat, group=self.mesh.tensor.group)
+        torch._foreach_copy_(
+            gradients,
+            [t.view_as(g) for t, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)],
+        )

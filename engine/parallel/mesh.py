@@ -1,0 +1,152 @@
+"""The mesh: which rank computes what. Axes tensor (fastest), data, pipeline (slowest); one frozen object, passed on.
+
+Vision is split over tensor x pipeline and replicated over data; text is replicated over all ranks. No code uses the
+default process group: every collective names one of the groups below.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from engine.parallel.device import priority_options
+
+Group = dist.ProcessGroup
+
+
+class LayoutError(Exception):
+    """A layout that the ranks, the model or the batch do not admit; the message prints every factor."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the mesh as this rank sees it."""
+
+    size: int
+    rank: int
+    group: Group
+
+
+@dataclass(frozen=True)
+class Links:
+    """Groups for messages between neighbouring stages: the ranks of the pipeline, by direction and sender.
+
+    On NCCL two ranks exchange what one group holds in the order in which they ask for it, so a receive that is posted
+    ahead would hold back every send of the other direction; and gloo matches messages by sender, so activations and
+    gradients of the same sender (two stages in a ring) need to be told apart.
+    """
+
+    forward: tuple[Group, Group]
+    """To the next stage, from even and from odd stages."""
+    backward: tuple[Group, Group]
+    """To the previous stage, from even and from odd stages."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Groups and coordinates of this rank."""
+
+    tensor: Axis
+    pipeline: Axis
+    data: Axis
+    world: Axis
+    replica: Axis
+    """The tensor x pipeline ranks that hold one copy of the vision tower; rank = stage x tensor size + tensor rank."""
+    stage: Axis
+    """The tensor x data ranks that hold the same blocks; the trust ratio of LAMB sums over them."""
+    alone: Axis
+    """This rank only."""
+    links: Links
+    """Of the pipeline axis."""
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Holds the patch embedding and needs pixels."""
+        return self.pipeline.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Holds the head and computes image embeddings."""
+        return self.pipeline.rank == self.pipeline.size - 1
+
+    @property
+    def layout(self) -> str:
+        """For people: TP 2 x PP 2 x DP 1."""
+        return f"TP {self.tensor.size} × PP {self.pipeline.size} × DP {self.data.size}"
+
+    def vision_groups(self) -> ProcessGroupCollection:
+        """What megatron-core's layers and gradient buffers of the vision stage need."""
+        return _collection(tp=self.tensor.group, dp=self.data.group, alone=self.alone.group)
+
+    def text_groups(self) -> ProcessGroupCollection:
+        """The same for the text tower: never split, replicated over all ranks."""
+        return _collection(tp=self.alone.group, dp=self.world.group, alone=self.alone.group)
+
+
+def _collection(*, tp: Group, dp: Group, alone: Group) -> ProcessGroupCollection:
+    # Stages are cut by models/towers/vision.py, so megatron-core is told of a pipeline of one.
+    return ProcessGroupCollection(tp=tp, dp=dp, dp_cp=dp, cp=alone, pp=alone, ep=alone, expt_dp=alone)
+
+
+def meet(axis: Axis, device: torch.device) -> None:
+    """Wait on the host until every rank of the axis is here. Collective over the axis.
+
+    Nothing else may be under way in the axis' group: on gloo, with an all-gather of weights in flight, 4 of about 40
+    two-rank jobs died in their first steps after torch's barrier or after this all-reduce, a message of one collective
+    having met the buffer of another; no other job did (torch 2.13; the cause is not known).
+    """
+    here = torch.ones(1, device=device)
+    dist.all_reduce(here, group=axis.group)
+    here.item()  # on a GPU the all-reduce is only queued
+
+
+def build_mesh(tensor: int, pipeline: int, world: Group, *, timeout: timedelta | None = None) -> Mesh:
+    """Cut `world` (all ranks of the job) into TP x PP x DP. Collective: every rank calls it with the same numbers.
+
+    timeout: of the groups' collectives; they do not inherit the world's. None: torch's (10 minutes on NCCL).
+    """
+    ranks = dist.get_process_group_ranks(world)
+    data, left = divmod(len(ranks), tensor * pipeline)
+    if left:
+        raise LayoutError(f"{len(ranks)} ranks are not a multiple of TP {tensor} x PP {pipeline} = {tensor * pipeline}")
+    me = ranks.index(dist.get_rank())
+    at = lambda tt, dd, pp: ranks[tt + tensor * (dd + data * pp)]  # noqa: E731
+    t, d, p = me % tensor, me // tensor % data, me // (tensor * data)
+
+    def axis(members: Sequence[int], options: Any = None) -> Axis:
+        """Only its members create a group, all in the same order of axes: no rank waits for groups of others.
+
+        Otherwise every one of the hundreds of groups of a large job would be a barrier of all its ranks.
+        """
+        own = list(members)
+        group = dist.new_group(own, timeout=timeout, pg_options=options, use_local_synchronization=True)
+        return Axis(len(own), own.index(dist.get_rank()), group)
+
+    stages = [at(t, d, pp) for pp in range(pipeline)]
+    urgent = priority_options(dist.get_backend(world))
+    pipeline_axis = axis(stages, urgent)
+    return Mesh(
+        tensor=axis([at(tt, d, p) for tt in range(tensor)]),
+        data=axis([at(t, dd, p) for dd in range(data)]),
+        pipeline=pipeline_axis,
+        replica=axis([at(tt, d, pp) for pp in range(pipeline) for tt in range(tensor)]),
+        stage=axis([at(tt, dd, p) for dd in range(data) for tt in range(tensor)]),
+        alone=axis([ranks[me]]),
+        world=Axis(len(ranks), me, world),
+        links=_links(pipeline_axis, lambda: axis(stages, urgent).group),
+    )
+
+
+def _links(pipeline: Axis, another: Callable[[], Group]) -> Links:
+    """another: makes one more group of the same ranks. Only of two stages is one rank both neighbours of the other."""
+    even = pipeline.group
+    if pipeline.size == 1:
+        return Links((even, even), (even, even))
+    if pipeline.size > 2:
+        back = another()
+        return Links((even, even), (back, back))
+    return Links((even, another()), (another(), another()))

@@ -1,0 +1,113 @@
+"""Flat, sharded views of a tower's weights and gradients, and sums over whole logical tensors.
+
+megatron-core's DistributedDataParallel lays all parameters of a module out in flat buckets, reduce-scatters their
+fp32 gradients and all-gathers the weights. A rank of the data-parallel group owns one contiguous shard of every
+bucket, whose borders fall inside tensors. `TowerShards` maps those shards back to logical tensors, so that an
+optimizer can keep its state for the owned elements only and still sum over each whole tensor: one all-reduce of a
+short vector.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor, nn
+
+from engine.parallel.mesh import Axis
+from models.tensors.naming import LogicalTensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of one local parameter that this rank owns."""
+
+    tensor: int
+    """Index into TowerShards.tensors."""
+    start: int
+    stop: int
+    """Elements [start, stop) of the shard it lies in."""
+    offset: int
+    """Element of the (local, flattened) parameter that stands at `start`."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's contiguous part of one bucket."""
+
+    weight: Tensor
+    """1-D view into the bucket in the model's dtype; the all-gather sends it to the other ranks."""
+    gradient: Tensor
+    """1-D fp32 view, complete after the reduce-scatter."""
+    pieces: list[Piece]
+
+
+class TowerShards:
+    """Shards of one module wrapped in megatron-core's DistributedDataParallel."""
+
+    def __init__(
+        self,
+        ddp: DistributedDataParallel,
+        logical: dict[str, LogicalTensor],
+        *,
+        owners: Axis,
+        holders: Axis,
+        tensor_rank: int,
+    ):
+        """owners: the data-parallel axis that shards the buckets; holders: all ranks with a slice of these tensors."""
+        self.ddp = ddp
+        self.holders = holders
+        self.tensors = list(logical.values())
+        index = {name: i for i, name in enumerate(logical)}
+        names = {parameter: name for name, parameter in ddp.module.named_parameters()}
+        parameter_index = {parameter: index[names[parameter]] for parameter in names}
+        self.shards = [
+            _shard(buffer, bucket, owners, parameter_index) for buffer in ddp.buffers for bucket in buffer.buckets
+        ]
+        # A tensor that every tensor rank holds whole counts once in sums over holders.
+        counted = [tensor.split_dim is not None or tensor_rank == 0 for tensor in self.tensors]
+        self.counted = torch.tensor(counted, dtype=torch.float64, device=self.shards[0].weight.device)
+
+    def squares(self, flats: list[Tensor]) -> Tensor:
+        """float64 [tensors]: sum of squares of the owned elements; `flats` holds one 1-D tensor a shard.
+
+        Local: `over_holders` adds the other ranks.
+        """
+        total = torch.zeros(len(self.tensors), dtype=torch.float64, device=self.counted.device)
+        views, indices = [], []
+        for flat, shard in zip(flats, self.shards, strict=True):
+            views += [flat[piece.start : piece.stop] for piece in shard.pieces]
+            indices += [piece.tensor for piece in shard.pieces]
+        if views:
+            norms = torch.stack(torch._foreach_norm(views)).double()
+            total.index_add_(0, torch.tensor(indices, device=total.device), norms.square())
+        return total * self.counted
+
+    def over_holders(self, sums: Tensor) -> Tensor:
+        """Add the sums of every rank that holds a slice: then each entry is a sum over a whole logical tensor."""
+        dist.all_reduce(sums, group=self.holders.group)
+        return sums
+
+    def owned(self) -> Iterator[tuple[int, Piece]]:
+        """(shard index, piece) of everything this rank owns."""
+        for i, shard in enumerate(self.shards):
+            for piece in shard.pieces:
+                yield i, piece
+
+
+def _shard(buffer, bucket, owners: Axis, parameter_index: dict[nn.Parameter, int]) -> Shard:
+    length = bucket.grad_data.numel() // owners.size
+    first = owners.rank * length
+    pieces = []
+    for parameter in bucket.params_list:
+        start, stop, _ = buffer.param_index_map[parameter]
+        start, stop = start - bucket.offset, stop - bucket.offset
+        low, high = max(start, first), min(stop, first + length)
+        if low < high:
+            pieces.append(Piece(parameter_index[parameter], low - first, high - first, low - start))
+    return Shard(
+        weight=bucket.param_data.view(-1)[first : first + length],
+        gradient=bucket.grad_data.view(-1)[first : first + length],
+        pieces=sorted(pieces, key=lambda piece: piece.start),
+    )

@@ -1,0 +1,112 @@
+"""What a rank puts into collectives and messages, by axis of the mesh: seen where c10d operators are dispatched.
+
+A TorchDispatchMode asks `TrafficReader.read` about each operator of namespace c10d. Groups of one rank send nothing.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine.parallel.mesh import Mesh
+
+AXES = ("tensor", "pipeline", "data", "replica", "stage", "world")
+# Operator -> (name for people, argument that holds what this rank puts in).
+_COLLECTIVES = {
+    "allreduce_": ("all-reduce", 0),
+    "_reduce_scatter_base_": ("reduce-scatter", 1),
+    "reduce_scatter_tensor_coalesced_": ("reduce-scatter", 1),
+    "_allgather_base_": ("all-gather", 1),
+    "allgather_": ("all-gather", 1),
+    "allgather_into_tensor_coalesced_": ("all-gather", 1),
+    "broadcast_": ("broadcast", 0),
+    "scatter_": ("scatter", 1),
+    "gather_": ("gather", 1),
+    "send": ("send", 0),
+    "recv_": ("receive", 0),
+}
+_NO_PAYLOAD = {"barrier", "monitored_barrier_"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """One collective or message of this rank."""
+
+    axis: str
+    """Axis of the mesh whose group it uses."""
+    ranks: int
+    """Size of that group."""
+    kind: str
+    """all-reduce | reduce-scatter | all-gather | broadcast | scatter | gather | send | receive."""
+    tensor_bytes: int
+    """Of the tensors that go in, or that come out of a receive and of a broadcast from elsewhere."""
+    puts_in: bool
+    """Whether this rank puts those bytes in, or only gets them."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """What this rank puts in, whatever the algorithm."""
+        return self.tensor_bytes if self.puts_in else 0
+
+    @property
+    def wire_bytes(self) -> float:
+        """What leaves this rank in a ring: n - 1 of n parts once (reduce-scatter, all-gather) or twice (all-reduce)."""
+        others = self.ranks - 1
+        part = others / self.ranks
+        share = {"all-reduce": 2 * part, "reduce-scatter": part, "scatter": part, "all-gather": others}
+        return self.sent_bytes * share.get(self.kind, 1)
+
+
+class TrafficReader:
+    """Reads c10d operators of one mesh."""
+
+    def __init__(self, mesh: Mesh):
+        axes = {name: getattr(mesh, name) for name in AXES}
+        groups = [(axis.group, name) for name, axis in axes.items()]
+        groups += [(group, "pipeline") for group in (*mesh.links.forward, *mesh.links.backward)]
+        self._axis_of = {group.group_name: (name, axes[name].size) for group, name in groups if axes[name].size > 1}
+
+    def read(self, operator: Any, args: tuple[Any, ...]) -> Transfer | None:
+        """The transfer of an operator of namespace c10d; None for barriers and for groups that are no axis of several
+        ranks. Raises NotImplementedError for an operator that it does not know.
+        """
+        name = operator.overloadpacket.__name__
+        group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
+        axis = self._axis_of.get(group.group_name)
+        if axis is None or name in _NO_PAYLOAD:
+            return None
+        if name not in _COLLECTIVES:
+            raise NotImplementedError(
+                f"the traffic of c10d.{name} is not counted yet: add it to engine/parallel/traffic.py"
+            )
+        kind, payload = _COLLECTIVES[name]
+        puts_in = kind != "receive" and (kind != "broadcast" or args[2] == dist.get_rank(group))
+        return Transfer(
+            axis=axis[0], ranks=axis[1], kind=kind, tensor_bytes=_size_bytes(args[payload]), puts_in=puts_in
+        )
+
+
+class TrafficCounter(TorchDispatchMode):
+    """Bytes that this rank puts into the collectives and messages of each axis."""
+
+    def __init__(self, mesh: Mesh):
+        super().__init__()
+        self.reader = TrafficReader(mesh)
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Sees every operator, collectives included."""
+        if func.namespace == "c10d":
+            transfer = self.reader.read(func, args)
+            if transfer is not None:
+                self.bytes[transfer.axis] += transfer.sent_bytes
+        return func(*args, **(kwargs or {}))
+
+
+def _size_bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    return sum(_size_bytes(part) for part in value)

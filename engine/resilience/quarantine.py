@@ -1,0 +1,91 @@
+"""Bad samples of all ranks: counted by reason, listed in run_dir/quarantine.jsonl, and too many of them end the run.
+
+One JSON object a line: shard, key, reason, position. World rank 0 alone writes, so lines never interleave; like the
+metrics, the file is cut back to the checkpoint's position on resume, so that it lists every bad sample once.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data.bad import REASONS, judge_bad_fraction
+from data.batch import BadSample
+from engine.parallel.mesh import Mesh
+
+QUARANTINE_FILE = "quarantine.jsonl"
+_REASONS = list(REASONS)
+
+
+class Quarantine:
+    """Collects what the readers replaced. Collective over the mesh: every rank calls with what it read."""
+
+    def __init__(
+        self, run_dir: Path, mesh: Mesh, device: torch.device, *, start_position: int, max_bad_fraction: float
+    ) -> None:
+        """start_position: samples seen; entries of an earlier attempt from there on are dropped."""
+        self._path = run_dir / QUARANTINE_FILE
+        self._mesh, self._device = mesh, device
+        self._max_bad_fraction = max_bad_fraction
+        before = _keep_before(self._path, start_position) if mesh.world.rank == 0 else Counter()
+        self.by_reason: Counter[str] = self._sum(before)
+        """Bad samples of the run so far, the same on every rank."""
+
+    def report(self, bad: Sequence[BadSample], *, samples_seen: int) -> int:
+        """Add one step's bad samples of this rank; how many all ranks had. Raises DataError on every rank when the run
+        has too many.
+        """
+        step = self._sum(Counter(sample.reason for sample in bad))
+        if step.total():
+            self.by_reason += step
+            self._write(bad)
+            reads = samples_seen + self.by_reason.total()
+            judge_bad_fraction(self.by_reason, reads=reads, limit=self._max_bad_fraction)
+        return step.total()
+
+    def _sum(self, counts: Counter[str]) -> Counter[str]:
+        total = torch.tensor([counts[reason] for reason in _REASONS], device=self._device)
+        dist.all_reduce(total, group=self._mesh.world.group)
+        return +Counter(dict(zip(_REASONS, total.tolist(), strict=True)))
+
+    def _write(self, bad: Sequence[BadSample]) -> None:
+        world = self._mesh.world
+        parts: list[list[dict]] = [[] for _ in range(world.size)]
+        dist.gather_object(
+            [asdict(sample) for sample in bad],
+            parts if world.rank == 0 else None,
+            dst=dist.get_global_rank(world.group, 0),
+            group=world.group,
+        )
+        if world.rank == 0:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(entry) + "\n" for part in parts for entry in part)
+
+
+def _keep_before(path: Path, start_position: int) -> Counter[str]:
+    """Drop the entries from `start_position` on, and a last line that a killed writer left unfinished; the reasons of
+    those that are kept.
+    """
+    kept = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            entry = _parse(line)
+            if entry is not None and entry["position"] < start_position:
+                kept.append(entry)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        partial.replace(path)
+    return Counter(entry["reason"] for entry in kept)
+
+
+def _parse(line: str) -> dict | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and entry.get("reason") in REASONS else None

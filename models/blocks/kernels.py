@@ -1,0 +1,136 @@
+"""Which kernels the blocks of the image tower run on: chosen by the config, once, and the same on every rank.
+
+The choice: model.backend names whose linears they are, model.attention and model.norm_kernel replace one kernel each.
+`auto` of the latter two is what belongs to the backend; only model.backend=auto looks at the machine, and the local
+backend's attention, which in bf16 is faster as plain matrix products where there is no CUDA device. The caption tower
+(2 % of the FLOPs), the patch embedding, the head and the norm in front of it always run on torch's kernels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torch import nn
+
+from models.blocks.attention import FlashAttention, Kernel, MatmulAttention, SdpaAttention
+from models.blocks.norms import NORMS, ApexRMSNorm, CompiledRMSNorm
+from models.blocks.packages import APEX, FLASH_2, FLASH_3, TRANSFORMER_ENGINE, load, require_compiler
+from models.config import ModelConfig, ModelConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """What the blocks of a tower are built from; constructors under megatron-core's signatures."""
+
+    column: Kernel
+    """Linear whose output features the tensor axis splits."""
+    row: Kernel
+    """Linear whose input features it splits."""
+    norm: Callable[..., nn.Module]
+    attention: Kernel
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What the kernels need of megatron-core's TransformerConfig."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The kernels by name, nothing left open."""
+
+    backend: str
+    attention: str
+    norm_kernel: str
+    why: str
+    """How `auto` came to the backend; empty where the config names it."""
+
+    def __str__(self) -> str:
+        """For the log: kernels of the image tower: local linears, sdpa attention, torch norms."""
+        kernels = f"{self.backend} linears, {self.attention} attention, {self.norm_kernel} norms"
+        return f"kernels of the image tower: {kernels}" + (f" (model.backend=auto: {self.why})" if self.why else "")
+
+
+def choose(model: ModelConfig, dtype: torch.dtype) -> Choice:
+    """Settle every `auto`. Imports nothing."""
+    backend, why = model.backend, ""
+    if backend == "auto":
+        backend, why = _by_machine(dtype)
+    local = "matmul" if dtype == torch.bfloat16 and not torch.cuda.is_available() else "sdpa"
+    own = {"local": (local, "torch"), "transformer_engine": ("te", "te")}[backend]
+    attention, norm_kernel = (
+        default if asked == "auto" else asked
+        for asked, default in zip((model.attention, model.norm_kernel), own, strict=True)
+    )
+    return Choice(backend=backend, attention=attention, norm_kernel=norm_kernel, why=why)
+
+
+def _by_machine(dtype: torch.dtype) -> tuple[str, str]:
+    if not torch.cuda.is_available():
+        return "local", "there is no CUDA device"
+    if not TRANSFORMER_ENGINE.is_installed:
+        return "local", f"{TRANSFORMER_ENGINE.name} is not installed"
+    if dtype != torch.bfloat16:
+        return "local", "the precision is not bf16"
+    if not _te_has_packed_attention():
+        return "local", f"{FLASH_2.name} is not installed, and {_BEFORE_HOPPER}"
+    return "transformer_engine", f"{TRANSFORMER_ENGINE.name} is installed"
+
+
+_BEFORE_HOPPER = "before Hopper Transformer Engine attends to packed tokens through it (cuDNN's kernels want 9.0)"
+
+
+def _te_has_packed_attention() -> bool:
+    return FLASH_2.is_installed or not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
+
+
+def require_kernels(model: ModelConfig, dtype: torch.dtype) -> Choice:
+    """Import what the model asks for, before anything is built; ModelConfigError names the package that is missing."""
+    choice = choose(model, dtype)
+    asked = {
+        TRANSFORMER_ENGINE: choice.backend == "transformer_engine",
+        FLASH_2: choice.attention == "flash",
+        FLASH_3: choice.attention == "flash3",
+        APEX: choice.norm_kernel == "apex",
+    }
+    for package in (package for package, is_asked in asked.items() if is_asked):
+        load(package)
+    if choice.norm_kernel == "compiled":
+        require_compiler()
+    if choice.attention == "te" and not _te_has_packed_attention():
+        raise ModelConfigError(
+            f"model.attention=te needs {FLASH_2.name} on this GPU: {_BEFORE_HOPPER}; install: {FLASH_2.install}, or "
+            "set model.attention=sdpa"
+        )
+    return choice
+
+
+def vision_kernels(model: ModelConfig, layers: range, dtype: torch.dtype) -> Kernels:
+    """Kernels for blocks `layers` of the image tower; ModelConfigError if a package that they need is missing."""
+    choice = require_kernels(model, dtype)
+    attention: dict[str, Kernel] = {
+        "sdpa": SdpaAttention,
+        "matmul": MatmulAttention,
+        "flash": partial(FlashAttention, version=2),
+        "flash3": partial(FlashAttention, version=3),
+    }
+    norms: dict[str, Callable[..., nn.Module]] = {
+        "torch": NORMS[model.vision.norm],
+        "apex": ApexRMSNorm,
+        "compiled": CompiledRMSNorm,
+    }
+    column: Kernel = ColumnParallelLinear
+    row: Kernel = RowParallelLinear
+    settings: dict[str, Any] = {}
+    if choice.backend == "transformer_engine":
+        from models.blocks import te  # megatron-core's wrappers are empty shells where Transformer Engine is missing
+
+        column, row, settings = te.TEColumnParallelLinear, te.TERowParallelLinear, te.settings(model, layers)
+        attention["te"], norms["te"] = te.TeAttention, te.TeNorm
+    return Kernels(
+        column=column,
+        row=row,
+        norm=norms[choice.norm_kernel],
+        attention=attention[choice.attention],
+        settings=settings,
+    )

@@ -1,0 +1,167 @@
+"""Transformer blocks of the EVA towers as megatron-core ModuleSpecs, on the kernels of models/blocks/kernels.py.
+
+Notable choices:
+- activations are packed tokens [T, 1, H], T = M x S: sequence parallelism splits T, never S (257 is prime);
+- the post-norm residual fills the bias-dropout-add slot of megatron-core's TransformerLayer, so post-norm and pre-norm
+  towers share every other piece;
+- q/v biases are parameters of their own: the trust ratio of LAMB and the authors' checkpoints see them as two tensors;
+- the last block of a tower works for the tokens that its head reads (models/blocks/last_block.py);
+- the sub-LN norms see channels that tensor parallelism splits: they gather, normalise and split again (B/L only).
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from models.blocks.attention import CoreAttention, QkvWithBias, SdpaAttention, SeparateQkv
+from models.blocks.kernels import Kernels
+from models.blocks.last_block import LastBlock
+from models.blocks.norms import LayerNorm, PostNormResidual, SplitChannelNorm
+from models.config import VisionConfig
+
+Spec = Any  # ModuleSpec or class, as megatron-core's submodule tables take them
+
+
+class SwiGLU(MegatronModule):
+    """down(norm(silu(gate x) * up x)): the EVA-02 B/L MLP with its sub-LN; three weights, all with biases."""
+
+    def __init__(self, config: TransformerConfig, tp_group, kernels: Kernels, norm: bool):
+        super().__init__(config=config)
+        h, f = config.hidden_size, config.ffn_hidden_size
+        common = dict(config=config, init_method=config.init_method, bias=True, tp_group=tp_group, is_expert=False)
+        self.gate, self.up = (
+            kernels.column(h, f, **common, gather_output=False, skip_bias_add=False, tp_comm_buffer_name="fc1")
+            for _ in range(2)
+        )
+        self.norm = SplitChannelNorm(config, f, tp_group) if norm else None
+        self.down = kernels.row(f, h, **common, input_is_parallel=True, skip_bias_add=True, tp_comm_buffer_name="fc2")
+
+    def forward(self, x: Tensor, **_: Any) -> tuple[Tensor, Tensor | None]:
+        """[T, 1, H] -> ([T, 1, H], bias [H])."""
+        hidden = F.silu(self.gate(x)[0]) * self.up(x)[0]
+        return self.down(hidden if self.norm is None else self.norm(hidden))
+
+
+def _layer_spec(
+    *,
+    config: TransformerConfig,
+    kernels: Kernels,
+    post_norm: bool,
+    mask: AttnMaskType,
+    linear_qkv: Spec,
+    core_attention: Spec,
+    mlp: Spec,
+) -> ModuleSpec:
+    residual: Spec = get_bias_dropout_add
+    if post_norm:
+        residual = ModuleSpec(module=PostNormResidual, params={"config": config, "norm": kernels.norm})
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=IdentityOp if post_norm else kernels.norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": mask},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=linear_qkv, core_attention=core_attention, linear_proj=kernels.row
+                ),
+            ),
+            self_attn_bda=residual,
+            pre_mlp_layernorm=IdentityOp if post_norm else kernels.norm,
+            mlp=mlp,
+            mlp_bda=residual,
+        ),
+    )
+
+
+def _gelu_mlp(config: TransformerConfig, kernels: Kernels) -> ModuleSpec:
+    return ModuleSpec(
+        module=MLP,
+        params={"ffn_hidden_size": config.ffn_hidden_size},
+        submodules=MLPSubmodules(linear_fc1=kernels.column, linear_fc2=kernels.row),
+    )
+
+
+def vision_layer_spec(
+    vision: VisionConfig, config: TransformerConfig, groups: ProcessGroupCollection, kernels: Kernels
+) -> ModuleSpec:
+    """One block of the image tower."""
+
+    class SwiGLUMlp(SwiGLU):
+        # A class, not a ModuleSpec: megatron-core warns of every MLP spec whose module is not its own.
+        def __init__(self, config: TransformerConfig):
+            super().__init__(config, groups.tp, kernels, norm=vision.mlp_norm)
+
+    return _layer_spec(
+        config=config,
+        kernels=kernels,
+        post_norm=vision.post_norm,
+        mask=AttnMaskType.no_mask,
+        linear_qkv=_linear_qkv(vision, kernels),
+        core_attention=partial(CoreAttention, kernel=kernels.attention, norm=vision.attention_norm),
+        mlp=SwiGLUMlp if vision.mlp == "swiglu" else _gelu_mlp(config, kernels),
+    )
+
+
+def _linear_qkv(vision: VisionConfig, kernels: Kernels) -> Callable[..., nn.Module]:
+    module: Callable[..., nn.Module] = kernels.column
+    if vision.separate_qkv:
+        module = partial(SeparateQkv, column=kernels.column)
+    elif vision.qkv_bias:
+        module = partial(QkvWithBias, column=kernels.column)
+
+    def build(*args: Any, bias: bool, **kwargs: Any) -> nn.Module:
+        # megatron-core asks for a bias wherever its linears have one; here qkv_bias alone decides.
+        return module(*args, bias=vision.qkv_bias, **kwargs)
+
+    return build
+
+
+def text_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """One block of the caption tower on torch's kernels: pre-norm, causal, every linear with a bias."""
+    kernels = Kernels(column=ColumnParallelLinear, row=RowParallelLinear, norm=LayerNorm, attention=SdpaAttention)
+    return _layer_spec(
+        config=config,
+        kernels=kernels,
+        post_norm=False,
+        mask=AttnMaskType.causal,
+        linear_qkv=ColumnParallelLinear,
+        core_attention=partial(CoreAttention, kernel=SdpaAttention),
+        mlp=_gelu_mlp(config, kernels),
+    )
+
+
+def build_block(
+    spec: ModuleSpec, layers: int, config: TransformerConfig, groups: ProcessGroupCollection, *, ends_tower: bool
+) -> TransformerBlock:
+    """`layers` blocks of one pipeline stage; the final norm belongs to the tower's head, not to the block."""
+    specs = [spec] * layers
+    if ends_tower and specs:
+        specs[-1] = ModuleSpec(module=LastBlock, submodules=spec.submodules)
+    block = TransformerBlock(
+        config,
+        TransformerBlockSubmodules(layer_specs=specs, layer_norm=None),
+        post_process=False,
+        pg_collection=groups,
+    )
+    for layer in block.layers:
+        # megatron-core adds the residual under enable_grad even when the caller asked for none; the encode phase
+        # runs without grad, and a graph there would keep every activation alive.
+        layer.bias_dropout_add_exec_handler = nullcontext
+    return block

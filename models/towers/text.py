@@ -1,0 +1,48 @@
+"""The caption tower: token and position tables, causal pre-norm blocks, pooling at the end-of-text token.
+
+Source: authors' transformer.py (TextTransformer); LayerNorm 1e-5, exact GELU. Never split: every rank of the mesh holds
+a whole one and encodes its own captions.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
+
+from models.blocks.norms import LayerNorm
+from models.blocks.packed import PackedTokens
+from models.blocks.spec import build_block, text_layer_spec
+from models.blocks.transformer_config import text_transformer_config
+from models.config import ModelConfig
+
+
+class TextTower(nn.Module):
+    """Token ids -> features."""
+
+    def __init__(self, model: ModelConfig, *, groups: ProcessGroupCollection, dtype: torch.dtype = torch.float32):
+        """`groups`: tp, cp and pp, each of this rank alone."""
+        super().__init__()
+        text = model.text
+        self.config = text_transformer_config(text, dtype=dtype)
+        self.token_embedding = nn.Parameter(torch.empty(text.vocab_size, text.width, dtype=dtype))
+        self.pos_embed = nn.Parameter(torch.empty(text.context_length, text.width, dtype=dtype))
+        self.block = build_block(text_layer_spec(self.config), text.depth, self.config, groups, ends_tower=True)
+        self.norm = LayerNorm(config=self.config, hidden_size=text.width, eps=text.norm_eps)
+        self.projection = nn.Linear(text.width, model.embed_dim, bias=False, dtype=dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """int64 [M, L], L <= context_length -> features [M, D], pooled at the first highest id (end of text).
+
+        What stands behind the end of text cannot reach it (causal), so callers may cut the padding off: `trim_padding`.
+        """
+        m, length = ids.shape
+        hidden = F.embedding(ids, self.token_embedding) + self.pos_embed[:length]
+        end = torch.arange(m, device=ids.device) * length + ids.argmax(dim=-1)
+        tokens = PackedTokens.of(m, length, ids.device).pooling(end)
+        hidden = self.block(hidden.reshape(m * length, 1, -1), None, packed_seq_params=tokens)
+        return self.projection(self.norm(hidden.squeeze(1)))
+
+
+def trim_padding(ids: Tensor) -> Tensor:
+    """[M, context] -> [M, L], L the longest caption of these with its end of text; the features do not change."""
+    return ids[:, : int(ids.argmax(dim=-1).max()) + 1] if len(ids) else ids

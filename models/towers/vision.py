@@ -1,0 +1,200 @@
+"""The image tower, or the pipeline stage of it that one rank holds.
+
+A tower is built for a range of its blocks: the first stage adds the patch embedding, the last one the head. Inside,
+activations are packed tokens [T, 1, H] with T = M x S (under sequence parallelism each rank of the tensor group holds
+T / tp rows of them, on the first stage already at the embedding). Source: authors' eva_vit_model.py; paper section 2.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from torch import Tensor, nn
+
+from models.blocks.kernels import vision_kernels
+from models.blocks.last_block import own_rows
+from models.blocks.norms import NORMS, mark_sequence_parallel
+from models.blocks.packed import PackedTokens
+from models.blocks.rope import rope_tables
+from models.blocks.spec import build_block, vision_layer_spec
+from models.blocks.transformer_config import vision_transformer_config
+from models.config import ModelConfig, VisionConfig
+
+FP8_ROWS = 128
+"""Rows of a matrix product that every fp8 recipe takes (models/blocks/kernel_checks.py)."""
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """[M, 3, h, w] -> [M, n, 3 p^2], patches row by row, each flattened as the convolution kernel is (c, y, x)."""
+    m, c, h, w = images.shape
+    p = patch_size
+    grid = images.reshape(m, c, h // p, p, w // p, p)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(m, -1, c * p * p)
+
+
+class PatchEmbedding(nn.Module):
+    """Images -> packed tokens: patch projection, class token, position table, patch dropout.
+
+    Dropped patches are never projected (the authors project all and drop after the position table; equal by value).
+    Under sequence parallelism a rank embeds its own T / tp rows only, so these gradients are partial sums.
+    """
+
+    def __init__(self, vision: VisionConfig, config, tp_group):
+        super().__init__()
+        self.patch_size = vision.patch_size
+        self.sequence_parallel = config.sequence_parallel
+        self.tp_group = tp_group
+        empty = lambda *shape: nn.Parameter(torch.empty(*shape, dtype=config.params_dtype))  # noqa: E731
+        self.weight = empty(vision.width, 3 * vision.patch_size**2)
+        self.bias = empty(vision.width)
+        self.cls_token = empty(vision.width)
+        self.pos_embed = empty(1 + vision.patches, vision.width)
+        mark_sequence_parallel(self, config)
+
+    def forward(self, images: Tensor, kept: Tensor | None) -> Tensor:
+        """images [M, 3, h, w] normalised; kept int64 [M, k] or None for all -> [T or T / tp, 1, H]."""
+        patches = patchify(images.to(self.weight.dtype), self.patch_size)
+        m, n, _ = patches.shape
+        k = n if kept is None else kept.shape[1]
+        sample, slot = self.own_tokens(m, 1 + k, images.device)
+        grid_cell = slot if kept is None else kept[sample, slot.clamp_min(0)]
+        pixels = chosen_patches(patches, sample * n + grid_cell, slot >= 0)
+        table = torch.cat([(self.cls_token + self.pos_embed[0]).unsqueeze(0), self.pos_embed[1:] + self.bias])
+        place = torch.where(slot >= 0, grid_cell + 1, 0)
+        return (F.linear(pixels, self.weight) + F.embedding(place, table)).unsqueeze(1)
+
+    def own_tokens(self, samples: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(sample, slot) of this rank's rows of samples x tokens, int64 each; slot -1 is the class token."""
+        rows, first = samples * tokens, 0
+        if self.sequence_parallel:
+            rows //= self.tp_group.size()
+            first = rows * self.tp_group.rank()
+        row = torch.arange(first, first + rows, device=device)
+        return row // tokens, row % tokens - 1
+
+
+def chosen_patches(patches: Tensor, chosen: Tensor, shown: Tensor) -> Tensor:
+    """Of patches [M, n, 3 p^2], number chosen[t] of the M x n in each row t where `shown`; zeros in the other rows."""
+    pixels = patches.flatten(0, 1).index_select(0, chosen.clamp_min(0))
+    return pixels.masked_fill_(~shown.unsqueeze(1), 0)
+
+
+class TowerHead(nn.Module):
+    """What heads of the image tower share: the final norm, which sees rows that are whole on every tensor rank."""
+
+    def __init__(self, vision: VisionConfig, config, tp_group):
+        super().__init__()
+        self.tp_group = tp_group
+        self.sequence_parallel = config.sequence_parallel
+        self.norm = NORMS[vision.norm](config=config, hidden_size=vision.width, eps=vision.norm_eps)
+        for parameter in self.norm.parameters():
+            parameter.sequence_parallel = False  # type: ignore[attr-defined]  # sees gathered rows, not a slice
+
+    def gather_rows(self, hidden: Tensor, row: Tensor) -> Tensor:
+        """[T or T / tp, 1, H] -> rows `row` (int64 [R]) of all T, [R, H], equal on every tensor rank.
+
+        Sequence parallelism all-reduces R rows instead of gathering T.
+        """
+        rows = hidden.squeeze(1)
+        if not self.sequence_parallel:
+            return rows.index_select(0, row)
+        return reduce_from_tensor_model_parallel_region(own_rows(rows, row, self.tp_group), group=self.tp_group)
+
+
+class VisionHead(TowerHead):
+    """Final norm of the class token and projection: packed tokens -> features [M, D], equal on every tensor rank."""
+
+    def __init__(self, model: ModelConfig, config, tp_group):
+        super().__init__(model.vision, config, tp_group)
+        vision = model.vision
+        self.projection = nn.Linear(vision.width, model.embed_dim, bias=vision.head_bias, dtype=config.params_dtype)
+
+    def forward(self, hidden: Tensor, tokens: PackedTokens) -> Tensor:
+        """hidden: [R or R / tp, 1, H], what the last block answers with: class tokens, then padding."""
+        if self.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        return self.projection(self.norm(hidden.squeeze(1)[: tokens.samples]))
+
+
+class VisionTower(nn.Module):
+    """Blocks `layers` of the image tower, with the embedding if they start at 0 and the head if they end at depth."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        *,
+        groups: ProcessGroupCollection,
+        layers: range | None = None,
+        sequence_parallel: bool = False,
+        dtype: torch.dtype = torch.float32,
+        recompute: str = "none",
+        embedding: Callable[..., nn.Module] = PatchEmbedding,
+        head: Callable[..., nn.Module] = VisionHead,
+    ):
+        """`groups` needs tp, cp and pp (the latter two of one rank: stages are cut here, not by megatron-core).
+
+        embedding, head: what the first and the last stage are built with; the MIM student has others.
+        """
+        super().__init__()
+        vision = model.vision
+        self.vision = vision
+        self.layers = range(vision.depth) if layers is None else layers
+        self.is_first, self.is_last = self.layers.start == 0, self.layers.stop == vision.depth
+        kernels = vision_kernels(model, self.layers, dtype)
+        self.config = vision_transformer_config(
+            vision,
+            tensor_size=groups.tp.size(),
+            sequence_parallel=sequence_parallel and groups.tp.size() > 1,
+            dtype=dtype,
+            recompute=recompute,
+            settings=kernels.settings,
+        )
+        if self.is_first:
+            self.embed = embedding(vision, self.config, groups.tp)
+        spec = vision_layer_spec(vision, self.config, groups, kernels)
+        self.block = build_block(spec, len(self.layers), self.config, groups, ends_tower=self.is_last)
+        if self.is_last:
+            self.head = head(model, self.config, groups.tp)
+        self.pooled_multiple = groups.tp.size() if self.config.sequence_parallel else 1
+        """Of the rows behind the pooling: each tensor rank has as many of them, and fp8 products want multiples."""
+        if model.fp8 != "none":
+            self.pooled_multiple *= FP8_ROWS
+
+    def forward(self, inputs: Tensor, kept: Tensor | None = None, *, samples: int) -> Tensor:
+        """Normalised images [M, 3, h, w] (first stage) or packed tokens -> packed tokens, or features [M, D] (last).
+
+        kept: int64 [M, k], the patches that survive patch dropout, the same on every rank; None keeps all.
+        """
+        tokens = self._tokens(samples, kept, inputs.device)
+        if self.is_last:
+            class_rows = torch.arange(samples, device=inputs.device) * tokens.tokens_per_sample
+            tokens = tokens.pooling(class_rows, self.pooled_multiple)
+        hidden = self.run_blocks(self.embed(inputs, kept) if self.is_first else inputs, tokens)
+        return self.head(hidden, tokens) if self.is_last else hidden
+
+    def run_blocks(self, hidden: Tensor, tokens: PackedTokens) -> Tensor:
+        """Packed tokens [T or T / tp, 1, H] through this stage's blocks; a stage may have none."""
+        return self.block(hidden, None, packed_seq_params=tokens) if len(self.layers) else hidden
+
+    def _tokens(self, samples: int, kept: Tensor | None, device: torch.device) -> PackedTokens:
+        patches = self.vision.patches if kept is None else kept.shape[1]
+        rope = None
+        if self.vision.rope:
+            tables = rope_tables(self.vision.grid, self.vision.rope_grid, self.vision.head_width, device)
+            rope = tuple(_pick(table, kept) for table in tables)
+        return PackedTokens.of(samples, 1 + patches, device, rope)
+
+
+def _pick(table: Tensor, kept: Tensor | None) -> Tensor:
+    """[1 + n, d] -> [1, 1, 1 + n, d], or the rows of each sample's kept patches [M, 1, 1 + k, d]."""
+    if kept is None:
+        return table[None, None]
+    places = F.pad(kept + 1, (1, 0))  # the class token stays first
+    return table[places].unsqueeze(1)

@@ -1,0 +1,56 @@
+"""How a configuration is measured. Imports no torch: sweeps check their points with it before they start ranks."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from engine.config.phases import phase_named, phase_plan
+from engine.config.read import Config, check_layout, check_vocabulary, load_config
+
+TRACED_STEPS = 2
+"""After the timed ones, with a clock that waits for the device: their phases are reported, their spans drawn."""
+GEMM_SIDE = 2048
+_NO_SHARDS = ["data.shards=['-']", "data.sources=[]", "data.mixture_schedule=[]"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to measure."""
+
+    steps: int = 10
+    """Timed steps."""
+    warmup: int = 3
+    """Steps before them: allocators, kernels' first choices, readers that fill their queues."""
+    data: str = "synthetic"
+    """synthetic | real (data.shards or data.sources of the config)."""
+    out: Path = Path("runs/benchmark")
+    """Folder of result.json, result.png and timeline/."""
+    phase: str = ""
+    """Of a config with phases; empty: the first."""
+    gemm_side: int = GEMM_SIDE
+    """Of the matrix product that stands for the peak where no data sheet does."""
+
+    @property
+    def total_steps(self) -> int:
+        """Warm-up, timed and traced steps."""
+        return self.warmup + self.steps + TRACED_STEPS
+
+
+def read_config(path: Path, overrides: list[str], options: Options) -> Config:
+    """One phase of the config as it stands; synthetic data need no shards. Raises ConfigError or DataError."""
+    plan = phase_plan(load_config(path, [*overrides, *(_NO_SHARDS if options.data == "synthetic" else [])]))
+    return phase_named(plan, options.phase).config
+
+
+def benchmark_config(path: Path, overrides: list[str], options: Options, world_size: int) -> Config:
+    """The config as it is measured. Raises ConfigError or DataError, before any process group exists."""
+    config = read_config(path, overrides, options)
+    check_layout(config, world_size)
+    if options.data == "real":
+        check_vocabulary(config)
+    total = options.total_steps
+    return replace(
+        config,
+        run_dir=str(options.out),
+        train=replace(config.train, steps=max(total, config.train.steps)),
+        log=replace(config.log, timeline_steps=list(range(total - TRACED_STEPS, total))),
+    )

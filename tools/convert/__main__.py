@@ -1,0 +1,103 @@
+"""Convert weights between layouts, strictly, with a report of every tensor.
+
+python -m tools.convert --from eva --config EVA.json --weights FILE.pt|FILE.safetensors --out DIR
+python -m tools.convert --from hf --weights FOLDER [--config EVA.json | --model PRESET] --out DIR
+python -m tools.convert --from openclip --model PRESET --weights FILE --out DIR
+python -m tools.convert --to eva|openclip --checkpoint DIR --out FILE.safetensors [--config-out FILE.json]
+python -m tools.convert --to hf --checkpoint DIR --out FOLDER
+python -m tools.convert --to tower --tower vision|text --checkpoint DIR --out FILE.safetensors
+
+One tensor is in memory at a time. Nothing is cast unless --dtype says so. docs/checkpoints.md has the table of layouts.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.format.manifest import AVERAGE, WEIGHT
+from engine.config.read import ConfigError
+from models.config import ModelConfigError
+from models.formats import LAYOUTS
+from models.formats.eva_names import LayoutMismatch
+from tools.convert.export import export_huggingface, export_single_file, export_tower
+from tools.convert.importing import import_weights
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; the exit status."""
+    arguments = _arguments(argv)
+    try:
+        report = _import(arguments) if arguments.source else _export(arguments)
+    except (CheckpointError, ConfigError, LayoutMismatch, ModelConfigError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    for line in report:
+        print(line)
+    return 0
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--from", dest="source", choices=LAYOUTS, help="layout to read")
+    way.add_argument("--to", dest="target", choices=(*LAYOUTS, "tower"), help="layout to write")
+    parser.add_argument("--config", type=Path, help="model config of the authors (JSON)")
+    parser.add_argument("--model", help="model as a preset of this project, instead of --config")
+    parser.add_argument("--weights", type=Path, help="file or folder to read")
+    parser.add_argument("--checkpoint", type=Path, help="checkpoint or run folder to write from")
+    parser.add_argument("--tower", choices=("vision", "text"), help="for --to tower")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="cast every tensor")
+    parser.add_argument("--ema", action="store_true", default=None, help="write the averaged weights (optim.ema_decay)")
+    parser.add_argument("--config-out", type=Path, help="also write the authors' model config, for --to eva")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args(argv)
+    needed = ("weights",) if arguments.source else ("checkpoint",)
+    missing = [f"--{name}" for name in needed if getattr(arguments, name) is None]
+    idle = _idle(arguments)
+    if missing or idle:
+        parser.error(f"{', '.join(missing)} is missing" if missing else f"{', '.join(idle)} has no effect here")
+    return arguments
+
+
+def _idle(arguments: argparse.Namespace) -> list[str]:
+    """Options that this way of converting would ignore."""
+    allowed = {"config", "model", "weights"} if arguments.source else {"checkpoint", "ema"}
+    allowed |= {"tower"} if arguments.target == "tower" else set()
+    allowed |= {"config_out"} if arguments.target == "eva" else set()
+    options = ("config", "model", "weights", "checkpoint", "tower", "ema", "config_out")
+    return [f"--{o.replace('_', '-')}" for o in options if o not in allowed and getattr(arguments, o) is not None]
+
+
+def _import(arguments: argparse.Namespace) -> list[str]:
+    if arguments.config and arguments.model:
+        raise ConfigError("--config and --model both name the model: give one")
+    config = None
+    if arguments.config:
+        try:
+            config = json.loads(arguments.config.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{arguments.config} is not JSON: {error}") from None
+    return import_weights(
+        arguments.source, arguments.weights, arguments.out, config=config, preset=arguments.model, dtype=arguments.dtype
+    )
+
+
+def _export(arguments: argparse.Namespace) -> list[str]:
+    kind = AVERAGE if arguments.ema else WEIGHT
+    if arguments.target == "hf":
+        return export_huggingface(arguments.checkpoint, arguments.out, arguments.dtype, kind)
+    if arguments.target == "tower":
+        if arguments.tower is None:
+            raise ConfigError("--to tower needs --tower vision or --tower text")
+        return export_tower(arguments.checkpoint, arguments.out, arguments.tower, arguments.dtype, kind)
+    return export_single_file(
+        arguments.checkpoint, arguments.out, arguments.target, arguments.dtype, arguments.config_out, kind
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,168 @@
+"""What autograd keeps of a forward, derived from models/blocks/spec.py: local kernels, attention without S × S.
+
+With T tokens, width H, MLP width F, element size e, a block keeps (t: divided by TP; s: divided by TP where sequence
+parallelism splits the tokens):
+- qkv projection: its input e T H (s) and its output 3 e T H (t; attention keeps q, k, v as views of it);
+- attention: its output e T H (t), which the output projection keeps as its input, and the log-sum-exp 4 T heads (t);
+- each of two norms: its input e T H and fp32 numbers a token, one of RMSNorm, two of LayerNorm (s);
+- MLP: its input e T H (s), the input of GELU e T F and its output e T F (t); SwiGLU: gate, silu(gate), up, product (t).
+Post-norm and pre-norm blocks keep the same amount: a linear keeps the residual stream there, the norm's output here.
+In bf16 with GELU that is (16 H + 4 F) T bytes, 36 H T at F = 5 H. Dropout is 0 and keeps nothing.
+The last block of a tower keeps that of the qkv projection for all tokens, what is behind it for the pooled ones
+(models/blocks/last_block.py); its queries are a copy.
+"""
+
+from models.config import ModelConfig, VisionConfig
+from tools.cost.layout import Layout, Stage, text_blocks
+
+FP32 = 4
+INDEX = 8
+
+
+def block_saved_bytes(
+    block: VisionConfig,
+    tokens: int,
+    *,
+    element: int,
+    tensor: int = 1,
+    splits_tokens: bool = False,
+    lse: bool = True,
+    pooled: int | None = None,
+) -> float:
+    """One block on one tensor rank; lse: keep the attention's log-sum-exp (recompute "selective" drops only that).
+
+    pooled: rows of the tokens that go on behind the attention of a tower's last block; None: all.
+    """
+    return sum(_attention_bytes(block, tokens, element, tensor, splits_tokens, lse, pooled)) + sum(
+        _mlp_bytes(block, tokens if pooled is None else pooled, element, tensor, splits_tokens)
+    )
+
+
+def norm_saved_bytes(block: VisionConfig, tokens: float, element: int) -> float:
+    """One norm of `tokens` rows."""
+    return tokens * (block.width * element + FP32 * (2 if block.norm == "layer" else 1))
+
+
+def _attention_bytes(
+    block: VisionConfig, tokens: int, element: int, tensor: int, splits_tokens: bool, lse: bool, pooled: int | None
+) -> list[float]:
+    asking, row = tokens if pooled is None else pooled, block.width * element
+    share = tensor if splits_tokens else 1
+    normed = asking if block.post_norm else tokens
+    kept = [tokens / share * row, 3 * tokens * row / tensor, asking * row / tensor]
+    kept.append(norm_saved_bytes(block, normed / share, element))
+    if lse:
+        kept.append(FP32 * asking * block.heads / tensor)
+    if block.rope:
+        kept.append(tokens * row / tensor)  # k turned
+    if block.rope or pooled is not None:
+        kept.append(asking * row / tensor)  # q turned or picked
+    if block.attention_norm:
+        kept += _split_norm_bytes(asking * row, asking, tensor)
+    return kept
+
+
+def _mlp_bytes(block: VisionConfig, tokens: int, element: int, tensor: int, splits_tokens: bool) -> list[float]:
+    hidden = tokens * block.mlp_hidden * element
+    rows = tokens / tensor if splits_tokens else tokens
+    kept = [rows * block.width * element, norm_saved_bytes(block, rows, element)]
+    # With a sub-LN over ranks, SwiGLU's product is not kept itself: the norm keeps the gathered one.
+    gathered = block.mlp_norm and tensor > 1
+    kept.append((4 - gathered if block.mlp == "swiglu" else 2) * hidden / tensor)
+    if block.mlp_norm:
+        kept += _split_norm_bytes(hidden, tokens, tensor)
+    return kept
+
+
+def _split_norm_bytes(whole: float, tokens: int, tensor: int) -> list[float]:
+    """A sub-LN norm: its output, two numbers a token, and with TP > 1 the gathered input."""
+    return [whole / tensor, 2 * FP32 * tokens, whole if tensor > 1 else 0]
+
+
+def embedding_saved_bytes(vision: VisionConfig, layout: Layout) -> float:
+    """Patch embedding of one micro-batch: the chosen pixels and the places of their positions."""
+    rows = layout.packed_tokens(vision) / (layout.tensor if layout.splits_tokens else 1)
+    return rows * (3 * vision.patch_size**2 * layout.element_bytes + INDEX)
+
+
+def head_saved_bytes(model: ModelConfig, layout: Layout) -> float:
+    """Norm and projection of the class tokens, and the fp32 features that are normalised, one a clip."""
+    vision, element, images = model.vision, layout.element_bytes, layout.micro_batch
+    kept = norm_saved_bytes(vision, images, element) + images * vision.width * element
+    return kept + images // layout.frames * model.embed_dim * FP32
+
+
+def micro_batch_saved_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
+    """What one micro-batch keeps on this stage; `ContrastiveStep.activation_bytes` measures the same."""
+    vision = model.vision
+    tokens = layout.packed_tokens(vision)
+    if layout.recompute == "full":
+        blocks: float = stage.blocks * layout.message_bytes(vision)
+    else:
+        lse = layout.recompute == "none"
+        blocks = stage.whole_blocks * _vision_block_bytes(vision, layout, lse=lse)
+        if stage.has_head:
+            blocks += _vision_block_bytes(vision, layout, lse=lse, pooled=layout.pooled_rows)
+        if vision.rope:
+            samples = layout.micro_batch if layout.patch_dropout > 0 else 1
+            table = tokens // layout.micro_batch * samples * vision.head_width
+            blocks += len(stage.chunks) * 2 * table * FP32
+    embedding = embedding_saved_bytes(vision, layout) if stage.has_embedding else 0
+    return blocks + embedding + (head_saved_bytes(model, layout) if stage.has_head else 0)
+
+
+def _vision_block_bytes(vision: VisionConfig, layout: Layout, lse: bool = True, pooled: int | None = None) -> float:
+    return block_saved_bytes(
+        vision,
+        layout.packed_tokens(vision),
+        element=layout.element_bytes,
+        tensor=layout.tensor,
+        splits_tokens=layout.splits_tokens,
+        lse=lse,
+        pooled=pooled,
+    )
+
+
+def text_saved_bytes(model: ModelConfig, captions: int, element: int) -> float:
+    """`captions` of full length through the caption tower (padding is cut off: real ones keep less)."""
+    text = model.text
+    blocks = text_blocks(text)
+    tokens = captions * text.context_length
+    head = norm_saved_bytes(blocks, captions, element) + captions * (text.width * element + model.embed_dim * FP32)
+    whole = (text.depth - 1) * block_saved_bytes(blocks, tokens, element=element)
+    return whole + block_saved_bytes(blocks, tokens, element=element, pooled=captions) + tokens * INDEX + head
+
+
+def backward_temporary_bytes(
+    block: VisionConfig, tokens: int, *, element: int, tensor: int, splits_tokens: bool
+) -> float:
+    """Live in the backward of the last block beyond what autograd kept: the higher of two moments.
+
+    In the norm: the gradient of the stream, its fp32 copy and two fp32 products. In fc2, when the norm's share has been
+    freed: the stream's and the branch's gradient, the gathered one, the gradient of fc2's input and of its weight.
+    """
+    rows = tokens / tensor if splits_tokens else tokens
+    wide = 3 * FP32 if block.norm == "rms" else element
+    in_norm = rows * block.width * (element + wide)
+    gathered = tokens * block.width * element if splits_tokens else 0
+    hidden = tokens * block.mlp_hidden * element / tensor
+    in_mlp = 2 * rows * block.width * element + gathered + hidden + block.width * block.mlp_hidden * element / tensor
+    return max(in_norm, in_mlp - norm_saved_bytes(block, rows, element))
+
+
+def vision_temporary_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
+    """The same for a stage; with full recomputation one block's activations come on top, pixels on the first stage."""
+    vision = model.vision
+    tokens = layout.packed_tokens(vision)
+    live = backward_temporary_bytes(
+        vision,
+        tokens,
+        element=layout.element_bytes,
+        tensor=layout.tensor,
+        splits_tokens=layout.splits_tokens,
+    )
+    if layout.recompute == "full":
+        live += _vision_block_bytes(vision, layout)
+    if stage.has_embedding:  # normalised pixels, cut into patches
+        live += layout.micro_batch * 3 * vision.image_size**2 * 2 * layout.element_bytes
+    return live

@@ -1,0 +1,81 @@
+"""Parameters and model FLOPs of a CLIP dual encoder, by formula from its configuration.
+
+Model FLOPs count 2 per multiply-add of matrix products and attention scores; norms, activations and softmax are left
+out. A training step is 3 forwards: replays are not counted (MFU); with a replay of every micro-batch, 4 run (HFU).
+The model is counted as its authors run it, with every row of every block; what runs here is less by what nobody reads
+of the last blocks (models/blocks/last_block.py).
+"""
+
+from models.config import ModelConfig, TextConfig, VisionConfig
+from models.tensors.flops import attention_flops, block_flops, embedding_flops, head_flops, last_block_flops
+
+TRAINING_FORWARDS = 3
+REPLAY_FORWARDS = 1
+
+
+def vision_block_parameters(vision: VisionConfig) -> int:
+    """Elements of one block of the image tower."""
+    h, f = vision.width, vision.mlp_hidden
+    norm = h if vision.norm == "rms" else 2 * h
+    attention = 4 * h * h + h + (2 * h if vision.qkv_bias else 0) + (2 * h if vision.attention_norm else 0)
+    gates = 2 if vision.mlp == "swiglu" else 1
+    mlp = (gates + 1) * h * f + gates * f + h + (2 * f if vision.mlp_norm else 0)
+    return attention + mlp + 2 * norm
+
+
+def vision_parameters(model: ModelConfig) -> int:
+    """Elements of the image tower: embedding, blocks, head."""
+    vision = model.vision
+    h = vision.width
+    embed = 3 * vision.patch_size**2 * h + h + h + (1 + vision.patches) * h
+    norm = h if vision.norm == "rms" else 2 * h
+    head = norm + h * model.embed_dim + (model.embed_dim if vision.head_bias else 0)
+    return embed + vision.depth * vision_block_parameters(vision) + head
+
+
+def text_parameters(model: ModelConfig) -> int:
+    """Elements of the caption tower: tables, pre-norm blocks with biases, norm, projection."""
+    text = model.text
+    w = text.width
+    tables = (text.vocab_size + text.context_length) * w
+    return tables + text.depth * (12 * w * w + 13 * w) + 2 * w + w * model.embed_dim
+
+
+def vision_forward_flops(model: ModelConfig, tokens: int) -> int:
+    """One image of `tokens` kept tokens (class token included) through the image tower."""
+    vision = model.vision
+    return vision.depth * block_flops(vision, tokens) + embedding_flops(vision, tokens) + head_flops(model)
+
+
+def vision_executed_flops(model: ModelConfig, tokens: int) -> int:
+    """The same without what nobody reads."""
+    vision = model.vision
+    unread = block_flops(vision, tokens) - last_block_flops(vision, tokens)
+    return vision_forward_flops(model, tokens) - unread
+
+
+def text_forward_flops(model: ModelConfig) -> int:
+    """One caption of full context length through the caption tower (the causal half is not deducted)."""
+    text: TextConfig = model.text
+    w, length = text.width, text.context_length
+    return text.depth * (2 * length * 12 * w * w + attention_flops(length, w)) + 2 * w * model.embed_dim
+
+
+def text_executed_flops(model: ModelConfig) -> int:
+    """The same without what nobody reads: behind the last block's attention, all rows but the end of text."""
+    w, length = model.text.width, model.text.context_length
+    unread = 2 * (length - 1) * 9 * w * w + attention_flops(length, w) - attention_flops(length, w, queries=1)
+    return text_forward_flops(model) - unread
+
+
+def training_flops(model: ModelConfig, patch_dropout: float, frames: int = 1) -> int:
+    """Model FLOPs of one pair in a training step; an MFU is this x samples/s / (GPUs x peak)."""
+    tokens = model.vision.kept_tokens(patch_dropout)
+    return TRAINING_FORWARDS * (frames * vision_forward_flops(model, tokens) + text_forward_flops(model))
+
+
+def executed_flops(model: ModelConfig, patch_dropout: float, kept_share: float = 0.0, frames: int = 1) -> float:
+    """FLOPs that really run for one pair; kept_share: k / m of the micro-batches keep activations (no replay)."""
+    forwards = TRAINING_FORWARDS + REPLAY_FORWARDS * (1 - kept_share)
+    images = frames * vision_executed_flops(model, model.vision.kept_tokens(patch_dropout))
+    return (images + text_executed_flops(model)) * forwards

@@ -1,0 +1,85 @@
+"""What one way to run a job comes to: memory, step time, utilisation, duration. One definition of MFU and HFU."""
+
+from dataclasses import dataclass
+
+from models.config import ModelConfig
+from tools.cost.cluster import Cluster, decoding_nodes
+from tools.cost.counts import executed_flops, training_flops, vision_executed_flops
+from tools.cost.layout import Layout
+from tools.cost.memory import Memory, peak_memory
+from tools.cost.time import StepTime, step_time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Of one layout, or of ZeRO-3."""
+
+    name: str
+    """For people."""
+    memory: Memory
+    time: StepTime
+    cluster: Cluster
+    global_batch: int
+    model_flops: float
+    """Of a pair: 3 forwards."""
+    executed_flops: float
+    """Of a pair: replays counted."""
+    images_per_node_s: float
+    """Images that the CPUs of a decoding node must deliver."""
+    layout: Layout | None = None
+    """None for ZeRO-3."""
+
+    @property
+    def fits(self) -> bool:
+        """Into what the profile calls usable."""
+        return self.memory.total <= self.cluster.hardware.usable_bytes
+
+    @property
+    def samples_s(self) -> float:
+        """Pairs a second over all GPUs."""
+        return self.global_batch / self.time.total
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs x samples/s / (GPUs x bf16 peak)."""
+        return self._utilisation(self.model_flops)
+
+    @property
+    def hfu(self) -> float:
+        """The same with executed FLOPs."""
+        return self._utilisation(self.executed_flops)
+
+    def _utilisation(self, flops: float) -> float:
+        return flops * self.samples_s / (self.cluster.gpus * self.cluster.hardware.bf16_flops)
+
+    def days(self, samples: float) -> float:
+        """To train on that many pairs."""
+        return samples / self.samples_s / 86400
+
+    def gpu_hours(self, samples: float) -> float:
+        """The same in GPU-hours."""
+        return 24 * self.days(samples) * self.cluster.gpus
+
+
+def estimate(model: ModelConfig, layout: Layout, cluster: Cluster) -> Estimate:
+    """Of a layout that divides."""
+    return priced(model, layout, cluster, peak_memory(model, layout))
+
+
+def priced(model: ModelConfig, layout: Layout, cluster: Cluster, memory: Memory) -> Estimate:
+    """The same where its memory is known already."""
+    time = step_time(model, layout, cluster)
+    flops = executed_flops(model, layout.patch_dropout, layout.keep / layout.micro_batches, layout.frames)
+    if layout.recompute == "full":
+        flops += layout.frames * vision_executed_flops(model, model.vision.kept_tokens(layout.patch_dropout))
+    return Estimate(
+        name=str(layout),
+        memory=memory,
+        time=time,
+        cluster=cluster,
+        global_batch=layout.global_batch,
+        model_flops=training_flops(model, layout.patch_dropout, layout.frames),
+        executed_flops=flops,
+        images_per_node_s=layout.global_batch * layout.frames / time.total / decoding_nodes(layout, cluster),
+        layout=layout,
+    )

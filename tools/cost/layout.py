@@ -1,0 +1,206 @@
+"""One way to lay a contrastive job out over GPUs, and what each pipeline stage then holds. Plain numbers, no torch."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from engine.config.read import Config, check_layout
+from engine.config.stages import even_layers
+from models.config import ModelConfig, TextConfig, VisionConfig
+from tools.cli import CommandError
+
+BYTES = {"fp32": 4, "bf16": 2}
+
+
+class PlanError(CommandError):
+    """A job that cannot be planned; the message names the numbers and the fix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The settings of a job that decide its memory, its traffic and its time (fields as in engine/config/schema.py)."""
+
+    tensor: int = 1
+    """TP."""
+    pipeline: int = 1
+    """PP."""
+    virtual: int = 1
+    """v, chunks of blocks a rank holds."""
+    data: int = 1
+    """DP."""
+    global_batch: int
+    """B, pairs of a step."""
+    micro_batch: int
+    """M, images of one pass through a stage; a multiple of the frames."""
+    frames: int = 1
+    """Images of a pair: 1, or those of a clip."""
+    keep: int = 0
+    """k, micro-batches that keep their activations."""
+    recompute: str = "none"
+    """none | selective | full, inside a stage."""
+    sequence: bool = True
+    """Sequence parallelism; takes effect where tensor > 1."""
+    text_micro_batch: int = 0
+    """Captions of one pass; 0: all of the rank."""
+    patch_dropout: float = 0.5
+    precision: str = "bf16"
+    overlap: bool = True
+    """Gradients are reduced during the last backward, weights gathered during the first encode."""
+    offload_stash: bool = False
+    """Stage inputs wait in host memory for their replay."""
+    layers: tuple[int, ...] | None = None
+    """Blocks of each chunk in tower order; None: even."""
+
+    @property
+    def replica(self) -> int:
+        """Ranks that hold one copy of the vision tower."""
+        return self.tensor * self.pipeline
+
+    @property
+    def ranks(self) -> int:
+        """Of the job."""
+        return self.replica * self.data
+
+    @property
+    def local_batch(self) -> int:
+        """b, pairs of a replica."""
+        return self.global_batch // self.data
+
+    @property
+    def micro_batches(self) -> int:
+        """m of a replica."""
+        return self.local_images // self.micro_batch
+
+    @property
+    def local_images(self) -> int:
+        """Images of a replica."""
+        return self.local_batch * self.frames
+
+    @property
+    def own_rows(self) -> int:
+        """Captions, and rows of the loss, of the rank that has the most."""
+        return -(-self.local_batch // self.replica)
+
+    @property
+    def captions_at_once(self) -> int:
+        """Captions of one pass through the text tower."""
+        return min(self.text_micro_batch or self.own_rows, self.own_rows)
+
+    @property
+    def splits_tokens(self) -> bool:
+        """Whether a tensor rank holds its share of the tokens only."""
+        return self.sequence and self.tensor > 1
+
+    @property
+    def pooled_rows(self) -> int:
+        """R, rows that the tower's last block answers with: as many on each tensor rank that splits tokens."""
+        ranks = self.tensor if self.splits_tokens else 1
+        return -(-self.micro_batch // ranks) * ranks
+
+    @property
+    def element_bytes(self) -> int:
+        """Of weights and activations."""
+        return BYTES[self.precision]
+
+    def packed_tokens(self, vision: VisionConfig) -> int:
+        """T = M x S of one micro-batch."""
+        return self.micro_batch * vision.kept_tokens(self.patch_dropout)
+
+    def message_bytes(self, vision: VisionConfig) -> int:
+        """What a rank sends to the next stage for one micro-batch: its rows of the packed tokens."""
+        rows = self.packed_tokens(vision) // (self.tensor if self.splits_tokens else 1)
+        return rows * vision.width * self.element_bytes
+
+    def __str__(self) -> str:
+        virtual = f" (v {self.virtual})" if self.virtual > 1 else ""
+        return f"TP {self.tensor} × PP {self.pipeline}{virtual} × DP {self.data}"
+
+
+def layout_of(config: Config, ranks: int) -> Layout:
+    """Of a training config without phases. Raises ConfigError if it does not admit these ranks, PlanError for another
+    objective and for a memory budget, which only a rank can turn into micro-batches.
+    """
+    train, parallel = config.train, config.parallel
+    if config.objective != "contrastive":
+        raise PlanError(f"objective={config.objective} is not planned or simulated: only contrastive steps are")
+    if train.activation_budget_gb is not None:
+        raise PlanError(
+            f"train.activation_budget_gb={train.activation_budget_gb} becomes a number of micro-batches only on a "
+            "rank, which measures one: set train.activation_budget_gb=null and train.keep_activations"
+        )
+    data = check_layout(config, ranks)
+    micro_batches = train.global_batch_size // (data * config.micro_batch_samples)
+    return Layout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual=parallel.virtual,
+        data=data,
+        global_batch=train.global_batch_size,
+        micro_batch=train.micro_batch_size,
+        frames=config.data.frames,
+        keep=micro_batches if train.keep_activations < 0 else train.keep_activations,
+        recompute=train.recompute,
+        sequence=parallel.sequence,
+        text_micro_batch=train.text_micro_batch_size,
+        patch_dropout=train.patch_dropout,
+        precision=train.precision,
+        overlap=parallel.overlap,
+        offload_stash=train.offload_stash,
+        layers=tuple(parallel.layers) if parallel.layers else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What one pipeline rank holds of the vision tower."""
+
+    rank: int
+    """Pipeline rank."""
+    chunks: tuple[int, ...]
+    """Blocks of each of its chunks, in tower order."""
+    has_embedding: bool
+    has_head: bool
+
+    @cached_property
+    def blocks(self) -> int:
+        """In all."""
+        return sum(self.chunks)
+
+    @property
+    def whole_blocks(self) -> int:
+        """Those that compute every row: not the tower's last one (models/blocks/last_block.py)."""
+        return self.blocks - self.has_head
+
+
+def stages_of(model: ModelConfig, layout: Layout) -> list[Stage]:
+    """Every stage of the pipeline; rank r holds chunks r, r + P, r + 2P, … of the tower."""
+    stages = layout.pipeline
+    counts = layout.layers or even_layers(model.vision.depth, stages * layout.virtual)
+    return [
+        Stage(
+            rank=rank,
+            chunks=tuple(counts[rank::stages]),
+            has_embedding=rank == 0,
+            has_head=rank == stages - 1,
+        )
+        for rank in range(stages)
+    ]
+
+
+def telling_stages(stages: list[Stage]) -> list[Stage]:
+    """The stages among which the extremes of memory and time are: first, last, and the fullest of the others."""
+    inner = stages[1:-1]
+    fullest = [max(inner, key=lambda stage: stage.blocks)] if inner else []
+    return list(dict.fromkeys([stages[0], *fullest, stages[-1]]))
+
+
+def text_blocks(text: TextConfig) -> VisionConfig:
+    """The blocks of the caption tower in the words of the image tower: pre-norm, LayerNorm, GELU, biases everywhere."""
+    return VisionConfig(
+        depth=text.depth,
+        width=text.width,
+        head_width=text.width // text.heads,
+        mlp_hidden=4 * text.width,
+        norm="layer",
+        norm_eps=text.norm_eps,
+        qkv_bias=True,
+    )

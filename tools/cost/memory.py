@@ -1,0 +1,199 @@
+"""Memory of the fullest rank at the fullest moment of a step, by part. Bytes.
+
+What lies there all the time: weights, their fp32 gradients (whole on each rank: megatron-core's buffers), and the
+optimizer's fp32 master, m and v of the owned elements (vision over DP, text over all ranks). On top, by phase:
+- loss: the stash, k kept micro-batches, the gathered embeddings of one tower;
+- captions' backward, before the first gradient arrives: the stash, k kept, the captions of one pass; the last stage
+  has it at the end, when stash and kept activations are gone;
+- backprop: the stash, k kept or the chunk that is replayed if that is more, what a block's backward needs.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+from models.config import ModelConfig
+from tools.cost.activations import (
+    FP32,
+    backward_temporary_bytes,
+    micro_batch_saved_bytes,
+    text_saved_bytes,
+    vision_temporary_bytes,
+)
+from tools.cost.counts import text_parameters, vision_parameters
+from tools.cost.layout import Layout, Stage, stages_of, telling_stages, text_blocks
+
+GPU_TILE = 8192
+KEPT_LOGITS = 64 * 2**20
+OFFLOADED_INPUTS_HERE = 2
+MESSAGES_UNDER_WAY = 4
+"""A receive posted ahead, the gradient at work, two sends that have not left (engine/pipeline/p2p.py)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one rank at its peak."""
+
+    weights: float
+    """Vision."""
+    gradients: float
+    """Vision."""
+    optimizer: float
+    """Vision."""
+    stash: float
+    """Stage inputs of the local batch."""
+    activations: float
+    """Vision: kept or replayed, and what a backward needs beyond them."""
+    text: float
+    """The caption tower: weights, gradients, optimizer, and its activations where they are part of the peak."""
+    loss: float
+    """Embeddings, their gradients, tiles."""
+    buffers: float
+    """Messages, gathered tokens, pixels."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def stage_parameters(model: ModelConfig, layout: Layout, stage: Stage) -> int:
+    """Elements of the vision tower on one tensor rank of this stage."""
+    elements = stage.blocks * block_parameters(model, layout.tensor)
+    vision, h = model.vision, model.vision.width
+    if stage.has_embedding:
+        elements += 3 * vision.patch_size**2 * h + h + h + (1 + vision.patches) * h
+    if stage.has_head:
+        elements += h if vision.norm == "rms" else 2 * h
+        elements += h * model.embed_dim + (model.embed_dim if vision.head_bias else 0)
+    return elements
+
+
+def block_parameters(model: ModelConfig, tensor: int) -> int:
+    """Elements of one block on one tensor rank: projections and their column biases are split, the rest is whole."""
+    vision = model.vision
+    h, f = vision.width, vision.mlp_hidden
+    gates = 2 if vision.mlp == "swiglu" else 1
+    split = 4 * h * h + (2 * h if vision.qkv_bias else 0) + (gates + 1) * h * f + gates * f
+    norms = 2 * (h if vision.norm == "rms" else 2 * h)
+    sub_norms = (2 * h if vision.attention_norm else 0) + (2 * f if vision.mlp_norm else 0)
+    return split // tensor + 2 * h + norms + sub_norms
+
+
+def optimizer_bytes_per_element(layout: Layout) -> int:
+    """Two moments, and a master where the weights are not fp32 themselves."""
+    return 2 * FP32 if layout.precision == "fp32" else 3 * FP32
+
+
+def state_bytes(layout: Layout, elements: int, owners: int) -> tuple[float, float, float]:
+    """Weights, gradients and optimizer of `elements`, the last sharded over `owners` ranks."""
+    optimizer = elements * optimizer_bytes_per_element(layout) / owners
+    return elements * layout.element_bytes, elements * FP32, optimizer
+
+
+def stash_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
+    """Inputs of every chunk and micro-batch at the end of encoding; the chunk that takes images keeps none.
+
+    In host memory, of those that will be replayed: the one at work and the one on its way stay here.
+    """
+    chunks = len(stage.chunks) - (1 if stage.has_embedding else 0)
+    inputs = layout.micro_batches * chunks
+    if layout.offload_stash:
+        inputs = min(inputs, layout.keep * chunks + OFFLOADED_INPUTS_HERE)
+    return inputs * layout.message_bytes(model.vision)
+
+
+def loss_bytes(model: ModelConfig, layout: Layout) -> float:
+    """Own rows of both towers and their gradients, one gathered tower, sums and normalisers of all rows, tiles."""
+    rows, width, batch = layout.own_rows, model.embed_dim * FP32, layout.global_batch
+    tile = min(GPU_TILE, rows) * min(GPU_TILE, batch) * FP32 * 2
+    kept = rows * batch * FP32
+    gathered = layout.ranks * rows * width
+    return 4 * rows * width + gathered + 5 * batch * FP32 + tile + (kept if kept <= KEPT_LOGITS else 0)
+
+
+def buffer_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
+    """Messages between stages, megatron-core's buffer of gathered tokens, the replica's pixels on the first stage."""
+    vision = model.vision
+    messages = MESSAGES_UNDER_WAY * layout.message_bytes(vision) if layout.pipeline > 1 else 0
+    gathered = layout.packed_tokens(vision) * vision.width * layout.element_bytes if layout.splits_tokens else 0
+    pixels = layout.local_images * 3 * vision.image_size**2 if stage.has_embedding else 0
+    return messages + gathered + pixels
+
+
+def stage_memory(model: ModelConfig, layout: Layout, stage: Stage) -> Memory:
+    """The peak of a rank of this stage."""
+    return max(phase_memory(model, layout, stage).values(), key=lambda memory: memory.total)
+
+
+def phase_memory(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, Memory]:
+    """The peak of each phase that can be the step's: loss, text, backprop."""
+    weights, gradients, optimizer = state_bytes(layout, stage_parameters(model, layout, stage), layout.data)
+    text_states = sum(state_bytes(layout, text_parameters(model), layout.ranks))
+    keeps_all = layout.keep >= layout.micro_batches
+    text_kept = text_saved_bytes(model, layout.own_rows, layout.element_bytes) if keeps_all else 0
+    gradients_of_rows = (layout.local_batch + layout.own_rows) * model.embed_dim * FP32
+    kept = layout.keep * own_saved_bytes(model, layout, stage)
+    # Replays go chunk by chunk, and the kept have freed a chunk of theirs before that of another is replayed.
+    live = max(kept, *(own_saved_bytes(model, layout, chunk) for chunk in _single_chunks(stage)))
+    phases = {
+        "loss": (kept, text_kept, loss_bytes(model, layout)),
+        "text": (0 if stage.has_head else kept, text_kept + _text_pass_bytes(model, layout), gradients_of_rows),
+        "backprop": (live + vision_temporary_bytes(model, layout, stage), text_kept, gradients_of_rows),
+    }
+    stash, buffers = stash_bytes(model, layout, stage), buffer_bytes(model, layout, stage)
+    return {
+        phase: Memory(
+            weights=weights,
+            gradients=gradients,
+            optimizer=optimizer,
+            stash=0 if phase == "text" and stage.has_head else stash,
+            activations=activations,
+            text=text_states + text,
+            loss=loss,
+            buffers=buffers,
+        )
+        for phase, (activations, text, loss) in phases.items()
+    }
+
+
+def _single_chunks(stage: Stage) -> list[Stage]:
+    """Each chunk of a stage as a stage of its own: a micro-batch is replayed chunk by chunk."""
+    last = len(stage.chunks) - 1
+    return [
+        replace(
+            stage,
+            chunks=(blocks,),
+            has_embedding=stage.has_embedding and number == 0,
+            has_head=stage.has_head and number == last,
+        )
+        for number, blocks in enumerate(stage.chunks)
+    ]
+
+
+def own_saved_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
+    """What a kept micro-batch adds: all that autograd keeps but the chunks' inputs, which are counted as stash."""
+    chunks = len(stage.chunks) - (1 if stage.has_embedding else 0)
+    return micro_batch_saved_bytes(model, layout, stage) - chunks * layout.message_bytes(model.vision)
+
+
+def _text_pass_bytes(model: ModelConfig, layout: Layout) -> float:
+    """Replay and backward of the captions of one pass. The token table's gradient is dense; it comes last."""
+    text, element = model.text, layout.element_bytes
+    captions = layout.captions_at_once
+    temporary = backward_temporary_bytes(
+        text_blocks(text), captions * text.context_length, element=element, tensor=1, splits_tokens=False
+    )
+    table = text.vocab_size * text.width * element
+    saved = 0 if layout.keep >= layout.micro_batches else text_saved_bytes(model, captions, element)
+    return max(saved + temporary, table)
+
+
+def peak_memory(model: ModelConfig, layout: Layout) -> Memory:
+    """Of the fullest rank of the job."""
+    stages = telling_stages(stages_of(model, layout))
+    return max((stage_memory(model, layout, stage) for stage in stages), key=lambda memory: memory.total)
+
+
+def checkpoint_bytes(model: ModelConfig, precision: str) -> tuple[int, int]:
+    """Weights, and fp32 master (bf16 only), m and v, of the whole model on disk."""
+    elements = vision_parameters(model) + text_parameters(model)
+    return (elements * 2, elements * 12) if precision == "bf16" else (elements * 4, elements * 8)

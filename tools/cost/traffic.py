@@ -1,0 +1,236 @@
+"""Every collective and message of a rank in one step: axis, kind, how often, bytes put in. From the code, by formula.
+
+Bytes are what a rank hands over, as engine/parallel/traffic.py counts them: its own slice for an all-gather, everything
+for an all-reduce and a reduce-scatter, the message for a send, the tensor for a broadcast that it starts. Buckets of
+gradients and weights are counted without megatron-core's padding to multiples of 128 x DP elements.
+
+Of tensor parallelism, X = T H elements, a block with one column-parallel linear before attention and one in the MLP:
+- sequence parallelism: forward 2 all-gathers, 2 reduce-scatters; backward 4 and 2, since megatron-core gathers the
+  inputs of the column-parallel linears again for the weight gradients instead of keeping them;
+- without it: 2 all-reduces forward, 2 backward.
+In the last block what is behind the attention has R pooled rows instead of T; sequence parallelism deals them out with
+one more reduce-scatter (all-gather backward) and gathers them for the head.
+A sub-LN norm gathers the split channels, forward and backward.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from models.config import ModelConfig, VisionConfig
+from tools.cost.activations import FP32
+from tools.cost.counts import text_parameters
+from tools.cost.layout import Layout, Stage
+from tools.cost.memory import stage_parameters
+
+FP64 = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Collectives or messages of one sort on one rank in one step."""
+
+    what: str
+    """tensor forward | tensor backward | stages | gradients | weights | loss | rows | optimizer | data."""
+    axis: str
+    """tensor | pipeline | data | replica | stage | world."""
+    kind: str
+    """all-gather | reduce-scatter | all-reduce | broadcast | send."""
+    count: int
+    sent_bytes: float
+    """Put in by this rank, over all `count`."""
+
+    def wire_bytes(self, ranks: int) -> float:
+        """What leaves a rank of a ring of `ranks`."""
+        share = {"all-reduce": 2 * (ranks - 1) / ranks, "reduce-scatter": (ranks - 1) / ranks, "all-gather": ranks - 1}
+        return self.sent_bytes * share.get(self.kind, 1) if ranks > 1 else 0
+
+
+def axis_size(layout: Layout, axis: str) -> int:
+    """Ranks of a group of this axis."""
+    sizes = {
+        "tensor": layout.tensor,
+        "pipeline": layout.pipeline,
+        "data": layout.data,
+        "replica": layout.replica,
+        "stage": layout.tensor * layout.data,
+        "world": layout.ranks,
+    }
+    return sizes[axis]
+
+
+def step_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffic]:
+    """Of a rank of this stage; axes of one rank are left out."""
+    everything = [
+        *tensor_traffic(model, layout, stage),
+        *stage_messages(model, layout, stage),
+        *state_traffic(model, layout, stage),
+        *row_traffic(model, layout, stage),
+        *optimizer_traffic(model, stage),
+    ]
+    return [entry for entry in everything if entry.count and axis_size(layout, entry.axis) > 1]
+
+
+def tensor_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffic]:
+    """The blocks' collectives over the tensor axis: m - k replays, and one more forward with full recomputation."""
+    vision, m = model.vision, layout.micro_batches
+    forwards = m + (m - layout.keep) + (m if layout.recompute == "full" else 0)
+    found = []
+    for what, passes, of_blocks in (
+        ("tensor forward", forwards, stage_collectives(block_forward_collectives, vision, layout, stage)),
+        ("tensor backward", m, stage_collectives(block_backward_collectives, vision, layout, stage)),
+    ):
+        for kind, (count, sent) in of_blocks.items():
+            found.append(Traffic(what=what, axis="tensor", kind=kind, count=count * passes, sent_bytes=sent * passes))
+    if stage.has_head and layout.splits_tokens:
+        passes = 2 * m - layout.keep
+        each = layout.pooled_rows * vision.width * layout.element_bytes / layout.tensor
+        found.append(
+            Traffic(what="tensor forward", axis="tensor", kind="all-gather", count=passes, sent_bytes=passes * each)
+        )
+    return found
+
+
+Collectives = dict[str, tuple[int, float]]
+"""kind -> (how many, bytes put in by all of them)."""
+
+
+def stage_collectives(
+    of_block: Callable[[VisionConfig, Layout, bool], Collectives], vision: VisionConfig, layout: Layout, stage: Stage
+) -> Collectives:
+    """Of one micro-batch through the blocks of a stage. of_block: one of the two functions below."""
+    total: Collectives = {}
+    for is_last, times in ((False, stage.whole_blocks), (True, int(stage.has_head))):
+        for kind, (count, sent) in of_block(vision, layout, is_last).items():
+            have, bytes_so_far = total.get(kind, (0, 0.0))
+            total[kind] = have + times * count, bytes_so_far + times * sent
+    return total
+
+
+def block_forward_collectives(vision: VisionConfig, layout: Layout, is_last: bool) -> Collectives:
+    """Of one block's forward of one micro-batch; is_last: of the tower."""
+    before, behind = _stream_bytes(vision, layout, is_last)
+    norms, normed = _sub_norms(vision, layout, is_last)
+    if not layout.splits_tokens:
+        return {"all-reduce": (2, 2 * behind), "all-gather": (norms, normed)}
+    qkv, mlp = column_linears(vision)
+    gathered = (qkv * before + mlp * behind) / layout.tensor
+    scattered = 2 + is_last
+    return {"all-gather": (qkv + mlp + norms, gathered + normed), "reduce-scatter": (scattered, scattered * behind)}
+
+
+def block_backward_collectives(vision: VisionConfig, layout: Layout, is_last: bool) -> Collectives:
+    """The same of its backward."""
+    before, behind = _stream_bytes(vision, layout, is_last)
+    norms, normed = _sub_norms(vision, layout, is_last)
+    qkv, mlp = column_linears(vision)
+    of_inputs = qkv * before + mlp * behind
+    if not layout.splits_tokens:
+        return {"all-reduce": (qkv + mlp, of_inputs), "all-gather": (norms, normed)}
+    of_outputs = 2 + is_last
+    gathered = (of_inputs + of_outputs * behind) / layout.tensor
+    return {
+        "all-gather": (qkv + mlp + of_outputs + norms, gathered + normed),
+        "reduce-scatter": (qkv + mlp, of_inputs),
+    }
+
+
+def _stream_bytes(vision: VisionConfig, layout: Layout, is_last: bool) -> tuple[float, float]:
+    """The residual stream of a micro-batch, whole, in front of the attention and behind it."""
+    row, tokens = vision.width * layout.element_bytes, layout.packed_tokens(vision)
+    return tokens * row, (layout.pooled_rows if is_last else tokens) * row
+
+
+def _sub_norms(vision: VisionConfig, layout: Layout, is_last: bool) -> tuple[int, float]:
+    """All-gathers of the sub-LN norms, which normalise over channels that are split, and their bytes."""
+    channels = [vision.width] * vision.attention_norm + [vision.mlp_hidden] * vision.mlp_norm
+    rows = layout.pooled_rows if is_last else layout.packed_tokens(vision)
+    return len(channels), sum(channels) * rows * layout.element_bytes / layout.tensor
+
+
+def column_linears(vision: VisionConfig) -> tuple[int, int]:
+    """Column-parallel linears before the attention and in the MLP."""
+    return 3 if vision.separate_qkv else 1, 2 if vision.mlp == "swiglu" else 1
+
+
+def stage_messages(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffic]:
+    """Activations to the next stage, gradients to the previous one: one message a micro-batch and chunk border."""
+    m, chunks = layout.micro_batches, len(stage.chunks)
+    messages = m * (chunks - stage.has_head) + m * (chunks - stage.has_embedding)
+    sent = messages * layout.message_bytes(model.vision)
+    return [Traffic(what="stages", axis="pipeline", kind="send", count=messages, sent_bytes=sent)]
+
+
+def state_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffic]:
+    """fp32 gradients reduce-scattered and weights all-gathered: vision over DP, text over all ranks.
+
+    Counts are per tower: the number of buckets follows from parallel.bucket_size.
+    """
+    found = []
+    for axis, elements in (("data", stage_parameters(model, layout, stage)), ("world", text_parameters(model))):
+        ranks = axis_size(layout, axis)
+        found += [
+            Traffic(what="gradients", axis=axis, kind="reduce-scatter", count=1, sent_bytes=elements * FP32),
+            Traffic(
+                what="weights",
+                axis=axis,
+                kind="all-gather",
+                count=1,
+                sent_bytes=elements * layout.element_bytes / ranks,
+            ),
+        ]
+    if layout.splits_tokens:
+        partial = token_gradient_elements(model, stage) * FP32
+        found.append(Traffic(what="gradients", axis="tensor", kind="all-reduce", count=1, sent_bytes=partial))
+    return found
+
+
+def token_gradient_elements(model: ModelConfig, stage: Stage) -> int:
+    """Elements whose gradients a tensor rank has of its own tokens only: norms, row biases, the embedding."""
+    vision, h = model.vision, model.vision.width
+    block = 2 * (h if vision.norm == "rms" else 2 * h) + 2 * h
+    embedding = 3 * vision.patch_size**2 * h + h + h + (1 + vision.patches) * h
+    return stage.blocks * block + (embedding if stage.has_embedding else 0)
+
+
+def row_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffic]:
+    """Embeddings, their gradients, the loss, and the batch itself (engine/parallel/rows.py,
+    engine/objectives/contrastive/softmax.py, engine/feed.py).
+    """
+    width, batch, own = model.embed_dim * FP32, layout.global_batch, layout.own_rows
+    pixels = 3 * layout.frames * model.vision.image_size**2
+    ids = model.text.context_length * FP32
+    entry = Traffic
+    found = [
+        entry(what="loss", axis="world", kind="all-gather", count=2, sent_bytes=2 * own * width),
+        entry(what="loss", axis="world", kind="all-gather", count=1, sent_bytes=own * 2 * FP32),
+        entry(what="loss", axis="world", kind="all-reduce", count=3, sent_bytes=2 * batch * FP32 + 4 * FP32),
+        entry(what="rows", axis="replica", kind="all-gather", count=1, sent_bytes=own * width),
+    ]
+    if stage.has_head:
+        sent = layout.local_batch * width
+        found.append(entry(what="rows", axis="pipeline", kind="broadcast", count=1, sent_bytes=sent))
+    if stage.has_embedding:
+        share = -(-layout.local_batch // layout.tensor)
+        found += [
+            entry(what="data", axis="tensor", kind="all-gather", count=2, sent_bytes=share * (pixels + ids)),
+            entry(what="data", axis="pipeline", kind="broadcast", count=1, sent_bytes=layout.local_batch * ids),
+        ]
+    return found
+
+
+def optimizer_traffic(model: ModelConfig, stage: Stage) -> list[Traffic]:
+    """The gradient norm, and LAMB's norms of each logical tensor and update, in float64 (engine/parallel/shards.py)."""
+    vision = 2 * FP64 * vision_tensors(model.vision, stage)
+    text = 2 * FP64 * (12 * model.text.depth + 5)
+    return [
+        Traffic(what="optimizer", axis="world", kind="all-reduce", count=2, sent_bytes=FP64 + text),
+        Traffic(what="optimizer", axis="stage", kind="all-reduce", count=len(stage.chunks), sent_bytes=vision),
+    ]
+
+
+def vision_tensors(vision: VisionConfig, stage: Stage) -> int:
+    """Logical tensors of the image tower on this stage."""
+    pairs = [vision.norm == "layer", vision.qkv_bias, vision.separate_qkv, vision.attention_norm]
+    pairs += [vision.mlp == "swiglu", vision.mlp_norm]
+    head = 2 + (vision.norm == "layer") + vision.head_bias
+    return stage.blocks * (9 + 2 * sum(pairs)) + (4 if stage.has_embedding else 0) + (head if stage.has_head else 0)

@@ -1,0 +1,142 @@
+"""Runs one step of a rank and sees what it does, with either objective; on fake tensors and on real ones."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from engine.config.read import Config
+from engine.feed import LocalBatch
+from engine.objectives.contrastive.step import ContrastiveStep
+from engine.objectives.mim.step import MimStep
+from engine.objectives.mim.student import MaskedBatch
+from engine.parallel.device import SideStream
+from engine.parallel.mesh import Mesh
+from engine.parallel.rows import own_rows
+from engine.pipeline.memory import saved_bytes
+from engine.pipeline.one_f_one_b import Turn
+from engine.pipeline.stash import HostStash
+from tools.dryrun.folding import Folding
+from tools.dryrun.memory import ELSEWHERE
+from tools.dryrun.recorder import RecordedPhases, Recorder
+from tools.dryrun.stand_in import FoldedChunk
+
+TrainingStep = ContrastiveStep | MimStep
+
+
+def placeholder_batch(config: Config, mesh: Mesh) -> LocalBatch:
+    """A local batch of the right shapes."""
+    rows = config.train.global_batch_size // mesh.data.size
+    own = own_rows(rows, mesh)
+    side, context = config.model.vision.image_size, config.model.text.context_length
+    clip = (config.data.frames,) if config.data.frames > 1 else ()
+    captions = own.stop - own.start if config.objective == "contrastive" else 0
+    return LocalBatch(
+        positions=np.arange(mesh.data.rank * rows, (mesh.data.rank + 1) * rows),
+        images=torch.zeros(rows, *clip, 3, side, side, dtype=torch.uint8) if mesh.is_first_stage else None,
+        tokens=torch.zeros(captions, context, dtype=torch.int64),
+    )
+
+
+def record_step(step: TrainingStep, batch: LocalBatch, *, every: bool) -> Recorder:
+    """Run one step and see what it does. Collective.
+
+    every: run every micro-batch, as real tensors must. Those of 1F1B all run: they are few, and their masks differ.
+    """
+    recorder = Recorder(step.mesh, _folding(step, every), step.config.objective)
+    _adopt(recorder, step, batch)
+    if isinstance(step, MimStep):
+        _book(recorder, "teacher weights", step.teacher.tower.parameters())
+        with _inputs_as_activations(step, recorder), recorder:
+            step(batch, RecordedPhases(recorder))
+        return recorder
+    if isinstance(step.schedule.stash, HostStash):
+        step.schedule.stash.side = _HostMemory(recorder, step.device)
+    step.work.vision = [FoldedChunk(chunk, i, recorder) for i, chunk in enumerate(step.vision)]
+    with recorder:
+        step(batch, RecordedPhases(recorder))
+    return recorder
+
+
+def _folding(step: TrainingStep, every: bool) -> Folding:
+    if isinstance(step, MimStep):
+        return Folding(micro_batches=step.schedule.micro_batches, keep=0, every=True)
+    return Folding(micro_batches=step.schedule.shape.micro_batches, keep=step.schedule.shape.keep, every=every)
+
+
+def measure_activations(step: TrainingStep, batch: LocalBatch) -> int:
+    """Bytes that one micro-batch keeps for its backward, in all chunks of this rank. Collective over TP.
+
+    Before the recording, because it also makes the buffers that stay.
+    """
+    return _student_bytes(step, batch) if isinstance(step, MimStep) else step.activation_bytes()
+
+
+def units_in_flight(turns: Iterable[Turn]) -> int:
+    """Forwards that wait for their backward at once, at most."""
+    waiting = np.cumsum([1 if turn.is_forward else -1 for turn in turns])
+    return int(waiting.max())
+
+
+def _student_bytes(step: MimStep, batch: LocalBatch) -> int:
+    size = step.config.train.micro_batch_size
+    masked = torch.from_numpy(step.masks.of_samples(step.config.train.seed, batch.positions[:size]))
+    count = int(masked.sum())
+    message = step.schedule.pipeline.next
+    total = 0
+    for runner in step.student:
+        targets = torch.zeros(count, step.teacher.width, dtype=step.teacher.tower.config.params_dtype)
+        runner.batch = MaskedBatch(images=batch.images, masked=masked, targets=targets, masked_count=count)
+        hidden = None if runner.tower.is_first else torch.zeros(message.shape, dtype=message.dtype, requires_grad=True)
+        total += saved_bytes(partial(runner, hidden, 0), list(runner.tower.parameters()))
+    return total
+
+
+@contextmanager
+def _inputs_as_activations(step: MimStep, recorder: Recorder) -> Iterator[None]:
+    """A message that a chunk has begun to work on is one of its activations: it waits for the backward."""
+
+    def take(tower: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        recorder.memory.move(inputs[0], "activations")
+
+    hooks = [runner.tower.register_forward_pre_hook(take) for runner in step.student if not runner.tower.is_first]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _adopt(recorder: Recorder, step: TrainingStep, batch: LocalBatch) -> None:
+    """What is there before the step."""
+    towers = step.towers
+    for part, state in zip(towers.parts, step.optimizer.towers, strict=True):
+        tower = "text " if part.ddp.module is towers.side else ""
+        _book(recorder, tower + "weights", [buffer.param_data for buffer in part.ddp.buffers])
+        _book(recorder, tower + "gradients", [buffer.grad_data for buffer in part.ddp.buffers])
+        _book(recorder, tower + "optimizer", [*state.master, *state.first, *state.second, *state.average])
+    _book(recorder, "buffers", parallel_state.get_global_memory_buffer().buffer.values())
+    _book(recorder, "batch", [tensor for tensor in (batch.images, batch.tokens) if tensor is not None])
+
+
+def _book(recorder: Recorder, category: str, tensors: Iterable[Tensor]) -> None:
+    with recorder.memory.booked_as(category):
+        for tensor in tensors:
+            recorder.memory.see(tensor)
+
+
+class _HostMemory(SideStream):
+    """The stash's host buffers are not the device's memory, although a dry run has them on one and the same CPU."""
+
+    def __init__(self, recorder: Recorder, device: torch.device):
+        super().__init__(device)
+        self.recorder = recorder
+
+    def host_buffer(self, like: Tensor) -> Tensor:
+        """Host memory."""
+        with self.recorder.memory.booked_as(ELSEWHERE):
+            return super().host_buffer(like)

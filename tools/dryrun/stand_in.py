@@ -1,0 +1,47 @@
+"""A chunk of layers that runs some micro-batches and answers the others with tensors of the same shape and weight."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.pipeline.executor import VisionChunk
+from engine.pipeline.links import Unit
+from tools.dryrun.recorder import Recorder
+
+
+class FoldedChunk:
+    """In place of a chunk in the schedule's work; see Folding."""
+
+    def __init__(self, chunk: VisionChunk, number: int, recorder: Recorder):
+        """number: of the chunk on this rank."""
+        self.chunk, self.number, self.recorder = chunk, number, recorder
+        self._shape, self._dtype = torch.Size(), torch.float32
+
+    def __call__(self, hidden: Tensor | None, micro_batch: int) -> Tensor:
+        """Chunk input -> chunk output, in the graph where gradients are on."""
+        if self.recorder.folding.runs(micro_batch):
+            output = self.chunk(hidden, micro_batch)
+            self._shape, self._dtype = output.shape, output.dtype
+            return output
+        output = torch.empty(self._shape, dtype=self._dtype)
+        if not torch.is_grad_enabled():
+            return output
+        left_bytes = self.recorder.left_bytes(Unit(self.number, micro_batch)) - output.nbytes
+        source = torch.empty(0, requires_grad=True) if hidden is None else hidden
+        return _StandIn.apply(source, output, max(0, left_bytes))
+
+
+class _StandIn(torch.autograd.Function):
+    """source -> output, and so many bytes that live until the backward, as the activations of a stage do."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, output: Tensor, held_bytes: int) -> Tensor:
+        """Autograd's forward."""
+        ctx.save_for_backward(source, torch.empty(held_bytes, dtype=torch.uint8))
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None, None]:
+        """A gradient of the source."""
+        return torch.empty_like(ctx.saved_tensors[0]), None, None

@@ -1,0 +1,105 @@
+"""Plan a contrastive job before its GPUs are rented: what fits, how to lay it out, how long it takes, against ZeRO-3.
+
+Memory is derived from what the code keeps, times are projected from the hardware profile; docs/planning.md says how.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.config.read import preset_model
+from tools.cli import amount, answer, check_folder, command_parser, complain, positive
+from tools.cost.cluster import Cluster
+from tools.cost.hardware import load_hardware, profile_names
+from tools.cost.layout import PlanError
+from tools.plan.search import Found, Job, search
+from tools.plan.table import as_json, new_console, show
+from tools.plan.write import write_plan
+from tools.plan.zero3 import best_zero3
+
+PAPER_SAMPLES = 6e9
+_EXAMPLES = (
+    "python -m tools.plan --model 18b --gpus 360 --gpu a100-40 --global-batch 108000",
+    "python -m tools.plan --model l14 --gpus 8 --gpu h100 --global-batch 8192 --samples 2e9 --write plans",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 1 with one line where nothing can be planned or nothing fits."""
+    arguments = _arguments(argv)
+    return answer(lambda: _plan(arguments))
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = command_parser("plan", __doc__, _EXAMPLES)
+    parser.add_argument("--model", required=True, help="a preset, such as 18b, 8b, e14-plus, l14, b16")
+    parser.add_argument("--gpus", type=positive, required=True, help="GPUs of the job")
+    parser.add_argument(
+        "--gpu", required=True, metavar="PROFILE", help=f"{', '.join(profile_names())}, or a YAML file of your own"
+    )
+    parser.add_argument("--nodes-of", type=positive, default=8, metavar="N", help="GPUs of a node")
+    parser.add_argument("--global-batch", type=positive, required=True, metavar="B", help="pairs of a step")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--samples", type=amount, default=PAPER_SAMPLES, help="pairs to train on (default: 6e9)")
+    length.add_argument("--tokens", type=amount, help="the same as image tokens that are kept")
+    parser.add_argument("--patch-dropout", type=float, default=0.5, metavar="P", help="share of patches dropped")
+    parser.add_argument("--frames", type=int, default=1, metavar="N", help="images of a pair: those of a clip")
+    parser.add_argument("--offload-stash", action="store_true", help="keep stage inputs in host memory")
+    parser.add_argument("--top", type=positive, default=10, metavar="N", help="layouts to print")
+    parser.add_argument("--write", type=Path, metavar="DIR", help="write the best layout as config and scripts")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return parser.parse_args(argv)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    samples = arguments.samples if arguments.tokens is None else arguments.tokens
+    if samples < 1:
+        raise PlanError(f"--{'samples' if arguments.tokens is None else 'tokens'} {samples:g} must be at least 1")
+    if arguments.write is not None:
+        check_folder(arguments.write)
+    model = preset_model(arguments.model)
+    hardware = load_hardware(arguments.gpu)
+    cluster = Cluster(hardware=hardware, gpus=arguments.gpus, per_node=arguments.nodes_of)
+    job = Job(
+        model=model,
+        cluster=cluster,
+        global_batch=arguments.global_batch,
+        patch_dropout=arguments.patch_dropout,
+        frames=arguments.frames,
+        offload_stash=arguments.offload_stash,
+    )
+    found = search(job)
+    zero3 = best_zero3(model, cluster, job.global_batch, job.patch_dropout, job.frames)
+    if arguments.tokens is not None:
+        samples /= job.frames * model.vision.kept_tokens(job.patch_dropout)
+    if arguments.json:
+        print(json.dumps(as_json(job, found, zero3, samples, arguments.top), indent=1))
+    else:
+        show(job, found, zero3, samples, arguments.top, new_console())
+    if not found.best:
+        return complain(_does_not_fit(job, found))
+    if arguments.write is not None:
+        for path in write_plan(arguments.model, found.best[0], samples, arguments.write):
+            print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+def _does_not_fit(job: Job, found: Found) -> str:
+    nearest = found.nearest
+    assert nearest is not None and nearest.layout is not None
+    needed = nearest.memory.total
+    largest = max(vars(nearest.memory).items(), key=lambda part: part[1])
+    fitting = [name for name in profile_names() if load_hardware(name).usable_bytes >= needed]
+    advice = f"--gpu {' or '.join(fitting)}" if fitting else "more GPUs, which shorten each stage and its local batch"
+    return (
+        f"no layout of {job.cluster.gpus} x {job.cluster.hardware.name} fits: the nearest, {nearest.name} with "
+        f"micro-batch {nearest.layout.micro_batch}, needs {needed / 1e9:.1f} GB of "
+        f"{job.cluster.hardware.usable_bytes / 1e9:.1f} usable ({largest[1] / 1e9:.1f} of them {largest[0]}); it would "
+        f"fit with {advice}, or with a smaller --global-batch or more GPUs if the stash or the batch's pixels are large"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""A plan as files that start it: the config, a torchrun script and a SLURM job."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.config.read import check_layout, load_config
+from tools.cost.estimate import Estimate
+
+SHARDS = "PATH_TO_SHARDS/{00000..99999}.tar"
+
+_LAUNCH = """\
+#!/usr/bin/env bash
+# {name} on {gpus} GPUs. Start it on every node, where eva-megatron is installed or from its root:
+#
+#   SHARDS='…/{{00000..99999}}.tar' HEAD_NODE=host bash {file} [dotted.key=value …]
+#
+# SHARDS      tar shards of the image-text pairs
+# HEAD_NODE   host name of the first node;  PORT  its free port
+# RUN_DIR     where everything is written, on storage that all nodes share
+set -euo pipefail
+: "${{SHARDS:?set SHARDS to the tar shards}}" "${{HEAD_NODE:?set HEAD_NODE to the host name of the first node}}"
+
+# One hardware queue keeps the order of communication and products, which sequence parallelism overlaps by.
+export CUDA_DEVICE_MAX_CONNECTIONS="${{CUDA_DEVICE_MAX_CONNECTIONS:-1}}"
+here=$(cd "$(dirname "$0")" && pwd)
+exec torchrun --nnodes {nodes} --nproc-per-node {per_node} --rdzv-backend c10d --rdzv-id "${{JOB_ID:-{stem}}}" \\
+  --rdzv-endpoint "$HEAD_NODE:${{PORT:-29500}}" -m engine.train "$here/{stem}.yaml" \\
+  "data.shards=$SHARDS" "run_dir=${{RUN_DIR:-runs/{stem}}}" "$@"
+"""
+
+_SLURM = """\
+#!/usr/bin/env bash
+#SBATCH --job-name={stem}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node={per_node}
+#SBATCH --exclusive
+# {name} on {gpus} GPUs:
+#
+#   SHARDS='…/{{00000..99999}}.tar' sbatch {stem}.sbatch [dotted.key=value …]
+#
+# Start it in the folder of {stem}.sh: SLURM runs a copy of this file from elsewhere.
+set -euo pipefail
+HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export HEAD_NODE JOB_ID="$SLURM_JOB_ID"
+exec srun --kill-on-bad-exit=1 bash "$SLURM_SUBMIT_DIR/{stem}.sh" "$@"
+"""
+
+
+def write_plan(model: str, entry: Estimate, samples: float, folder: Path) -> list[Path]:
+    """Write MODEL-GPUS.yaml, .sh and .sbatch for a layout. The config is loaded again and checked for its ranks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{model}-{entry.cluster.gpus}x{entry.cluster.hardware.name}"
+    names = dict(
+        name=f"{model}, {entry.name}",
+        gpus=entry.cluster.gpus,
+        nodes=entry.cluster.nodes,
+        per_node=min(entry.cluster.per_node, entry.cluster.gpus),
+        stem=stem,
+        file=f"{stem}.sh",
+    )
+    config = folder / f"{stem}.yaml"
+    config.write_text(_header(model, entry) + yaml.safe_dump(settings(model, entry, samples), sort_keys=False))
+    check_layout(load_config(config), entry.cluster.gpus)
+    written = [config]
+    for suffix, template in ((".sh", _LAUNCH), (".sbatch", _SLURM)):
+        script = folder / f"{stem}{suffix}"
+        script.write_text(template.format(**names))
+        script.chmod(0o755)
+        written.append(script)
+    return written
+
+
+def _header(model: str, entry: Estimate) -> str:
+    return (
+        f"# {model}, {entry.name}, written by tools.plan: {entry.memory.total / 1e9:.1f} GB a GPU (derived),\n"
+        f"# step {entry.time.total:.2f} s, MFU {entry.mfu:.1%} (projected). Learning rates and warm-up are defaults.\n"
+    )
+
+
+def settings(model: str, entry: Estimate, samples: float) -> dict[str, Any]:
+    """The config of a layout."""
+    layout = entry.layout
+    assert layout is not None, "ZeRO-3 is compared with, not run"
+    parallel: dict[str, Any] = {"tensor": layout.tensor, "pipeline": layout.pipeline}
+    if layout.tensor > 1:
+        parallel["sequence"] = layout.sequence
+    if layout.virtual > 1:
+        parallel["virtual"] = layout.virtual
+    if layout.layers is not None:
+        parallel["layers"] = "balanced"
+    # Where every micro-batch is kept nothing is stashed, and the engine refuses to move it.
+    offload = layout.offload_stash and layout.keep < layout.micro_batches
+    return {
+        "run_dir": f"runs/{model}",
+        "model": model,
+        "data": {"shards": SHARDS} | ({"frames": layout.frames} if layout.frames > 1 else {}),
+        "parallel": parallel,
+        "train": {
+            "steps": max(1, round(samples / layout.global_batch)),
+            "global_batch_size": layout.global_batch,
+            "micro_batch_size": layout.micro_batch,
+            "text_micro_batch_size": layout.captions_at_once,
+            "keep_activations": layout.keep,
+            "recompute": layout.recompute,
+            "patch_dropout": layout.patch_dropout,
+            "precision": layout.precision,
+            **({"offload_stash": True} if offload else {}),
+        },
+        "checkpoint": {"every_steps": 500},
+    }

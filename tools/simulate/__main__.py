@@ -1,0 +1,161 @@
+"""Simulate a contrastive step: when each stage computes and waits, how long the step takes, its bubble, its picture.
+
+Durations come from the options, or from a config on the planner's hardware.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from engine.config.phases import phase_named, phase_plan
+from engine.config.read import load_config
+from tools.cli import CommandError, answer, check_file, command_parser
+from tools.cost.cluster import Cluster
+from tools.cost.hardware import load_hardware, profile_names
+from tools.cost.layout import layout_of
+from tools.simulate.events import CollectiveCosts, Simulation, StageCosts, bubble_bound, durations_of, simulate
+from tools.simulate.stage_costs import planned_collectives, planned_schedule, planned_stages
+from tools.simulate.step_program import Schedule
+from tools.timeline.__main__ import table
+from tools.timeline.picture import save_picture
+from tools.timeline.spans import StepTimeline
+from tools.timeline.trace import save_trace
+
+_EXAMPLES = (
+    "python -m tools.simulate examples/18b/2_clip.yaml --world-size 360 --gpu a100-40 --png step.png",
+    "python -m tools.simulate --stages 12 --micro-batches 450 --encode-ms 20 --chunks 2 --keep 30",
+)
+_COLLECTIVES = ("exchange", "loss", "reduce", "optimizer", "gather_weights")
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = command_parser("simulate", __doc__, _EXAMPLES)
+    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="a training config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="its overrides")
+    of_config = parser.add_argument_group("from a config")
+    of_config.add_argument("--world-size", type=int, default=0, metavar="N", help="ranks of the job, needed")
+    of_config.add_argument("--gpu", default="", metavar="PROFILE", help=f"{', '.join(profile_names())}, or a YAML file")
+    of_config.add_argument("--nodes-of", type=int, default=8, metavar="N", help="GPUs of a node (%(default)s)")
+    of_config.add_argument("--phase", default="", metavar="NAME", help="of a config with phases; default: the first")
+    numbers = parser.add_argument_group("from numbers")
+    numbers.add_argument("--stages", type=int, metavar="P", help="pipeline stages, needed")
+    numbers.add_argument("--micro-batches", type=int, metavar="M", help="of a replica and step, needed")
+    numbers.add_argument("--chunks", type=int, default=1, metavar="V", help="virtual stages a rank holds")
+    numbers.add_argument("--keep", type=int, default=0, metavar="K", help="micro-batches that are not replayed")
+    numbers.add_argument("--encode-ms", type=float, metavar="MS", help="forward through all chunks of a stage, needed")
+    numbers.add_argument("--replay-ms", type=float, metavar="MS", help="default: as encode")
+    numbers.add_argument("--backward-ms", type=float, metavar="MS", help="default: twice encode")
+    numbers.add_argument("--encode-text-ms", type=float, default=0.0, metavar="MS", help="all captions of a rank")
+    numbers.add_argument("--backward-text-ms", type=float, default=0.0, metavar="MS", help="the same, their backward")
+    numbers.add_argument(
+        "--message-mb", type=float, default=0.0, metavar="MB", help="activations between stages, 10^6 bytes"
+    )
+    numbers.add_argument(
+        "--bandwidth-gb-s", type=float, default=math.inf, metavar="GB", help="between stages; default: no limit"
+    )
+    numbers.add_argument("--latency-us", type=float, default=0.0, metavar="US", help="of a message")
+    for phase in _COLLECTIVES:
+        numbers.add_argument(
+            f"--{phase.replace('_', '-')}-ms", type=float, default=0.0, metavar="MS", help="once a step, not hidden"
+        )
+    both = parser.add_argument_group("both")
+    both.add_argument("--png", type=Path, metavar="FILE", help="draw the timeline")
+    both.add_argument("--trace", type=Path, metavar="FILE.json", help="write it for Perfetto")
+    both.add_argument("--title", default="simulated step", help="of the picture")
+    return parser.parse_intermixed_args(argv)
+
+
+def _from_numbers(arguments: argparse.Namespace) -> Simulation:
+    missing = [name for name in ("stages", "micro_batches", "encode_ms") if getattr(arguments, name) is None]
+    if missing:
+        raise CommandError(f"give a CONFIG.yaml, or numbers: --{missing[0].replace('_', '-')} is missing")
+    schedule = Schedule(
+        stages=arguments.stages,
+        micro_batches=arguments.micro_batches,
+        chunks=arguments.chunks,
+        keep=arguments.keep,
+        latency_s=arguments.latency_us / 1e6,
+        transfer_s=arguments.message_mb / 1e3 / arguments.bandwidth_gb_s,
+    )
+    encode_ms = arguments.encode_ms
+    replay_ms = encode_ms if arguments.replay_ms is None else arguments.replay_ms
+    backward_ms = 2 * encode_ms if arguments.backward_ms is None else arguments.backward_ms
+    costs = StageCosts(
+        encode_s=_chunks(encode_ms, schedule),
+        replay_s=_chunks(replay_ms, schedule),
+        backward_s=_chunks(backward_ms, schedule),
+        encode_text_s=arguments.encode_text_ms / 1e3,
+        backward_text_s=arguments.backward_text_ms / 1e3,
+    )
+    together = {f"{phase}_s": getattr(arguments, f"{phase}_ms") / 1e3 for phase in _COLLECTIVES}
+    return simulate(schedule, durations_of([costs] * schedule.stages, CollectiveCosts(**together)))
+
+
+def _chunks(stage_ms: float, schedule: Schedule) -> tuple[float, ...]:
+    return (stage_ms / 1e3 / schedule.chunks,) * schedule.chunks
+
+
+def _from_config(arguments: argparse.Namespace) -> Simulation:
+    if arguments.world_size < 1 or not arguments.gpu:
+        raise CommandError("a config needs --world-size and --gpu")
+    plan = phase_plan(load_config(arguments.config, arguments.overrides))
+    phase = phase_named(plan, arguments.phase)
+    if phase.name:
+        print(f"phase {phase.name} of {', '.join(each.name for each in plan)}")
+    config = phase.config
+    layout, hardware = layout_of(config, arguments.world_size), load_hardware(arguments.gpu)
+    job = (config.model, layout, Cluster(hardware=hardware, gpus=arguments.world_size, per_node=arguments.nodes_of))
+    return simulate(planned_schedule(*job), durations_of(planned_stages(*job), planned_collectives(*job)))
+
+
+def report(simulation: Simulation) -> str:
+    """The step in words and numbers."""
+    schedule = simulation.schedule
+    kept = schedule.keep if isinstance(schedule.keep, int) else f"{min(schedule.keep)} to {max(schedule.keep)}"
+    bound = bubble_bound(schedule.stages, schedule.micro_batches, schedule.chunks)
+    return "\n".join(
+        [
+            f"{schedule.stages} stages of {schedule.chunks} chunk{'s' if schedule.chunks > 1 else ''}, "
+            f"{schedule.micro_batches} micro-batches, {kept} kept",
+            f"step     {simulation.step_s:10.4f} s   idle {simulation.idle:.2%}",
+            f"encode   {simulation.encode_s:10.4f} s   bubble {simulation.encode_bubble:.2%}",
+            f"backprop {simulation.backprop_s:10.4f} s   bubble {simulation.backprop_bubble:.2%}",
+            f"(P - 1) / (v m + P - 1) = {bound:.2%}, the bubble of a phase of equal units without captions",
+            table(simulation.timeline),
+        ]
+    )
+
+
+def drawable(timeline: StepTimeline) -> StepTimeline:
+    """Without what took no time."""
+    rows = [replace(row, spans=[s for s in row.spans if s.stop_s > s.start_s]) for row in timeline.rows]
+    return replace(timeline, rows=rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the simulated step; the exit code is 1, after one line on standard error, if that cannot be done."""
+    arguments = _arguments(argv)
+    return answer(lambda: _simulate(arguments), ValueError)
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    files = [file for file in (arguments.png, arguments.trace) if file is not None]
+    for file in files:
+        check_file(file)
+    simulation = _from_config(arguments) if arguments.config else _from_numbers(arguments)
+    timeline = drawable(simulation.timeline)
+    if arguments.png:
+        save_picture(timeline, arguments.title, arguments.png)
+    if arguments.trace:
+        save_trace(timeline, arguments.trace)
+    print(report(simulation))
+    for file in files:
+        print(file)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
