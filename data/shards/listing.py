@@ -9,7 +9,7 @@ the same entries must be given again to resume a run.
 import os
 import re
 from collections.abc import Sequence
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 from itertools import product
 from pathlib import Path
 
@@ -51,13 +51,21 @@ def _files(name: str, pattern: str, storage: Storage) -> list[str]:
     elif os.path.isdir(name):
         found = sorted(str(path) for path in Path(name).glob("*.tar"))
     elif has_magic(name) and not os.path.exists(name):
-        found = sorted(glob(name, recursive=True))
+        found = sorted(glob(_literal_folders(name), recursive=True))
     else:
         return [name]
     if not found:
         place = name if is_remote(name) else os.path.abspath(name)
         raise DataError(f"data.shards entry {pattern!r} matches no .tar file: check the path {place}")
     return found
+
+
+def _literal_folders(name: str) -> str:
+    """The glob with the names of folders that are there, such as `[v2]`, taken as they are."""
+    parts = Path(name).parts
+    return str(
+        Path(*(escape(part) if os.path.isdir(Path(*parts[: at + 1])) else part for at, part in enumerate(parts)))
+    )
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -5,6 +5,7 @@ the ranks (config_layout.py). What they accept works together.
 """
 
 from data.errors import DataError
+from engine.config.errors import ConfigError, require
 from engine.config.schema import (
     CheckpointConfig,
     Config,
@@ -17,22 +18,13 @@ from models.blocks.kernel_checks import check_kernels
 from models.config import ModelConfigError
 
 
-class ConfigError(Exception):
-    """A config that cannot be run; the message names the key, its value and the fix."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ConfigError unless the condition holds."""
-    if not condition:
-        raise ConfigError(message)
-
-
 def check(config: Config) -> None:
     """Raise ConfigError for the first thing that cannot be run."""
     try:
         config.model.check()
     except ModelConfigError as error:
         raise ConfigError(str(error)) from None
+    _check_run_dir(config.run_dir)
     _check_data(config)
     _check_parallel(config)
     _check_train(config.train)
@@ -42,6 +34,15 @@ def check(config: Config) -> None:
     _check_checkpoint(config.checkpoint)
     _check_init(config.init)
     require(config.log.every_steps >= 1, "log.every_steps must be at least 1")
+
+
+def _check_run_dir(run_dir: str) -> None:
+    require(bool(run_dir.strip()), "run_dir is empty: name the folder that the job writes to")
+    require("\0" not in run_dir, f"run_dir is {run_dir!r}: no folder can have that name")
+    require(
+        not run_dir.startswith("~"),
+        f"run_dir is {run_dir!r}: only a shell knows ~, write the whole path (run_dir=$HOME/… on a command line)",
+    )
 
 
 def _check_data(config: Config) -> None:

@@ -1,7 +1,7 @@
 """Checks of a config against the ranks and the tokenizer of a job: pure arithmetic, no process group."""
 
 from data.tokenizer import VOCAB_SIZE
-from engine.config.checks import require
+from engine.config.errors import require
 from engine.config.schema import Config
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from data.errors import DataError
 from data.pixels.masks import BlockMasks
-from engine.config.checks import ConfigError, require
+from engine.config.errors import ConfigError, require
 from engine.config.schema import Config, MimConfig
 from models.blocks.kernel_checks import check_kernels
 from models.config import ModelConfig, ModelConfigError

@@ -9,13 +9,15 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.config.checks import check, require
+from engine.config.checks import check
+from engine.config.errors import require
 from engine.config.objective_checks import check_objective
 from engine.config.run_checks import check_run
 from engine.config.schema import Config, PhaseConfig
 from engine.config.stages import balanced_layers
-from engine.config.tree import load_preset, merged
-from models.config import ModelConfig
+from engine.config.tree import load_preset
+from engine.config.typed import built, merged
+from models.config import LOCAL_KERNELS, ModelConfig
 
 _SECTIONS = ("model", "data", "train", "optim")
 
@@ -155,9 +157,12 @@ def _resolved(job: Config, phase: PhaseConfig) -> Config:
         tree["data"] |= {"sources": [], "mixture_schedule": []}
     if "sources" in phase.data:
         tree["data"] |= {"shards": [], "mixture_schedule": []}
+    own = {section: getattr(phase, section) for section in _SECTIONS}
     preset = phase.model.get("preset")
-    layers = [tree] + ([] if preset is None else [{"model": load_preset(str(preset))}])
-    config = merged([*layers, {section: getattr(phase, section) for section in _SECTIONS}], where)
+    if preset is not None:  # another model as a whole, on the job's kernels
+        kernels = {key: tree["model"][key] for key in LOCAL_KERNELS}
+        tree["model"] = merged(kernels, load_preset(preset))
+    config = built(Config, merged(tree, own))
     config.train.steps = _length(phase, config.train.global_batch_size)
     return config
 

@@ -1,20 +1,17 @@
 """The training config from YAML plus dotted overrides.
 
-Fields are in engine/config/schema.py, checks in engine/config_*checks.py, the phases of a job in
-engine/config/phases.py.
+Fields are in engine/config/schema.py, checks beside them, the phases of a job in engine/config/phases.py.
 
-Order of precedence: defaults < model preset < config file < `dotted.key=value` arguments. `load_config` returns the
-resolved tree; what it accepts works together or is refused here, before any process group exists.
+Order of precedence: defaults < model preset < config file < `dotted.key=value` arguments; a preset among the arguments
+replaces the whole model of the file. What is accepted works together or is refused here, before any process
+group exists.
 """
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-
-from engine.config.checks import ConfigError
+from engine.config.errors import ConfigError
 from engine.config.layout import check_layout, check_vocabulary
 from engine.config.phases import check_job
 from engine.config.schema import (
@@ -29,7 +26,9 @@ from engine.config.schema import (
     ParallelConfig,
     TrainConfig,
 )
-from engine.config.tree import PRESETS, expand_shorthand, load_preset, merged
+from engine.config.text import read_file
+from engine.config.tree import PRESETS, Given, given_settings, load_preset, refuse_repeats
+from engine.config.typed import built, merged, typed
 from models.config import LOCAL_KERNELS, ModelConfig
 
 __all__ = [
@@ -38,6 +37,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "EvaluateConfig",
+    "Given",
     "HealthConfig",
     "InitConfig",
     "LogConfig",
@@ -50,46 +50,44 @@ __all__ = [
     "load_config",
     "load_preset",
     "preset_model",
+    "read_given",
+    "refuse_repeats",
     "resolve",
+    "resolve_given",
     "to_dict",
 ]
-
-_OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {"mim": {"train": {"patch_dropout": 0.0}}}
-"""What an objective changes of the defaults; the config file comes above it."""
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply overrides, resolve the preset and check everything that needs no process group."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"config file {path} does not exist")
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a mapping of settings, not {type(tree).__name__}")
-    return resolve(tree, overrides or [], source=str(path))
+    return resolve_given(read_given(path, overrides or []))
+
+
+def read_given(path: str | Path, overrides: list[str]) -> Given:
+    """What a config file and a command line say. Raises ConfigError, also for a key given twice."""
+    tree = read_file(Path(path))
+    refuse_repeats(overrides)
+    return given_settings(tree, overrides, str(path))
 
 
 def resolve(tree: dict[str, Any], overrides: list[str], source: str = "config") -> Config:
-    """The same from a mapping instead of a file."""
-    given = OmegaConf.merge(expand_shorthand(tree), *(_parse_override(o) for o in overrides))
-    layers = [OmegaConf.create(_OBJECTIVE_DEFAULTS.get(str(OmegaConf.select(given, "objective")), {}))]
-    preset, teacher = OmegaConf.select(given, "model.preset"), OmegaConf.select(given, "mim.teacher_model.preset")
-    if preset is not None:
-        layers.append(OmegaConf.create({"model": load_preset(str(preset))}))
-    if teacher is not None:
-        layers.append(OmegaConf.create({"mim": {"teacher_model": load_preset(str(teacher))}}))
-    config = merged([*layers, given], source)
-    if config.objective == "mim" and config.mim.teacher_model is None and config.mim.teacher is not None:
-        config.mim.teacher_model = _model_of_checkpoint(Path(config.mim.teacher))
-    check_job(config, given_steps=OmegaConf.select(given, "train.steps"))
+    """The same from a mapping instead of a file; of equal overrides the last holds."""
+    return resolve_given(given_settings(tree, overrides, source))
+
+
+def resolve_given(given: Given) -> Config:
+    """The whole config, checked."""
+    tree = given.tree()
+    mim = tree.get("mim", {})
+    if tree.get("objective") == "mim" and mim.get("teacher_model") is None and mim.get("teacher") is not None:
+        tree = merged(tree, {"mim": {"teacher_model": _model_of_checkpoint(Path(mim["teacher"]))}})
+    config = built(Config, tree)
+    check_job(config, given_steps=tree.get("train", {}).get("steps"))
     return config
 
 
-def _model_of_checkpoint(path: Path) -> ModelConfig:
-    """The model of a checkpoint or run folder of ours."""
+def _model_of_checkpoint(path: Path) -> dict[str, Any]:
+    """The model of a checkpoint or run folder of ours, with the kernels of this machine."""
     if not path.is_dir():
         raise ConfigError(
             f"mim.teacher {path} is not a checkpoint or run folder: if it is a file in the authors' layout, name its "
@@ -104,9 +102,7 @@ def _model_of_checkpoint(path: Path) -> ModelConfig:
         stored = read_manifest(resolve_checkpoint(path)).config["model"]
     except CheckpointError as error:
         raise ConfigError(f"mim.teacher: {error}") from None
-    model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), stored, LOCAL_KERNELS))
-    assert isinstance(model, ModelConfig)
-    return model
+    return typed(merged(stored, LOCAL_KERNELS), ModelConfig, f"mim.teacher {path}: model")
 
 
 def preset_model(name: str) -> ModelConfig:
@@ -117,28 +113,3 @@ def preset_model(name: str) -> ModelConfig:
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain mapping of the resolved tree, as run_dir/config.yaml and checkpoints hold it."""
     return dataclasses.asdict(config)
-
-
-def _parse_override(text: str) -> dict[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {text!r} is not of the form dotted.key=value")
-    try:
-        parsed: Any = yaml.safe_load(value)
-    except yaml.YAMLError:
-        parsed = value  # a brace pattern such as {00000..00031}.tar is not YAML
-    if key == "data.shards" and isinstance(parsed, dict):
-        parsed = value
-    if isinstance(parsed, str):
-        parsed = _number(parsed)
-    for part in reversed(key.split(".")):
-        parsed = {part: parsed}
-    return expand_shorthand(parsed)
-
-
-def _number(text: str) -> Any:
-    """YAML 1.1 reads 1e-3 (no dot) as a string; people mean the number."""
-    try:
-        return float(text)
-    except ValueError:
-        return text

@@ -1,6 +1,6 @@
 """Checks of what goes on around the steps of a run: health, averaged weights, evaluation."""
 
-from engine.config.checks import require
+from engine.config.errors import require
 from engine.config.schema import Config, EvaluateConfig, HealthConfig
 
 _ACTIONS = ("stop", "skip", "rewind")

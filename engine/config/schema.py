@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data.config import DataConfig
+from engine.config.typed import Unbounded
 from models.config import ModelConfig
 
 
@@ -19,7 +20,7 @@ class ParallelConfig:
     """Sequence parallelism on packed tokens; takes effect where tensor > 1."""
     virtual: int = 1
     """v: chunks of layers a rank holds (interleaved schedule); shortens the bubble where pipeline > 1."""
-    layers: Any = None
+    layers: Any = field(default=None, metadata={"given": list[int] | str | None})
     """Blocks of each stage (of each of the pipeline x virtual chunks, in tower order): a list; null: even; balanced: by
     FLOPs, patch embedding and projection counted (it is a list once the config is resolved)."""
     overlap: bool = True
@@ -93,7 +94,7 @@ class OptimConfig:
     ema_decay: float = 0.0
     """Keeps an exponential moving average of the weights, a <- decay a + (1 - decay) w a step; 0 keeps none."""
     trust_min: float = 0.01
-    trust_max: float = 10.0
+    trust_max: float = field(default=10.0, metadata={"given": Unbounded})
     trust_exclude_1d: bool = False
     """Ratio 1 for tensors of one dimension (not the paper's setting)."""
     nvlamb_always_adapt: bool = False
@@ -159,12 +160,14 @@ class PhaseConfig:
     """keep (the moments go on) | reset (they start at 0). Weights go on in both cases."""
     schedule: str = "continue"
     """continue (one warm-up and cosine with the phase before) | restart (one of its own)."""
-    model: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict, metadata={"given": ModelConfig})
     """Only another resolution: a preset, or vision.image_size."""
-    data: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict, metadata={"given": DataConfig})
     """Settings that replace those of the job's `data`."""
-    train: dict[str, Any] = field(default_factory=dict)
-    optim: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict, metadata={"given": TrainConfig})
+    """The same for `train`; steps and seed are the job's."""
+    optim: dict[str, Any] = field(default_factory=dict, metadata={"given": OptimConfig})
+    """The same for `optim`."""
 
 
 @dataclass(kw_only=True)

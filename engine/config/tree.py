@@ -1,66 +1,135 @@
-"""From plain mappings to the typed config: presets, short forms and the merge."""
+"""From what was given to one tree: presets, the config file, the command line, in this order."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from engine.config.checks import ConfigError
+from engine.config.errors import ConfigError
 from engine.config.schema import Config
+from engine.config.text import nested, read_file, split_override
+from engine.config.typed import merged, typed
+from models.config import ModelConfig
 
 PRESETS = Path(__file__).resolve().parents[2] / "models" / "presets"
+_MODELS = (("model",), ("mim", "teacher_model"))
+"""Where a config names models."""
+_OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {"mim": {"train": {"patch_dropout": 0.0}}}
+"""What an objective changes of the defaults; the config file comes above it."""
 
 
-def merged(layers: list[Any], source: str) -> Config:
-    """Later layers win over earlier ones and those over the defaults; ConfigError for what the schema does not have."""
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), *layers))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {_one_line(error)}") from None
-    assert isinstance(config, Config)
-    return config
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a config was made from: trees of typed values with the keys that somebody wrote."""
+
+    source: str
+    """Where the first tree comes from, for messages: the file's path."""
+    file: Mapping[str, Any]
+    """The config file, without the models that the command line replaced."""
+    arguments: Mapping[str, Any]
+    """The command line."""
+    replaced: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Model (`model`, `mim.teacher_model`) -> what the file said of it, where the command line's preset replaced it."""
+
+    def tree(self) -> dict[str, Any]:
+        """Everything given, above the presets and the objective's defaults: what differs from the dataclasses."""
+        given = merged(self.file, self.arguments)
+        layers = [_OBJECTIVE_DEFAULTS.get(given.get("objective", ""), {})]
+        for path in _MODELS:
+            preset = _at(given, (*path, "preset"))
+            if preset is not None:
+                layers.append(nested(path, load_preset(preset)))
+        return merged(*layers, given)
+
+
+def given_settings(tree: Mapping[str, Any], overrides: Sequence[str], source: str) -> Given:
+    """Both sides typed. Raises ConfigError that says on which side a mistake is."""
+    file = _typed(tree, source)
+    arguments: dict[str, Any] = {}
+    for override in overrides:
+        arguments = merged(arguments, _typed(nested(*split_override(override)), "command line"))
+    replaced = {}
+    for path in _MODELS:
+        if _at(arguments, (*path, "preset")) is not None and (old := _at(file, path)):
+            replaced[".".join(path)] = old
+            file = _without(file, path)
+    return Given(source=source, file=file, arguments=arguments, replaced=replaced)
+
+
+def refuse_repeats(overrides: Sequence[str]) -> None:
+    """Raise ConfigError for a key that a command line gives twice: one of the two values would be lost."""
+    seen: dict[str, list[str]] = {}
+    for override in overrides:
+        parts, value = split_override(override)
+        key = ".".join(parts)
+        seen.setdefault(f"{key}.preset" if key in ("model", "mim.teacher_model") else key, []).append(value)
+    for key, values in seen.items():
+        if len(values) > 1:
+            raise ConfigError(f"command line: {key.removesuffix('.preset')} is given {_times(len(values), values)}")
+        above = next((other for other in seen if key.startswith(f"{other}.")), None)
+        if above is not None:
+            raise ConfigError(f"command line: {key} is given beside {above}={seen[above][0]}: give one of them")
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """Contents of models/presets/NAME.yaml."""
+    """What models/presets/NAME.yaml says, typed."""
     file = PRESETS / f"{name}.yaml"
-    if not file.is_file():
-        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
-        raise ConfigError(f"model {name!r} is not a preset; there are: {known}")
-    return yaml.safe_load(file.read_text())
+    known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
+    if name not in known:
+        raise ConfigError(f"model {name!r} is not a preset; there are: {', '.join(known)}")
+    return typed(read_file(file), ModelConfig, "model")
 
 
-def expand_shorthand(tree: dict[str, Any]) -> dict[str, Any]:
-    """`model: NAME` stands for `model: {preset: NAME}` (the teacher's too), a shard string for a list of one (in a
-    source, too), all of it also in a phase.
-    """
-    tree = dict(tree)
-    if isinstance(tree.get("model"), str):
-        tree["model"] = {"preset": tree["model"]}
-    mim = tree.get("mim")
-    if isinstance(mim, dict) and isinstance(mim.get("teacher_model"), str):
-        tree["mim"] = {**mim, "teacher_model": {"preset": mim["teacher_model"]}}
-    data = tree.get("data")
-    if isinstance(data, dict):
-        tree["data"] = _list_of_one(data)
-        if isinstance(data.get("sources"), list):
-            tree["data"]["sources"] = [_list_of_one(source) for source in data["sources"]]
-    if isinstance(tree.get("evaluate"), dict):
-        tree["evaluate"] = _list_of_one(tree["evaluate"])
-    if isinstance(tree.get("phases"), list):
-        tree["phases"] = [expand_shorthand(p) if isinstance(p, dict) else p for p in tree["phases"]]
+def _typed(tree: Mapping[str, Any], source: str) -> dict[str, Any]:
+    try:
+        return typed(tree, Config, "")
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def _at(tree: Any, path: Sequence[str]) -> Any:
+    for part in path:
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
     return tree
 
 
-def _list_of_one(source: Any) -> Any:
-    if isinstance(source, dict) and isinstance(source.get("shards"), str):
-        return {**source, "shards": [source["shards"]]}
-    return source
+def _without(tree: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    first, *rest = path
+    inner = {first: _without(tree[first], rest)} if rest else {}
+    return {key: value for key, value in tree.items() if key != first} | inner
 
 
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), None)
-    return lines[0] if key is None or key in lines[0] else f"{key}: {lines[0]}"
+def _times(number: int, values: Sequence[str]) -> str:
+    several = "twice" if number == 2 else f"{number} times"
+    pattern = _expanded(values)
+    if pattern is not None:
+        return (
+            f"{several}, {values[0]} to {values[-1]}: the shell has expanded an unquoted pattern, and only the last "
+            f"value would count; quote it: '{pattern}'"
+        )
+    return f"{several} ({', '.join(values[:3])}{', …' if number > 3 else ''}): only the last would count, give one"
+
+
+def _expanded(values: Sequence[str]) -> str | None:
+    """The brace pattern that the shell made these values of; None for others."""
+    first, last = values[0], values[-1]
+    if len(set(values)) < len(values):
+        return None
+    start = _common(values)
+    end = _common([value[start:][::-1] for value in values])
+    middles = [value[start : len(value) - end] for value in values]
+    while start and all(middle.isdigit() or not middle for middle in middles) and first[start - 1].isdigit():
+        start -= 1  # the digits that all numbers begin with belong to them
+        middles = [value[start : len(value) - end] for value in values]
+    while end and first[len(first) - end].isdigit():
+        end -= 1
+        middles = [value[start : len(value) - end] for value in values]
+    if not all(middle.isdigit() for middle in middles):
+        return f"{first[:start]}{{{','.join(middles)}}}{first[len(first) - end :]}" if start + end else None
+    return f"{first[:start]}{{{middles[0]}..{middles[-1]}}}{last[len(last) - end :]}"
+
+
+def _common(values: Sequence[str]) -> int:
+    """Characters that all values begin with."""
+    shortest = min(map(len, values))
+    return next((at for at in range(shortest) if len({value[at] for value in values}) > 1), shortest)

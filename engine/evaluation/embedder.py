@@ -20,7 +20,8 @@ from engine.checkpoint.format.matching import Exceptions, match
 from engine.checkpoint.initial import Resized
 from engine.checkpoint.load import load_weights
 from engine.checkpoint.reader import Checkpoint
-from engine.config.read import Config, ConfigError, check_layout, resolve
+from engine.config.read import Config, ConfigError, check_layout, refuse_repeats, resolve
+from engine.config.typed import typed
 from engine.parallel.agree import everyone
 from engine.parallel.mesh import Mesh
 from engine.parallel.rows import gather_rows, split_rows
@@ -64,6 +65,7 @@ def inference_config(manifest: Manifest, overrides: list[str], world_size: int, 
     idle = [override for override in overrides if not override.startswith(_OVERRIDABLE)]
     if idle:
         raise ConfigError(f"{idle[0]} has no effect here; what can be set: {', '.join(_OVERRIDABLE)}")
+    refuse_repeats(overrides)
     stored = manifest.config
     parallel = {key: stored["parallel"][key] for key in ("tensor", "pipeline", "sequence")}
     tree = {
@@ -86,10 +88,7 @@ def inference_config(manifest: Manifest, overrides: list[str], world_size: int, 
 def _count_of(key: str, tree: dict, overrides: list[str]) -> int:
     section, name = key.split(".")
     given = [o.partition("=")[2] for o in overrides if o.startswith(f"{key}=")]
-    try:
-        return max(1, int(given[-1] if given else tree[section].get(name, 1)))
-    except ValueError:
-        raise ConfigError(f"{key}={given[-1]} is not a number") from None
+    return max(1, typed(given[-1] if given else tree[section].get(name, 1), int, key))
 
 
 def load_encoders(

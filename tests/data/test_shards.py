@@ -53,3 +53,14 @@ def test_reading_with_few_open_files(folder: Path) -> None:
         b"02.tar",
         b"00.tar",
     ]
+
+
+def test_a_folder_with_brackets_in_its_name_is_that_folder(folder: Path) -> None:
+    for name in ("[v2]", "a*b", "[!x]?"):
+        (folder / name / "[0]").mkdir(parents=True)
+        inner = folder / name / "[0]" / "7.tar"
+        inner.write_bytes(b"")
+        for entry in ("", "/*.tar", "/[0-9].tar", "/{7..7}.tar", "/7.tar", "/**/*.tar"):
+            assert expand_shards(f"{folder}/{name}/[0]{entry}", Storage()) == [str(inner)]
+        assert expand_shards(f"{folder}/{name}/*/*.tar", Storage()) == [str(inner)]
+    assert expand_shards(f"{folder}/0000[0-1].tar", Storage()) == [f"{folder}/0000{number}.tar" for number in range(2)]

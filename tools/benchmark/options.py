@@ -37,7 +37,10 @@ class Options:
 
 def read_config(path: Path, overrides: list[str], options: Options) -> Config:
     """One phase of the config as it stands; synthetic data need no shards. Raises ConfigError or DataError."""
-    plan = phase_plan(load_config(path, [*overrides, *(_NO_SHARDS if options.data == "synthetic" else [])]))
+    if options.data == "synthetic":
+        replaced = tuple(f"{key.partition('=')[0]}=" for key in _NO_SHARDS)
+        overrides = [*(o for o in overrides if not o.startswith(replaced)), *_NO_SHARDS]
+    plan = phase_plan(load_config(path, overrides))
     return phase_named(plan, options.phase).config
 
 
