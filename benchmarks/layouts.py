@@ -64,7 +64,8 @@ def measure(layout: Layout, options: argparse.Namespace) -> dict[str, Any]:
     """A fresh set of ranks; what rank 0 wrote."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={layout.ranks}"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+        command.append(f"--nproc-per-node={layout.ranks}")
         command += ["-m", "benchmarks.layouts_rank", str(output), *layout.options]
         command += [f"train.precision={options.precision}", f"--batch={options.batch}", f"--steps={options.steps}"]
         command += ["--quick"] if options.quick else []

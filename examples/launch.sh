@@ -2,15 +2,18 @@
 #
 #   need VARIABLE…                  stop unless these are set
 #   knob VARIABLE KEY               an environment variable, if set, becomes the setting KEY
+#   yaml_text TEXT                  TEXT as one value inside a YAML list or mapping, whatever characters it has
 #   launch CONFIG [KEY=VALUE …]     start the job's part on this node, with the knobs and these settings
 #
 # NODES             nodes of the job (each recipe has the paper's number)
 # GPUS_PER_NODE     8
 # HEAD_NODE, PORT   host name of the first node, and a free port there (29500)
 # JOB_ID            name of the rendezvous, the same on all nodes and new for every start
-# DRY_RUN=1         print the command and start nothing; what is not set stays as the YAML has it
+# DRY_RUN=1         print the command and start nothing; what is not set stays as the YAML has it (yes, true, on: too)
 # DRY_RUN=rank      run one rank of it at full size without a GPU: memory, FLOPs, traffic (tools.dryrun)
 
+# shellcheck source=examples/common.sh
+. examples/common.sh
 knobs=()
 
 need() {
@@ -27,25 +30,42 @@ knob() {
   if [ -n "${!1:-}" ]; then knobs+=("$2=${!1}"); fi
 }
 
+yaml_text() {
+  local quote="'"
+  if [[ $1 = \[*\] ]]; then echo "$1"; else echo "'${1//$quote/$quote$quote}'"; fi
+}
+
+# Stop unless a variable is a whole number from 1 up.
+_count() {
+  if ! [[ ${!1} =~ ^[1-9][0-9]*$ ]]; then
+    echo "$0: $1=${!1} must be a whole number, at least 1" >&2
+    exit 2
+  fi
+}
+
 launch() {
-  local config=$1 nodes=${NODES:-1} gpus=${GPUS_PER_NODE:-8} command
+  local config=$1 command
   shift
-  if [ "${DRY_RUN:-}" = rank ]; then
-    command=(python -m tools.dryrun "$config" --world-size $((nodes * gpus)))
+  : "${NODES:=1}" "${GPUS_PER_NODE:=8}" "${PORT:=29500}"
+  _count NODES
+  _count GPUS_PER_NODE
+  _count PORT
+  if [ "$DRY_RUN" = rank ]; then
+    command=(python -m tools.dryrun "$config" --world-size $((NODES * GPUS_PER_NODE)))
   else
-    command=(torchrun --nnodes "$nodes" --nproc-per-node "$gpus")
-    if [ "$nodes" -gt 1 ]; then
+    command=(torchrun --nnodes "$NODES" --nproc-per-node "$GPUS_PER_NODE")
+    if [ "$NODES" -gt 1 ]; then
       need HEAD_NODE
       command+=(--rdzv-backend c10d --rdzv-id "${JOB_ID:-eva-megatron}")
-      command+=(--rdzv-endpoint "${HEAD_NODE:-HEAD_NODE}:${PORT:-29500}")
+      command+=(--rdzv-endpoint "${HEAD_NODE:-HEAD_NODE}:$PORT")
     else
-      command+=(--standalone)
+      command+=(--standalone --local-addr 127.0.0.1)  # a host name that does not resolve would be waited for
     fi
     command+=(-m engine.train "$config")
   fi
   command+=("${knobs[@]}" "$@")
-  if [ "${DRY_RUN:-}" = 1 ]; then
-    _print_command "${command[@]}"
+  if is_dry; then
+    print_command "${command[@]}"
     return
   fi
   # One hardware queue keeps the order in which communication and GEMMs are issued: sequence parallelism overlaps by it.
@@ -54,12 +74,4 @@ launch() {
   export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
   exec "${command[@]}"
-}
-
-_print_command() {
-  local word line=()
-  for word in "$@"; do
-    if [[ $word =~ ^[A-Za-z0-9_./:=,+-]+$ ]]; then line+=("$word"); else line+=("${word@Q}"); fi
-  done
-  echo "${line[*]}"
 }

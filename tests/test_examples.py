@@ -172,14 +172,72 @@ def test_what_is_not_set_is_named() -> None:
 
 def test_one_node_needs_no_rendezvous() -> None:
     options, _ = _dry(Path("examples/8b/2_clip.sh"), NODES="1", GPUS_PER_NODE="4")
-    assert options == ["--nnodes", "1", "--nproc-per-node", "4", "--standalone"]
+    assert options == ["--nnodes", "1", "--nproc-per-node", "4", "--standalone", "--local-addr", "127.0.0.1"]
+
+
+PLANNED = ("1", "yes", "Y", "TRUE", "t", "on")
+STARTED = ("", "0", "no", "False", "off")
+
+
+@pytest.mark.parametrize("script", ["examples/18b/2_clip.sh", "examples/quickstart/run.sh"])
+def test_every_text_for_yes_is_a_dry_run_and_nonsense_is_refused(script: str, tmp_path: Path) -> None:
+    _stand_in(tmp_path, "torchrun", "echo started >&2; exit 7")
+    _stand_in(tmp_path, "python", "echo started >&2; exit 7")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "VIRTUAL_ENV": "x"}
+    environment |= {"SHARDS": "x", "TEXT": "y", "HEAD_NODE": "z"}
+    said = {_run(["bash", script], **environment, DRY_RUN=given).stdout for given in PLANNED}
+    assert len(said) == 1 and " engine.train " in said.pop()
+    for given in STARTED:
+        done = _run(["bash", script], **environment, DRY_RUN=given)
+        assert done.returncode != 0 and done.stderr.endswith("started\n")
+    for given in ("2", "maybe", "yes please", "-1", "rank "):
+        done = _run(["bash", script], **environment, DRY_RUN=given)
+        assert (done.returncode, done.stdout) == (2, "") and f"DRY_RUN={given} is not one of" in done.stderr
+
+
+def test_counts_are_counts() -> None:
+    recipe = ["bash", "examples/18b/2_clip.sh"]
+    for name, value in (("NODES", "0"), ("NODES", "x"), ("GPUS_PER_NODE", "08"), ("PORT", "a[$(touch boom)]")):
+        for kind in ("1", "rank"):
+            done = _run(recipe, DRY_RUN=kind, **{name: value})
+            assert (done.returncode, done.stdout) == (2, "") and f"{name}={value} must be a whole number" in done.stderr
+    assert not (ROOT / "boom").exists()
+
+
+def test_odd_paths_reach_the_config_as_they_are() -> None:
+    odd = {
+        "SHARDS": '/data/it\'s #1: "new" {00..09}.tar',
+        "LAION_COCO": "/coco/a, b/{0..9}.tar",
+        "CLIP": "/runs/my run",
+    }
+    _, (config, *overrides) = _dry(Path("examples/18b/3_clip_full.sh"), HEAD_NODE="n0", **odd)
+    resolved = load_config(ROOT / config, overrides)
+    assert [source.shards for source in resolved.data.sources] == [[odd["SHARDS"]], [odd["LAION_COCO"]]]
+    assert resolved.init.vision == odd["CLIP"]
+
+
+@pytest.mark.parametrize(
+    "script", [path for path in SCRIPTS if path.parent.name in ("18b", "8b", "quickstart")], ids=str
+)
+def test_help_is_the_head_of_the_script(script: Path, tmp_path: Path) -> None:
+    (tmp_path / "my clone").symlink_to(ROOT)
+    done = subprocess.run(
+        ["bash", f"my clone/{script}", "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    head = [line[2:] for line in (ROOT / script).read_text().splitlines()[1:] if line.startswith("#")]
+    assert done.stdout.splitlines() == head and f"bash {script}" in done.stdout
+
+
+def _stand_in(folder: Path, name: str, body: str) -> None:
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+    (folder / name).chmod(stat.S_IRWXU)
 
 
 def test_a_slurm_job_meets_at_its_first_node(tmp_path: Path) -> None:
     # Stand-ins for SLURM's two commands: srun starts the step here, scontrol expands the list of nodes.
     for name, body in (("srun", 'shift; exec "$@"'), ("scontrol", "printf 'node7\\nnode8\\n'")):
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (tmp_path / name).chmod(stat.S_IRWXU)
+        _stand_in(tmp_path, name, body)
     slurm = {
         "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "40012",
         "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_RESTART_COUNT": "1", "DRY_RUN": "1",

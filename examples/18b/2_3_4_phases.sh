@@ -7,7 +7,7 @@
 # SHARDS, TEXT, VISION, RUN_DIR, NODES: as in examples/18b/2_clip.sh; SHARDS are those of the first phase.
 # HEAD_NODE, PORT, JOB_ID, GPUS_PER_NODE, DRY_RUN: examples/launch.sh.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+CDPATH='' cd -- "$(dirname -- "$0")/../.."
 . examples/launch.sh
 
 : "${NODES:=45}"

@@ -12,13 +12,13 @@
 #
 # HEAD_NODE, PORT, JOB_ID, GPUS_PER_NODE, DRY_RUN: examples/launch.sh.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+CDPATH='' cd -- "$(dirname -- "$0")/../.."
 . examples/launch.sh
 
 : "${NODES:=45}"
 need SHARDS LAION_COCO
-sources="{name: merged_2b, weight: 600, shards: \"${SHARDS:-PATH_TO_MERGED_2B}\"}"
-sources+=", {name: laion_coco, weight: 20, shards: \"${LAION_COCO:-PATH_TO_LAION_COCO}\"}"
+sources="{name: merged_2b, weight: 600, shards: $(yaml_text "${SHARDS:-PATH_TO_MERGED_2B}")}"
+sources+=", {name: laion_coco, weight: 20, shards: $(yaml_text "${LAION_COCO:-PATH_TO_LAION_COCO}")}"
 knob CLIP init.vision
 knob CLIP init.text
 knob RUN_DIR run_dir

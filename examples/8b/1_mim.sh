@@ -11,7 +11,7 @@
 #
 # HEAD_NODE, PORT, JOB_ID, GPUS_PER_NODE, DRY_RUN: examples/launch.sh.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+CDPATH='' cd -- "$(dirname -- "$0")/../.."
 . examples/launch.sh
 
 : "${NODES:=48}"

@@ -150,7 +150,8 @@ class Stages:
         config.parent.mkdir(parents=True, exist_ok=True)
         config.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
         print(f"\n{name}: {_steps(tree)} steps", flush=True)
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+        torchrun += ["--nproc-per-node", str(RANKS)]
         _call(*torchrun, "-m", "engine.train", str(config))
         return run
 

@@ -11,7 +11,12 @@
 # Stages: teacher.yaml, student.yaml, clip.yaml in this folder. Pictures and clips: OpenMoji (openmoji.org), CC BY-SA 4.0.
 # Result: a table, runs/chain/result.json and runs/chain/report.html. What it shows: docs/weak_to_strong.md.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+CDPATH='' cd -- "$(dirname -- "$0")/../.."
+. examples/common.sh -  # --help goes to the chain itself
 . examples/setup.sh
+if is_dry; then
+  echo "$0: DRY_RUN: the chain chooses its commands as it goes; --short runs a few steps of each stage" >&2
+  exit 2
+fi
 ensure_environment emoji video
 exec python -m examples.chain.chain "$@"

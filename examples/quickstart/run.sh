@@ -4,12 +4,14 @@
 #
 #   bash examples/quickstart/run.sh           the whole run, about 5 minutes on 2 cores
 #   bash examples/quickstart/run.sh --short   30 steps, to see that everything works
+#   DRY_RUN=1 bash examples/quickstart/run.sh  prints the commands and starts nothing
 #
 # Pictures: OpenMoji (openmoji.org), CC BY-SA 4.0. Result: runs/quickstart/{result.json,report.html,report.png}.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+CDPATH='' cd -- "$(dirname -- "$0")/../.."
+. examples/common.sh
 . examples/setup.sh
-ensure_environment emoji
+is_dry || ensure_environment emoji
 
 overrides=()
 case "${1:-}" in
@@ -19,9 +21,10 @@ case "${1:-}" in
 esac
 
 run=runs/quickstart
-python -m tools.prepare_emoji --out "$run/shards"
-rm -rf "$run/checkpoints" "$run/metrics.jsonl"
-torchrun --standalone --nproc-per-node 4 -m engine.train examples/quickstart/train.yaml "${overrides[@]}"
-torchrun --standalone --nproc-per-node 4 -m tools.evaluate "$run" "$run/shards/heldout" \
+ranks=(torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 4)
+start python -m tools.prepare_emoji --out "$run/shards"
+start rm -rf "$run/checkpoints" "$run/metrics.jsonl"
+start "${ranks[@]}" -m engine.train examples/quickstart/train.yaml "${overrides[@]}"
+start "${ranks[@]}" -m tools.evaluate "$run" "$run/shards/heldout" \
   --out "$run/result.json" --predictions "$run/predictions.json"
-python -m tools.report "$run" --png "$run/report.png"
+start python -m tools.report "$run" --png "$run/report.png"

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.dist
 def start(shards: list[str], run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
     """The job of two stages under torchrun; each step is a line of its output."""
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"),
+        *("--nproc-per-node", "2"),
         *("-m", "engine.train", "examples/quickstart/train.yaml"),
         f"data.shards=[{','.join(shards)}]",
         f"run_dir={run_dir}",

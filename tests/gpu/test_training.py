@@ -29,7 +29,7 @@ def _curve(result: Path, ranks: int, options: list[str], *, cpu: bool = False) -
     """Losses of the steps; cpu: in a process that sees no GPU."""
     command = [sys.executable, "-m", "tests.gpu.curve"]
     if ranks > 1:
-        launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        launch = ["torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks)]
         command = [sys.executable, "-m", *launch, "-m", "tests.gpu.curve"]
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if cpu else {}
     subprocess.run([*command, str(result), *options], check=True, cwd=ROOT, env=os.environ | hidden, timeout=600)

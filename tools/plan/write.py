@@ -1,5 +1,6 @@
 """A plan as files that start it: the config, a torchrun script and a SLURM job."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,27 +9,41 @@ import yaml
 from engine.config.read import check_layout, load_config
 from tools.cost.estimate import Estimate
 
+_NO_NAME = re.compile(r"[^A-Za-z0-9._-]+")
+"""What neither a file nor a job is named by; profiles of one's own are named by people."""
 SHARDS = "PATH_TO_SHARDS/{00000..99999}.tar"
 
 _LAUNCH = """\
 #!/usr/bin/env bash
 # {name} on {gpus} GPUs. Start it on every node, where eva-megatron is installed or from its root:
 #
-#   SHARDS='…/{{00000..99999}}.tar' HEAD_NODE=host bash {file} [dotted.key=value …]
+#   {start} bash {file} [dotted.key=value …]
 #
 # SHARDS      tar shards of the image-text pairs
-# HEAD_NODE   host name of the first node;  PORT  its free port
-# RUN_DIR     where everything is written, on storage that all nodes share
+{head_node}# RUN_DIR     where everything is written, on storage that all nodes share
+# DRY_RUN     1, yes, true or on: print the command and start nothing
 set -euo pipefail
-: "${{SHARDS:?set SHARDS to the tar shards}}" "${{HEAD_NODE:?set HEAD_NODE to the host name of the first node}}"
+: "${{SHARDS:?set SHARDS to the tar shards}}"
+dry=${{DRY_RUN:-}}
+case "${{dry,,}}" in
+  1 | y | yes | t | true | on) start() {{ printf '%q ' "$@"; echo; }} ;;
+  "" | 0 | n | no | f | false | off) start() {{ exec "$@"; }} ;;
+  *) echo "$0: DRY_RUN=$dry is not one of 1, yes, true, on, 0, no, false, off" >&2; exit 2 ;;
+esac
 
 # One hardware queue keeps the order of communication and products, which sequence parallelism overlaps by.
 export CUDA_DEVICE_MAX_CONNECTIONS="${{CUDA_DEVICE_MAX_CONNECTIONS:-1}}"
-here=$(cd "$(dirname "$0")" && pwd)
-exec torchrun --nnodes {nodes} --nproc-per-node {per_node} --rdzv-backend c10d --rdzv-id "${{JOB_ID:-{stem}}}" \\
-  --rdzv-endpoint "$HEAD_NODE:${{PORT:-29500}}" -m engine.train "$here/{stem}.yaml" \\
-  "data.shards=$SHARDS" "run_dir=${{RUN_DIR:-runs/{stem}}}" "$@"
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+start torchrun --nnodes {nodes} --nproc-per-node {per_node} {rendezvous} \\
+  -m engine.train "$here/{stem}.yaml" "data.shards=$SHARDS" "run_dir=${{RUN_DIR:-runs/{stem}}}" "$@"
 """
+_ONE_NODE = dict(start="SHARDS='…/{00000..99999}.tar'", head_node="", rendezvous="--standalone --local-addr 127.0.0.1")
+_NODES = dict(
+    start="SHARDS='…/{00000..99999}.tar' HEAD_NODE=host",
+    head_node="# HEAD_NODE   host name of the first node;  PORT  its free port\n",
+    rendezvous="""--rdzv-backend c10d \\
+  --rdzv-id "${JOB_ID:-STEM}" --rdzv-endpoint "${HEAD_NODE:?set HEAD_NODE to the first node}:${PORT:-29500}\"""",
+)
 
 _SLURM = """\
 #!/usr/bin/env bash
@@ -37,22 +52,31 @@ _SLURM = """\
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node={per_node}
 #SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
 # {name} on {gpus} GPUs:
 #
 #   SHARDS='…/{{00000..99999}}.tar' sbatch {stem}.sbatch [dotted.key=value …]
 #
-# Start it in the folder of {stem}.sh: SLURM runs a copy of this file from elsewhere.
+# Start it in the folder of {stem}.sh: SLURM runs a copy of this file from elsewhere. A job that is requeued, or
+# submitted again after its time ran out, goes on from its last checkpoint.
 set -euo pipefail
-HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export HEAD_NODE JOB_ID="$SLURM_JOB_ID"
-exec srun --kill-on-bad-exit=1 bash "$SLURM_SUBMIT_DIR/{stem}.sh" "$@"
+# A pipe to head could end scontrol by SIGPIPE.
+read -r HEAD_NODE < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+PORT=$((20000 + SLURM_JOB_ID % 20000))
+# A requeued job keeps its number: ranks of the killed start must not be taken for ranks of this one.
+JOB_ID=$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}
+export HEAD_NODE PORT JOB_ID
+srun --kill-on-bad-exit=1 bash "$SLURM_SUBMIT_DIR/{stem}.sh" "$@"
 """
 
 
 def write_plan(model: str, entry: Estimate, samples: float, folder: Path) -> list[Path]:
     """Write MODEL-GPUS.yaml, .sh and .sbatch for a layout. The config is loaded again and checked for its ranks."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{model}-{entry.cluster.gpus}x{entry.cluster.hardware.name}"
+    stem = _NO_NAME.sub("-", f"{model}-{entry.cluster.gpus}x{entry.cluster.hardware.name}")
+    place = _ONE_NODE if entry.cluster.nodes == 1 else _NODES
     names = dict(
         name=f"{model}, {entry.name}",
         gpus=entry.cluster.gpus,
@@ -60,6 +84,7 @@ def write_plan(model: str, entry: Estimate, samples: float, folder: Path) -> lis
         per_node=min(entry.cluster.per_node, entry.cluster.gpus),
         stem=stem,
         file=f"{stem}.sh",
+        **{key: text.replace("STEM", stem) for key, text in place.items()},
     )
     config = folder / f"{stem}.yaml"
     config.write_text(_header(model, entry) + yaml.safe_dump(settings(model, entry, samples), sort_keys=False))

@@ -164,16 +164,6 @@ def test_tokens_are_samples_times_kept_tokens(capsys: pytest.CaptureFixture[str]
     assert json.loads(capsys.readouterr().out)["samples"] == 1e6  # 1 + 98 of 196 patches
 
 
-def test_what_is_written_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*SMALL, "--samples", "1e6", "--write", str(tmp_path)]) == 0
-    config = load_config(tmp_path / "b16-16xa100-40.yaml")
-    assert config.train.steps == 244 and config.train.global_batch_size == 4096
-    check_layout(config, 16)
-    for script in ("b16-16xa100-40.sh", "b16-16xa100-40.sbatch"):
-        subprocess.run(["bash", "-n", str(tmp_path / script)], check=True)
-        assert "--nodes=2" in (tmp_path / script).read_text() or "--nnodes 2" in (tmp_path / script).read_text()
-
-
 def test_a_model_that_fits_nowhere_says_what_would_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", "18b", "--gpus", "2", "--gpu", "a100-40", "--global-batch", "512"]) == 1
     captured = capsys.readouterr()
