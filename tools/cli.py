@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -59,9 +59,16 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return text if told else f"{text} (default: %(default)s)"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the options; the whole usage is what --help is for."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
 def command_parser(command: str, description: str | None, examples: Sequence[str]) -> argparse.ArgumentParser:
     """The parser of `python -m tools.COMMAND`: what it does, its options with their defaults, examples that can run."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"python -m tools.{command}",
         description=description,
         epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),

@@ -175,8 +175,7 @@ def test_a_model_that_fits_nowhere_says_what_would_help(capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--samples", "-5"], "--samples -5 must be at least 1"),
-        (["--top", "0"], "--top 0 must be at least 1"),
+        (["--samples", "0.5"], "--samples 0.5 must be at least 1"),
         (["--gpu", "h101"], "--gpu h101 is neither a file nor a profile"),
         (["--write", "/dev/null/plan"], "/dev/null/plan"),
     ],
@@ -185,6 +184,14 @@ def test_mistakes_are_one_clear_line(arguments: list[str], message: str, capsys:
     assert main([*SMALL, *arguments]) == 1
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", [["--samples", "-5"], ["--top", "0"], ["--tokens", "nan"], ["--gpus", "many"]])
+def test_options_of_another_type_are_one_clear_line(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*SMALL, *option])
+    error = capsys.readouterr().err
+    assert option[0] in error and error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_a_batch_that_few_layouts_divide_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import check_layout, load_config
-from tools.plan import main
+from engine.config.read import check_layout, load_config
+from tools.plan.__main__ import main
 
 STEM = "b16-16xa100-40"
 
@@ -82,7 +82,7 @@ def test_the_slurm_job_meets_at_the_first_of_many_nodes(folder: Path, tmp_path: 
 
 def test_one_node_needs_no_host_name_and_a_profile_may_be_called_anything(tmp_path: Path) -> None:
     profile = tmp_path / "rack 3; $(boom).yaml"
-    shutil.copy(Path(__file__).parents[3] / "tools" / "planning" / "hardware" / "h100.yaml", profile)
+    shutil.copy(Path(__file__).parents[3] / "tools" / "cost" / "hardware" / "h100.yaml", profile)
     job = ["--model", "b16", "--gpus", "8", "--gpu", str(profile), "--global-batch", "1024"]
     assert main([*job, "--write", str(tmp_path / "out")]) == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
