@@ -202,6 +202,6 @@ def test_a_batch_that_few_layouts_divide_is_named(capsys: pytest.CaptureFixture[
 
 
 def test_planning_imports_no_torch() -> None:
-    code = "import sys; from tools.plan import main; assert 'torch' not in sys.modules, 'torch'; print('ok')"
+    code = "import sys; from tools.plan.__main__ import main; assert 'torch' not in sys.modules, 'torch'; print('ok')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "ok\n", done.stderr
