@@ -6,8 +6,11 @@ installed package; training with somebody else's `data` must stop before anythin
 
 import importlib.util
 import logging
+import sys
+import types
 import warnings
 from pathlib import Path
+from typing import Any
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,6 +38,27 @@ def _quiet_third_parties() -> None:
     # all_gather_single and reduce_scatter_single do not exist in every torch of our range.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated.*")
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    # megatron-core 0.17 and later import it, and a CUDA build of torch then says that there is no CUDA.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 _quiet_third_parties()
+
+
+class _Unused(types.ModuleType):
+    """A module of functions that nobody calls."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *_, **__: None
+
+
+def _do_without_triton() -> None:
+    """megatron-core 0.18 and 0.19 import Triton for one MoE module; torch's CPU builds come without it."""
+    name = "megatron.core.transformer.moe.paged_stash"
+    if importlib.util.find_spec("triton") is None:
+        sys.modules.setdefault(name, _Unused(name))
+
+
+_do_without_triton()

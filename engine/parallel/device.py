@@ -121,6 +121,7 @@ def prepare() -> Device:
 
 _STAND_INS: dict[str, Any] = {
     "current_device": lambda: CPU,
+    "current_stream": lambda device=None: torch.cpu.current_stream(),
     "synchronize": lambda device=None: None,
     "manual_seed": lambda seed: torch.manual_seed(seed) and None,
     "get_rng_state": lambda device=None: torch.get_rng_state(),

@@ -28,14 +28,15 @@ class Package:
     @property
     def is_installed(self) -> bool:
         """Whether it is there at all; nothing is imported."""
-        return find_spec(self.module.split(".", 1)[0]) is not None
+        spec = find_spec(self.module.split(".", 1)[0])
+        return spec is not None and spec.origin is not None  # flash-attn 4 alone leaves a bare folder `flash_attn`
 
 
 TRANSFORMER_ENGINE = Package(
     "transformer-engine",
     "transformer_engine.pytorch",
     "model.backend=transformer_engine",
-    "pip install --no-build-isolation 'transformer-engine[pytorch,core_cu13]>=2.9,<2.12'",
+    "pip install --no-build-isolation 'transformer-engine[pytorch,core_cu13]>=2.9,<2.21'",
 )
 FLASH_2 = Package(
     "flash-attn",
@@ -60,7 +61,10 @@ APEX = Package(
 def load(package: Package) -> ModuleType:
     """Import it; ModelConfigError names the package, the option that asked for it and how to install it."""
     try:
-        return importlib.import_module(package.module)
+        module = importlib.import_module(package.module)
+        if module.__file__ is None:
+            raise ImportError(f"{package.module} is a folder of another package")
+        return module
     except (ImportError, AssertionError, OSError) as error:  # a half-installed Transformer Engine raises the latter two
         why = " ".join(str(error).split())
         raise ModelConfigError(

@@ -105,7 +105,8 @@ def vision_layer_spec(
 
     class SwiGLUMlp(SwiGLU):
         # A class, not a ModuleSpec: megatron-core warns of every MLP spec whose module is not its own.
-        def __init__(self, config: TransformerConfig):
+        # Since 0.18 it is also told of groups, multi-token prediction and a name.
+        def __init__(self, config: TransformerConfig, **_: Any):
             super().__init__(config, groups.tp, kernels, norm=vision.mlp_norm)
 
     return _layer_spec(

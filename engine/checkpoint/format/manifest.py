@@ -102,8 +102,9 @@ class Manifest:
 
 def library_versions() -> dict[str, str]:
     """Versions of what computed and wrote a checkpoint."""
-    found = {"python": platform.python_version()}
-    for package in ("eva-megatron", "torch", "megatron-core", "numpy"):
+    # torch's own word: the metadata of its CUDA builds leave out for which CUDA they are.
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("eva-megatron", "megatron-core", "numpy"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

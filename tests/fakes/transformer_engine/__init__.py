@@ -1,6 +1,6 @@
-"""Stand-in for Transformer Engine 2.11.0 (tests/fakes/README.md)."""
+"""Stand-in for Transformer Engine 2.20.2 (tests/fakes/README.md)."""
 
 from transformer_engine import common as common
 from transformer_engine import pytorch as pytorch
 
-__version__ = "2.11.0"
+__version__ = "2.20.2"

@@ -23,6 +23,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         qkv_format: str = "sbhd",
         attn_mask_type: str = "causal",
         window_size: tuple[int, int] | None = None,
+        bottom_right_diagonal: bool | None = None,
         sequence_parallel: bool = False,
         tp_size: int = 1,
         get_rng_state_tracker: Callable | None = None,
@@ -36,6 +37,8 @@ class DotProductAttention(TransformerEngineBaseModule):
         softmax_scale: float | None = None,
         softmax_type: str = "vanilla",
         return_max_logit: bool = False,
+        softcap: float = 0.0,
+        name: str | None = None,
     ):
         super().__init__()
         assert attention_dropout == 0 and attention_type == "self" and softmax_type == "vanilla"
@@ -56,6 +59,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         max_seqlen_kv: int | None = None,
         attn_mask_type: str | None = None,
         window_size: tuple[int, int] | None = None,
+        bottom_right_diagonal: bool | None = None,
         checkpoint_core_attention: bool = False,
         core_attention_bias_type: str = "no_bias",
         core_attention_bias: Tensor | None = None,
@@ -65,6 +69,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         pad_between_seqs: bool | None = None,
         fp8_output: bool | None = False,
         num_splits: int | None = 1,
+        **_: Any,
     ) -> Tensor:
         """[T, heads, d] each -> [T, heads x d]."""
         if query_layer.dtype not in (torch.bfloat16, torch.float16):
