@@ -2,10 +2,13 @@
 
 The import names `data`, `models` and `tools` are fixed by the project's layout and short enough to be taken by another
 installed package; training with somebody else's `data` must stop before anything is imported from it.
+
+The errors of this file carry the package's own name, which `python -m engine.train` prints as one line.
 """
 
 import importlib.util
 import logging
+import os
 import sys
 import types
 import warnings
@@ -23,11 +26,26 @@ def _refuse_shadowed_rooms() -> None:
             where = spec.origin or list(spec.submodule_search_locations or []) if spec else "nowhere"
             raise ImportError(
                 f"`import {room}` finds {where} instead of {_ROOT / room}: another package or folder of that name "
-                f"shadows eva-megatron's; start from {_ROOT}, or uninstall or rename the other one"
+                f"shadows eva-megatron's; start from {_ROOT}, or uninstall or rename the other one",
+                name=__name__,
             )
 
 
 _refuse_shadowed_rooms()
+
+
+def _refuse_other_versions() -> None:
+    """Before torch and megatron-core are imported: what an old one lacks would end in an error that names neither."""
+    from models.versions import required
+
+    for supported, found in required():
+        if refusal := supported.refusal(found):
+            raise ImportError(refusal, name=__name__)
+        if (warning := supported.warning(found)) and os.environ.get("RANK", "0") == "0":
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
+_refuse_other_versions()
 
 
 def _quiet_third_parties() -> None:

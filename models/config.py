@@ -4,12 +4,22 @@
 cannot be built. Sources: the authors' model_configs/*.json as read in the paper's repository, and the paper's Table 4.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 FP8_MULTIPLES = {"current": 16, "blockwise": 16, "mxfp8": 32}
 """model.fp8 -> what every side of a GEMM must be a multiple of (cuBLAS's alignment; numbers that share a scale)."""
 
 
+_REFUSED_RECIPES = {
+    "delayed": "its scales follow the history of passes, so a replayed stage would compute other numbers",
+    "nvfp4": "it rounds gradients at random, and its generator is in no checkpoint: no resumed run would repeat",
+    "custom": "what a foreign quantiser keeps between passes is not known, and a replay must repeat the encode phase",
+}
+"""Recipes of Transformer Engine that are not offered, and why."""
+ATTENTIONS = ("auto", "sdpa", "matmul", "flash", "flash3", "flash4", "te")
+"""Values of model.attention."""
 LOCAL_KERNELS = {"backend": "local", "attention": "auto", "norm_kernel": "auto", "fp8": "none", "fp8_bf16_blocks": 0}
 """What replaces the choice of kernels in a checkpoint's model: where it is used need not be where it was trained."""
 
@@ -104,7 +114,8 @@ class ModelConfig:
     the package and bf16 are there; what was picked is logged)."""
     attention: str = "auto"
     """Their core attention: auto (the backend's own: sdpa or te; matmul in bf16 on a CPU) | sdpa (torch) | matmul
-    (plain products, keeps S x S) | flash (flash-attn 2) | flash3 (flash-attn 3, Hopper) | te (Transformer Engine)."""
+    (plain products, keeps S x S) | flash (flash-attn 2) | flash3 (flash-attn 3, Hopper) | flash4 (flash-attn 4, Hopper
+    and later) | te (Transformer Engine)."""
     norm_kernel: str = "auto"
     """Their norms: auto (the backend's own) | torch | compiled (RMSNorm fused by torch.compile) | apex (fused RMSNorm)
     | te."""
@@ -133,9 +144,9 @@ class ModelConfig:
                 f"model.vision.rope needs a head_width that is a multiple of 4 (pairs, two halves), not {v.head_width}"
             )
         _one_of("model.backend", self.backend, ("auto", "local", "transformer_engine"))
-        _one_of("model.attention", self.attention, ("auto", "sdpa", "matmul", "flash", "flash3", "te"))
+        _one_of("model.attention", self.attention, ATTENTIONS)
         _one_of("model.norm_kernel", self.norm_kernel, ("auto", "torch", "compiled", "apex", "te"))
-        _one_of("model.fp8", self.fp8, ("none", *FP8_MULTIPLES))
+        _one_of("model.fp8", self.fp8, ("none", *FP8_MULTIPLES), _REFUSED_RECIPES)
         blocks = self.fp8_bf16_blocks
         if blocks and (self.fp8 == "none" or not 0 < 2 * blocks < v.depth):
             raise ModelConfigError(
@@ -149,6 +160,7 @@ def _divides(name: str, value: int, by_name: str, by: int) -> None:
         raise ModelConfigError(f"{name} {value} is not a multiple of {by_name} {by}")
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def _one_of(name: str, value: str, allowed: tuple[str, ...], refused: Mapping[str, str] = MappingProxyType({})) -> None:
     if value not in allowed:
-        raise ModelConfigError(f"{name} is {value!r}: choose one of {', '.join(allowed)}")
+        why = f" ({refused[value]})" if value in refused else ""
+        raise ModelConfigError(f"{name} is {value!r}: choose one of {', '.join(allowed)}{why}")

@@ -22,7 +22,11 @@ from tools.cost.layout import layout_of
 
 ROOT = Path(__file__).parents[1]
 YAMLS = sorted(path.relative_to(ROOT) for path in (ROOT / "examples").rglob("*.yaml"))
-SCRIPTS = sorted(path.relative_to(ROOT) for path in [*(ROOT / "examples").rglob("*.sh"), *ROOT.glob("tests/*.sh")])
+SCRIPTS = sorted(
+    path.relative_to(ROOT)
+    for folder in ("examples", "tests", "tools", "findings")
+    for path in (ROOT / folder).rglob("*.sh")
+)
 BATCH_SCRIPTS = sorted(path.relative_to(ROOT) for path in (ROOT / "examples").rglob("*.sbatch"))
 RECIPES = [path for path in SCRIPTS if path.parent.name in ("18b", "8b")]
 KNOBS = {

@@ -5,7 +5,7 @@ A kernel is built with (config, mask, layer_number, groups) and maps q, k, v [T,
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from models.blocks.norms import SplitChannelNorm
-from models.blocks.packages import FLASH_2, FLASH_3, load
+from models.blocks.packages import FLASH_2, FLASH_3, FLASH_4, load
 from models.blocks.packed import PackedTokens
 from models.blocks.rope import rotate
 
@@ -98,13 +98,16 @@ class MatmulAttention(MegatronModule):
 class FlashAttention(MegatronModule):
     """flash-attn's varlen kernel on the packed tokens as they lie: no view by sample, no transpose.
 
-    version: 2 (flash-attn) or 3 (flash_attn_interface, Hopper). Both take these arguments by these names.
+    version: 2 (flash-attn), 3 (flash_attn_interface, Hopper) or 4 (flash_attn.cute, Hopper and later). All take these
+    arguments by these names; by place they do not (the fourth of 4 is `qv`).
     """
+
+    PACKAGES: ClassVar = {2: FLASH_2, 3: FLASH_3, 4: FLASH_4}
 
     def __init__(self, config: TransformerConfig, mask: AttnMaskType, *, version: int, **_: Any):
         super().__init__(config=config)
         self.causal = mask == AttnMaskType.causal
-        self.attend = load(FLASH_3 if version == 3 else FLASH_2).flash_attn_varlen_func
+        self.attend = load(self.PACKAGES[version]).flash_attn_varlen_func
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tokens: PackedTokens) -> Tensor:
         """[T, heads, d] in bf16 -> [T, heads x d]."""
@@ -118,7 +121,7 @@ class FlashAttention(MegatronModule):
             max_seqlen_k=tokens.max_seqlen_kv,
             causal=self.causal,
         )
-        if isinstance(out, tuple):  # the first releases of flash-attn 3 return the log-sum-exp, too
+        if isinstance(out, tuple):  # 4 and the first releases of 3 return the log-sum-exp, too
             out = out[0]
         return out.flatten(1)
 

@@ -2,7 +2,9 @@
 
 from models.config import FP8_MULTIPLES, ModelConfig, ModelConfigError
 
-_BF16_ATTENTION = ("flash", "flash3", "te")
+_BF16_ATTENTION = ("flash", "flash3", "flash4", "te")
+_WIDEST_HEAD = {"flash": 256, "flash3": 256, "flash4": 128}
+"""model.attention -> channels of a head that its kernels take at most, forward and backward, in multiples of 8."""
 
 
 def check_kernels(
@@ -18,6 +20,12 @@ def check_kernels(
         raise ModelConfigError(
             f"model.attention={attention} has kernels for bf16 only, not {precision}: set train.precision=bf16 or "
             "model.attention=sdpa"
+        )
+    widest = _WIDEST_HEAD.get(attention)
+    if widest and (model.vision.head_width % 8 or model.vision.head_width > widest):
+        raise ModelConfigError(
+            f"model.attention={attention} takes head widths in multiples of 8 up to {widest}, but "
+            f"model.vision.head_width is {model.vision.head_width}: set model.attention=sdpa"
         )
     if model.fp8 != "none":
         multiple = FP8_MULTIPLES[model.fp8]

@@ -17,7 +17,16 @@ from torch import nn
 
 from models.blocks.attention import FlashAttention, Kernel, MatmulAttention, SdpaAttention
 from models.blocks.norms import NORMS, ApexRMSNorm, CompiledRMSNorm
-from models.blocks.packages import APEX, FLASH_2, FLASH_3, TRANSFORMER_ENGINE, load, require_compiler
+from models.blocks.packages import (
+    APEX,
+    FLASH_2,
+    FLASH_3,
+    FLASH_4,
+    TRANSFORMER_ENGINE,
+    flash_2_serves_te,
+    load,
+    require_compiler,
+)
 from models.config import ModelConfig, ModelConfigError
 
 
@@ -73,15 +82,23 @@ def _by_machine(dtype: torch.dtype) -> tuple[str, str]:
     if dtype != torch.bfloat16:
         return "local", "the precision is not bf16"
     if not _te_has_packed_attention():
-        return "local", f"{FLASH_2.name} is not installed, and {_BEFORE_HOPPER}"
+        return "local", f"{_no_flash_2()}, and {_BEFORE_HOPPER}"
     return "transformer_engine", f"{TRANSFORMER_ENGINE.name} is installed"
 
 
+HOPPER = (9, 0)
+"""Compute capability."""
 _BEFORE_HOPPER = "before Hopper Transformer Engine attends to packed tokens through it (cuDNN's kernels want 9.0)"
 
 
 def _te_has_packed_attention() -> bool:
-    return FLASH_2.is_installed or not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
+    return flash_2_serves_te() or not torch.cuda.is_available() or torch.cuda.get_device_capability() >= HOPPER
+
+
+def _no_flash_2() -> str:
+    if not FLASH_2.is_installed:
+        return f"{FLASH_2.name} is not installed"
+    return f"{FLASH_2.name} {FLASH_2.version} counts as not installed for Transformer Engine before 2.19"
 
 
 def require_kernels(model: ModelConfig, dtype: torch.dtype) -> Choice:
@@ -91,6 +108,7 @@ def require_kernels(model: ModelConfig, dtype: torch.dtype) -> Choice:
         TRANSFORMER_ENGINE: choice.backend == "transformer_engine",
         FLASH_2: choice.attention == "flash",
         FLASH_3: choice.attention == "flash3",
+        FLASH_4: choice.attention == "flash4",
         APEX: choice.norm_kernel == "apex",
     }
     for package in (package for package, is_asked in asked.items() if is_asked):
@@ -99,9 +117,11 @@ def require_kernels(model: ModelConfig, dtype: torch.dtype) -> Choice:
         require_compiler()
     if choice.attention == "te" and not _te_has_packed_attention():
         raise ModelConfigError(
-            f"model.attention=te needs {FLASH_2.name} on this GPU: {_BEFORE_HOPPER}; install: {FLASH_2.install}, or "
-            "set model.attention=sdpa"
+            f"model.attention=te needs {FLASH_2.name} on this GPU: {_no_flash_2()}, and {_BEFORE_HOPPER}; pip install "
+            "--no-build-isolation flash-attn==2.8.3, or set model.attention=sdpa"
         )
+    if choice.attention == "flash4" and torch.cuda.is_available() and torch.cuda.get_device_capability() < HOPPER:
+        raise ModelConfigError("model.attention=flash4 has gradients from Hopper on only: set model.attention=flash")
     return choice
 
 
@@ -113,6 +133,7 @@ def vision_kernels(model: ModelConfig, layers: range, dtype: torch.dtype) -> Ker
         "matmul": MatmulAttention,
         "flash": partial(FlashAttention, version=2),
         "flash3": partial(FlashAttention, version=3),
+        "flash4": partial(FlashAttention, version=4),
     }
     norms: dict[str, Callable[..., nn.Module]] = {
         "torch": NORMS[model.vision.norm],

@@ -3,13 +3,18 @@
 import importlib
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 import torch
+from packaging.version import InvalidVersion, Version
 
+from models import versions
 from models.config import ModelConfigError
+from models.versions import Supported, installed_version
 
 
 @dataclass(frozen=True)
@@ -24,31 +29,52 @@ class Package:
     """The setting that asks for it."""
     install: str
     """The command, or where it comes from."""
+    supported: Supported | None = None
+    """The range of versions, where the package has releases that tell."""
 
     @property
     def is_installed(self) -> bool:
         """Whether it is there at all; nothing is imported."""
-        spec = find_spec(self.module.split(".", 1)[0])
-        return spec is not None and spec.origin is not None  # flash-attn 4 alone leaves a bare folder `flash_attn`
+        top, *below = self.module.split(".")
+        spec = find_spec(top)
+        if spec is None:
+            return False
+        if not below:
+            return spec.origin is not None  # flash-attn 4 alone leaves a bare folder `flash_attn`
+        places = [Path(folder, *below) for folder in spec.submodule_search_locations or []]
+        return any(place.is_dir() or place.with_suffix(".py").is_file() for place in places)
+
+    @property
+    def version(self) -> str | None:
+        """Version by its metadata; None where there is none."""
+        return installed_version(self.name)
 
 
 TRANSFORMER_ENGINE = Package(
     "transformer-engine",
     "transformer_engine.pytorch",
     "model.backend=transformer_engine",
-    "pip install --no-build-isolation 'transformer-engine[pytorch,core_cu13]>=2.9,<2.21'",
+    versions.TRANSFORMER_ENGINE.cure,
+    versions.TRANSFORMER_ENGINE,
 )
 FLASH_2 = Package(
     "flash-attn",
     "flash_attn",
     "model.attention=flash",
-    "pip install psutil && pip install --no-build-isolation 'flash-attn>=2.7.3,<=2.8.3'",
+    versions.FLASH_ATTN_2.cure,
+    versions.FLASH_ATTN_2,
 )
 FLASH_3 = Package(
     "flash-attn 3",
     "flash_attn_interface",
     "model.attention=flash3",
     "a Hopper GPU, and `python setup.py install` in the folder hopper/ of the flash-attention source",
+)
+FLASH_4 = Package(
+    "flash-attn-4",
+    "flash_attn.cute",
+    "model.attention=flash4",
+    "a GPU from Hopper on, and pip install --pre 'flash-attn-4>=4.0.0b36'",
 )
 APEX = Package(
     "NVIDIA apex",
@@ -59,7 +85,11 @@ APEX = Package(
 
 
 def load(package: Package) -> ModuleType:
-    """Import it; ModelConfigError names the package, the option that asked for it and how to install it."""
+    """Import it; ModelConfigError names the package, the option that asked for it and how to install it.
+
+    A version below the range is an error as well; one above it is told on standard error.
+    """
+    _check_version(package)
     try:
         module = importlib.import_module(package.module)
         if module.__file__ is None:
@@ -70,6 +100,33 @@ def load(package: Package) -> ModuleType:
         raise ModelConfigError(
             f"{package.option} needs {package.name}, which cannot be imported here ({why}); install: {package.install}"
         ) from None
+
+
+def _check_version(package: Package) -> None:
+    if package.supported is None:
+        return
+    if refusal := package.supported.refusal(package.version):
+        raise ModelConfigError(f"{package.option}: {refusal}")
+    if (warning := package.supported.warning(package.version)) and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
+def flash_2_serves_te() -> bool:
+    """Whether Transformer Engine attends through the flash-attn 2 that is installed.
+
+    Before 2.19 it takes `<= 2.8.3`, which the post-releases of 2.8.3 are not; 2.19 and later take `< 2.8.4`
+    (max_version in its attention/dot_product_attention/utils.py).
+    """
+    return FLASH_2.is_installed and te_takes_flash(TRANSFORMER_ENGINE.version, FLASH_2.version)
+
+
+def te_takes_flash(te: str | None, flash: str | None) -> bool:
+    """By the two versions; True where one has no metadata."""
+    try:
+        engine, kernel = Version(te or "2.20"), Version(flash or "2.8.3")
+    except InvalidVersion:
+        return True
+    return kernel < Version("2.8.4") if engine.release[:2] >= (2, 19) else kernel <= Version("2.8.3")
 
 
 def require_compiler() -> None:

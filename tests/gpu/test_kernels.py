@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.parallel.mesh import Mesh
-from models.blocks.packages import APEX, FLASH_2, FLASH_3, TRANSFORMER_ENGINE, Package
+from models.blocks.packages import APEX, FLASH_2, FLASH_3, FLASH_4, TRANSFORMER_ENGINE, Package
 from models.config import FP8_MULTIPLES
 from models.towers.vision import VisionTower
 from tests.golden import ARCHITECTURES, TOLERANCE, deviation, deviations, load_io, model_of, pixels
@@ -25,6 +25,7 @@ KERNEL_TOLERANCE, BF16_TOLERANCE, FP8_TOLERANCE = 1e-2, 6e-2, 0.4
 BF16_KERNELS: list[tuple[str, dict[str, Any], Package | None, tuple[int, int]]] = [
     ("flash", {"attention": "flash"}, FLASH_2, (8, 0)),
     ("flash3", {"attention": "flash3"}, FLASH_3, (9, 0)),
+    ("flash4", {"attention": "flash4"}, FLASH_4, (9, 0)),
     ("te-linears", TE | {"attention": "sdpa", "norm_kernel": "torch"}, TRANSFORMER_ENGINE, (8, 0)),
     ("te", TE, TRANSFORMER_ENGINE, (9, 0)),
     ("apex", {"norm_kernel": "apex"}, APEX, (8, 0)),

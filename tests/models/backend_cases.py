@@ -39,6 +39,7 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     "matmul": {"attention": "matmul"},
     "flash": {"attention": "flash"},
     "flash3": {"attention": "flash3"},
+    "flash4": {"attention": "flash4"},
     "te": TE | {"attention": "te", "norm_kernel": "torch"},
     "te-all": TE,
 }

@@ -1,17 +1,22 @@
 """Kernels that exclude each other are refused with the config; a package that is missing, before anything is built."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from engine.checkpoint.format.manifest import Manifest
 from engine.config.read import Config, ConfigError, resolve, to_dict
 from engine.evaluation.embedder import inference_config
+from models.blocks import packages
 from models.blocks.kernels import choose, require_kernels
-from models.blocks.packages import APEX, FLASH_2, FLASH_3, TRANSFORMER_ENGINE, Package
+from models.blocks.packages import APEX, FLASH_2, FLASH_3, FLASH_4, TRANSFORMER_ENGINE, Package, load, te_takes_flash
 from models.config import LOCAL_KERNELS, ModelConfigError
 
 TE = "model.backend=transformer_engine"
 BF16 = "train.precision=bf16"
+WIDE = ["model.vision.width=320", "model.vision.head_width=160"]
 FITTING = "train.micro_batch_size=32"
 EVALUATE = "evaluate={every_steps: 5, shards: [held-out.tar]}"
 
@@ -28,7 +33,10 @@ def _resolve(*options: str) -> Config:
         (["model.backend=apex"], r"backend is 'apex': choose one of auto, local, transformer_engine"),
         (["model.attention=xformers"], r"attention is 'xformers': choose one of auto, sdpa"),
         (["model.norm_kernel=triton"], r"norm_kernel is 'triton'"),
-        (["model.fp8=delayed", TE, BF16], r"fp8 is 'delayed': choose one of none, current, blockwise, mxfp8"),
+        (
+            ["model.fp8=delayed", TE, BF16],
+            r"fp8 is 'delayed': choose one of none, current, blockwise, mxfp8 \(its",
+        ),
         (["model.attention=te", BF16], r"attention=te needs model\.backend=transformer_engine, not local"),
         (["model.norm_kernel=te"], r"norm_kernel=te needs model\.backend=transformer_engine, not local"),
         (["model.fp8=current", BF16], r"fp8=current needs model\.backend=transformer_engine, not local"),
@@ -36,6 +44,11 @@ def _resolve(*options: str) -> Config:
         ([TE], r"attention=te has kernels for bf16 only, not fp32: set train\.precision=bf16 or model\.attention=sdpa"),
         (["model.attention=flash"], r"attention=flash has kernels for bf16 only, not fp32"),
         (["model.attention=flash3"], r"attention=flash3 has kernels for bf16 only"),
+        (["model.attention=flash4"], r"attention=flash4 has kernels for bf16 only"),
+        ([BF16, "model.attention=flash4", *WIDE], r"head widths in multiples of 8 up to 128, but .* is 160: set"),
+        ([BF16, "model.attention=flash", "model.vision.head_width=4"], r"multiples of 8 up to 256, but .* is 4: set"),
+        (["model.fp8=nvfp4", TE, BF16], r"fp8 is 'nvfp4': choose one of none, .*rounds gradients at random"),
+        (["model.fp8=custom", TE, BF16], r"fp8 is 'custom': choose one of none, .*a replay must repeat"),
         (["model.norm_kernel=apex", "model.vision.norm=layer"], r"fused RMSNorm, but model\.vision\.norm is layer"),
         (["model.norm_kernel=compiled", "model.vision.norm=layer"], r"norm_kernel=compiled is a fused RMSNorm, but"),
         ([TE, "model.attention=sdpa", "model.fp8=current"], r"fp8=current needs train\.precision=bf16, not fp32"),
@@ -83,6 +96,8 @@ def test_a_config_is_refused(options: list[str], message: str) -> None:
         [TE, BF16, "model.fp8=blockwise", FITTING, EVALUATE],
         [TE, BF16, "model.fp8=current", "train.micro_batch_size=4", "train.patch_dropout=0.55"],
         [BF16, "model.attention=flash", "model.norm_kernel=apex"],
+        [BF16, "model.attention=flash3", *WIDE],
+        [BF16, "model.attention=flash4", "model.vision.width=224", "model.vision.head_width=112"],
         ["train.offload_stash=true", "parallel.pipeline=2", "train.keep_activations=1"],
     ],
 )
@@ -96,6 +111,7 @@ def test_what_fits_is_accepted_where_no_package_is_installed(options: list[str])
         (TRANSFORMER_ENGINE, [TE, "model.attention=sdpa"]),
         (FLASH_2, [BF16, "model.attention=flash"]),
         (FLASH_3, [BF16, "model.attention=flash3"]),
+        (FLASH_4, [BF16, "model.attention=flash4"]),
         (APEX, ["model.norm_kernel=apex"]),
     ],
     ids=lambda value: value.name if isinstance(value, Package) else "",
@@ -134,3 +150,50 @@ def test_auto_says_why_it_stays_local_and_takes_plain_products_in_bf16() -> None
     choice = choose(_resolve("model.backend=auto").model, torch.bfloat16)
     assert (choice.backend, choice.attention) == ("local", "matmul")
     assert str(choice).endswith("(model.backend=auto: there is no CUDA device)")
+
+
+def _folder(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("")
+    return root
+
+
+def test_the_bare_folder_of_flash_attn_4_is_no_flash_attn_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if FLASH_2.is_installed or FLASH_4.is_installed:
+        pytest.skip("flash-attn is installed here")
+    monkeypatch.syspath_prepend(_folder(tmp_path, "flash_attn/cute/__init__.py"))
+    assert (FLASH_2.is_installed, FLASH_4.is_installed) == (False, True)
+    with pytest.raises(ModelConfigError, match=r"model\.attention=flash needs flash-attn, .*is a folder of another"):
+        load(FLASH_2)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+
+
+def test_apex_of_pypi_is_not_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if APEX.is_installed:
+        pytest.skip("apex is installed here")
+    monkeypatch.syspath_prepend(_folder(tmp_path, "apex/__init__.py", "apex/interfaces.py"))
+    assert not APEX.is_installed
+
+
+@pytest.mark.parametrize(
+    ("te", "flash", "taken"),
+    [
+        ("2.11.0", "2.8.3", True),
+        ("2.18.0", "2.8.3.post2", False),
+        ("2.18.0+abc", "2.7.4.post1", True),
+        ("2.19.0", "2.8.3.post2", True),
+        ("2.20.2", "2.8.4", False),
+        (None, "2.8.3.post2", True),
+        ("2.18.0", None, True),
+        ("2.18.0", "of-mine", True),
+    ],
+)
+def test_which_flash_attn_2_transformer_engine_takes(te: str | None, flash: str | None, taken: bool) -> None:
+    assert te_takes_flash(te, flash) is taken
+
+
+def test_an_old_package_is_refused_with_its_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "installed_version", lambda _: "2.8.0")
+    with pytest.raises(ModelConfigError, match=r"transformer-engine 2\.8\.0 is here, but .* 2\.9 to 2\.20: pip"):
+        load(TRANSFORMER_ENGINE)

@@ -10,6 +10,7 @@ nvidia-dali is the extra `dali` (built for CUDA 13; nvidia-dali-cuda120 serves C
 """
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from data.pixels.transforms import Window
 
 _MOST_IMAGES = 64  # of one pipeline run: decoded images of a run are held at full size
 _JPEG_END = b"\xff\xd9"
+_OLDEST, _NEWEST = (2, 3), (2, 4)
+_RANGE = "2.3 to 2.4"
 
 _log = logging.getLogger(__name__)
 
@@ -136,6 +139,14 @@ def _import_dali() -> Any:
             f"data.decoder=dali needs NVIDIA DALI ({error}): pip install 'eva-megatron[dali]', or set "
             "data.decoder=pillow"
         ) from error
+    version = tuple(map(int, re.findall(r"\d+", dali.__version__)[:2]))
+    if version < _OLDEST:
+        raise DataError(
+            f"data.decoder=dali needs NVIDIA DALI {_RANGE}, not {dali.__version__}: "
+            "pip install 'nvidia-dali-cuda130>=2.3,<2.5', or set data.decoder=pillow"
+        )
+    if version > _NEWEST:
+        _log.warning("NVIDIA DALI %s is newer than %s, which this was run with", dali.__version__, _RANGE)
     return dali
 
 

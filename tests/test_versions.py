@@ -1,0 +1,72 @@
+"""Versions outside the ranges: one line that names range and cure, refused below, told and used above."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from models import versions
+from models.versions import MEGATRON_CORE, TORCH, Supported, megatron_core_version, required
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(
+    ("supported", "found", "refused", "told"),
+    [
+        (TORCH, "2.10.1+cu128", True, False),
+        (TORCH, "2.11.0a0+git99", False, False),
+        (TORCH, "2.15.3+cpu", False, False),
+        (TORCH, "2.16.0", False, True),
+        (TORCH, "3.0", False, True),
+        (MEGATRON_CORE, "0.16.0", True, False),
+        (MEGATRON_CORE, "0.16.1", False, False),
+        (MEGATRON_CORE, "0.19.12+abc", False, False),
+        (MEGATRON_CORE, "0.20.0rc1", False, True),
+        (MEGATRON_CORE, None, False, False),
+    ],
+)
+def test_below_is_refused_and_above_is_told(supported: Supported, found: str | None, refused: bool, told: bool) -> None:
+    assert (bool(supported.refusal(found)), bool(supported.warning(found))) == (refused, told)
+    for line in filter(None, (supported.refusal(found), supported.warning(found))):
+        assert "\n" not in line and str(found) in line and supported.text in line and supported.cure in line
+
+
+def test_what_runs_here_is_known_and_in_range() -> None:
+    for supported, found in required():
+        assert found is not None and not supported.refusal(found) and not supported.warning(found)
+
+
+def _megatron(folder: Path, minor: int) -> Path:
+    core = folder / "megatron" / "core"
+    core.mkdir(parents=True)
+    (core / "package_info.py").write_text(f"MAJOR = 0\nMINOR = {minor}\nPATCH = 3\n")
+    return folder
+
+
+def test_the_version_is_that_of_the_files_that_would_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions, "find_spec", lambda _: None)
+    assert megatron_core_version() is None
+    spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path), str(_megatron(tmp_path, 7) / "megatron")]})
+    monkeypatch.setattr(versions, "find_spec", lambda _: spec)
+    assert megatron_core_version() == "0.7.3"
+
+
+@pytest.mark.parametrize("module", ["engine.train", "tools.plan", "tools.evaluate"])
+def test_an_old_megatron_core_ends_every_command_with_one_line(module: str, tmp_path: Path) -> None:
+    path = os.pathsep.join([str(_megatron(tmp_path, 15)), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode != 0 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "megatron-core 0.15.3 is here" in line and MEGATRON_CORE.cure in line
