@@ -4,25 +4,23 @@ A rank holds one or more chunks of the vision tower (more than one with virtual 
 wrapped in megatron-core's DistributedDataParallel on its own: flat fp32 gradient buckets, reduce-scatter, all-gather.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch import nn
 
-from engine.config.read import Config, MimConfig
+from engine.config.read import Config
 from engine.config.stages import stage_layers
+from engine.objectives.registry import objective_of
 from engine.optim.groups import tensor_group
 from engine.optim.lamb import ShardedOptimizer
 from engine.parallel.mesh import Axis, Mesh
 from engine.parallel.shards import TowerShards
 from models.clip import LogitBias, LogitScale
-from models.tensors.init import clip_rule, initialise, student_rule
+from models.tensors.init import initialise
 from models.tensors.naming import LogicalTensor, logical_name, logical_tensors
-from models.towers.mim import StudentTower
 from models.towers.text import TextTower
 from models.towers.vision import VisionTower
 
@@ -114,7 +112,7 @@ class Towers:
 def build_towers(config: Config, mesh: Mesh, device: torch.device) -> Towers:
     """Build, initialise and wrap. Collective over the mesh."""
     chunks = build_vision(config, mesh, device)
-    side = _build_text_side(config, mesh, device) if config.objective == "contrastive" else None
+    side = _build_text_side(config, mesh, device) if objective_of(config).reads_captions else None
     parts = [
         Part(
             ddp=_wrap(chunk, chunk.config, mesh.vision_groups(), config),
@@ -128,7 +126,7 @@ def build_towers(config: Config, mesh: Mesh, device: torch.device) -> Towers:
     if side is not None:
         ddp = _wrap(side, side.tower.config, mesh.text_groups(), config)
         parts.append(Part(ddp, _text_side_tensors(side), owners=mesh.world, holders=mesh.world, tensor_rank=0))
-    rule = student_rule if config.objective == "mim" else clip_rule
+    rule = objective_of(config).initial_values()
     for part in parts:
         size = 1 if part.ddp.module is side else mesh.tensor.size
         initialise(part.ddp.module, part.logical, config.model, config.train.seed, part.tensor_rank, size, rule)
@@ -139,7 +137,7 @@ def build_vision(config: Config, mesh: Mesh, device: torch.device) -> list[Visio
     """This rank's chunks of the vision tower, not initialised."""
     parallel, stages = config.parallel, mesh.pipeline.size
     layers = stage_layers(config.model.vision.depth, stages * parallel.virtual, parallel.layers)
-    tower: Callable[..., VisionTower] = _student_tower(config.mim) if config.objective == "mim" else VisionTower
+    tower = objective_of(config).vision_tower(config)
     with torch.device(device):
         return [
             tower(
@@ -152,13 +150,6 @@ def build_vision(config: Config, mesh: Mesh, device: torch.device) -> list[Visio
             )
             for chunk in range(parallel.virtual)
         ]
-
-
-def _student_tower(mim: MimConfig) -> Callable[..., StudentTower]:
-    """What builds the student's chunks: its head is as wide as the teacher's projection."""
-    assert mim.teacher_model is not None, "the config was not resolved"
-    target_dim = mim.teacher_model.embed_dim
-    return partial(StudentTower, target_dim=target_dim, patch_gradient_scale=mim.patch_gradient_scale)
 
 
 def _build_text_side(config: Config, mesh: Mesh, device: torch.device) -> TextSide:

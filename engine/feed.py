@@ -26,6 +26,7 @@ from data.errors import DataError
 from data.loader import PrefetchLoader
 from data.reader import SampleReader
 from engine.config.read import Config
+from engine.objectives.registry import objective_of
 from engine.parallel.mesh import Mesh
 from engine.parallel.rows import gather_rows, own_rows, split_rows
 
@@ -67,7 +68,7 @@ class Feed:
         self.mesh, self.device = mesh, device
         self.global_batch = config.train.global_batch_size
         self.local_batch = self.global_batch // mesh.data.size
-        self.captions = config.objective == "contrastive"
+        self.captions = objective_of(config).reads_captions
         self.context = config.model.text.context_length
         self.next_position = start_position
         self.loader: PrefetchLoader[SampleBatch | EncodedBatch] | None = None

@@ -19,8 +19,7 @@ from engine.checkpoint.resume import choose, lock_run, start
 from engine.config.phases import Phase, phase_plan
 from engine.config.read import Config, to_dict
 from engine.feed import Feed, LocalBatch
-from engine.objectives.contrastive.step import ContrastiveStep
-from engine.objectives.mim.step import MimStep
+from engine.objectives.registry import objective_of
 from engine.objectives.update import StepOutcome
 from engine.optim.average import restart_average
 from engine.parallel.device import Device
@@ -43,8 +42,7 @@ class Trainer:
         self.towers = build_towers(config, mesh, device.torch_device)
         self.optimizer = build_optimizer(config, self.towers, self.phase.schedule_steps)
         restart_average(self.optimizer)
-        step = MimStep if config.objective == "mim" else ContrastiveStep
-        self.training_step = step(config, mesh, device.torch_device, self.towers, self.optimizer)
+        self.training_step = objective_of(config).step(config, mesh, device.torch_device, self.towers, self.optimizer)
         self.health = self.training_step.update.health
         self.recovery = Recovery(self.towers, self.optimizer, self.phase, mesh)
         self.position = Position(step=0, samples_seen=0, phase=self.phase.name)

@@ -1,8 +1,10 @@
 """Checks of the sections of a config, each alone and with the others, that need no process group.
 
-Beside them: what an objective needs (config_objective_checks.py), what goes on around the steps (config_run_checks.py),
-the ranks (config_layout.py). What they accept works together.
+Beside them: what an objective needs (engine/objectives), what goes on around the steps (run_checks.py), the ranks
+(layout.py). What they accept works together.
 """
+
+from typing import Any
 
 from data.errors import DataError
 from engine.config.errors import ConfigError, require
@@ -16,6 +18,12 @@ from engine.config.schema import (
 )
 from models.blocks.kernel_checks import check_kernels
 from models.config import ModelConfigError
+
+
+def changed_settings(section: Any, names: list[str]) -> list[str]:
+    """Those of a section's settings that differ from their defaults."""
+    default = type(section)()
+    return [name for name in names if getattr(section, name) != getattr(default, name)]
 
 
 def check(config: Config) -> None:
@@ -55,7 +63,6 @@ def _check_data(config: Config) -> None:
         micro % frames == 0,
         f"train.micro_batch_size {micro} counts images and holds whole clips: use a multiple of data.frames {frames}",
     )
-    require(frames == 1 or config.objective == "contrastive", f"data.frames {frames} needs objective=contrastive")
     batch = config.train.global_batch_size
     for switch in config.data.mixture_schedule:
         require(

@@ -3,6 +3,7 @@
 from data.tokenizer import VOCAB_SIZE
 from engine.config.errors import require
 from engine.config.schema import Config
+from engine.objectives.registry import objective_of
 
 
 def check_layout(config: Config, world_size: int) -> int:
@@ -24,7 +25,7 @@ def check_layout(config: Config, world_size: int) -> int:
     )
     keep, local = config.train.keep_activations, batch // (data * micro)
     require(
-        batch >= world_size or config.objective == "mim",
+        batch >= world_size or not objective_of(config).reads_captions,
         f"train.global_batch_size {batch} is smaller than the {world_size} ranks: each encodes captions of its own",
     )
     require(
@@ -47,6 +48,6 @@ def check_vocabulary(config: Config) -> None:
     """The tokenizer's ids must fit the token table, and the end-of-text id must be the highest (pooling)."""
     size = config.model.text.vocab_size
     require(
-        size == VOCAB_SIZE or config.objective == "mim",
+        size == VOCAB_SIZE or not objective_of(config).reads_captions,
         f"model.text.vocab_size is {size}, but the tokenizer of captions has {VOCAB_SIZE} ids: set it to {VOCAB_SIZE}",
     )

@@ -11,12 +11,12 @@ from typing import Any
 
 from engine.config.checks import check
 from engine.config.errors import require
-from engine.config.objective_checks import check_objective
 from engine.config.run_checks import check_run
 from engine.config.schema import Config, PhaseConfig
 from engine.config.stages import balanced_layers
 from engine.config.tree import load_preset
 from engine.config.typed import built, merged
+from engine.objectives.registry import objective_of
 from models.config import LOCAL_KERNELS, ModelConfig
 
 _SECTIONS = ("model", "data", "train", "optim")
@@ -123,7 +123,7 @@ def _phase(
 def _settle(config: Config) -> None:
     """Check, and write the list that parallel.layers=balanced stands for: what a run does is in its config.yaml."""
     check(config)
-    check_objective(config)
+    objective_of(config).check(config)
     check_run(config)
     parallel, model = config.parallel, config.model
     if parallel.layers == "balanced":

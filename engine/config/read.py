@@ -29,6 +29,7 @@ from engine.config.schema import (
 from engine.config.text import read_file
 from engine.config.tree import PRESETS, Given, given_settings, load_preset, refuse_repeats
 from engine.config.typed import built, merged, typed
+from engine.objectives.registry import OBJECTIVES
 from models.config import LOCAL_KERNELS, ModelConfig
 
 __all__ = [
@@ -79,7 +80,13 @@ def resolve_given(given: Given) -> Config:
     """The whole config, checked."""
     tree = given.tree()
     mim = tree.get("mim", {})
-    if tree.get("objective") == "mim" and mim.get("teacher_model") is None and mim.get("teacher") is not None:
+    objective = OBJECTIVES.get(str(tree.get("objective")))
+    if (
+        objective is not None
+        and objective.distils
+        and mim.get("teacher_model") is None
+        and mim.get("teacher") is not None
+    ):
         tree = merged(tree, {"mim": {"teacher_model": _model_of_checkpoint(Path(mim["teacher"]))}})
     config = built(Config, tree)
     check_job(config, given_steps=tree.get("train", {}).get("steps"))

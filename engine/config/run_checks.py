@@ -2,6 +2,7 @@
 
 from engine.config.errors import require
 from engine.config.schema import Config, EvaluateConfig, HealthConfig
+from engine.objectives.registry import objective_of
 
 _ACTIONS = ("stop", "skip", "rewind")
 
@@ -46,7 +47,7 @@ def _check_health(health: HealthConfig, *, checkpoints: bool) -> None:
 
 def _check_evaluate(config: Config) -> None:
     evaluate = config.evaluate
-    require(config.objective == "contrastive", "evaluate is zero-shot: it needs captions, so objective=contrastive")
+    require(objective_of(config).reads_captions, "evaluate is zero-shot: it needs captions, so objective=contrastive")
     require(evaluate.every_steps >= 1, "evaluate.every_steps must be 0 (never) or more")
     require(bool(evaluate.shards), "evaluate.every_steps is set, but evaluate.shards is empty: give held-out shards")
     require(evaluate.max_samples >= 0, "evaluate.max_samples must be 0 (all) or more")
@@ -70,7 +71,7 @@ def _check_best(config: Config) -> None:
     """keep_best needs checkpoints, a number that this job measures at each of them, and its better end."""
     best, every, saved = config.checkpoint.keep_best, config.evaluate.every_steps, config.checkpoint.every_steps
     require(saved > 0 or not best, f"checkpoint.keep_best {best} has no effect without checkpoint.every_steps")
-    missing = _not_measured(config)
+    missing = objective_of(config).unmeasured(config)
     require(
         best not in missing,
         f"checkpoint.keep_best is {best}, which this job does not measure ({missing.get(best)})",
@@ -84,20 +85,6 @@ def _check_best(config: Config) -> None:
         f"checkpoint.keep_best is {best}, but evaluate.every_steps {every} does not divide checkpoint.every_steps "
         f"{saved}: there would be checkpoints without it",
     )
-
-
-def _not_measured(config: Config) -> dict[str, str]:
-    """Numbers of the step record that other settings would bring -> why they are missing."""
-    if config.objective == "mim":
-        return dict.fromkeys(("i2t_top1", "t2i_top1", "logit_scale"), "objective=mim sees no captions")
-    missing = {"masked_patches": "objective=contrastive masks none"}
-    if config.train.logit_scale is not None:
-        missing["logit_scale"] = f"train.logit_scale={config.train.logit_scale} is fixed"
-    if config.evaluate.classes:
-        directions = ("", "image_to_text_", "text_to_image_")
-        names = (f"eval_{direction}recall_at_{k}" for direction in directions for k in (1, 5))
-        missing |= dict.fromkeys(names, "recall is measured without evaluate.classes")
-    return missing
 
 
 def _is_accuracy(metric: str) -> bool:

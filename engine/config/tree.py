@@ -9,13 +9,12 @@ from engine.config.errors import ConfigError
 from engine.config.schema import Config
 from engine.config.text import nested, read_file, split_override
 from engine.config.typed import merged, typed
+from engine.objectives.registry import OBJECTIVES
 from models.config import ModelConfig
 
 PRESETS = Path(__file__).resolve().parents[2] / "models" / "presets"
 _MODELS = (("model",), ("mim", "teacher_model"))
 """Where a config names models."""
-_OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {"mim": {"train": {"patch_dropout": 0.0}}}
-"""What an objective changes of the defaults; the config file comes above it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +33,8 @@ class Given:
     def tree(self) -> dict[str, Any]:
         """Everything given, above the presets and the objective's defaults: what differs from the dataclasses."""
         given = merged(self.file, self.arguments)
-        layers = [_OBJECTIVE_DEFAULTS.get(given.get("objective", ""), {})]
+        objective = OBJECTIVES.get(str(given.get("objective")))
+        layers: list[Mapping[str, Any]] = [objective.defaults] if objective is not None else []
         for path in _MODELS:
             preset = _at(given, (*path, "preset"))
             if preset is not None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.config.objective_checks import block_masks
 from engine.config.read import Config, load_config
+from engine.objectives.mim.objective import block_masks
 from engine.pipeline.one_f_one_b import turns
 from models.tensors.flops import block_flops, head_flops
 from tests.engine.mim_jobs import Layout, mim_config

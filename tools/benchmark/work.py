@@ -1,6 +1,7 @@
 """FLOPs and tokens of a sample, as MFU and HFU count them (docs/benchmarking.md)."""
 
 from engine.config.read import Config
+from engine.objectives.registry import objective_of
 from models.config import ModelConfig
 from models.tensors.flops import block_flops, embedding_flops, head_flops
 from tools.cost.counts import (
@@ -19,7 +20,7 @@ def tokens_per_sample(config: Config) -> int:
 
 def model_flops(config: Config) -> float:
     """Three forwards of every trained tower and one of a teacher; nothing runs twice."""
-    if config.objective == "mim":
+    if objective_of(config).distils:
         return TRAINING_FORWARDS * _student_flops(config) + _teacher_flops(config)
     return TRAINING_FORWARDS * (_images_flops(config) + text_forward_flops(config.model))
 
@@ -31,7 +32,7 @@ def executed_flops(config: Config, *, kept_share: float, keeps_text: bool) -> fl
     that nobody reads: they are not computed (models/blocks/last_block.py).
     """
     layers_again = config.train.recompute == "full"
-    if config.objective == "mim":
+    if objective_of(config).distils:
         return model_flops(config) + layers_again * _student_flops(config)
     images = config.data.frames * vision_executed_flops(config.model, _image_tokens(config))
     captions = (TRAINING_FORWARDS + (not keeps_text)) * text_executed_flops(config.model)

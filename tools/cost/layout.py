@@ -5,6 +5,7 @@ from functools import cached_property
 
 from engine.config.read import Config, check_layout
 from engine.config.stages import even_layers
+from engine.objectives.registry import objective_of
 from models.config import ModelConfig, TextConfig, VisionConfig
 from tools.cli import CommandError
 
@@ -120,7 +121,7 @@ def layout_of(config: Config, ranks: int) -> Layout:
     objective and for a memory budget, which only a rank can turn into micro-batches.
     """
     train, parallel = config.train, config.parallel
-    if config.objective != "contrastive":
+    if objective_of(config).distils:
         raise PlanError(f"objective={config.objective} is not planned or simulated: only contrastive steps are")
     if train.activation_budget_gb is not None:
         raise PlanError(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from engine.config.phases import phase_named, phase_plan
 from engine.config.read import Config, ConfigError, check_layout, check_vocabulary, load_config
 from engine.config.stages import stage_layers
+from engine.objectives.registry import objective_of
 from engine.resilience.exit import leave
 from tools.cli import amount, answer, check_file, command_parser, complain, positive
 from tools.cost.hardware import load_hardware, profile_names
@@ -115,7 +116,7 @@ def _run(config: Config, ranks: dict[int, list[int]], options: argparse.Namespac
     for rank, stages in ranks.items():
         reports.append(dry_run(config, options.world_size, rank, every_micro_batch=options.every_micro_batch))
         if len(stages) > 1:
-            but = " (later ones with fewer micro-batches in flight)" if config.objective == "mim" else ""
+            but = " (later ones with fewer micro-batches in flight)" if objective_of(config).distils else ""
             print(f"\nstages {stages[0]} to {stages[-1]} ({len(stages)} of them) do the same{but}:", end="")
         print("\n" + to_text(reports[-1]), flush=True)
     if options.json:

@@ -24,6 +24,7 @@ from engine.objectives.contrastive.step import ContrastiveStep
 from engine.objectives.contrastive.tiles import DEFAULT_TILE_CUDA
 from engine.objectives.mim.step import MimStep
 from engine.objectives.mim.teacher import teacher_tower
+from engine.objectives.registry import objective_of
 from engine.optim.lamb import ShardedOptimizer
 from engine.parallel.device import prepare
 from engine.parallel.mesh import Group, Mesh, build_mesh
@@ -138,7 +139,7 @@ def _fake_ranks(world_size: int, rank: int) -> Iterator[Group]:
 def _build_step(
     config: Config, mesh: Mesh, device: torch.device, towers: Towers, optimizer: ShardedOptimizer
 ) -> TrainingStep:
-    if config.objective == "mim":
+    if objective_of(config).distils:
         return MimStep(config, mesh, device, towers, optimizer, teacher_tower(config, mesh, device))
     step = ContrastiveStep(config, mesh, device, towers, optimizer)
     step.text.trim = lambda tokens: tokens

@@ -14,6 +14,7 @@ from engine.feed import LocalBatch
 from engine.objectives.contrastive.step import ContrastiveStep
 from engine.objectives.mim.step import MimStep
 from engine.objectives.mim.student import MaskedBatch
+from engine.objectives.registry import objective_of
 from engine.parallel.device import SideStream
 from engine.parallel.mesh import Mesh
 from engine.parallel.rows import own_rows
@@ -34,7 +35,7 @@ def placeholder_batch(config: Config, mesh: Mesh) -> LocalBatch:
     own = own_rows(rows, mesh)
     side, context = config.model.vision.image_size, config.model.text.context_length
     clip = (config.data.frames,) if config.data.frames > 1 else ()
-    captions = own.stop - own.start if config.objective == "contrastive" else 0
+    captions = own.stop - own.start if objective_of(config).reads_captions else 0
     return LocalBatch(
         positions=np.arange(mesh.data.rank * rows, (mesh.data.rank + 1) * rows),
         images=torch.zeros(rows, *clip, 3, side, side, dtype=torch.uint8) if mesh.is_first_stage else None,

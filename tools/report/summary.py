@@ -58,7 +58,7 @@ def _model(run: Run) -> str:
     name = preset if preset not in (None, "null") else f"{depth} × {width}" if depth and width else ""
     parameters = run.facts.get("parameters")
     size = f"{_short(parameters)} parameters" if isinstance(parameters, int) else ""
-    objective = "" if run.objective == "contrastive" else run.objective
+    objective = {"contrastive": ""}.get(run.objective, run.objective)
     return ", ".join(part for part in (name, size, objective) if part) or _NONE
 
 

@@ -7,11 +7,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.build import DTYPES, Towers
-from engine.config.objective_checks import block_masks
 from engine.config.read import Config
 from engine.feed import LocalBatch
 from engine.objectives.mim.exchange import collect_targets, deal_images
 from engine.objectives.mim.loss import global_masked_count
+from engine.objectives.mim.objective import block_masks
 from engine.objectives.mim.student import MaskedBatch, StudentRunner
 from engine.objectives.mim.teacher import Teacher, load_teacher, teacher_model
 from engine.objectives.update import StepOutcome, Update

@@ -1,0 +1,70 @@
+"""Contrastive training of an image and a caption tower, as an objective (docs/contrastive_step.md)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from engine.config.checks import changed_settings
+from engine.config.errors import require
+from engine.config.schema import Config, MimConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.build import Towers
+    from engine.objectives.contrastive.step import ContrastiveStep
+    from engine.optim.lamb import ShardedOptimizer
+    from engine.parallel.mesh import Mesh
+    from models.tensors.init import Rule
+    from models.towers.vision import VisionTower
+
+
+class Contrastive:
+    """Pairs of images and captions; a loss that is exact over the global batch."""
+
+    name = "contrastive"
+    reads_captions = True
+    distils = False
+    defaults: Mapping[str, Mapping[str, Any]] = {}
+
+    def check(self, config: Config) -> None:
+        """Raise ConfigError for settings of masked-feature distillation."""
+        changed = changed_settings(config.mim, [field.name for field in fields(MimConfig)])
+        key = changed[0] if changed else ""
+        require(not changed, f"mim.{key} has no effect with objective=contrastive: set objective=mim or remove it")
+
+    def unmeasured(self, config: Config) -> dict[str, str]:
+        """Numbers of the step record that other settings would bring -> why this job does not measure them."""
+        missing = {"masked_patches": "objective=contrastive masks none"}
+        if config.train.logit_scale is not None:
+            missing["logit_scale"] = f"train.logit_scale={config.train.logit_scale} is fixed"
+        if config.evaluate.classes:
+            directions = ("", "image_to_text_", "text_to_image_")
+            names = (f"eval_{direction}recall_at_{k}" for direction in directions for k in (1, 5))
+            missing |= dict.fromkeys(names, "recall is measured without evaluate.classes")
+        return missing
+
+    def vision_tower(self, config: Config) -> "Callable[..., VisionTower]":
+        """The image tower of a CLIP."""
+        from models.towers.vision import VisionTower
+
+        return VisionTower
+
+    def initial_values(self) -> "Rule":
+        """The authors' rule for both towers."""
+        from models.tensors.init import clip_rule
+
+        return clip_rule
+
+    def step(
+        self,
+        config: Config,
+        mesh: "Mesh",
+        device: "torch.device",
+        towers: "Towers",
+        optimizer: "ShardedOptimizer",
+    ) -> "ContrastiveStep":
+        """Encode, loss, backprop, update."""
+        from engine.objectives.contrastive.step import ContrastiveStep
+
+        return ContrastiveStep(config, mesh, device, towers, optimizer)
