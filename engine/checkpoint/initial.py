@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from engine.build import Towers
-from engine.checkpoint.foreign import State, open_state
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.flat_slice import FlatSlice
 from engine.checkpoint.format.folders import resolve_checkpoint
 from engine.checkpoint.format.matching import Exceptions, Shapes, match
 from engine.checkpoint.load import TensorSource, load_weights_for_training, model_differences, model_shapes
 from engine.checkpoint.reader import Checkpoint
+from engine.checkpoint.state_dicts.files import State, open_state
 from engine.config.read import Config, to_dict
 from engine.optim.lamb import ShardedOptimizer
 from engine.parallel.mesh import Mesh

@@ -4,6 +4,8 @@ The authors' layout (models/formats/eva_names.py) is the pivot: the Hugging Face
 how they rename, cut or turn the authors' tensors.
 """
 
+from collections.abc import Collection
+
 from models.config import ModelConfig
 from models.formats.authors import AUTHORS
 from models.formats.base import Layout
@@ -19,3 +21,10 @@ def layout_of(name: str, model: ModelConfig) -> Layout:
     if name == "openclip":
         return open_clip_layout(model.vision.separate_qkv)
     return {"eva": AUTHORS, "hf": HUGGINGFACE}[name]
+
+
+def recognised(names: Collection[str]) -> str | None:
+    """The layout whose image tower these names are of, None for none of them."""
+    present = set(names)
+    layouts = {"eva": AUTHORS, "hf": HUGGINGFACE, "openclip": open_clip_layout(True)}
+    return next((name for name, layout in layouts.items() if present & set(layout.names("visual.cls_token"))), None)

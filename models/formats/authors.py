@@ -1,7 +1,7 @@
 """The authors' layout: CustomCLIP names (`visual.`, `text.`); table and arithmetic in models/formats/eva_names.py.
 
-Files come flat or wrapped, with a `module.` prefix, as a bare image tower without `visual.`, or with the text tower at
-the top level (their non-custom CLIP class): `normalised` undoes all of that.
+Files come whole, as a bare image tower without `visual.`, or with the text tower at the top level (their non-custom
+CLIP class): `normalised` undoes all of that.
 """
 
 import torch
@@ -11,8 +11,6 @@ from models.config import ModelConfig, VisionConfig
 from models.formats.base import Layout
 from models.formats.eva_names import is_derived
 
-WRAPPERS = ("model", "module", "state_dict")
-"""Keys under which a .pt file may hold the state dict (the authors' factory.py)."""
 _VISION_ROOTS = (
     "cls_token",
     "pos_embed",
@@ -34,7 +32,6 @@ class _Authors(Layout):
         return (eva,)
 
     def normalised(self, name: str) -> str:
-        name = super().normalised(name)
         if name == "text.logit_scale":
             return "logit_scale"
         if name.startswith(_TEXT_ROOTS):

@@ -32,8 +32,8 @@ class Layout(ABC):
         return parts[0]
 
     def normalised(self, name: str) -> str:
-        """The layout's own name of a tensor that a file may hold under a variant of it."""
-        return name.removeprefix("module.")
+        """The layout's own name of a tensor that a file may hold under a variant of it; wrappers' prefixes are gone."""
+        return name
 
     @abstractmethod
     def is_derived(self, name: str) -> bool:
@@ -99,10 +99,14 @@ def state_kind(names: Sequence[str], layout: Layout) -> StateKind:
 def expected_shapes(kind: StateKind, names: Sequence[str], layout: Layout, model: ModelConfig, target: int) -> Shapes:
     """Logical tensors that a file of this kind must hold, all of them; target: width of a MIM head, 0 if unknown.
 
-    A file with one tower may lack its head (the MIM students do), a MIM file its mask token or its prediction head.
+    A file with both towers may lack the logit scale (a fixed temperature is none). A file with one tower may lack its
+    head (the MIM students do), a MIM file its mask token or its prediction head.
     """
     if kind is StateKind.CLIP:
-        return clip_shapes(model)
+        shapes = clip_shapes(model)
+        if not set(names) & set(layout.names("logit_scale")):
+            del shapes["logit_scale.log_scale"]  # a run with a fixed temperature has none
+        return shapes
     present = set(names)
     has_head = present.issuperset(layout.names("visual.head.weight"))
     shapes = vision_shapes(model, head=has_head)

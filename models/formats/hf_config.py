@@ -8,6 +8,7 @@ the file is silent, and a remark says so.
 from collections.abc import Set
 from typing import Any
 
+from models.clip import LEARNED_SCALE_INIT
 from models.config import ModelConfig, ModelConfigError, TextConfig, VisionConfig
 
 Json = dict[str, Any]
@@ -75,8 +76,8 @@ def _require_sizes(config: Json, v: Json, t: Json) -> None:
         raise ModelConfigError(f"config.json lacks {', '.join(missing)}: give the model with --config or --model")
 
 
-def hf_from_model(model: ModelConfig) -> Json:
-    """config.json of the Hugging Face layout."""
+def hf_from_model(model: ModelConfig, log_scale: float | None) -> Json:
+    """config.json of the Hugging Face layout; log_scale: what logit_scale is in the file, None where it has none."""
     v, t = model.vision, model.text
     vision = {
         "hidden_size": v.width, "intermediate_size": v.mlp_hidden, "num_hidden_layers": v.depth,
@@ -91,7 +92,8 @@ def hf_from_model(model: ModelConfig) -> Json:
         "num_attention_heads": t.heads, "max_position_embeddings": t.context_length, "vocab_size": t.vocab_size,
         "hidden_act": "gelu", "layer_norm_eps": t.norm_eps, "q_bias": True, "k_bias": True, "v_bias": True,
     }  # fmt: skip
+    scale = LEARNED_SCALE_INIT if log_scale is None else log_scale
     return {
         "architectures": ["EvaCLIPModel"], "model_type": "clip", "projection_dim": model.embed_dim,
-        "logit_scale_init_value": 2.6592, "vision_config": vision, "text_config": text,
+        "logit_scale_init_value": scale, "vision_config": vision, "text_config": text,
     }  # fmt: skip

@@ -54,7 +54,9 @@ def test_missing_extra_and_misshapen_tensors_are_listed() -> None:
     with pytest.raises(CheckpointError) as caught:
         match(have, want, Exceptions(), "FILE")
     said = str(caught.value)
-    assert "missing, 1 (name them in checkpoint.reinit" in said and "extra, 1 (name them in checkpoint.skip" in said
+    assert (
+        "missing, 1 (name them in checkpoint.reinit" in said and "unexpected, 1 (name them in checkpoint.skip" in said
+    )
     assert "bent: stored [2, 3], wanted [2, 4]" in said
     chosen = match(have, want, Exceptions(skip=["ext*"], reinit=["missing", "bent"]), "FILE")
     assert (chosen.load, chosen.reinit, chosen.skip) == (["same"], ["bent", "missing"], ["extra"])
@@ -65,7 +67,7 @@ def test_missing_extra_and_misshapen_tensors_are_listed() -> None:
 
 def test_a_resume_is_partial_only_where_the_config_says_so(tmp_path: Path, mesh: Mesh, trained: Path, capfd) -> None:
     fixed = f"checkpoint.resume={trained}", "train.logit_scale=100"
-    with pytest.raises(CheckpointError, match=r"extra, 1 .*\n +logit_scale\.log_scale"):
+    with pytest.raises(CheckpointError, match=r"unexpected, 1 .*\n +logit_scale\.log_scale"):
         build(job_config(tmp_path / "a", *fixed), mesh)
     again = build(job_config(tmp_path / "b", *fixed, "checkpoint.skip=[logit_scale.*]"), mesh)
     assert again.position.step == 2

@@ -1,4 +1,4 @@
-"""Convert weights between layouts, strictly, with a report of every tensor.
+"""Convert weights between layouts, strictly.
 
 python -m tools.convert --from eva --config EVA.json --weights FILE.pt|FILE.safetensors --out DIR
 python -m tools.convert --from hf --weights FOLDER [--config EVA.json | --model PRESET] --out DIR
@@ -7,33 +7,38 @@ python -m tools.convert --to eva|openclip --checkpoint DIR --out FILE.safetensor
 python -m tools.convert --to hf --checkpoint DIR --out FOLDER
 python -m tools.convert --to tower --tower vision|text --checkpoint DIR --out FILE.safetensors
 
-One tensor is in memory at a time. Nothing is cast unless --dtype says so. docs/checkpoints.md has the table of layouts.
+One tensor is in memory at a time. Nothing is cast unless --dtype says so. What each tensor became stands in a table
+beside the output (--table). docs/checkpoints.md has the table of layouts.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from engine.checkpoint.format.errors import CheckpointError
-from engine.checkpoint.format.manifest import AVERAGE, WEIGHT
-from engine.config.read import ConfigError
+from engine.checkpoint.errors import CheckpointError
+from engine.checkpoint.manifest import AVERAGE, WEIGHT, write_synced
+from engine.checkpoint.state_dicts.files import read_json
+from engine.config import ConfigError
+from models.authors import LayoutMismatch
 from models.config import ModelConfigError
 from models.formats import LAYOUTS
-from models.formats.eva_names import LayoutMismatch
 from tools.convert.export import export_huggingface, export_single_file, export_tower
 from tools.convert.importing import import_weights
+from tools.convert.outputs import Report, check_new
 
 
 def main(argv: list[str]) -> int:
     """Run the command; the exit status."""
     arguments = _arguments(argv)
+    table = arguments.table or arguments.out.with_name(arguments.out.name + ".tensors.txt")
     try:
+        check_new(table)
         report = _import(arguments) if arguments.source else _export(arguments)
+        write_synced(table, "".join(f"{line}\n" for line in report.table).encode())
     except (CheckpointError, ConfigError, LayoutMismatch, ModelConfigError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    for line in report:
+    for line in (*report.remarks, report.summary, f"{table}: what each tensor became"):
         print(line)
     return 0
 
@@ -48,12 +53,14 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="model config of the authors (JSON)")
     parser.add_argument("--model", help="model as a preset of this project, instead of --config")
     parser.add_argument("--weights", type=Path, help="file or folder to read")
+    parser.add_argument("--entry", help="entry of a .pt file that holds the weights, where it has several (dotted)")
     parser.add_argument("--checkpoint", type=Path, help="checkpoint or run folder to write from")
     parser.add_argument("--tower", choices=("vision", "text"), help="for --to tower")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="cast every tensor")
     parser.add_argument("--ema", action="store_true", default=None, help="write the averaged weights (optim.ema_decay)")
     parser.add_argument("--config-out", type=Path, help="also write the authors' model config, for --to eva")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--table", type=Path, help="file for the line a tensor (default: OUT.tensors.txt)")
+    parser.add_argument("--out", type=Path, required=True, help="folder or file to write; its name says which kind")
     arguments = parser.parse_args(argv)
     needed = ("weights",) if arguments.source else ("checkpoint",)
     missing = [f"--{name}" for name in needed if getattr(arguments, name) is None]
@@ -65,28 +72,31 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def _idle(arguments: argparse.Namespace) -> list[str]:
     """Options that this way of converting would ignore."""
-    allowed = {"config", "model", "weights"} if arguments.source else {"checkpoint", "ema"}
+    allowed = {"config", "model", "weights", "entry"} if arguments.source else {"checkpoint", "ema"}
     allowed |= {"tower"} if arguments.target == "tower" else set()
     allowed |= {"config_out"} if arguments.target == "eva" else set()
-    options = ("config", "model", "weights", "checkpoint", "tower", "ema", "config_out")
+    options = ("config", "model", "weights", "entry", "checkpoint", "tower", "ema", "config_out")
     return [f"--{o.replace('_', '-')}" for o in options if o not in allowed and getattr(arguments, o) is not None]
 
 
-def _import(arguments: argparse.Namespace) -> list[str]:
+def _import(arguments: argparse.Namespace) -> Report:
     if arguments.config and arguments.model:
         raise ConfigError("--config and --model both name the model: give one")
-    config = None
-    if arguments.config:
-        try:
-            config = json.loads(arguments.config.read_text())
-        except ValueError as error:
-            raise ConfigError(f"{arguments.config} is not JSON: {error}") from None
+    config = read_json(arguments.config) if arguments.config else None
+    if config is not None and not isinstance(config, dict):
+        raise ConfigError(f"{arguments.config} is no model config, but a JSON {type(config).__name__}")
     return import_weights(
-        arguments.source, arguments.weights, arguments.out, config=config, preset=arguments.model, dtype=arguments.dtype
+        arguments.source,
+        arguments.weights,
+        arguments.out,
+        config=config,
+        preset=arguments.model,
+        dtype=arguments.dtype,
+        entry=arguments.entry,
     )
 
 
-def _export(arguments: argparse.Namespace) -> list[str]:
+def _export(arguments: argparse.Namespace) -> Report:
     kind = AVERAGE if arguments.ema else WEIGHT
     if arguments.target == "hf":
         return export_huggingface(arguments.checkpoint, arguments.out, arguments.dtype, kind)

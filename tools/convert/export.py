@@ -1,107 +1,141 @@
 """From a checkpoint's weights to other layouts."""
 
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine.checkpoint.format.errors import CheckpointError
-from engine.checkpoint.format.folders import resolve_checkpoint
-from engine.checkpoint.format.manifest import WEIGHT, write_synced
-from engine.checkpoint.format.tensor_file import TensorSpec, write_tensor_file
+from engine.checkpoint.errors import CheckpointError
+from engine.checkpoint.folders import resolve_checkpoint
+from engine.checkpoint.manifest import WEIGHT, write_synced
 from engine.checkpoint.reader import Checkpoint
-from engine.checkpoint.write import FILE_BYTES
-from engine.config.read import ConfigError, resolve
+from engine.checkpoint.tensor_file import TensorSpec
+from engine.checkpoint.write import FILE_BYTES, refuse_existing
+from engine.config import ConfigError, resolve
 from models.config import ModelConfig
 from models.formats import layout_of
-from models.formats.base import Entry, entries
-from models.formats.eva_config import eva_from_model
-from models.formats.hf_config import hf_from_model
-from models.tensors.inventory import MIM_TENSORS
-from tools.convert.importing import DTYPES
+from models.layouts.base import Entry, entries
+from models.layouts.eva_config import eva_from_model
+from models.layouts.hf_config import hf_from_model
+from models.layouts.inventory import MIM_TENSORS
+from tools.cli import check_folder
+from tools.convert.outputs import Report, cast, check_new_file, check_weights_file, dtype_of, write_weights
 
+_SCALE = "logit_scale.log_scale"
 _CLIP_ONLY = ("logit_bias.",)
 """Tensors of training that no other layout has a place for."""
 
 
 class _Weights:
-    """The weights of a verified checkpoint and its model."""
+    """The weights of a checkpoint and its model, with the temperature of the run as a tensor where it was fixed."""
 
     def __init__(self, path: Path, dtype: str | None, kind: str):
         """kind: WEIGHT or AVERAGE."""
         self.checkpoint, self._kind = Checkpoint(resolve_checkpoint(path)), kind
-        self.checkpoint.verify()
         self.checkpoint.kind(kind)  # raises where there is none
-        self.model: ModelConfig = resolve(
-            {"model": self.checkpoint.manifest.config["model"], "data": {"shards": ["-"]}}, []
-        ).model
-        self._dtype = DTYPES[dtype] if dtype else None
+        config = self.checkpoint.manifest.config
+        self.model: ModelConfig = resolve({"model": config["model"], "data": {"shards": ["-"]}}, []).model
+        self._dtype = dtype
+        shapes = self.checkpoint.shapes()
+        fixed = config.get("train", {}).get("logit_scale")
+        is_clip = any(name.startswith("text.") for name in shapes) and any(n.startswith("vision.") for n in shapes)
+        self.fixed_scale: float | None = fixed if is_clip and _SCALE not in shapes else None
+        self.shapes: dict[str, tuple[int, ...]] = shapes | ({_SCALE: (1,)} if self.fixed_scale else {})
+        """Logical name -> shape of what is exported."""
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._dtype or self.checkpoint.manifest.tensors[f"{self._kind}/{name}"].dtype
+        if name == _SCALE and self.fixed_scale:
+            return torch.float32
+        return dtype_of(name, self.checkpoint.manifest.tensors[f"{self._kind}/{name}"].dtype, self._dtype)
 
     def read(self, name: str) -> Tensor:
-        return self.checkpoint.read_whole(name, self._kind).to(self.dtype(name))
+        if name == _SCALE and self.fixed_scale:
+            return torch.tensor([math.log(self.fixed_scale)])
+        return cast(name, self.checkpoint.read_whole(name, self._kind), self.dtype(name))
+
+    def log_scale(self) -> float | None:
+        """ln of the temperature's inverse, learned or fixed; None where the checkpoint has none."""
+        return float(self.read(_SCALE)) if _SCALE in self.shapes else None
+
+    def remarks(self) -> list[str]:
+        if not self.fixed_scale:
+            return []
+        value = math.log(self.fixed_scale)
+        return [f"{_SCALE} = {value:.4f} is ln of train.logit_scale={self.fixed_scale:g}, which the run kept fixed"]
 
 
 def export_single_file(
     path: Path, out: Path, layout_name: str, dtype: str | None, config_out: Path | None, kind: str = WEIGHT
-) -> list[str]:
-    """One safetensors file in the authors' or the open_clip layout; returns the report. kind: WEIGHT or AVERAGE."""
+) -> Report:
+    """One file in the authors' or the open_clip layout. kind: WEIGHT or AVERAGE."""
+    check_weights_file(out)
+    if config_out is not None:
+        check_new_file(config_out)
     weights = _Weights(path, dtype, kind)
     table, left_out = _table(weights, layout_name)
-    if config_out is not None:
-        write_synced(config_out, json.dumps(eva_from_model(weights.model), indent=1).encode())
     rename = _file_names(weights, layout_name)
+    config = json.dumps(eva_from_model(weights.model), indent=1).encode() if config_out is not None else b""
+    check_weights_file(out, sum(_size(weights, entry) for entry in table))
+    weights.checkpoint.verify()
     _write(out, weights, table, rename)
-    return [*_report(weights, table, rename), *left_out, f"{out}: {len(table)} logical tensors"]
+    if config_out is not None:
+        write_synced(config_out, config)
+    summary = f"{out}: {len(table)} logical tensors"
+    return Report(_report(weights, table, rename), summary, [*left_out, *weights.remarks()])
 
 
 def _file_names(weights: _Weights, layout_name: str) -> Callable[[str], str]:
     """MIM students are kept without the `visual.` prefix, as the authors keep them."""
-    if layout_name == "eva" and set(MIM_TENSORS) & weights.checkpoint.shapes().keys():
+    if layout_name == "eva" and set(MIM_TENSORS) & weights.shapes.keys():
         return lambda name: name.removeprefix("visual.")
     return lambda name: name
 
 
-def export_tower(path: Path, out: Path, tower: str, dtype: str | None, kind: str = WEIGHT) -> list[str]:
+def export_tower(path: Path, out: Path, tower: str, dtype: str | None, kind: str = WEIGHT) -> Report:
     """One tower under this project's logical names, in their own shapes. kind: WEIGHT or AVERAGE."""
+    check_weights_file(out)
     weights = _Weights(path, dtype, kind)
-    shapes = {n: s for n, s in weights.checkpoint.shapes().items() if n.startswith(f"{tower}.")}
+    shapes = {n: s for n, s in weights.shapes.items() if n.startswith(f"{tower}.")}
     if not shapes:
         raise CheckpointError(f"{weights.checkpoint.folder} holds no {tower} tower")
     specs = [TensorSpec(name, weights.dtype(name), shape) for name, shape in shapes.items()]
+    check_weights_file(out, sum(spec.size_bytes for spec in specs))
+    weights.checkpoint.verify()
     config = json.dumps(weights.checkpoint.manifest.config["model"])
-    _replace(out, specs, (weights.read(name) for name in shapes), {"model": config, "tower": tower})
-    return [*(f"{name} -> {name}" for name in shapes), f"{out}: {len(shapes)} tensors"]
+    write_weights(out, specs, (weights.read(name) for name in shapes), {"model": config, "tower": tower})
+    return Report([f"{name} -> {name}" for name in shapes], f"{out}: {len(shapes)} tensors")
 
 
-def export_huggingface(path: Path, out: Path, dtype: str | None, kind: str = WEIGHT) -> list[str]:
+def export_huggingface(path: Path, out: Path, dtype: str | None, kind: str = WEIGHT) -> Report:
     """A folder with config.json, safetensors files and their index. kind: WEIGHT or AVERAGE."""
+    refuse_existing(out)
+    check_folder(out)
     weights = _Weights(path, dtype, kind)
     table, left_out = _table(weights, "hf")
+    total = sum(_size(weights, entry) for entry in table)
+    check_folder(out, total)
+    weights.checkpoint.verify()
     out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()):
-        raise CheckpointError(f"{out} is not empty: name another folder")
     groups = _grouped(weights, table)
     index: dict[str, str] = {}
     for number, group in enumerate(groups, start=1):
         name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         _write(out / name, weights, group, lambda key: key)
         index |= {key: name for entry in group for key in entry.theirs}
-    total = sum(_size(weights, entry) for entry in table)
     content = {"metadata": {"total_size": total}, "weight_map": index}
     write_synced(out / "model.safetensors.index.json", json.dumps(content, indent=1).encode())
-    write_synced(out / "config.json", json.dumps(hf_from_model(weights.model), indent=1).encode())
-    return [*_report(weights, table, lambda key: key), *left_out, f"{out}: {len(index)} tensors in {len(groups)} files"]
+    config = hf_from_model(weights.model, weights.log_scale())
+    write_synced(out / "config.json", json.dumps(config, indent=1).encode())
+    summary = f"{out}: {len(index)} tensors in {len(groups)} files"
+    return Report(_report(weights, table, lambda key: key), summary, [*left_out, *weights.remarks()])
 
 
 def _table(weights: _Weights, layout_name: str) -> tuple[list[Entry], list[str]]:
-    shapes = weights.checkpoint.shapes()
+    shapes = weights.shapes
     left_out = [name for name in shapes if name.startswith(_CLIP_ONLY)]
     if layout_name != "eva" and set(MIM_TENSORS) & shapes.keys():
         raise ConfigError(f"a MIM student has no place in the {layout_name} layout: use --to eva or --to tower")
@@ -111,7 +145,7 @@ def _table(weights: _Weights, layout_name: str) -> tuple[list[Entry], list[str]]
 
 
 def _size(weights: _Weights, entry: Entry) -> int:
-    return torch.Size(weights.checkpoint.shapes()[entry.ours]).numel() * weights.dtype(entry.ours).itemsize
+    return torch.Size(weights.shapes[entry.ours]).numel() * weights.dtype(entry.ours).itemsize
 
 
 def _grouped(weights: _Weights, table: list[Entry]) -> list[list[Entry]]:
@@ -127,28 +161,22 @@ def _grouped(weights: _Weights, table: list[Entry]) -> list[list[Entry]]:
 
 
 def _write(out: Path, weights: _Weights, table: list[Entry], rename: Callable[[str], str]) -> None:
-    shapes = weights.checkpoint.shapes()
     specs = [
         TensorSpec(rename(name), weights.dtype(entry.ours), shape)
         for entry in table
-        for name, shape in entry.their_shapes(shapes[entry.ours]).items()
+        for name, shape in entry.their_shapes(weights.shapes[entry.ours]).items()
     ]
-    dtype = weights.dtype("vision.embed.pos_embed")
-    derived = {rename(name): value.to(dtype) for name, value in table[0].layout.derived(weights.model).items()}
-    specs += [TensorSpec(name, dtype, tuple(value.shape)) for name, value in derived.items()]
-    _replace(out, specs, chain(_their_tensors(weights, table), derived.values()), {"format": "pt"})
+    derived = {rename(name): value for name, value in table[0].layout.derived(weights.model).items()}
+    if derived:
+        dtype = weights.dtype("vision.embed.pos_embed")
+        derived = {name: value.to(dtype) for name, value in derived.items()}
+        specs += [TensorSpec(name, dtype, tuple(value.shape)) for name, value in derived.items()]
+    write_weights(out, specs, chain(_their_tensors(weights, table), derived.values()), {"format": "pt"})
 
 
 def _their_tensors(weights: _Weights, table: list[Entry]) -> Iterator[Tensor]:
     for entry in table:
         yield from entry.to_theirs(weights.read(entry.ours))
-
-
-def _replace(out: Path, specs: list[TensorSpec], tensors: Iterable[Tensor], metadata: dict[str, str]) -> None:
-    partial = out.with_name(out.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    write_tensor_file(partial, specs, tensors, metadata)
-    os.replace(partial, out)
 
 
 def _report(weights: _Weights, table: list[Entry], rename: Callable[[str], str]) -> list[str]:

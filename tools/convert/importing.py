@@ -1,22 +1,27 @@
 """From other layouts to a checkpoint with weights only."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine.checkpoint.foreign import ForeignWeights, State, open_state
-from engine.checkpoint.format.manifest import WEIGHT, Manifest
+from data.transforms import CLIP_MEAN, CLIP_STD
+from engine.checkpoint.manifest import WEIGHT, Manifest
+from engine.checkpoint.sources import ForeignWeights
+from engine.checkpoint.state_dicts.files import State, open_state, read_json
 from engine.checkpoint.write import PlannedPart, refuse_existing, whole_tensors, write_checkpoint
-from engine.config.read import ConfigError, preset_model, resolve, to_dict
+from engine.config import ConfigError, preset_model, resolve, to_dict
 from models.config import ModelConfig
 from models.formats import layout_of
-from models.formats.eva_config import model_from_eva
-from models.formats.hf_config import model_from_hf
+from models.layouts.base import StateKind
+from models.layouts.eva_config import model_from_eva
+from models.layouts.hf_config import model_from_hf
+from tools.cli import check_folder
+from tools.convert.outputs import Report, cast, dtype_of
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_FIXED_SCALE = 100.0
+"""Value of train.logit_scale in a checkpoint whose file has no logit scale: the default of training."""
 
 _TIMM_PRESETS = {
     "eva02_base_patch16_clip_224": "b16",
@@ -28,32 +33,44 @@ _TIMM_PRESETS = {
 
 
 def import_weights(
-    layout_name: str, weights: Path, out: Path, *, config: dict[str, Any] | None, preset: str | None, dtype: str | None
-) -> list[str]:
-    """Write `out`; returns the report, one line a tensor of the file. Raises for anything that does not fit exactly."""
+    layout_name: str,
+    weights: Path,
+    out: Path,
+    *,
+    config: dict[str, Any] | None,
+    preset: str | None,
+    dtype: str | None,
+    entry: str | None = None,
+) -> Report:
+    """Write `out`. Raises for anything that does not fit exactly. entry: of a .pt file, which holds the weights."""
     refuse_existing(out)
-    state = open_state(weights)
+    check_folder(out)
+    state = open_state(weights, entry)
     model, remarks = _model(layout_name, weights, state, config, preset)
     source = ForeignWeights(state, layout_of(layout_name, model), model, str(weights))
-    tensors = [(f"{WEIGHT}/{name}", _dtype(source, name, dtype), shape) for name, shape in source.logical.items()]
+    tensors = [
+        (f"{WEIGHT}/{name}", dtype_of(name, source.dtype(name), dtype), shape) for name, shape in source.logical.items()
+    ]
 
     def read(part: PlannedPart) -> torch.Tensor:
-        return source.read_whole(part.key.removeprefix(f"{WEIGHT}/")).to(part.dtype)
+        name = part.key.removeprefix(f"{WEIGHT}/")
+        return cast(name, source.read_whole(name), part.dtype)
 
+    has_scale = "logit_scale.log_scale" in source.logical
     manifest = Manifest(
         content="weights",
-        config=_config(model, has_scale="logit_scale.log_scale" in source.logical),
+        config=_config(model, has_scale),
         layout={"tensor": 1, "pipeline": 1, "data": 1},
         tensors={},
         files={},
         source=f"{source.layout.name}, {weights.name}",
     )
     write_checkpoint(out, whole_tensors(tensors), read, manifest)
-    return [*_report(source, dict((key, d) for key, d, _ in tensors)), *remarks, _summary(source, out)]
-
-
-def _dtype(source: ForeignWeights, name: str, wish: str | None) -> torch.dtype:
-    return DTYPES[wish] if wish else source.dtype(name)
+    if source.kind is StateKind.CLIP and not has_scale:
+        remarks = [*remarks, f"no logit_scale in the file: the checkpoint says train.logit_scale={_FIXED_SCALE:g}"]
+    remarks = [*remarks, *(f"{key} -> left out ({why})" for key, why in state.left_out.items())]
+    table = _report(source, {key: dtype for key, dtype, _ in tensors})
+    return Report(table, _summary(source, out), remarks)
 
 
 def _model(
@@ -63,8 +80,14 @@ def _model(
         return preset_model(preset), []
     if config is None and layout_name == "hf":
         return _model_of_repository(weights, state)
+    hub = weights / "open_clip_config.json"
+    if config is None and layout_name == "openclip" and hub.is_file():
+        config = read_json(hub)
     if config is None:
-        raise ConfigError("--config EVA.json or --model PRESET must say which model the weights are of")
+        raise ConfigError("--config FILE.json or --model PRESET must say which model the weights are of")
+    if "model_cfg" in config:  # as open_clip keeps it on the hub
+        model, remarks = _model(layout_name, weights, state, config["model_cfg"], None)
+        return model, [*remarks, *_other_pixels(config.get("preprocess_cfg", {}))]
     timm = config.get("vision_cfg", {}).get("timm_model_name")
     if timm is not None:
         return _model_of_open_clip(config, timm)
@@ -72,11 +95,21 @@ def _model(
     return _as_the_file_has_it(model, state, remarks)
 
 
+def _other_pixels(preprocess: dict[str, Any]) -> list[str]:
+    """Remarks on pictures that the model saw otherwise than this project shows them."""
+    ours = {"mean": CLIP_MEAN, "std": CLIP_STD}
+    return [
+        f"preprocess_cfg.{key} is {preprocess[key]}, and pictures are normalised with CLIP's {list(value)} here"
+        for key, value in ours.items()
+        if any(abs(a - b) > 1e-6 for a, b in zip(preprocess.get(key, value), value, strict=True))
+    ]
+
+
 def _model_of_repository(weights: Path, state: State) -> tuple[ModelConfig, list[str]]:
     file = (weights if weights.is_dir() else weights.parent) / "config.json"
     if not file.is_file():
         raise ConfigError(f"{file} does not exist: give the model with --config or --model")
-    return model_from_hf(json.loads(file.read_text()), state.shapes.keys())
+    return model_from_hf(read_json(file), state.shapes.keys())
 
 
 def _model_of_open_clip(config: dict[str, Any], timm: str) -> tuple[ModelConfig, list[str]]:
@@ -101,7 +134,7 @@ def _as_the_file_has_it(model: ModelConfig, state: State, remarks: list[str]) ->
 def _config(model: ModelConfig, has_scale: bool) -> dict[str, Any]:
     """A config whose job holds exactly these tensors."""
     tree: dict[str, Any] = {"data": {"shards": ["-"]}, "run_dir": "-"}
-    config = resolve(tree | {"train": {"logit_scale": None if has_scale else 100.0}}, [])
+    config = resolve(tree | {"train": {"logit_scale": None if has_scale else _FIXED_SCALE}}, [])
     return to_dict(replace(config, model=model))
 
 
@@ -109,10 +142,12 @@ def _report(source: ForeignWeights, dtypes: dict[str, torch.dtype]) -> list[str]
     lines = []
     for entry in source.entries.values():
         shape = "x".join(map(str, source.logical[entry.ours])) or "scalar"
-        keys = [source.name_in_file[name] for name in entry.theirs]
         dtype = str(dtypes[f"{WEIGHT}/{entry.ours}"]).removeprefix("torch.")
-        lines.append(f"{' + '.join(keys)} -> {entry.ours}  {shape} {dtype}")
-    return lines + [f"{source.name_in_file[name]} -> left out (computed from the config)" for name in source.derived]
+        lines.append(f"{' + '.join(source.keys_of(entry.ours))} -> {entry.ours}  {shape} {dtype}")
+    return lines + [
+        f"{source.state.keys[source.name_in_file[name]]} -> left out (computed from the config)"
+        for name in source.derived
+    ]
 
 
 def _summary(source: ForeignWeights, out: Path) -> str:

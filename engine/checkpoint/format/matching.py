@@ -36,23 +36,46 @@ class Match:
         return out
 
 
+@dataclass(frozen=True)
+class Differences:
+    """What keeps a state dict from being loaded, in torch's words; sorted names."""
+
+    missing: list[str]
+    """Names that are wanted and not offered."""
+    unexpected: list[str]
+    """Names that are offered and not wanted."""
+    mismatched: list[str]
+    """Names of both sides with different shapes."""
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.mismatched)
+
+
+def compare(wanted: Shapes, offered: Shapes) -> Differences:
+    """Compare two state dicts by name and shape."""
+    both = wanted.keys() & offered.keys()
+    return Differences(
+        missing=sorted(wanted.keys() - offered.keys()),
+        unexpected=sorted(offered.keys() - wanted.keys()),
+        mismatched=sorted(name for name in both if tuple(wanted[name]) != tuple(offered[name])),
+    )
+
+
 def match(stored: Shapes, wanted: Shapes, exceptions: Exceptions, source: str, keys: str = "checkpoint") -> Match:
     """Compare by name and shape.
 
     keys: the config section whose `skip` and `reinit` the messages name. Raises CheckpointError that lists missing,
-    extra and mis-shaped tensors, and one for a pattern that matches nothing.
+    unexpected and mismatched tensors, and one for a pattern that matches nothing.
     """
     _refuse_idle_patterns(exceptions.skip, stored, f"{keys}.skip", source)
     _refuse_idle_patterns(exceptions.reinit, wanted, f"{keys}.reinit", "the model")
     skip = [name for name in stored if _matches(name, exceptions.skip)]
     reinit = [name for name in wanted if _matches(name, exceptions.reinit)]
-    offered = {name: shape for name, shape in stored.items() if name not in set(skip)}
+    aside = set(skip) | set(reinit)
     needed = {name: shape for name, shape in wanted.items() if name not in set(reinit)}
-    missing = sorted(needed.keys() - offered.keys())
-    extra = sorted(offered.keys() - wanted.keys())
-    bent = sorted(name for name in needed.keys() & offered.keys() if tuple(needed[name]) != tuple(offered[name]))
-    if missing or extra or bent:
-        raise CheckpointError(_refusal(source, keys, missing, extra, [_shapes(n, offered, needed) for n in bent]))
+    found = compare(needed, {name: shape for name, shape in stored.items() if name not in aside})
+    if found:
+        raise CheckpointError(_refusal(source, keys, found, [_shapes(n, stored, needed) for n in found.mismatched]))
     return Match(load=list(needed), reinit=reinit, skip=skip)
 
 
@@ -71,13 +94,13 @@ def _shapes(name: str, offered: Shapes, needed: Shapes) -> str:
     return f"{name}: stored {list(offered[name])}, wanted {list(needed[name])}"
 
 
-def _refusal(source: str, keys: str, missing: list[str], extra: list[str], bent: list[str]) -> str:
+def _refusal(source: str, keys: str, found: Differences, shapes: list[str]) -> str:
     parts = [f"{source} does not fit the model:"]
     afresh = f"name them in {keys}.reinit to start them afresh"
-    if missing:
-        parts.append(f"  missing, {len(missing)} ({afresh}):{listed(missing)}")
-    if extra:
-        parts.append(f"  extra, {len(extra)} (name them in {keys}.skip to leave them out):{listed(extra)}")
-    if bent:
-        parts.append(f"  of another shape, {len(bent)} ({afresh}):{listed(bent)}")
+    lists = (
+        ("missing", found.missing, afresh),
+        ("unexpected", found.unexpected, f"name them in {keys}.skip to leave them out"),
+        ("mismatched", shapes, afresh),
+    )
+    parts += [f"  {what}, {len(names)} ({cure}):{listed(names)}" for what, names, cure in lists if names]
     return "\n".join(parts)

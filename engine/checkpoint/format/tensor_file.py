@@ -167,12 +167,18 @@ class TensorFile:
         table = json.loads(self._file.read(length))
         table.pop("__metadata__", None)
         for key, entry in table.items():
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{key} is {entry['dtype']}, and {', '.join(DTYPES)} are read: dequantise it first")
             spec = TensorSpec(key, DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"]))
             begin, end = entry["data_offsets"]
             if begin < 0 or end - begin != spec.size_bytes or 8 + length + end > size:
                 raise ValueError(f"{key} claims bytes {begin:,} to {end:,} of {size - 8 - length:,}")
             self.specs[key] = spec
             self._starts[key] = 8 + length + begin
+
+    def start_of(self, key: str) -> int:
+        """Place of a tensor's first byte in the file."""
+        return self._starts[key]
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Elements [start, stop) of the flattened tensor, 1-D on the CPU."""
