@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from engine.checkpoint.errors import CheckpointError
-from engine.checkpoint.flat_slice import FlatSlice
-from engine.checkpoint.matching import compare
+from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.format.flat_slice import FlatSlice
+from engine.checkpoint.format.matching import compare
 from engine.checkpoint.state_dicts.files import FLOATS, State
-from models.authors import LayoutMismatch
 from models.config import ModelConfig
-from models.layouts import recognised
-from models.layouts.base import Entry, Layout, StateKind, entries, expected_shapes, state_kind
+from models.formats import recognised
+from models.formats.base import Entry, Layout, StateKind, entries, expected_shapes, state_kind
+from models.formats.eva_names import LayoutMismatch
 
 _SHOWN = 6
 """Names of each list that a refusal shows."""

@@ -1,11 +1,4 @@
-"""Convert weights between layouts, strictly.
-
-python -m tools.convert --from eva --config EVA.json --weights FILE.pt|FILE.safetensors --out DIR
-python -m tools.convert --from hf --weights FOLDER [--config EVA.json | --model PRESET] --out DIR
-python -m tools.convert --from openclip --model PRESET --weights FILE --out DIR
-python -m tools.convert --to eva|openclip --checkpoint DIR --out FILE.safetensors [--config-out FILE.json]
-python -m tools.convert --to hf --checkpoint DIR --out FOLDER
-python -m tools.convert --to tower --tower vision|text --checkpoint DIR --out FILE.safetensors
+"""Convert weights between layouts, strictly: every tensor has its place or the file is refused.
 
 One tensor is in memory at a time. Nothing is cast unless --dtype says so. What each tensor became stands in a table
 beside the output (--table). docs/checkpoints.md has the table of layouts.
@@ -15,38 +8,45 @@ import argparse
 import sys
 from pathlib import Path
 
-from engine.checkpoint.errors import CheckpointError
 from engine.checkpoint.manifest import AVERAGE, WEIGHT, write_synced
 from engine.checkpoint.state_dicts.files import read_json
 from engine.config import ConfigError
 from models.authors import LayoutMismatch
-from models.config import ModelConfigError
-from models.formats import LAYOUTS
-from tools.convert.export import export_huggingface, export_single_file, export_tower
-from tools.convert.importing import import_weights
-from tools.convert.outputs import Report, check_new
+from models.layouts import LAYOUTS
+from tools.cli import answer, command_parser
+from tools.conversion.export import export_huggingface, export_single_file, export_tower
+from tools.conversion.importing import import_weights
+from tools.conversion.outputs import Report, check_new_file
+
+_EXAMPLES = (
+    "python -m tools.convert --from eva --config EVA.json --weights FILE.pt --out DIR",
+    "python -m tools.convert --from hf --weights FOLDER --out DIR",
+    "python -m tools.convert --from openclip --model b16 --weights FILE.safetensors --out DIR",
+    "python -m tools.convert --to eva --checkpoint runs/x --out FILE.safetensors --config-out FILE.json",
+    "python -m tools.convert --to openclip --checkpoint runs/x --out FILE.pt",
+    "python -m tools.convert --to hf --checkpoint runs/x --out FOLDER",
+    "python -m tools.convert --to tower --tower vision --checkpoint runs/x --out FILE.safetensors",
+)
 
 
 def main(argv: list[str]) -> int:
     """Run the command; the exit status."""
     arguments = _arguments(argv)
+    return answer(lambda: _convert(arguments), LayoutMismatch)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
     table = arguments.table or arguments.out.with_name(arguments.out.name + ".tensors.txt")
-    try:
-        check_new(table)
-        report = _import(arguments) if arguments.source else _export(arguments)
-        write_synced(table, "".join(f"{line}\n" for line in report.table).encode())
-    except (CheckpointError, ConfigError, LayoutMismatch, ModelConfigError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+    check_new_file(table)
+    report = _import(arguments) if arguments.source else _export(arguments)
+    write_synced(table, "".join(f"{line}\n" for line in report.table).encode())
     for line in (*report.remarks, report.summary, f"{table}: what each tensor became"):
         print(line)
     return 0
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("convert", __doc__, _EXAMPLES)
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--from", dest="source", choices=LAYOUTS, help="layout to read")
     way.add_argument("--to", dest="target", choices=(*LAYOUTS, "tower"), help="layout to write")

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -17,13 +17,13 @@ from engine.checkpoint.tensor_file import TensorSpec
 from engine.checkpoint.write import FILE_BYTES, refuse_existing
 from engine.config import ConfigError, resolve
 from models.config import ModelConfig
-from models.formats import layout_of
+from models.layouts import layout_of
 from models.layouts.base import Entry, entries
 from models.layouts.eva_config import eva_from_model
 from models.layouts.hf_config import hf_from_model
 from models.layouts.inventory import MIM_TENSORS
-from tools.cli import check_folder
-from tools.convert.outputs import Report, cast, check_new_file, check_weights_file, dtype_of, write_weights
+from tools.cli import check_folder, progress
+from tools.conversion.outputs import Report, cast, check_new_file, check_weights_file, dtype_of, write_weights
 
 _SCALE = "logit_scale.log_scale"
 _CLIP_ONLY = ("logit_bias.",)
@@ -106,7 +106,8 @@ def export_tower(path: Path, out: Path, tower: str, dtype: str | None, kind: str
     check_weights_file(out, sum(spec.size_bytes for spec in specs))
     weights.checkpoint.verify()
     config = json.dumps(weights.checkpoint.manifest.config["model"])
-    write_weights(out, specs, (weights.read(name) for name in shapes), {"model": config, "tower": tower})
+    with progress("converting", sum(spec.size_bytes for spec in specs) / 1e6, "MB") as done:
+        write_weights(out, specs, _counted(map(weights.read, shapes), done), {"model": config, "tower": tower})
     return Report([f"{name} -> {name}" for name in shapes], f"{out}: {len(shapes)} tensors")
 
 
@@ -171,7 +172,15 @@ def _write(out: Path, weights: _Weights, table: list[Entry], rename: Callable[[s
         dtype = weights.dtype("vision.embed.pos_embed")
         derived = {name: value.to(dtype) for name, value in derived.items()}
         specs += [TensorSpec(name, dtype, tuple(value.shape)) for name, value in derived.items()]
-    write_weights(out, specs, chain(_their_tensors(weights, table), derived.values()), {"format": "pt"})
+    tensors = chain(_their_tensors(weights, table), derived.values())
+    with progress(f"writing {out.name}", sum(spec.size_bytes for spec in specs) / 1e6, "MB") as done:
+        write_weights(out, specs, _counted(tensors, done), {"format": "pt"})
+
+
+def _counted(tensors: Iterable[Tensor], done: Callable[[float], None]) -> Iterator[Tensor]:
+    for tensor in tensors:
+        yield tensor
+        done(tensor.nbytes / 1e6)
 
 
 def _their_tensors(weights: _Weights, table: list[Entry]) -> Iterator[Tensor]:

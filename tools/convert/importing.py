@@ -13,12 +13,12 @@ from engine.checkpoint.state_dicts.files import State, open_state, read_json
 from engine.checkpoint.write import PlannedPart, refuse_existing, whole_tensors, write_checkpoint
 from engine.config import ConfigError, preset_model, resolve, to_dict
 from models.config import ModelConfig
-from models.formats import layout_of
+from models.layouts import layout_of
 from models.layouts.base import StateKind
 from models.layouts.eva_config import model_from_eva
 from models.layouts.hf_config import model_from_hf
-from tools.cli import check_folder
-from tools.convert.outputs import Report, cast, dtype_of
+from tools.cli import check_folder, progress
+from tools.conversion.outputs import Report, cast, dtype_of
 
 _FIXED_SCALE = 100.0
 """Value of train.logit_scale in a checkpoint whose file has no logit scale: the default of training."""
@@ -46,7 +46,10 @@ def import_weights(
     refuse_existing(out)
     check_folder(out)
     state = open_state(weights, entry)
-    model, remarks = _model(layout_name, weights, state, config, preset)
+    try:
+        model, remarks = _model(layout_name, weights, state, config, preset)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"the model config is malformed ({type(error).__name__}: {error})") from error
     source = ForeignWeights(state, layout_of(layout_name, model), model, str(weights))
     tensors = [
         (f"{WEIGHT}/{name}", dtype_of(name, source.dtype(name), dtype), shape) for name, shape in source.logical.items()
@@ -54,6 +57,7 @@ def import_weights(
 
     def read(part: PlannedPart) -> torch.Tensor:
         name = part.key.removeprefix(f"{WEIGHT}/")
+        done(part.size_bytes / 1e6)
         return cast(name, source.read_whole(name), part.dtype)
 
     has_scale = "logit_scale.log_scale" in source.logical
@@ -65,7 +69,9 @@ def import_weights(
         files={},
         source=f"{source.layout.name}, {weights.name}",
     )
-    write_checkpoint(out, whole_tensors(tensors), read, manifest)
+    files = whole_tensors(tensors)
+    with progress("converting", sum(file.size_bytes for file in files) / 1e6, "MB") as done:
+        write_checkpoint(out, files, read, manifest)
     if source.kind is StateKind.CLIP and not has_scale:
         remarks = [*remarks, f"no logit_scale in the file: the checkpoint says train.logit_scale={_FIXED_SCALE:g}"]
     remarks = [*remarks, *(f"{key} -> left out ({why})" for key, why in state.left_out.items())]

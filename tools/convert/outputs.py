@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.checkpoint.errors import CheckpointError
-from engine.checkpoint.tensor_file import TensorFile, TensorSpec, write_tensor_file
+from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.format.tensor_file import TensorFile, TensorSpec, write_tensor_file
 from tools.cli import CommandError, check_file
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from engine.checkpoint.errors import CheckpointError
+from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.format.tensor_file import TensorFile
 from engine.checkpoint.state_dicts.names import clean_names
 from engine.checkpoint.state_dicts.pickles import load_state_dict
-from engine.checkpoint.tensor_file import TensorFile
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Dtypes that weights are kept in here."""

@@ -6,7 +6,7 @@ each wrapper is a component of the names below it: `module._orig_mod.visual.bloc
 
 from collections.abc import Iterable
 
-from engine.checkpoint.errors import CheckpointError
+from engine.checkpoint.format.errors import CheckpointError
 
 _WRAPPERS = frozenset(
     ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoint.errors import CheckpointError
+from engine.checkpoint.format.errors import CheckpointError
 
 STATE_DICT_ENTRIES = ("state_dict", "model", "module", "model_state_dict")
 """Entries under which the usual trainers keep the weights (open_clip and Lightning; EVA and timm; DeepSpeed; torch)."""
@@ -42,9 +42,12 @@ def _load(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(_HARMLESS):
             try:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                if path.suffix != ".safetensors":  # by this name torch would take it for one
+                    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # written before torch 1.6, not a zip: cannot be mapped
-                return torch.load(path, map_location="cpu", weights_only=True)
+                pass
+            with open(path, "rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path, error)) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
