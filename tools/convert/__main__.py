@@ -8,15 +8,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from engine.checkpoint.manifest import AVERAGE, WEIGHT, write_synced
+from engine.checkpoint.format.manifest import AVERAGE, WEIGHT, write_synced
 from engine.checkpoint.state_dicts.files import read_json
-from engine.config import ConfigError
-from models.authors import LayoutMismatch
-from models.layouts import LAYOUTS
+from engine.config.read import ConfigError
+from models.formats import LAYOUTS
+from models.formats.eva_names import LayoutMismatch
 from tools.cli import answer, command_parser
-from tools.conversion.export import export_huggingface, export_single_file, export_tower
-from tools.conversion.importing import import_weights
-from tools.conversion.outputs import Report, check_new_file
+from tools.convert.export import export_huggingface, export_single_file, export_tower
+from tools.convert.importing import import_weights
+from tools.convert.outputs import Report, check_new_file
 
 _EXAMPLES = (
     "python -m tools.convert --from eva --config EVA.json --weights FILE.pt --out DIR",

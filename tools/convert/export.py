@@ -9,21 +9,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.checkpoint.errors import CheckpointError
-from engine.checkpoint.folders import resolve_checkpoint
-from engine.checkpoint.manifest import WEIGHT, write_synced
+from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.format.folders import resolve_checkpoint
+from engine.checkpoint.format.manifest import WEIGHT, write_synced
+from engine.checkpoint.format.tensor_file import TensorSpec
 from engine.checkpoint.reader import Checkpoint
-from engine.checkpoint.tensor_file import TensorSpec
 from engine.checkpoint.write import FILE_BYTES, refuse_existing
-from engine.config import ConfigError, resolve
+from engine.config.read import ConfigError, resolve
 from models.config import ModelConfig
-from models.layouts import layout_of
-from models.layouts.base import Entry, entries
-from models.layouts.eva_config import eva_from_model
-from models.layouts.hf_config import hf_from_model
-from models.layouts.inventory import MIM_TENSORS
+from models.formats import layout_of
+from models.formats.base import Entry, entries
+from models.formats.eva_config import eva_from_model
+from models.formats.hf_config import hf_from_model
+from models.tensors.inventory import MIM_TENSORS
 from tools.cli import check_folder, progress
-from tools.conversion.outputs import Report, cast, check_new_file, check_weights_file, dtype_of, write_weights
+from tools.convert.outputs import Report, cast, check_new_file, check_weights_file, dtype_of, write_weights
 
 _SCALE = "logit_scale.log_scale"
 _CLIP_ONLY = ("logit_bias.",)

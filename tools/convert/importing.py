@@ -6,19 +6,19 @@ from typing import Any
 
 import torch
 
-from data.transforms import CLIP_MEAN, CLIP_STD
-from engine.checkpoint.manifest import WEIGHT, Manifest
-from engine.checkpoint.sources import ForeignWeights
+from data.pixels.transforms import CLIP_MEAN, CLIP_STD
+from engine.checkpoint.foreign import ForeignWeights
+from engine.checkpoint.format.manifest import WEIGHT, Manifest
 from engine.checkpoint.state_dicts.files import State, open_state, read_json
 from engine.checkpoint.write import PlannedPart, refuse_existing, whole_tensors, write_checkpoint
-from engine.config import ConfigError, preset_model, resolve, to_dict
+from engine.config.read import ConfigError, preset_model, resolve, to_dict
 from models.config import ModelConfig
-from models.layouts import layout_of
-from models.layouts.base import StateKind
-from models.layouts.eva_config import model_from_eva
-from models.layouts.hf_config import model_from_hf
+from models.formats import layout_of
+from models.formats.base import StateKind
+from models.formats.eva_config import model_from_eva
+from models.formats.hf_config import model_from_hf
 from tools.cli import check_folder, progress
-from tools.conversion.outputs import Report, cast, dtype_of
+from tools.convert.outputs import Report, cast, dtype_of
 
 _FIXED_SCALE = 100.0
 """Value of train.logit_scale in a checkpoint whose file has no logit scale: the default of training."""
