@@ -1,6 +1,8 @@
 """Batches prepared ahead by reader processes, delivered in order."""
 
+import ctypes
 import logging
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -11,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.errors import DataError
 
 Batch = TypeVar("Batch")
+_PR_SET_PDEATHSIG = 1
 _READER_LOST = ("exited unexpectedly", "killed by signal", "timed out")  # of torch's messages
 
 
@@ -105,6 +108,9 @@ def _init_worker(worker: int) -> None:
     """A console handler inherited by the fork may hold a lock that a thread of the parent had: use a fresh
     one.
     """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # whoever signals all processes of a job means the training process
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # with it the readers end, however it ends
     log = logging.getLogger("data")
     log.handlers = [logging.StreamHandler()]
     log.propagate = False

@@ -72,6 +72,7 @@ class Feed:
         self.context = config.model.text.context_length
         self.next_position = start_position
         self.loader: PrefetchLoader[SampleBatch | EncodedBatch] | None = None
+        self._read: list[SampleBatch] = []
         self.units = self._units(config.micro_batch_samples)
         if mesh.is_first_stage:
             self.reader = SampleReader(
@@ -102,15 +103,33 @@ class Feed:
         return self
 
     def __next__(self) -> LocalBatch:
+        error = self.read()
+        if error is not None:
+            raise error
+        return self.share()
+
+    def read(self) -> Exception | None:
+        """This rank's units of the next step; returns what went wrong. Local: all ranks can then fail together."""
+        self._read = []
+        try:
+            if self.loader is not None:
+                self._log_epochs()
+                self._read = [self._next_unit() for _ in self.units]
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            return error
+        return None
+
+    @property
+    def bad(self) -> list[BadSample]:
+        """Samples of the units that `read` has read and replaced."""
+        return [sample for unit in self._read for sample in unit.bad]
+
+    def share(self) -> LocalBatch:
+        """The step's batch from what the ranks have read. Collective over the replica."""
         positions = self._positions(self.next_position)
-        images, units = None, []
-        if self.loader is not None:
-            self._log_epochs()
-            units = [self._next_unit() for _ in self.units]
-            images = self._gather([unit.images for unit in units])
+        images = self._gather([unit.images for unit in self._read]) if self.loader is not None else None
         self.next_position += self.global_batch
-        bad = [sample for unit in units for sample in unit.bad]
-        return LocalBatch(positions, images, self._own_captions(units), bad, self._source_counts())
+        return LocalBatch(positions, images, self._own_captions(self._read), self.bad, self._source_counts())
 
     def _own_captions(self, units: list[SampleBatch]) -> Tensor:
         """int64 [own rows, context] from what the first stage has read; none without captions. Collective."""

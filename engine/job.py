@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from data.errors import DataError
@@ -11,28 +12,30 @@ from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.resume import choose, lock_run, newest_good
 from engine.config.phases import Phase, phase_plan
 from engine.config.read import Config
-from engine.parallel.agree import raise_together
+from engine.parallel.agree import raise_together, together
 from engine.parallel.device import Device
 from engine.parallel.mesh import Mesh
 from engine.record import Callback
+from engine.resilience.signals import Wishes
+from engine.resilience.status import FAILED, FINISHED, RUNNING, STOPPED_IN_ORDER, write_status
 from engine.trainer import Trainer
 
 Callbacks = Callable[[Trainer], list[Callback]]
 """What watches a phase, in the order in which they are asked."""
 
 
-def run_phases(config: Config, mesh: Mesh, device: Device, callbacks: Callbacks) -> None:
-    """Train what is left of the job. Collective over the mesh.
+def run_phases(config: Config, mesh: Mesh, device: Device, callbacks: Callbacks, wishes: Wishes | None = None) -> bool:
+    """Train what is left of the job; whether it is done, or was asked to stop before. Collective over the mesh.
 
     A phase begins with the checkpoint that the one before left at the border; a run that was stopped there begins it in
-    the same way.
+    the same way. wishes: what this process is asked for by signals.
     """
     plan, run_dir = phase_plan(config), Path(config.run_dir)
     begin: Callable[[], Checkpoint | None] = lambda: choose(config, mesh)  # noqa: E731
     while True:
-        phase = _run_next(plan, run_dir, mesh, device, begin, callbacks)
-        if phase is plan[-1]:
-            return
+        phase, stopped = _run_next(plan, run_dir, mesh, device, begin, callbacks, wishes)
+        if stopped or phase is plan[-1]:
+            return not stopped
         gc.collect()  # towers and buffers of the last phase hang in cycles of hooks; the next one needs their memory
         begin = lambda: newest_good(run_dir, config, mesh)  # noqa: E731
 
@@ -55,13 +58,36 @@ def _run_next(
     device: Device,
     begin: Callable[[], Checkpoint | None],
     callbacks: Callbacks,
-) -> Phase:
+    wishes: Wishes | None,
+) -> tuple[Phase, str]:
     lock = lock_run(run_dir, mesh)
+    if lock is not None and wishes is not None:
+        wishes.before_leaving.append(lock.release)
     checkpoint = begin()
     done = training_position(checkpoint).step if checkpoint is not None else 0
     phase = next((phase for phase in plan if done < phase.last_step), plan[-1])
     _check_later_shards(plan[plan.index(phase) + 1 :], mesh)
     trainer = Trainer(phase.config, mesh, device, phase)
     trainer.begin(checkpoint, lock)
-    trainer.fit(callbacks(trainer))
-    return phase
+    with together(mesh.control):
+        watching = callbacks(trainer)
+    return phase, _train(trainer, watching, wishes)
+
+
+def _train(trainer: Trainer, callbacks: list[Callback], wishes: Wishes | None) -> str:
+    """Train a phase, with its outcome in run_dir/status.json; why it was stopped, if it was."""
+    run_dir, first = Path(trainer.config.run_dir), trainer.mesh.world.rank == 0
+    outcome, stop = FAILED, ""
+    if first:
+        write_status(run_dir, RUNNING, step=trainer.position.step)
+    try:
+        with wishes.wait_for_steps() if wishes is not None else nullcontext():
+            stop = trainer.fit(callbacks, wishes)
+        outcome = STOPPED_IN_ORDER if stop else FINISHED
+    except Exception as error:
+        stop = str(error)
+        raise
+    finally:
+        if first:
+            write_status(run_dir, outcome, step=trainer.position.step, reason=stop)
+    return stop

@@ -6,7 +6,7 @@ they may hold collectives.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class RunInfo:
     """Pairs per optimizer step."""
     phase: str = ""
     """The phase that begins or goes on; empty in a job without phases."""
+    resumed_record: Mapping[str, float] = field(default_factory=dict)
+    """The last step's record as the checkpoint holds it; empty for a fresh run."""
 
 
 class Callback:
@@ -51,12 +53,20 @@ class Callback:
     def on_start(self, run: RunInfo) -> None:
         """Once, after a checkpoint is loaded and before the first step."""
 
+    def secure(self, record: Record) -> None:
+        """After every optimizer step, before anything else that may fail at it: what must not be lost."""
+
     def measure(self, record: Record) -> dict[str, float]:
         """After every optimizer step, before any callback sees its record: numbers to add to it."""
         return {}
 
     def on_step(self, record: Record) -> None:
         """After every optimizer step."""
+
+    def save_now(self, record: Record, stop: str) -> None:
+        """Between two steps, when a checkpoint was asked for. `record` is the last step's, empty before the first of
+        this start; `stop` is why the run ends here, empty if it goes on.
+        """
 
     def on_end(self, record: Record) -> None:
         """Once, also when training stops with an error; `record` is the last step's, empty if none."""

@@ -14,7 +14,7 @@ import yaml
 from data.errors import DataError
 from engine.config.phases import phase_plan
 from engine.config.read import Config, ConfigError, check_layout, check_vocabulary, load_config, to_dict
-from engine.resilience.exit import leave
+from engine.resilience.exit import STOPPED, leave
 
 if TYPE_CHECKING:
     from engine.record import Callback
@@ -43,20 +43,31 @@ def _train(config: Config) -> int:
     from engine.job import run_phases
     from engine.parallel.launch import job
     from engine.parallel.mesh import LayoutError
+    from engine.parallel.rendezvous import NotEveryoneCame
+    from engine.resilience.failures import tell, tell_line
     from engine.resilience.judge import UnhealthyStep
+    from engine.resilience.signals import Wishes, end_with_parent
+    from engine.resilience.status import stopped_in_this_start
     from models.blocks.kernels import require_kernels
     from models.config import ModelConfigError
 
+    if stopped_in_this_start(Path(config.run_dir)):
+        return STOPPED
+    wishes = Wishes()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     try:
         configs = [phase.config for phase in phase_plan(config)]
         kernels = dict.fromkeys(str(require_kernels(c.model, DTYPES[c.train.precision])) for c in configs)
         with job(config.parallel) as (mesh, device):
             if mesh.world.rank == 0:
                 print("; then ".join(kernels))
-            run_phases(config, mesh, device, partial(_callbacks, config))
-    except (LayoutError, DataError, CheckpointError, ModelConfigError, UnhealthyStep) as error:
-        return _fail(error)
-    return 0
+            done = run_phases(config, mesh, device, partial(_callbacks, config), wishes)
+    except (LayoutError, DataError, CheckpointError, ModelConfigError, UnhealthyStep, NotEveryoneCame) as error:
+        return tell_line(error)
+    except Exception as error:
+        return tell(error)
+    return 0 if done else STOPPED
 
 
 def _callbacks(config: Config, trainer: "Trainer") -> list["Callback"]:

@@ -22,6 +22,7 @@ from engine.feed import Feed, LocalBatch
 from engine.objectives.registry import objective_of
 from engine.objectives.update import StepOutcome
 from engine.optim.average import restart_average
+from engine.parallel.agree import together
 from engine.parallel.device import Device
 from engine.parallel.mesh import Mesh, meet
 from engine.pipeline.clock import Phases, write_spans
@@ -29,6 +30,8 @@ from engine.record import Callback, RunInfo
 from engine.resilience.judge import Health
 from engine.resilience.quarantine import Quarantine
 from engine.resilience.rewind import Recovery
+from engine.resilience.roll_call import CARRY_ON, Orders, RollCall
+from engine.resilience.signals import Wishes
 
 
 class Trainer:
@@ -51,42 +54,38 @@ class Trainer:
         self.checkpoint_stall_s = 0.0
         """Seconds that training has waited for checkpoints since the last record."""
         self._resumed_states: dict[str, Any] = {}
+        self._resumed_record: dict[str, float] = {}
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
-    def fit(self, callbacks: list[Callback]) -> None:
-        """Train from the current position to the end of the phase."""
-        total, start = self.phase.last_step, self.position.step
-        feed = Feed(
-            self.config,
-            self.mesh,
-            self.device.torch_device,
-            start_position=self.position.samples_seen,
-            steps=total - start,
-            first_position=self.phase.first_sample,
-        )
-        self.quarantine = Quarantine(
-            Path(self.config.run_dir),
-            self.mesh,
-            self.device.torch_device,
-            start_position=self.position.samples_seen,
-            max_bad_fraction=self.config.data.max_bad_fraction,
-        )
+    def fit(self, callbacks: list[Callback], wishes: Wishes | None = None) -> str:
+        """Train from the current position to the end of the phase, or until a stop is asked for; why, then.
+
+        wishes: what this process is asked for by signals. Collective over the mesh.
+        """
+        feed = self._open_feed()
+        orders, record = CARRY_ON, dict[str, Any]()
+        roll_call = RollCall(Path(self.config.run_dir), self.mesh, wishes)
+        self._give_back_states(callbacks)
         run = self._run_info()
-        record: dict[str, Any] = {}
-        self.callbacks = callbacks
-        for callback in callbacks:
-            if type(callback).__name__ in self._resumed_states:
-                callback.load_state_dict(self._resumed_states[type(callback).__name__])
         try:
-            for callback in callbacks:
-                callback.on_start(run)
-            for _ in range(start, total):
+            with together(self.mesh.control):
+                for callback in callbacks:
+                    callback.on_start(run)
+            for _ in range(self.position.step, self.phase.last_step):
                 started = time.perf_counter()
-                batch = next(feed)
+                orders = self._call_the_roll(roll_call, feed)
+                if orders.save or orders.stop:
+                    for callback in callbacks:
+                        callback.save_now(record, orders.stop)
+                if orders.stop:
+                    break
+                batch = feed.share()
                 fetched = time.perf_counter()
                 outcome, phases = self.traced_step(batch)
                 record = self._record(outcome, phases, batch, started, fetched)
+                for callback in callbacks:
+                    callback.secure(record)
                 for callback in callbacks:
                     record |= callback.measure(record)
                 for callback in callbacks:
@@ -97,6 +96,41 @@ class Trainer:
             for callback in callbacks:
                 callback.on_end(record)
             self._release_run()
+        return orders.stop
+
+    def _call_the_roll(self, roll_call: RollCall, feed: Feed) -> Orders:
+        """Read this rank's part of the next step and hear what the others met. Collective; raises on every rank."""
+        error = feed.read()
+        orders, bad = roll_call(error, self.quarantine.counts(feed.bad))
+        if not orders.stop:  # a run that goes on reads them again
+            seen = self.position.samples_seen + self.config.train.global_batch_size
+            self.position.bad_samples += self.quarantine.report(feed.bad, bad, samples_seen=seen)
+        return orders
+
+    def _open_feed(self) -> Feed:
+        """From the current position to the end of the phase. Collective; raises on every rank."""
+        with together(self.mesh.control):
+            feed = Feed(
+                self.config,
+                self.mesh,
+                self.device.torch_device,
+                start_position=self.position.samples_seen,
+                steps=self.phase.last_step - self.position.step,
+                first_position=self.phase.first_sample,
+            )
+        self.quarantine = Quarantine(
+            Path(self.config.run_dir),
+            self.mesh,
+            start_position=self.position.samples_seen,
+            max_bad_fraction=self.config.data.max_bad_fraction,
+        )
+        return feed
+
+    def _give_back_states(self, callbacks: list[Callback]) -> None:
+        self.callbacks = callbacks
+        for callback in callbacks:
+            if type(callback).__name__ in self._resumed_states:
+                callback.load_state_dict(self._resumed_states[type(callback).__name__])
 
     def step(self, batch: LocalBatch, phases: Phases | None = None) -> StepOutcome:
         """One optimizer step on one global batch. Collective over the mesh; raises UnhealthyStep."""
@@ -132,8 +166,6 @@ class Trainer:
         self, outcome: StepOutcome, phases: Phases, batch: LocalBatch, started: float, fetched: float
     ) -> dict[str, Any]:
         rates = outcome.rates
-        seen = self.position.samples_seen
-        self.position.bad_samples += self.quarantine.report(batch.bad, samples_seen=seen)
         record = {
             "step": self.position.step - 1,
             **({"phase": self.phase.name} if self.phase.name else {}),
@@ -166,6 +198,7 @@ class Trainer:
             layout=self.mesh.layout,
             parameters=self._count_parameters(),
             global_batch_size=self.config.train.global_batch_size,
+            resumed_record=self._resumed_record,
         )
 
     def _count_parameters(self) -> int:
@@ -189,7 +222,7 @@ class Trainer:
         # A rewind to it would leave the tensors that it does not give as they are.
         self.recovery.began = checkpoint.folder if checkpoint is not None and checkpoint.exceptions == WHOLE else None
         begin = start(self.towers, self.optimizer, self.phase, self.mesh, checkpoint)
-        self.position, self._resumed_states = begin.position, begin.callbacks
+        self.position, self._resumed_states, self._resumed_record = begin.position, begin.callbacks, begin.record
         self.position.phase = self.phase.name
         health = self._resumed_states.pop(type(self.health).__name__, None)
         if health is not None and not begin.at_border:  # another phase has another usual loss

@@ -1,8 +1,8 @@
-"""Saves every n steps and after the last one of every phase; runs on every rank, since saving is collective.
+"""Saves every n steps, after the last one of every phase and when asked; on every rank, since saving is collective.
 
 What training waits for (copying to host memory, a save still under way) is added to `Trainer.checkpoint_stall_s`, which
-the next step's record carries. A checkpoint after step k is begun after the other callbacks have seen record k: their
-files are never behind a checkpoint.
+the next step's record carries. A checkpoint after step k begins before anything else that may fail at it, an evaluation
+above all; what that measures is added to the checkpoint afterwards.
 """
 
 import sys
@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.checkpoint.format.errors import CheckpointError
-from engine.checkpoint.format.folders import Retention
+from engine.checkpoint.format.folders import Retention, step_folder
 from engine.checkpoint.save import CheckpointSaver
-from engine.record import Callback, Record, RunInfo
+from engine.record import Callback, Record
 from engine.trainer import Trainer
 
 
@@ -30,35 +30,58 @@ class CheckpointCallback(Callback):
             best=settings.keep_best,
             best_is=settings.keep_best_is,
         )
-        run_dir = Path(trainer.config.run_dir)
-        self.saver = CheckpointSaver(run_dir, trainer.optimizer, trainer.config, trainer.mesh, retention)
+        self._saved_now = False
+        self.run_dir = Path(trainer.config.run_dir)
+        self.saver = CheckpointSaver(self.run_dir, trainer.optimizer, trainer.config, trainer.mesh, retention)
         trainer.recovery.saver = self.saver
 
-    def on_start(self, run: RunInfo) -> None:
-        """Remember where the run ends."""
-        self.total_steps = run.total_steps
-
-    def on_step(self, record: Record) -> None:
+    def secure(self, record: Record) -> None:
         """Notice a writer that failed; save when it is time."""
-        if not self.settings.every_steps:
-            return
         if self.trainer.lock is not None:
             self.trainer.lock.touch()
+        if not self.settings.every_steps:
+            return
         self.saver.check()
         done = int(record["step"]) + 1
-        last = done in (self.total_steps, self.trainer.phase.last_step)
-        if done % self.settings.every_steps == 0 or last:
-            with self._stall():
-                self._save(record, wait=last or not self.settings.async_save)
+        self._saved_now = done % self.settings.every_steps == 0 or done == self.trainer.phase.last_step
+        if self._saved_now:
+            self._save(record, wait=not self.settings.async_save)
 
-    def _save(self, record: Record, wait: bool) -> None:
+    def on_step(self, record: Record) -> None:
+        """Complete the record of the checkpoint that was begun; the last one of a phase is waited for."""
+        if not self._saved_now:
+            return
         best = self.settings.keep_best
         if best and best not in record:
             raise CheckpointError(f"checkpoint.keep_best {best!r} is not in the step record: {sorted(record)}")
-        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
-        self.saver.save(self.trainer.position, self.trainer.callback_states(), numbers)
-        if wait:
+        self.saver.add_metrics(_numbers(record))
+        if int(record["step"]) + 1 == self.trainer.phase.last_step:
+            with self._stall():
+                self.saver.wait()
+
+    def save_now(self, record: Record, stop: str) -> None:
+        """Save the state between two steps, unless it is the one that was saved or begun with."""
+        done = self.trainer.position.step
+        if not record:
+            where = "no step was made since the start"
+        elif stop and not self.settings.every_steps:
+            where = "not saved: checkpoint.every_steps is 0"
+        else:
+            final = step_folder(self.run_dir, done)
+            if not self.saver.saved or self.saver.saved[-1] != final:
+                self._save(record, wait=bool(stop))
+            where = f"saved in {final}"
+        if stop:
             self.saver.wait()
+        if self.trainer.mesh.world.rank == 0:
+            why = f"stopped by {stop}" if stop else "asked to save"
+            print(f"{why} after step {done}: {where}", file=sys.stderr, flush=True)
+
+    def _save(self, record: Record, wait: bool) -> None:
+        with self._stall():
+            self.saver.save(self.trainer.position, self.trainer.callback_states(), _numbers(record))
+            if wait:
+                self.saver.wait()
 
     @contextmanager
     def _stall(self) -> Iterator[None]:
@@ -71,3 +94,7 @@ class CheckpointCallback(Callback):
         problem = self.saver.abandon()
         if problem:
             print(f"WARNING: the last checkpoint was not completed: {problem}", file=sys.stderr, flush=True)
+
+
+def _numbers(record: Record) -> dict[str, float]:
+    return {name: value for name, value in record.items() if isinstance(value, int | float)}

@@ -68,7 +68,7 @@ class MetricsFile(Callback):
             if run.start_step == 0:
                 path.replace(path.with_name("metrics.previous.jsonl"))
             else:
-                _keep_steps_before(path, run.start_step)
+                _keep_steps_before(path, run.start_step, _last_record(run))
         self._file = path.open("a", encoding="utf-8")
         facts = {name: getattr(run, name) for name in ("layout", "world_size", "parameters", "global_batch_size")}
         (run.run_dir / RUN_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
@@ -83,8 +83,15 @@ class MetricsFile(Callback):
             self._file.close()
 
 
-def _keep_steps_before(path: Path, start_step: int) -> None:
+def _last_record(run: RunInfo) -> dict[str, Any]:
+    """The record of the step before the first one to come: a checkpoint may be there before its step's line."""
+    return dict(run.resumed_record) | ({"phase": run.phase} if run.phase else {})
+
+
+def _keep_steps_before(path: Path, start_step: int, last: dict[str, Any]) -> None:
     kept = [record for record in read_metrics(path) if record["step"] < start_step]
+    if last.get("step") == start_step - 1 and (not kept or kept[-1]["step"] == start_step - 2):
+        kept.append(last)
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.writelines(_to_line(record) for record in kept)

@@ -17,7 +17,7 @@ from engine.checkpoint.format.folders import (
     set_aside,
 )
 from engine.checkpoint.format.lock import RunLock
-from engine.checkpoint.format.manifest import Position
+from engine.checkpoint.format.manifest import Position, step_record
 from engine.checkpoint.format.matching import Exceptions
 from engine.checkpoint.initial import initialise_from
 from engine.checkpoint.load import resume_training, training_position
@@ -36,6 +36,8 @@ class Start:
     position: Position
     callbacks: dict[str, Any] = field(default_factory=dict)
     """Class name -> state of the callbacks of the run that is continued."""
+    record: dict[str, float] = field(default_factory=dict)
+    """Of the last step, as the checkpoint holds it."""
     at_border: bool = False
     """A phase begins: its checkpoint is that of the phase before."""
 
@@ -82,7 +84,7 @@ def load_state(towers: Towers, optimizer: ShardedOptimizer, phase: Phase, mesh: 
         lines, did = chosen.lines(), "resumed"
     optimizer.step_count = position.step - phase.schedule_first_step
     _say(f"{did} from {checkpoint.folder} (step {position.step}): " + "; ".join(lines), mesh)
-    return Start(position, checkpoint.manifest.callbacks, at_border)
+    return Start(position, checkpoint.manifest.callbacks, step_record(checkpoint.folder), at_border)
 
 
 def _check_position(position: Position, phase: Phase, folder: Path) -> None:

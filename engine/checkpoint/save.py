@@ -26,6 +26,8 @@ from engine.checkpoint.format.folders import (
     step_folder,
 )
 from engine.checkpoint.format.manifest import (
+    MANIFEST,
+    RECORD,
     Manifest,
     Position,
     StoredPart,
@@ -58,6 +60,7 @@ class CheckpointSaver:
         self._snapshot = Snapshot(optimizer, mesh)
         self._writing: _BackgroundTask | None = None
         self._committing: _BackgroundTask | None = None
+        self._completing: _BackgroundTask | None = None
         self._cancelled = threading.Event()
 
     def save(self, position: Position, callbacks: dict[str, Any], metrics: dict[str, float]) -> None:
@@ -73,9 +76,21 @@ class CheckpointSaver:
             self._committing = _BackgroundTask(lambda: self._commit(final, manifest))
         self.saved.append(final)
 
+    def add_metrics(self, metrics: dict[str, float]) -> None:
+        """Complete the record of the checkpoint under way, once it is in its place. Local."""
+        commit, final = self._committing, self.saved[-1]
+        if commit is not None:
+            self._completing = _BackgroundTask(lambda: self._complete(commit, final, metrics))
+
+    def _complete(self, commit: "_BackgroundTask", final: Path, metrics: dict[str, float]) -> None:
+        commit.join()
+        if (final / MANIFEST).is_file():
+            write_synced(final / RECORD, json.dumps(metrics).encode())
+            prune(self.run_dir, self.retention)
+
     def check(self) -> None:
         """Raise what a writer of this rank ran into. Local; for every step."""
-        for task in (self._writing, self._committing):
+        for task in (self._writing, self._committing, self._completing):
             if task is not None and task.error is not None:
                 self._cancelled.set()
                 raise task.error
@@ -88,11 +103,11 @@ class CheckpointSaver:
         failed = [e for e in everyone(error, self.mesh.world) if e]
         if failed:
             self._cancelled.set()  # rank 0 would wait for a file that never comes
-        commit = self._committing.join() if self._committing else None
-        self._writing = self._committing = None
+        commit = next((p for task in (self._committing, self._completing) if task and (p := task.join())), None)
+        self._writing = self._committing = self._completing = None
         raise_together(failed[0] if failed else commit, self.mesh.world)
 
-    def abandon(self, patience_s: float = 60.0) -> str | None:
+    def abandon(self, patience_s: float = 20.0) -> str | None:
         """At the end of a run, also after an error: let the save under way finish if it can, without a collective.
 
         Returns what went wrong with it in words; nothing if none is under way.
@@ -102,7 +117,9 @@ class CheckpointSaver:
             self._committing.join(patience_s)
             self._cancelled.set()
             problem = problem or self._committing.join()
-        self._writing = self._committing = None
+        if self._completing is not None:
+            problem = problem or self._completing.join()
+        self._writing = self._committing = self._completing = None
         return problem
 
     def _make_room(self, final: Path, own_bytes: int) -> None:

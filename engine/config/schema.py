@@ -27,6 +27,8 @@ class ParallelConfig:
     """Reduce gradients during the last backward and gather weights during the next encode, bucket by bucket."""
     bucket_size: int | None = None
     """Elements of one bucket of gradients; null: megatron-core's choice (at least 40 million)."""
+    start_timeout_minutes: float = 10.0
+    """A start whose ranks have not all come by then ends with the names of those that are missing."""
     timeout_minutes: float = 30.0
     """A collective that waits longer for another rank ends the job; longer than the slowest load of a checkpoint."""
 

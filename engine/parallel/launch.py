@@ -1,8 +1,7 @@
 """Starting and ending a multi-rank command: device, process group, mesh."""
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -10,24 +9,30 @@ import torch.distributed as dist
 from engine.config.read import ParallelConfig
 from engine.parallel.device import Device, order_kernels_by_launch, prepare
 from engine.parallel.mesh import Mesh, build_mesh, meet
+from engine.parallel.rendezvous import own_store
+from engine.resilience.failures import note
 
 
 @contextmanager
 def job(parallel: ParallelConfig) -> Iterator[tuple[Mesh, Device]]:
-    """The mesh and device of this rank; the process group ends with the block. One rank needs no torchrun."""
+    """The mesh and device of this rank; the process group ends with the block. One rank needs no torchrun.
+
+    What is raised inside carries who tells it (engine/resilience/failures.py).
+    """
     if parallel.tensor > 1:
         order_kernels_by_launch()
     device = prepare()
     timeout = timedelta(minutes=parallel.timeout_minutes)
-    alone = "RANK" not in os.environ
-    if alone:
-        dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        dist.init_process_group(device.backend, timeout=timeout)
-    world = dist.distributed_c10d._get_default_group()
+    store, rank, size = own_store(timedelta(minutes=parallel.start_timeout_minutes))
     try:
+        dist.init_process_group(device.backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        world = dist.distributed_c10d._get_default_group()
         mesh = build_mesh(parallel.tensor, parallel.pipeline, world, timeout=timeout)
         yield mesh, device
         meet(mesh.world, device.torch_device)  # no rank closes its connections while another still uses them
+    except Exception as error:
+        note(error, store)
+        raise
     finally:
-        dist.destroy_process_group()
+        with suppress(RuntimeError):  # a group whose other ranks are gone
+            dist.destroy_process_group()

@@ -62,6 +62,9 @@ class Mesh:
     """This rank only."""
     links: Links
     """Of the pipeline axis."""
+    control: Axis
+    """All ranks over gloo, for what concerns the hosts: errors, wishes, agreement. Its collectives wait for no device,
+    and none of them is ever under way when another starts."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -117,13 +120,15 @@ def build_mesh(tensor: int, pipeline: int, world: Group, *, timeout: timedelta |
     at = lambda tt, dd, pp: ranks[tt + tensor * (dd + data * pp)]  # noqa: E731
     t, d, p = me % tensor, me // tensor % data, me // (tensor * data)
 
-    def axis(members: Sequence[int], options: Any = None) -> Axis:
+    def axis(members: Sequence[int], options: Any = None, backend: str | None = None) -> Axis:
         """Only its members create a group, all in the same order of axes: no rank waits for groups of others.
 
         Otherwise every one of the hundreds of groups of a large job would be a barrier of all its ranks.
         """
         own = list(members)
-        group = dist.new_group(own, timeout=timeout, pg_options=options, use_local_synchronization=True)
+        group = dist.new_group(
+            own, timeout=timeout, backend=backend, pg_options=options, use_local_synchronization=True
+        )
         return Axis(len(own), own.index(dist.get_rank()), group)
 
     stages = [at(t, d, pp) for pp in range(pipeline)]
@@ -138,6 +143,7 @@ def build_mesh(tensor: int, pipeline: int, world: Group, *, timeout: timedelta |
         alone=axis([ranks[me]]),
         world=Axis(len(ranks), me, world),
         links=_links(pipeline_axis, lambda: axis(stages, urgent).group),
+        control=axis(ranks, backend="gloo" if dist.get_backend(world) == "nccl" else None),
     )
 
 

@@ -4,6 +4,9 @@ import logging
 import os
 import sys
 
+STOPPED = 75
+"""Exit status of a run that was asked to stop and can go on (EX_TEMPFAIL of sysexits.h)."""
+
 
 def leave(status: int) -> None:
     """End this process with `status`, everything flushed, without running the destructors of C++ libraries.

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from data.bad import REASONS, judge_bad_fraction
 from data.batch import BadSample
+from engine.parallel.agree import everyone
 from engine.parallel.mesh import Mesh
 
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -24,22 +24,27 @@ _REASONS = list(REASONS)
 class Quarantine:
     """Collects what the readers replaced. Collective over the mesh: every rank calls with what it read."""
 
-    def __init__(
-        self, run_dir: Path, mesh: Mesh, device: torch.device, *, start_position: int, max_bad_fraction: float
-    ) -> None:
+    def __init__(self, run_dir: Path, mesh: Mesh, *, start_position: int, max_bad_fraction: float) -> None:
         """start_position: samples seen; entries of an earlier attempt from there on are dropped."""
         self._path = run_dir / QUARANTINE_FILE
-        self._mesh, self._device = mesh, device
+        self._mesh = mesh
         self._max_bad_fraction = max_bad_fraction
         before = _keep_before(self._path, start_position) if mesh.world.rank == 0 else Counter()
-        self.by_reason: Counter[str] = self._sum(before)
+        self.by_reason: Counter[str] = everyone(before, mesh.control)[0]
         """Bad samples of the run so far, the same on every rank."""
 
-    def report(self, bad: Sequence[BadSample], *, samples_seen: int) -> int:
-        """Add one step's bad samples of this rank; how many all ranks had. Raises DataError on every rank when the run
-        has too many.
+    @staticmethod
+    def counts(bad: Sequence[BadSample]) -> list[int]:
+        """How many of them have each reason, for the roll call."""
+        found = Counter(sample.reason for sample in bad)
+        return [found[reason] for reason in _REASONS]
+
+    def report(self, bad: Sequence[BadSample], totals: Sequence[int], *, samples_seen: int) -> int:
+        """Add one step's bad samples of this rank; returns how many all ranks had.
+
+        totals: `counts` of all ranks together. Raises DataError on every rank when the run has too many.
         """
-        step = self._sum(Counter(sample.reason for sample in bad))
+        step = +Counter(dict(zip(_REASONS, totals, strict=True)))
         if step.total():
             self.by_reason += step
             self._write(bad)
@@ -47,13 +52,8 @@ class Quarantine:
             judge_bad_fraction(self.by_reason, reads=reads, limit=self._max_bad_fraction)
         return step.total()
 
-    def _sum(self, counts: Counter[str]) -> Counter[str]:
-        total = torch.tensor([counts[reason] for reason in _REASONS], device=self._device)
-        dist.all_reduce(total, group=self._mesh.world.group)
-        return +Counter(dict(zip(_REASONS, total.tolist(), strict=True)))
-
     def _write(self, bad: Sequence[BadSample]) -> None:
-        world = self._mesh.world
+        world = self._mesh.control
         parts: list[list[dict]] = [[] for _ in range(world.size)]
         dist.gather_object(
             [asdict(sample) for sample in bad],

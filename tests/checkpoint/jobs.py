@@ -102,6 +102,7 @@ def drive(trainer: Trainer, callback: CheckpointCallback, steps: int, **metrics:
     for i in range(steps):
         (loss,) = run_steps(trainer, 1)
         record = {"step": trainer.position.step - 1, "loss": loss} | {name: v[i] for name, v in metrics.items()}
+        callback.secure(record)
         callback.on_step(record)
 
 

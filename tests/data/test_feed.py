@@ -17,6 +17,7 @@ from engine.config.read import Config, ConfigError, resolve
 from engine.feed import Feed
 from engine.parallel.mesh import Mesh, build_mesh
 from engine.resilience.quarantine import QUARANTINE_FILE, Quarantine
+from engine.resilience.roll_call import RollCall
 from tests.data.shard_factory import encode, good_sample, picture
 from tests.distributed import run_distributed
 
@@ -72,11 +73,13 @@ def _feed_steps(folder: str, run_dir: Path, mesh: Mesh, *, first: int) -> dict[s
     cpu = torch.device("cpu")
     config = _config(folder, mesh.tensor.size, mesh.pipeline.size, workers=0)
     feed = Feed(config, mesh, cpu, start_position=first * BATCH, steps=STEPS // 2)
-    quarantine = Quarantine(run_dir, mesh, cpu, start_position=first * BATCH, max_bad_fraction=0.5)
+    quarantine = Quarantine(run_dir, mesh, start_position=first * BATCH, max_bad_fraction=0.5)
+    roll_call = RollCall(run_dir, mesh, None)
     result: dict[str, Any] = {"place": (mesh.data.rank, mesh.pipeline.rank, mesh.tensor.rank), "steps": []}
     for step in range(first, first + STEPS // 2):
-        batch = next(feed)
-        quarantine.report(batch.bad, samples_seen=(step + 1) * BATCH)
+        _, totals = roll_call(feed.read(), quarantine.counts(feed.bad))
+        quarantine.report(feed.bad, totals, samples_seen=(step + 1) * BATCH)
+        batch = feed.share()
         result["steps"].append(
             {
                 "step": step,
@@ -169,14 +172,14 @@ def test_a_fresh_quarantine_and_a_resumed_one(tmp_path: Path, mesh: Mesh, shards
     ]
     (tmp_path / QUARANTINE_FILE).write_text("\n".join(lines) + '\n{"shard": "a", "ke')
     options: dict[str, Any] = {"max_bad_fraction": 0.01}
-    resumed = Quarantine(tmp_path, mesh, torch.device("cpu"), start_position=16, **options)
+    resumed = Quarantine(tmp_path, mesh, start_position=16, **options)
     assert resumed.by_reason == {"empty_image": 2}
     assert (tmp_path / QUARANTINE_FILE).read_text().splitlines() == lines[:2]
     bad = _expected(shards).bad
-    assert resumed.report(bad, samples_seen=32) == len(bad)  # too few reads to judge
+    assert resumed.report(bad, resumed.counts(bad), samples_seen=32) == len(bad)  # too few reads to judge
     with pytest.raises(DataError, match=r"of 10\d\d samples were bad .*data\.max_bad_fraction=0\.01"):
-        resumed.report(bad * 10, samples_seen=1000)
-    fresh = Quarantine(tmp_path, mesh, torch.device("cpu"), start_position=0, **options)
+        resumed.report(bad * 10, resumed.counts(bad * 10), samples_seen=1000)
+    fresh = Quarantine(tmp_path, mesh, start_position=0, **options)
     assert not fresh.by_reason and (tmp_path / QUARANTINE_FILE).read_text() == ""
 
 

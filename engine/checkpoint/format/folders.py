@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.checkpoint.format.errors import CheckpointError
-from engine.checkpoint.format.manifest import MANIFEST, read_manifest, sync_folder, write_synced
+from engine.checkpoint.format.manifest import MANIFEST, step_record, sync_folder, write_synced
 
 _LATEST = "latest"
 _SAVING, _REPLACED, _DELETING = ".saving_", ".replaced_", ".deleting_"
@@ -134,7 +134,7 @@ def _best(folders: list[Path], retention: Retention) -> list[Path]:
     values: dict[Path, float] = {}
     for folder in folders:
         try:
-            value = read_manifest(folder).metrics[retention.best]
+            value = step_record(folder)[retention.best]
         except (CheckpointError, KeyError):
             continue  # written before the metric was asked for, or damaged: not a candidate
         if math.isfinite(value):  # a step that health skipped has none, and NaN would be the least of all

@@ -26,6 +26,8 @@ from engine.checkpoint.format.tensor_file import DTYPE_NAMES, DTYPES, FileRecord
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+RECORD = "record.json"
+"""Beside the manifest: the record of its step with what was measured after the checkpoint had begun."""
 WEIGHT, MOMENT1, MOMENT2, AVERAGE = "weight", "moment1", "moment2", "average"
 
 
@@ -223,6 +225,14 @@ def read_manifest(folder: Path) -> Manifest:
     if broken:
         raise CheckpointError(f"{path}: these tensors are not whole: {', '.join(broken[:10])}")
     return manifest
+
+
+def step_record(folder: Path) -> dict[str, float]:
+    """The record of the step after which a checkpoint was written. Raises CheckpointError for a damaged manifest."""
+    try:
+        return json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not measured yet, or written before there was one
+        return read_manifest(folder).metrics
 
 
 def incomplete(manifest: Manifest) -> list[str]:

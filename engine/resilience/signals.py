@@ -1,0 +1,95 @@
+"""Wishes from outside: a signal asks a run to stop in order, a file asks it to stop or to save.
+
+SIGTERM (a scheduler that takes the nodes, a service manager), SIGINT (Ctrl-C) and SIGUSR1 (`sbatch --signal`) are a
+wish during training: the step under way is finished, saved, the run folder given back. A second one, or one before the
+first step, ends the process at once; the run folder is given back all the same. The wish is taken down by a thread, so
+that it counts while the main thread waits for another rank, however long that takes.
+
+`touch run_dir/STOP` is the same wish for whoever cannot send signals; `touch run_dir/SAVE` asks for a checkpoint.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from engine.resilience.exit import STOPPED, leave
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_FILE, SAVE_FILE = "STOP", "SAVE"
+_ONE_WISH_S = 1.0
+"""A scheduler signals torchrun and the ranks, and torchrun passes its own on: signals this close are one wish."""
+_PR_SET_PDEATHSIG = 1
+
+
+class Wishes:
+    """What this process was asked for. Made by the main thread, before readers are forked."""
+
+    def __init__(self) -> None:
+        self.training = False
+        """Whether steps are being made: a signal then waits for the end of one."""
+        self.before_leaving: list[Callable[[], None]] = []
+        """Run when a signal ends the process at once (giving back the run folder)."""
+        self.stop = ""
+        """Why this rank wants the run to stop; empty: it does not."""
+        self._asked_s = 0.0
+        self._ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        self._wakeup = theirs  # kept open
+        signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, lambda number, frame: None)  # the thread below is who acts
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+
+    @contextmanager
+    def wait_for_steps(self) -> Iterator[None]:
+        """Inside, a first signal is a wish for the end of a step."""
+        self.training = True
+        try:
+            yield
+        finally:
+            self.training = False
+
+    def _listen(self) -> None:
+        while True:
+            for number in self._ours.recv(64):
+                if number in SIGNALS:
+                    self._take(signal.Signals(number))
+
+    def _take(self, number: signal.Signals) -> None:
+        now = time.monotonic()
+        if self.stop and now - self._asked_s <= _ONE_WISH_S:
+            return
+        if not self.stop and self.training:
+            self.stop, self._asked_s = number.name, now
+            return
+        again = bool(self.stop)
+        for action in self.before_leaving:
+            with contextlib.suppress(OSError):
+                action()
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{number.name}{' again' if again else ''}: stopped at once", file=sys.stderr, flush=True)
+        leave(128 + number if again else STOPPED)
+
+
+def asked_by_file(run_dir: Path, name: str) -> bool:
+    """Whether run_dir/STOP or run_dir/SAVE is there; it is taken away, so that it asks once."""
+    with contextlib.suppress(OSError):
+        (run_dir / name).unlink()
+        return True
+    return False
+
+
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Have the kernel send `number` to this process when the thread that started it ends: no orphans hold devices."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    if os.getppid() != parent:  # it ended before the kernel knew
+        os.kill(os.getpid(), number)
