@@ -52,7 +52,7 @@ def tell(error: Exception) -> int:
         return 1
     rank = f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
     if lost_peer(error):
-        what = " ".join(str(error).splitlines()[0].split())
+        what = " ".join(str(error).splitlines()[0].split("] ")[-1].split(". This is")[0].split())
         _say(f"error: {rank} lost another rank ({what}): torchrun's summary names the rank that ended first")
     elif isinstance(error, torch.OutOfMemoryError):
         _say(
