@@ -12,7 +12,7 @@ from data.errors import DataError
 from engine.callbacks.checkpoint import CheckpointCallback
 from engine.callbacks.evaluation import Evaluation
 from engine.callbacks.metrics import MetricsFile, read_metrics
-from engine.checkpoint.reader import Checkpoint
+from engine.checkpoint.format.manifest import step_record
 from engine.config.read import Config, ConfigError, ParallelConfig, resolve
 from engine.evaluation.inputs import ShardInput
 from engine.evaluation.scores import ClassPrompts
@@ -87,8 +87,8 @@ def test_every_n_steps_and_after_the_last(folder: Path, alone: list[Record]) -> 
 
 
 def test_a_checkpoint_knows_its_evaluation(folder: Path, alone: list[Record]) -> None:
-    manifest = Checkpoint(folder / "alone" / "checkpoints" / "step_00000003").manifest
-    assert manifest.metrics["eval_zero_shot_top1"] == alone[-1]["eval_zero_shot_top1"]
+    record = step_record(folder / "alone" / "checkpoints" / "step_00000003")
+    assert record["eval_zero_shot_top1"] == alone[-1]["eval_zero_shot_top1"]
 
 
 def scores_of(record: Record) -> dict[str, float]:
