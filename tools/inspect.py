@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.checkpoint.format.errors import listed
 from engine.checkpoint.format.folders import resolve_checkpoint
+from engine.checkpoint.format.manifest import step_record
 from engine.checkpoint.format.tensor_file import DTYPE_NAMES
 from engine.checkpoint.reader import Checkpoint
 from tools.cli import answer, command_parser, progress, table
@@ -71,7 +72,7 @@ def _summary(checkpoint: Checkpoint) -> None:
     _section("model", [[name, _shown(value)] for name, value in _flat(manifest.config["model"])])
     _section("parameters", _parameters(checkpoint))
     _section("tensors", [["kind", "tensors", "GB", "dtype"], *_kinds(checkpoint)])
-    _section("metrics", [[name, f"{value:.6g}"] for name, value in manifest.metrics.items()])
+    _section("metrics", [[name, f"{value:.6g}"] for name, value in step_record(checkpoint.folder).items()])
     files = [[name, record.size_bytes, record.sha256] for name, record in manifest.files.items()]
     _section(f"{len(files)} files, {manifest.size_bytes() / 1e9:.3f} GB", [["file", "bytes", "sha256"], *files])
 
