@@ -10,7 +10,7 @@ from data.pixels.transforms import Window
 
 @dataclass(frozen=True, kw_only=True)
 class BadSample:
-    """A sample that was read, rejected and replaced."""
+    """A sample that was read and rejected: replaced in training, left out elsewhere."""
 
     shard: str
     """Path of its tar file."""
@@ -36,6 +36,22 @@ class SampleBatch:
     """Sample keys within their tars."""
     bad: list[BadSample]
     """What was replaced on the way to these n."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EachSample:
+    """n samples in the order of their positions, each as it is."""
+
+    images: torch.Tensor
+    """uint8 RGB, shaped as those of SampleBatch; zeros where `has_image` is false."""
+    has_image: torch.Tensor
+    """bool [n]: the picture was there and could be decoded."""
+    captions: list[str | None]
+    """The captions before cleaning, line breaks kept; None where there is none that can be used."""
+    keys: list[str]
+    """Sample keys within their tars."""
+    bad: list[BadSample]
+    """What could not be read of them: a sample may be here twice, for its picture and for its caption."""
 
 
 @dataclass(frozen=True, kw_only=True)

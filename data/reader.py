@@ -1,8 +1,8 @@
-"""Positions of the run to decoded, tokenised samples; bad samples are counted and replaced, never silent.
+"""Positions of the run to decoded, tokenised samples; bad samples are counted and, in training, replaced.
 
 A bad sample at position p is replaced by the next sample of its source, with the crop and flip of p, whoever
 reads it: image and caption are judged together, so that ranks which keep only one of them agree. What counts
-as bad is listed in data/bad.py.
+as bad is listed in data/bad.py. Outside training nothing is replaced: data/each.py gives every sample as it is.
 
 Reading has two halves. `fetch` reads bytes, judges captions and headers and chooses windows; `decode` makes
 pixels. Reader processes run both, or only the first where the decoder works on the training process's GPU.
@@ -114,8 +114,7 @@ class SampleReader:
         every row is filled.
         """
         samples, bad, frames = list(batch.samples), list(batch.bad), self._config.frames
-        shape = (len(samples), frames, 3, self._image_size, self._image_size)
-        images = torch.empty(shape, dtype=torch.uint8, device=self._decoder.device)
+        images = torch.empty((len(samples), *self._image_shape()), dtype=torch.uint8, device=self._decoder.device)
         pending = list(range(len(samples)))
         while pending:
             problems = self._decode_rows([samples[row] for row in pending], images, pending)
@@ -141,7 +140,7 @@ class SampleReader:
         """
         shards, samples = self._order.locate(np.array([position], dtype=np.int64))
         place = (int(shards[0]), int(samples[0]))
-        images = torch.empty((1, self._config.frames, 3, self._image_size, self._image_size), dtype=torch.uint8)
+        images = torch.empty((1, *self._image_shape()), dtype=torch.uint8)
         try:
             sample = self._fetch_one(position, place, 0)
             for problem in self._decode_rows([sample], images, [0]).values():
@@ -149,6 +148,9 @@ class SampleReader:
         except Rejected as rejected:
             return self._count_bad(position, place, rejected.reason)
         return sample, images[0]
+
+    def _image_shape(self) -> tuple[int, ...]:
+        return (self._config.frames, 3, self._image_size, self._image_size)
 
     def _decode_rows(self, samples: list[EncodedSample], images: torch.Tensor, rows: list[int]) -> dict[int, Rejected]:
         """Fills images[rows]; the rows that could not be decoded, with the reason of the first bad frame."""
@@ -212,8 +214,14 @@ class SampleReader:
 
     def _fetch_one(self, position: int, place: tuple[int, int], passed_over: int) -> EncodedSample:
         self.reads += 1
+        caption = self._read_caption(*place) if self._captions else ("", self._no_tokens())
+        return self._fetch_picture(position, place, caption, passed_over)
+
+    def _fetch_picture(
+        self, position: int, place: tuple[int, int], caption: tuple[str, np.ndarray], passed_over: int
+    ) -> EncodedSample:
+        """caption: the text and its tokens."""
         shard, sample = place
-        caption, tokens = self._read_caption(shard, sample) if self._captions else ("", self._no_tokens())
         pictures = self._read_pictures(shard, sample)
         clip = is_clip(pictures[0], frames=self._config.frames)
         width, height = self._clips.size(pictures[0]) if clip else self._common_size(pictures)
@@ -221,8 +229,8 @@ class SampleReader:
             pictures=pictures,
             is_clip=clip,
             window=self._transform.window(position, width, height),
-            tokens=tokens,
-            caption=caption,
+            tokens=caption[1],
+            caption=caption[0],
             key=self.sources.index(shard).key(sample),
             place=place,
             passed_over=passed_over,
@@ -242,7 +250,7 @@ class SampleReader:
         if span[1] > _MAX_CAPTION_BYTES:
             raise Rejected("caption_too_long")
         try:
-            caption = self._read_span(shard, span).decode().strip()
+            caption = self._read_span(shard, span).decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise Rejected("caption_not_utf8") from error
         tokens = self._tokenizer.encode([caption])[0]

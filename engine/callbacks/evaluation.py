@@ -8,10 +8,13 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import numpy as np
+
 from data.errors import DataError
 from engine.evaluation.embedder import Embedder, Encoders
-from engine.evaluation.inputs import ShardInput
+from engine.evaluation.inputs import ShardInput, agree
 from engine.evaluation.scores import ClassPrompts, score_captions, score_classes
+from engine.evaluation.text_files import caption_lines, read_lines
 from engine.optim.average import averaged_weights
 from engine.record import Callback, Record, RunInfo
 from engine.trainer import Trainer
@@ -25,7 +28,10 @@ class Evaluation(Callback):
         self.settings = trainer.config.evaluate
 
     def on_start(self, run: RunInfo) -> None:
-        """Read the index of the shards and the class names. Raises DataError for what cannot be used."""
+        """Read the indices, the captions and the class names, so that a mistake in them is found before the first step.
+
+        Collective over the mesh; raises DataError on every rank for what cannot be used.
+        """
         trainer, config = self.trainer, self.trainer.config
         towers, mesh, device = trainer.towers, trainer.mesh, trainer.device.torch_device
         # Sequence parallelism cuts micro-batch x tokens, so a multiple of the tensor axis always fits.
@@ -36,13 +42,41 @@ class Evaluation(Callback):
         self.source = ShardInput(self.settings.shards, config, mesh, dtype, device, self.settings.max_samples)
         self.block_size = micro_batch * mesh.data.size * 4 * mesh.pipeline.size
         self.prompts = self._prompts() if self.settings.classes else None
+        self._check_samples()
 
     def _prompts(self) -> ClassPrompts:
-        path = Path(self.settings.classes)
-        if not path.is_file():
-            raise DataError(f"evaluate.classes {path} does not exist: a text file, one class name a line")
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = read_lines(Path(self.settings.classes), "evaluate.classes: a class name")
         return ClassPrompts(names, self.settings.templates, self.trainer.config.model.text.context_length)
+
+    def _check_samples(self) -> None:
+        """What the first evaluation would stumble over. Collective over the mesh."""
+        captions = self.source.check_captions()
+        usable = [caption for caption in captions if caption is not None]
+        if not usable or not self.source.has_images:
+            raise DataError(
+                f"evaluate.shards {self.settings.shards}: of {len(captions)} samples {len(usable)} have a caption "
+                f"{'and some' if self.source.has_images else 'and none'} a picture: evaluation needs both"
+            )
+        if self.prompts is not None:
+            for caption in usable:
+                for line in caption_lines(caption):
+                    self.prompts.label(line)
+        agree(self._first_picture_problem(), self.trainer.mesh.world)
+
+    def _first_picture_problem(self) -> str | None:
+        """Looks, on rank 0, for one sample that can be decoded."""
+        if self.trainer.mesh.world.rank != 0:
+            return None
+        bad: list[str] = []
+        try:
+            for position in range(len(self.source)):
+                seen = self.source.reader.read_each(np.array([position]))
+                if bool(seen.has_image[0]):
+                    return None
+                bad += [f"{sample.key}: {sample.reason}" for sample in seen.bad]
+        except DataError as error:
+            return str(error)
+        return f"evaluate.shards {self.settings.shards}: no picture of {len(self.source)} can be read ({bad[0]})"
 
     def measure(self, record: Record) -> dict[str, float]:
         """eval_zero_shot_top1 and more, where it is time."""
@@ -51,12 +85,14 @@ class Evaluation(Callback):
             return {}
         began = time.perf_counter()
         with self._weights():
-            scores = (
-                score_captions(self.embedder, self.source, self.block_size)
-                if self.prompts is None
-                else score_classes(self.embedder, self.source, self.block_size, self.prompts)
-            )
+            scores = self._scores()
         return {f"eval_{name}": value for name, value in scores.items()} | {"eval_time_s": time.perf_counter() - began}
+
+    def _scores(self) -> dict[str, float]:
+        if self.prompts is not None:
+            return score_classes(self.embedder, self.source, self.block_size, self.prompts)
+        context_length = self.trainer.config.model.text.context_length
+        return score_captions(self.embedder, self.source, self.block_size, context_length).scores()
 
     def _weights(self) -> AbstractContextManager[None]:
         towers = self.trainer.towers

@@ -187,11 +187,12 @@ class Embedder:
         """Embeddings fp32 [N, D] of token ids int64 [N, context]; every rank passes all of them."""
         assert self.encoders.text is not None, "the text tower was not loaded"
         mine = split_rows(len(tokens), self.mesh.world.size)[self.mesh.world.rank]
-        outputs = [
-            embedding(self.encoders.text(trim_padding(tokens[rows]).to(self.device)))
-            for rows in _blocks(mine, self.micro_batch)
-        ]
-        own = torch.cat(outputs) if outputs else torch.empty(0, self.encoders.embed_dim, device=self.device)
+        # Captions of like length run together, since the padding beyond the longest of a micro-batch is cut off.
+        order = mine.start + tokens[mine].argmax(dim=-1).argsort(stable=True)
+        own = torch.empty(len(order), self.encoders.embed_dim, device=self.device)
+        for rows in _blocks(slice(0, len(order)), self.micro_batch):
+            chosen = order[rows]
+            own[chosen - mine.start] = embedding(self.encoders.text(trim_padding(tokens[chosen]).to(self.device)))
         return gather_rows(own, len(tokens), self.mesh.world)
 
 

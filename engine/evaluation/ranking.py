@@ -4,60 +4,101 @@ Scores are cosines: dot products of L2-normalised embeddings, summed in float64 
 Products of float32 numbers are exact in float64, so neither the tile size, nor the BLAS library, nor TF32
 changes a rank, and two candidates with the same embedding tie exactly.
 
-Ties: the candidate with the lower index comes first, as in a stable sort by falling score.
+Ties, everywhere: a right answer has to score higher than every wrong one, so a tie counts against the model, and
+no order of samples or candidates changes a score. Candidates that are the same to the model (equal captions, equal
+class names, equal pictures) are one candidate, and right if any of them is; the callers see to that.
 """
 
-from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 TILE_ROWS = 512
+TILE_COLUMNS = 8192
+"""A tile of scores and its comparison take 512 x 8,192 x (8 + 4 + 1) bytes, 55 MB."""
 
 
-def score_tiles(queries: Tensor, candidates: Tensor, *, tile_rows: int = TILE_ROWS) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of the score matrix, a tile at a time.
+class Rows(Protocol):
+    """Embeddings [N, D] that can be read a part at a time: a tensor, or a file of them."""
 
-    Args:
-        queries: [Q, D], L2-normalised.
-        candidates: [C, D], L2-normalised, on the device of `queries`.
-        tile_rows: queries per tile; peak memory is about 14 bytes x tile_rows x C beside a
-            float64 copy of the candidates.
+    def __len__(self) -> int: ...
 
-    Yields:
-        The slice of queries and their scores, float32 [rows, C].
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+
+def tiles(length: int, size: int) -> list[slice]:
+    """Consecutive parts of `size`, the last one shorter."""
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def score(queries: Tensor, candidates: Tensor) -> Tensor:
+    """Cosines float32 [Q, C] of L2-normalised [Q, D] and [C, D].
 
     Raises:
-        ValueError: shapes do not match, there is nothing to rank, or an embedding is not finite (NaN compares
+        ValueError: shapes do not match, or an embedding is not finite (NaN compares
             false with everything, so it would count as a perfect rank).
     """
     if queries.ndim != 2 or candidates.ndim != 2 or queries.shape[1] != candidates.shape[1]:
         raise ValueError(
             f"embeddings must be [Q, D] and [C, D] of one D, got {list(queries.shape)} and {list(candidates.shape)}"
         )
-    if len(queries) == 0 or len(candidates) == 0:
-        raise ValueError(f"nothing to rank: {len(queries)} queries, {len(candidates)} candidates")
     for name, embeddings in (("query", queries), ("candidate", candidates)):
         bad_rows = int((~torch.isfinite(embeddings).all(dim=1)).sum())
         if bad_rows:
             raise ValueError(f"{bad_rows} of {len(embeddings)} {name} embeddings are not finite; check the weights")
-    columns = candidates.double().T
-    for start in range(0, len(queries), tile_rows):
-        rows = slice(start, min(start + tile_rows, len(queries)))
-        yield rows, (queries[rows].double() @ columns).float()
+    return (queries.double() @ candidates.double().T).float()
 
 
-def rank_of(scores: Tensor, target: Tensor) -> Tensor:
-    """int64 [rows]: candidates that stand before `target` (int64 [rows], an index each); 0 is the best rank.
+def best_ranks(
+    queries: Rows, candidates: Rows, right: Tensor, *, tile_rows: int = TILE_ROWS, tile_columns: int = TILE_COLUMNS
+) -> Tensor:
+    """int64 [Q]: wrong candidates that score at least as high as a query's best right one; 0 is the best rank.
 
     Args:
-        scores: float32 [rows, C].
-        target: int64 [rows], each in [0, C).
+        queries: [Q, D], L2-normalised.
+        candidates: [C, D], L2-normalised.
+        right: int64 [P, 2], pairs (query, candidate) in any order; every query has at least one.
+        tile_rows, tile_columns: what is scored at once; they bound the memory, whatever Q and C are.
+
+    Raises:
+        ValueError: shapes, ranges or values that cannot be ranked, or a query without a right answer.
     """
-    own = scores.gather(1, target[:, None])
-    index = torch.arange(scores.shape[1], device=scores.device)
-    before = (scores > own) | ((scores == own) & (index < target[:, None]))
-    return before.sum(dim=1)
+    if len(queries) == 0 or len(candidates) == 0:
+        raise ValueError(f"nothing to rank: {len(queries)} queries, {len(candidates)} candidates")
+    check_indices(right[:, 0], len(queries), len(right), "queries of the right answers")
+    check_indices(right[:, 1], len(candidates), len(right), "right answers")
+    without = len(queries) - len(torch.unique(right[:, 0]))
+    if without:
+        raise ValueError(f"{without} of {len(queries)} queries have no right answer; drop them before scoring")
+    right = right[right[:, 0].argsort(stable=True)]
+    ranks = []
+    for rows in tiles(len(queries), tile_rows):
+        first, last = torch.searchsorted(right[:, 0].contiguous(), torch.tensor([rows.start, rows.stop])).tolist()
+        of_tile = right[first:last] - torch.tensor([rows.start, 0])
+        ranks.append(_ranks_of_tile(queries[rows], candidates, of_tile, tile_columns))
+    return torch.cat(ranks)
+
+
+def _ranks_of_tile(queries: Tensor, candidates: Rows, right: Tensor, tile_columns: int) -> Tensor:
+    """right: with queries counted from the first of the tile. The scores of a tile are the same in both passes."""
+    columns = tiles(len(candidates), tile_columns)
+    best = torch.full((len(queries),), -torch.inf)
+    kept: dict[int, Tensor] = {}
+    for part in columns:
+        of_part = right[(right[:, 1] >= part.start) & (right[:, 1] < part.stop)]
+        if len(of_part):
+            scores = score(queries, candidates[part])
+            best.scatter_reduce_(0, of_part[:, 0], scores[of_part[:, 0], of_part[:, 1] - part.start], "amax")
+            kept = {part.start: scores}  # one tile is often all there is
+    before = torch.zeros(len(queries), dtype=torch.int64)
+    for part in columns:
+        of_part = right[(right[:, 1] >= part.start) & (right[:, 1] < part.stop)]
+        known = kept.get(part.start)
+        wrong = (score(queries, candidates[part]) if known is None else known) >= best[:, None]
+        wrong[of_part[:, 0], of_part[:, 1] - part.start] = False
+        before += wrong.sum(dim=1)
+    return before
 
 
 def share_within(ranks: Tensor, k: int) -> float:

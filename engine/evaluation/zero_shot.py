@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from engine.evaluation.ranking import TILE_ROWS, check_indices, check_ks, rank_of, score_tiles, share_within
+from engine.evaluation.ranking import TILE_ROWS, Rows, best_ranks, check_indices, check_ks, share_within
 
 
 def class_weights(text_embeddings: Tensor, templates_per_class: int) -> Tensor:
@@ -37,8 +37,8 @@ def class_weights(text_embeddings: Tensor, templates_per_class: int) -> Tensor:
 
 
 def top_k_accuracy(
-    image: Tensor,
-    classes: Tensor,
+    image: Rows,
+    classes: Rows,
     labels: Tensor,
     ks: tuple[int, ...] = (1, 5),
     *,
@@ -48,20 +48,18 @@ def top_k_accuracy(
 
     Args:
         image: [N, D], L2-normalised.
-        classes: [C, D], L2-normalised (`class_weights`), on the same device.
+        classes: [C, D], L2-normalised (`class_weights`), of C different classes.
         labels: int64 [N] in [0, C).
         ks: each between 1 and C.
         tile_rows: images scored at once; the [N, C] matrix never exists.
 
     Returns:
-        {"top1": ..., "top5": ...}. Ties: the lower class index comes first (engine/evaluation/ranking.py).
+        {"top1": ..., "top5": ...}. Ties count against the model (engine/evaluation/ranking.py).
 
     Raises:
         ValueError: shapes, ranges or values that cannot be ranked.
     """
     check_ks(ks, len(classes), "classes")
     check_indices(labels, len(classes), len(image), "labels")
-    ranks = torch.cat(
-        [rank_of(scores, labels[rows]) for rows, scores in score_tiles(image, classes, tile_rows=tile_rows)]
-    )
+    ranks = best_ranks(image, classes, torch.stack([torch.arange(len(image)), labels], dim=1), tile_rows=tile_rows)
     return {f"top{k}": share_within(ranks, k) for k in ks}

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from data.errors import DataError
+from data.shards.write import write_shard
 from engine.callbacks.checkpoint import CheckpointCallback
 from engine.callbacks.evaluation import Evaluation
 from engine.callbacks.metrics import MetricsFile, read_metrics
@@ -22,7 +23,7 @@ from engine.parallel.mesh import build_mesh
 from engine.record import Callback, Record
 from engine.trainer import Trainer
 from tests.data.http_server import serve
-from tests.data.shard_factory import make_shards
+from tests.data.shard_factory import encode, make_shards, picture
 from tests.distributed import run_distributed
 from tools.evaluate import main as evaluate
 
@@ -149,8 +150,28 @@ def test_class_names_must_be_those_of_the_samples() -> None:
     assert prompts.tokens.shape == torch.Size([4, 8]) and prompts.label("dog") == 1
     with pytest.raises(DataError, match=r"'bird'.* none of the 2 classes"):
         prompts.label("bird")
-    with pytest.raises(DataError, match="give each class once"):
-        ClassPrompts(["cat", "cat"], ["{}"], 8)
+    with pytest.raises(DataError, match="no class names"):
+        ClassPrompts([], ["{}"], 8)
+
+
+def test_mistakes_in_evaluation_data_are_found_at_the_start(folder: Path, tmp_path: Path) -> None:
+    """Before the first step, on every rank, in one line; not at the first evaluation."""
+    write_shard(str(tmp_path / "blank.tar"), [(f"b{n}", {"png": encode(picture(n))}) for n in range(3)])
+    write_shard(str(tmp_path / "broken.tar"), [(f"b{n}", {"png": b"no picture", "txt": b"words"}) for n in range(3)])
+    (tmp_path / "few.txt").write_text("picture number 20\n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    cases = {
+        f"evaluate.classes={tmp_path}/few.txt": "'picture number 21' of an evaluation sample is none of the 1 classes",
+        f"evaluate.classes={tmp_path}/latin.txt": r"latin\.txt is not UTF-8",
+        f"evaluate.classes={tmp_path}/none.txt": r"none\.txt does not exist",
+        f"evaluate.shards={tmp_path}/blank.tar": "of 3 samples 0 have a caption",
+        f"evaluate.shards={tmp_path}/broken.tar": r"no picture of 3 can be read \(b0: not_an_image\)",
+    }
+    with job(ParallelConfig()) as (mesh, device):
+        for override, message in cases.items():
+            trainer = Trainer(config_of(str(folder), "mistake", override), mesh, device)
+            with pytest.raises(DataError, match=message):
+                Evaluation(trainer).on_start(trainer._run_info())
 
 
 @pytest.mark.parametrize(

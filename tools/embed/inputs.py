@@ -62,6 +62,14 @@ class NpzInput:
             if low < 0 or high >= text.vocab_size:
                 raise DataError(f"{self._path}: tokens span {low} to {high}, the vocabulary has {text.vocab_size} ids")
 
+    def check_rows(self) -> None:
+        """Raises DataError if images and tokens are not equally many, as rows of a table must be."""
+        if self.images is not None and self.tokens is not None and len(self.images) != len(self.tokens):
+            raise DataError(
+                f"{self._path} holds {len(self.images)} images and {len(self.tokens)} captions: a row of parquet "
+                "has both, write .npz instead"
+            )
+
     def __len__(self) -> int:
         return max(len(array) for array in (self.images, self.tokens) if array is not None)
 
