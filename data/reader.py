@@ -9,6 +9,7 @@ pixels. Reader processes run both, or only the first where the decoder works on 
 """
 
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from data.tokenizer import EOT, Tokenizer
 __all__ = ["BadSample", "SampleBatch", "SampleReader"]
 
 _MAX_CAPTION_BYTES = 16 * 1024  # no context length reaches that far: such a member is no caption
+_MAX_MEMBER_BYTES = 1 << 30  # no picture and no clip of ten minutes: a sparse file, or damage
 _MAX_CONSECUTIVE_BAD = 100
 _CPU = torch.device("cpu")
 
@@ -250,7 +252,7 @@ class SampleReader:
         if span[1] > _MAX_CAPTION_BYTES:
             raise Rejected("caption_too_long")
         try:
-            caption = self._read_span(shard, span).decode("utf-8-sig").strip()
+            caption = self._read_span(shard, index, span).decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise Rejected("caption_not_utf8") from error
         tokens = self._tokenizer.encode([caption])[0]
@@ -266,17 +268,18 @@ class SampleReader:
         index = self.sources.index(shard)
         span = index.span(sample, Place.IMAGE)
         if span is not None:
-            return [self._read_span(shard, span)]
+            return [self._read_span(shard, index, span)]
         folder = index.frame_spans(sample)
         if not folder:
             raise _missing("image", index, sample)
         wanted = frame_numbers(len(folder), self._config.frames).tolist()
-        return [self._read_span(shard, folder[number]) for number in wanted]
+        return [self._read_span(shard, index, folder[number]) for number in wanted]
 
-    def _read_span(self, shard: int, span: Span) -> bytes:
-        offset, size = span
-        content = self.sources.files.read(shard, offset, size)
-        if len(content) < size:
+    def _read_span(self, shard: int, index: ShardIndex, span: Span) -> bytes:
+        if span[1] > _MAX_MEMBER_BYTES:
+            raise Rejected("member_too_large")
+        content = index.read(span, partial(self.sources.files.read, shard))
+        if len(content) < span[1]:
             raise Rejected("truncated_shard")
         return content
 

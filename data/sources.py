@@ -1,6 +1,7 @@
 """The shards of a data config with their indices and their order: what a reader reads from."""
 
 import logging
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -68,6 +69,13 @@ class Sources:
         """The shard ids of each source by its name."""
         names = self.names or [PLAIN_SOURCE]
         return {name: slice(*ends) for name, ends in zip(names, pairwise(self._borders), strict=True)}
+
+    def odd(self) -> dict[str, int]:
+        """What all shards hold beside samples, by the names of `data.shards.index.ODD`; loads every index."""
+        total: Counter[str] = Counter()
+        for shard in range(len(self.shards)):
+            total.update(self._indices[shard].odd)
+        return dict(total.most_common())
 
     def index(self, shard: int) -> ShardIndex:
         """The shard's index, loaded when needed."""

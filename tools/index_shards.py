@@ -1,21 +1,22 @@
 """Build the indices of tar shards ahead of a run.
 
-    python -m tools.index_shards SHARDS… [--cache-dir DIR] [--cache-gb GB] [--workers N]
-
 SHARDS are entries of data.shards: files, folders, globs, brace patterns, URLs. Writes SHARD.index.npz beside each
 shard (in DIR where that folder cannot be written, and for URLs) and one shards.counts.npz a folder, from which a run
 over 200,000 shards starts without opening the indices. Where the shards are local before they are uploaded, upload
 both kinds of files with them: readers of the URLs take them from there instead of reading each tar first.
 
-What is up to date is left alone. Prints one JSON object; shards that are no tars, empty or truncated are listed, and
-the exit status is 1 if a shard cannot be used at all.
+What is up to date is left alone. Prints one JSON object: shards that are no tars, hold no sample or are truncated are
+listed, and what the tars hold beside samples is counted. The exit status is 1 if a shard cannot be used at all, or if
+an index could not be written.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from typing import Any
@@ -24,62 +25,98 @@ import numpy as np
 
 from data.config import DataConfig
 from data.errors import DataError
-from data.shards.index_store import Tally, load_index, write_counts
+from data.shards.index_store import COUNTS_FILE, Tally, is_stored, load_index, unwritable_folders, write_counts
 from data.shards.listing import expand_shards
 from data.shards.storage import Storage
+from tools.cli import CommandError, amount, answer, command_parser, positive, progress
+
+_EXAMPLES = (
+    "python -m tools.index_shards /data/shards",
+    "python -m tools.index_shards 's3://bucket/laion/{00000..00999}.tar' --cache-dir /scratch/cache --workers 16",
+)
+_CURE = "make the shards' folder writable, free some space there, or give --cache-dir"
 
 
 def index_shards(entries: Sequence[str], storage: Storage, *, workers: int) -> dict[str, Any]:
     """Index all shards of the entries with `workers` processes; the summary that is printed.
 
-    Raises DataError for an entry that matches nothing.
+    Raises DataError for an entry that matches nothing, or if a folder takes no index.
     """
     shards = expand_shards(entries, storage)
+    if full := unwritable_folders(shards, storage):
+        raise DataError(f"no index can be written in {full[0]} ({len(full)} such folders): {_CURE}")
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        results = list(pool.map(partial(_index_one, storage), shards, chunksize=16))
-    usable = [number for number, (_, _, problem) in enumerate(results) if problem is None]
-    tallies = [results[number][0] for number in usable]
-    counts = np.array([tally.samples for tally in tallies], dtype=np.int64)
-    write_counts([shards[number] for number in usable], tallies, storage)
+        results = []
+        with progress("indexing", len(shards), "shards") as done:
+            for result in pool.map(partial(_index_one, storage), shards, chunksize=16):
+                results.append(result)
+                done(1)
+    usable = [(shard, result) for shard, result in zip(shards, results, strict=True) if result.problem is None]
+    counts = np.array([result.tally.samples for _, result in usable], dtype=np.int64)
+    written = write_counts([shard for shard, _ in usable], [result.tally for _, result in usable], storage)
+    odd = sum((Counter(result.odd) for _, result in usable), Counter())
     return {
         "shards": len(shards),
         "samples": int(counts.sum()),
         "fewest": int(counts.min()) if len(counts) else 0,
         "most": int(counts.max()) if len(counts) else 0,
-        "truncated": [shards[number] for number in usable if results[number][1]],
-        "unusable": [problem for _, _, problem in results if problem is not None],
+        "odd": dict(odd.most_common()),
+        "without_samples": [shard for shard, result in usable if not result.tally.samples],
+        "truncated": [shard for shard, result in usable if result.truncated],
+        "unusable": [result.problem for result in results if result.problem is not None],
+        "not_written": [shard for shard, result in usable if not result.stored],
+        "counts_written": written,
     }
 
 
-def _index_one(storage: Storage, shard: str) -> tuple[Tally, bool, str | None]:
-    """(count and digest, truncated, why it cannot be used)."""
+@dataclass(frozen=True, kw_only=True)
+class _Result:
+    """What is known of one shard."""
+
+    tally: Tally
+    truncated: bool = False
+    odd: Mapping[str, int] = field(default_factory=dict)
+    stored: bool = False
+    problem: str | None = None
+
+
+def _index_one(storage: Storage, shard: str) -> _Result:
     try:
         index = load_index(shard, storage)
     except DataError as error:
-        return Tally(0, 0), False, str(error)
-    return Tally(len(index), index.digest), index.truncated, None
+        return _Result(tally=Tally(0, 0), problem=str(error))
+    return _Result(
+        tally=Tally(len(index), index.digest),
+        truncated=index.truncated,
+        odd=index.odd,
+        stored=is_stored(shard, storage),
+    )
 
 
 def add_shard_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that name shards and how to reach them."""
     parser.add_argument("shards", nargs="+", help="entries of data.shards")
     parser.add_argument("--cache-dir", default="", help="folder for copies of remote shards and for indices")
-    parser.add_argument("--cache-gb", type=float, default=DataConfig.cache_gb, help="bound of the copies")
-    parser.add_argument("--workers", type=int, default=4, help="processes")
+    parser.add_argument("--cache-gb", type=amount, default=DataConfig.cache_gb, help="bound of the copies")
+    parser.add_argument("--workers", type=positive, default=4, help="processes")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `python -m tools.index_shards`; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tools.index_shards", description="Index tar shards ahead of a run")
+    parser = command_parser("index_shards", __doc__, _EXAMPLES)
     add_shard_arguments(parser)
     options = parser.parse_args(arguments)
+    return answer(lambda: _index(options))
+
+
+def _index(options: argparse.Namespace) -> int:
     storage = Storage(cache_dir=options.cache_dir, cache_gb=options.cache_gb)
-    try:
-        summary = index_shards(options.shards, storage, workers=options.workers)
-    except DataError as error:
-        print(f"tools.index_shards: {error}", file=sys.stderr)
-        return 1
+    summary = index_shards(options.shards, storage, workers=options.workers)
     print(json.dumps(summary, indent=1))
+    unwritten = summary["not_written"]
+    if unwritten or not summary["counts_written"]:
+        what = f"{len(unwritten)} of {summary['shards']} indices" if unwritten else COUNTS_FILE
+        raise CommandError(f"{what} could not be written: {_CURE}")
     return 1 if summary["unusable"] else 0
 
 

@@ -1,12 +1,9 @@
 """What is in tar shards: counts, sizes, bad samples by reason, and a picture of some.
 
-    python -m tools.inspect_shards SHARDS… [--out report.json] [--png contact.png] [--pictures 48] [--max-samples N]
-                                   [--frames F] [--max-pixels N] [--cache-dir DIR] [--workers N]
-
 Every sample is judged as a training run would: caption, header and full decode. Prints a JSON object with the number
-of samples, quantiles of image bytes and caption characters, a histogram of the shorter side in pixels, and the bad
-samples by reason with examples. --png draws evenly spaced good samples with their captions. --max-samples looks at
-evenly spaced samples only.
+of samples, quantiles of image bytes and caption characters, a histogram of the shorter side in pixels, the bad samples
+by reason with examples, and what the tars hold beside samples. --png draws evenly spaced good samples with their
+captions. --max-samples looks at evenly spaced samples only.
 """
 
 import argparse
@@ -23,11 +20,15 @@ from PIL import Image, ImageDraw
 
 from data.batch import BadSample
 from data.config import DataConfig
-from data.errors import DataError
 from data.loader import PrefetchLoader
 from data.reader import SampleReader
+from tools.cli import answer, check_file, command_parser, positive
 from tools.index_shards import add_shard_arguments
 
+_COMMANDS = (
+    "python -m tools.inspect_shards /data/shards --png contact.png",
+    "python -m tools.inspect_shards /data/shards --max-samples 10000 --out report.json",
+)
 _SIDE_BORDERS = (0, 64, 128, 192, 224, 256, 336, 448, 512, 768, 1024, 2048)
 _QUANTILES = (0, 1, 25, 50, 75, 99, 100)
 _BATCH = 64
@@ -117,7 +118,7 @@ def inspect(config: DataConfig, *, max_samples: int | None, pictures: int) -> tu
                 survey.add(facts)
                 if isinstance(facts, SampleFacts) and facts.thumbnail is not None:
                     sheet.append(facts)
-    return survey.report(total), sheet
+    return {**survey.report(total), "odd": reader.sources.odd()}, sheet
 
 
 def _facts(reader: SampleReader, position: int, shown: bool) -> SampleFacts | BadSample:
@@ -159,15 +160,21 @@ def _fit(draw: ImageDraw.ImageDraw, text: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `python -m tools.inspect_shards`; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tools.inspect_shards", description="What is in tar shards")
+    parser = command_parser("inspect_shards", __doc__, _COMMANDS)
     add_shard_arguments(parser)
     parser.add_argument("--out", type=Path, help="write the report there too")
     parser.add_argument("--png", type=Path, help="write a contact sheet")
-    parser.add_argument("--pictures", type=int, default=48, help="samples on the contact sheet")
-    parser.add_argument("--max-samples", type=int, help="look at so many evenly spaced samples only")
-    parser.add_argument("--frames", type=int, default=1, help="as data.frames")
-    parser.add_argument("--max-pixels", type=int, default=DataConfig.max_pixels, help="as data.max_pixels")
+    parser.add_argument("--pictures", type=positive, default=48, help="samples on the contact sheet")
+    parser.add_argument("--max-samples", type=positive, help="look at so many evenly spaced samples only")
+    parser.add_argument("--frames", type=positive, default=1, help="as data.frames")
+    parser.add_argument("--max-pixels", type=positive, default=DataConfig.max_pixels, help="as data.max_pixels")
     options = parser.parse_args(arguments)
+    return answer(lambda: _inspect(options))
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    for path in filter(None, (options.out, options.png)):
+        check_file(path)
     config = DataConfig(
         shards=options.shards,
         workers=options.workers,
@@ -176,13 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         frames=options.frames,
         max_pixels=options.max_pixels,
     )
-    try:
-        report, sheet = inspect(
-            config, max_samples=options.max_samples, pictures=options.pictures if options.png else 0
-        )
-    except DataError as error:
-        print(f"tools.inspect_shards: {error}", file=sys.stderr)
-        return 1
+    report, sheet = inspect(config, max_samples=options.max_samples, pictures=options.pictures if options.png else 0)
     text = json.dumps(report, indent=1)
     print(text)
     if options.out:

@@ -11,20 +11,21 @@ import contextlib
 import logging
 import os
 import secrets
+import tempfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
 from data.errors import DataError
-from data.shards.index import ShardIndex, build_index
+from data.shards.index import ODD, ShardIndex, Strings, build_index
 from data.shards.lru import Lru
 from data.shards.storage import Storage
 
 T = TypeVar("T")
 COUNTS_FILE = "shards.counts.npz"
-_FORMAT_VERSION = 3
+_FORMAT_VERSION = 4
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 _log = logging.getLogger(__name__)
@@ -129,13 +130,31 @@ def _from_cache(shard: str, storage: Storage, read: Callable[[Mapping[str, np.nd
 
 def _read_index(cache: Mapping[str, np.ndarray]) -> ShardIndex:
     return ShardIndex(
-        keys=cache["keys"],
+        keys=_strings(cache, "keys"),
         spans=cache["spans"],
         frames=cache["frames"],
         frame_starts=cache["frame_starts"],
+        texts=cache["texts"],
+        text_starts=cache["text_starts"],
+        text_names=_strings(cache, "text_names"),
+        sparse=cache["sparse"],
+        sparse_starts=cache["sparse_starts"],
+        odd={reason: count for reason, count in zip(ODD, cache["odd"].tolist(), strict=True) if count},
         truncated=bool(cache["truncated"]),
         digest=int(cache["digest"]),
     )
+
+
+def _strings(cache: Mapping[str, np.ndarray], name: str) -> Strings:
+    return Strings(content=cache[f"{name}_bytes"], ends=cache[f"{name}_ends"])
+
+
+def _packed(**strings: Strings) -> dict[str, np.ndarray]:
+    return {
+        f"{name}_{part}": array
+        for name, of in strings.items()
+        for part, array in (("bytes", of.content), ("ends", of.ends))
+    }
 
 
 def _write_index(shard: str, storage: Storage, index: ShardIndex, stamp: np.ndarray) -> None:
@@ -144,12 +163,17 @@ def _write_index(shard: str, storage: Storage, index: ShardIndex, stamp: np.ndar
         index_name(shard),
         stamp=stamp,
         count=np.int64(len(index)),
-        truncated=np.bool_(index.truncated),
-        digest=np.uint64(index.digest),
-        keys=index.keys,
         spans=index.spans,
         frames=index.frames,
         frame_starts=index.frame_starts,
+        texts=index.texts,
+        text_starts=index.text_starts,
+        sparse=index.sparse,
+        sparse_starts=index.sparse_starts,
+        **_packed(keys=index.keys, text_names=index.text_names),
+        odd=np.array([index.odd.get(reason, 0) for reason in ODD], dtype=np.int64),
+        truncated=np.bool_(index.truncated),
+        digest=np.uint64(index.digest),
     )
     if not written:
         _log.info("the index of %s is kept in memory only: set data.cache_dir to keep it", shard)
@@ -158,35 +182,66 @@ def _write_index(shard: str, storage: Storage, index: ShardIndex, stamp: np.ndar
 def _write_first(storage: Storage, name: str, **arrays: Any) -> bool:
     """Write an npz in the first place that takes it."""
     for file in storage.side_files(name):
-        temporary = f"{file}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-        try:
-            os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
-            with open(temporary, "xb") as stream:
-                np.savez(stream, **arrays)
-            os.replace(temporary, file)
+        with contextlib.suppress(OSError), _replacing(file) as stream:
+            np.savez(stream, **arrays)
             return True
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
     return False
 
 
-def write_counts(shards: Sequence[str], tallies: Sequence[Tally], storage: Storage) -> None:
-    """`shards.counts.npz` for the folders of the shards."""
+@contextlib.contextmanager
+def _replacing(file: str) -> Iterator[BinaryIO]:
+    """A stream to a temporary name beside the file, which takes the file's name when all is written."""
+    temporary = f"{file}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+        with open(temporary, "xb") as stream:
+            yield stream
+        os.replace(temporary, file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def unwritable_folders(shards: Sequence[str], storage: Storage) -> list[str]:
+    """Folders of the shards for which no place takes an index."""
+    folders = dict.fromkeys(shard.rpartition("/")[0] for shard in shards)
+    return [folder or "." for folder in folders if not _takes_files(_counts_name(folder), storage)]
+
+
+def _takes_files(name: str, storage: Storage) -> bool:
+    for file in storage.side_files(name):
+        folder = os.path.dirname(file) or "."
+        with contextlib.suppress(OSError):
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return True
+    return False
+
+
+def is_stored(shard: str, storage: Storage) -> bool:
+    """Whether a valid index of the shard lies on disk."""
+    return _from_cache(shard, storage, lambda _: True) is not None
+
+
+def write_counts(shards: Sequence[str], tallies: Sequence[Tally], storage: Storage) -> bool:
+    """`shards.counts.npz` for the folders of the shards; False if one of them could not be written."""
+    written = True
     by_folder: dict[str, list[int]] = {}
     for number, shard in enumerate(shards):
         by_folder.setdefault(shard.rpartition("/")[0], []).append(number)
     for folder, numbers in by_folder.items():
         stamps = [storage.stamp(shards[number]) or (-1, -1) for number in numbers]
-        _write_first(
+        written &= _write_first(
             storage,
             _counts_name(folder),
             version=np.int64(_FORMAT_VERSION),
-            names=np.array([shards[number].rpartition("/")[2].encode() for number in numbers], dtype=np.bytes_),
+            **_packed(names=Strings.of(shards[number].rpartition("/")[2] for number in numbers)),
             stamps=np.array(stamps, dtype=np.int64),
             counts=np.array([tallies[number].samples for number in numbers], dtype=np.int64),
             digests=np.array([tallies[number].digest for number in numbers], dtype=np.uint64),
         )
+    return written
 
 
 def _counts_name(folder: str) -> str:
@@ -198,7 +253,8 @@ def _read_counts(folder: str, storage: Storage) -> dict[str, tuple[tuple[int, in
     for file in storage.side_files(_counts_name(folder)):
         with contextlib.suppress(*_UNREADABLE), np.load(file, allow_pickle=False) as cache:
             if cache["version"] == _FORMAT_VERSION:
-                names = [name.decode() for name in cache["names"].tolist()]
+                packed = _strings(cache, "names")
+                names = [packed[number].decode(errors="surrogateescape") for number in range(len(packed))]
                 stamps = map(tuple, cache["stamps"].tolist())
                 tallies = map(Tally, cache["counts"].tolist(), cache["digests"].tolist())
                 return dict(zip(names, zip(stamps, tallies, strict=True), strict=True))

@@ -13,7 +13,7 @@ from data.config import DataConfig
 from data.loader import PrefetchLoader
 from data.order.order import SampleOrder
 from data.reader import SampleReader
-from data.shards.index import ShardIndex
+from data.shards.index import ShardIndex, Strings
 from data.shards.index_store import COUNTS_FILE, IndexStore, Tally, _stamp, _write_index, write_counts
 from data.shards.storage import Storage
 from data.shards.write import write_shard
@@ -75,10 +75,16 @@ def test_two_billion_samples(tmp_path: Path) -> None:
 
 def _index() -> ShardIndex:
     return ShardIndex(
-        keys=np.array([b"%09d" % number for number in range(SAMPLES)]),
+        keys=Strings.of(f"{number:09d}" for number in range(SAMPLES)),
         spans=np.zeros((SAMPLES, 3, 2), dtype=np.int64),
         frames=np.empty((0, 2), dtype=np.int64),
         frame_starts=np.zeros(SAMPLES + 1, dtype=np.int64),
+        texts=np.empty((0, 3), dtype=np.int64),
+        text_starts=np.zeros(SAMPLES + 1, dtype=np.int64),
+        text_names=Strings.of([]),
+        sparse=np.empty((0, 3), dtype=np.int64),
+        sparse_starts=np.zeros(1, dtype=np.int64),
+        odd={},
         truncated=False,
         digest=0,
     )

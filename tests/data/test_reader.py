@@ -90,7 +90,8 @@ def test_a_bad_sample_is_counted_and_replaced_by_the_next(tmp_path: Path, reason
 
 
 def test_every_reason_of_an_image_or_caption_is_built_here() -> None:
-    elsewhere = {"truncated_shard", "undecodable_clip", "clip_too_long"}  # below, and in test_video.py
+    # below, in tests/real_files and in test_video.py
+    elsewhere = {"truncated_shard", "member_too_large", "undecodable_clip", "clip_too_long"}
     assert set(BAD) | elsewhere == set(REASONS)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from data.config import DataConfig
 from data.reader import SampleReader
-from data.shards.index_store import IndexStore, index_name
+from data.shards.index_store import COUNTS_FILE, IndexStore, index_name
 from data.shards.storage import Storage
 from data.shards.write import write_shard
 from tests.data.http_server import serve
@@ -31,7 +31,8 @@ def test_a_run_starts_from_the_counts_without_opening_an_index(
     shards = make_shards(tmp_path, [3, 5, 2])
     status, summary, _ = _run(index_shards, capsys, tmp_path, "--workers", 2)
     assert status == 0
-    assert summary == {"shards": 3, "samples": 10, "fewest": 2, "most": 5, "truncated": [], "unusable": []}
+    nothing = {"odd": {}, "without_samples": [], "truncated": [], "unusable": [], "not_written": []}
+    assert summary == {"shards": 3, "samples": 10, "fewest": 2, "most": 5, "counts_written": True, **nothing}
     for shard in shards:
         Path(index_name(shard)).write_bytes(b"not looked at")
     assert IndexStore(shards, max_loaded=1, storage=Storage()).counts.tolist() == [3, 5, 2]
@@ -49,6 +50,31 @@ def test_what_cannot_be_used_is_listed(tmp_path: Path, capsys: pytest.CaptureFix
     assert len(summary["unusable"]) == 1 and "x.tar is not an uncompressed tar" in summary["unusable"][0]
     status, _, error = _run(index_shards, capsys, tmp_path / "none.tar")
     assert status == 1 and "does not exist" in error
+
+
+def test_an_index_that_cannot_be_written_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = make_shards(tmp_path, [3, 3])
+    os.mkdir(index_name(shards[1]))
+    status, summary, error = _run(index_shards, capsys, tmp_path, "--workers", 1)
+    assert status == 1 and summary["not_written"] == [shards[1]]
+    assert "error: 1 of 2 indices could not be written: make the shards' folder writable" in error
+    os.rmdir(index_name(shards[1]))
+    os.unlink(tmp_path / COUNTS_FILE)
+    os.mkdir(tmp_path / COUNTS_FILE)
+    status, summary, error = _run(index_shards, capsys, tmp_path, "--workers", 1)
+    assert status == 1 and not summary["counts_written"] and "error: shards.counts.npz could not be written" in error
+    status, _, error = _run(index_shards, capsys, tmp_path, "--workers", 1, "--cache-dir", tmp_path / "cache")
+    assert status == 0 and not error
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes into every folder")
+def test_a_read_only_folder_is_found_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_shards(tmp_path, [3])
+    tmp_path.chmod(0o500)
+    status, summary, error = _run(index_shards, capsys, tmp_path, "--workers", 1)
+    tmp_path.chmod(0o700)
+    assert status == 1 and not summary and f"no index can be written in {tmp_path}" in error
+    assert sorted(os.listdir(tmp_path)) == ["00000.tar"]
 
 
 def test_remote_shards_are_indexed_into_the_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
