@@ -28,7 +28,7 @@ from data.errors import DataError
 from data.shards.index_store import COUNTS_FILE, Tally, is_stored, load_index, unwritable_folders, write_counts
 from data.shards.listing import expand_shards
 from data.shards.storage import Storage
-from tools.cli import CommandError, amount, answer, command_parser, positive, progress
+from tools.cli import CommandError, amount, answer, command_parser, progress
 
 _EXAMPLES = (
     "python -m tools.index_shards /data/shards",
@@ -45,7 +45,7 @@ def index_shards(entries: Sequence[str], storage: Storage, *, workers: int) -> d
     shards = expand_shards(entries, storage)
     if full := unwritable_folders(shards, storage):
         raise DataError(f"no index can be written in {full[0]} ({len(full)} such folders): {_CURE}")
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(max(1, workers), mp_context=get_context("spawn")) as pool:
         results = []
         with progress("indexing", len(shards), "shards") as done:
             for result in pool.map(partial(_index_one, storage), shards, chunksize=16):
@@ -98,7 +98,7 @@ def add_shard_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+", help="entries of data.shards")
     parser.add_argument("--cache-dir", default="", help="folder for copies of remote shards and for indices")
     parser.add_argument("--cache-gb", type=amount, default=DataConfig.cache_gb, help="bound of the copies")
-    parser.add_argument("--workers", type=positive, default=4, help="processes")
+    parser.add_argument("--workers", type=int, default=4, help="processes (0: one)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
