@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -21,6 +22,20 @@ PLAIN_SOURCE = "data.shards"
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourceSize:
+    """What a job has of one source and makes of it."""
+
+    name: str
+    """The source's name; empty for plain data.shards."""
+    shards: int
+    """Tar files."""
+    samples: int
+    """Samples of one epoch."""
+    epochs: float
+    """Epochs of it between two positions of the run."""
+
+
 class Sources:
     """One joint list of shards, in the order of the config, and the order of its samples.
 
@@ -38,6 +53,7 @@ class Sources:
         lists = _shard_lists(config, storage)
         self.names = [source.name for source in config.sources]
         """Of the sources of a mixture; empty for plain data.shards."""
+        self._shard_counts = [len(shards) for shards in lists]
         self.shards = [shard for shards in lists for shard in shards]
         """Paths and URLs by shard id."""
         in_use = 2 * config.shuffle_group_shards * len(lists)
@@ -91,6 +107,16 @@ class Sources:
             for epoch in range(max(was - 1, 0) // total + 1, max(now - 1, 0) // total + 1):
                 lines.append(f"source {name} starts epoch {epoch + 1} of its {total:,} samples")
         return lines
+
+    def sizes(self, first: int, last: int) -> list[SourceSize]:
+        """Every source, with its epochs at positions [first, last)."""
+        before, after = self.order.counts(first), self.order.counts(last)
+        return [
+            SourceSize(name=name, shards=shards, samples=total, epochs=(now - was) / total)
+            for name, shards, total, was, now in zip(
+                self.names or [""], self._shard_counts, self.order.totals, before, after, strict=True
+            )
+        ]
 
     def counts(self, position: int) -> dict[str, int]:
         """Samples of each named source among the positions below `position`."""

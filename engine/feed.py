@@ -25,6 +25,7 @@ from data.batch import BadSample, EncodedBatch, SampleBatch
 from data.errors import DataError
 from data.loader import PrefetchLoader
 from data.reader import SampleReader
+from data.sources import SourceSize
 from engine.config.read import Config
 from engine.objectives.registry import objective_of
 from engine.parallel.mesh import Mesh
@@ -71,6 +72,7 @@ class Feed:
         self.captions = objective_of(config).reads_captions
         self.context = config.model.text.context_length
         self.next_position = start_position
+        self._first_position = first_position
         self.loader: PrefetchLoader[SampleBatch | EncodedBatch] | None = None
         self._read: list[SampleBatch] = []
         self.units = self._units(config.micro_batch_samples)
@@ -147,6 +149,13 @@ class Feed:
         """End the reader processes."""
         if self.loader is not None:
             self.loader.close()
+
+    def sources(self, first_step: int, last_step: int) -> list[SourceSize]:
+        """On the first stage: what there is of each source, and its epochs in these steps of the phase."""
+        if self.loader is None:
+            return []
+        last = self._first_position + (last_step - first_step) * self.global_batch
+        return self.reader.sources.sizes(self._first_position, last)
 
     def _source_counts(self) -> dict[str, int]:
         return self.reader.sources.counts(self.next_position) if self.loader is not None else {}

@@ -5,10 +5,12 @@ constructed on world rank 0 alone; the trainer builds the others on every rank, 
 they may hold collectives.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from data.sources import SourceSize
 
 Record = Mapping[str, Any]
 """One optimizer step, flat, python numbers only (the trainer has already taken them off the device), and the name of
@@ -45,6 +47,16 @@ class RunInfo:
     """The phase that begins or goes on; empty in a job without phases."""
     resumed_record: Mapping[str, float] = field(default_factory=dict)
     """The last step's record as the checkpoint holds it; empty for a fresh run."""
+    first_step: int = 0
+    """Steps of the job before that phase."""
+    last_step: int = 0
+    """Steps of the job when that phase ends; 0: not known."""
+    model: str = ""
+    """The model in words: its preset, and what was changed of it."""
+    image_size: int = 0
+    """Pixels a side of an image."""
+    sources: Sequence[SourceSize] = ()
+    """Shards and samples of each source, with its epochs in the whole phase."""
 
 
 class Callback:

@@ -12,8 +12,17 @@ from typing import TYPE_CHECKING
 import yaml
 
 from data.errors import DataError
+from engine.config.origin import origin
 from engine.config.phases import phase_plan
-from engine.config.read import Config, ConfigError, check_layout, check_vocabulary, load_config, to_dict
+from engine.config.read import (
+    Config,
+    ConfigError,
+    check_layout,
+    check_vocabulary,
+    read_given,
+    resolve_given,
+    to_dict,
+)
 from engine.resilience.exit import STOPPED, leave
 
 if TYPE_CHECKING:
@@ -27,16 +36,17 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 2
     try:
-        config = load_config(arguments[0], arguments[1:])
+        given = read_given(arguments[0], arguments[1:])
+        config = resolve_given(given)
         for phase in phase_plan(config):
             check_layout(phase.config, int(os.environ.get("WORLD_SIZE", "1")))
             check_vocabulary(phase.config)
     except (ConfigError, DataError) as error:
         return _fail(error)
-    return _train(config)
+    return _train(config, origin(given))
 
 
-def _train(config: Config) -> int:
+def _train(config: Config, remarks: list[str]) -> int:
     # Importing torch and megatron-core takes seconds: after the checks, so that a typing mistake answers at once.
     from engine.build import DTYPES
     from engine.checkpoint.format.errors import CheckpointError
@@ -61,7 +71,7 @@ def _train(config: Config) -> int:
         kernels = dict.fromkeys(str(require_kernels(c.model, DTYPES[c.train.precision])) for c in configs)
         with job(config.parallel) as (mesh, device):
             if mesh.world.rank == 0:
-                print("; then ".join(kernels))
+                print("\n".join([*remarks, "; then ".join(kernels)]), flush=True)
             done = run_phases(config, mesh, device, partial(_callbacks, config), wishes)
     except (LayoutError, DataError, CheckpointError, ModelConfigError, UnhealthyStep, NotEveryoneCame) as error:
         return tell_line(error)

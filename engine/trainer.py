@@ -16,6 +16,7 @@ from engine.checkpoint.format.lock import RunLock
 from engine.checkpoint.format.manifest import Position
 from engine.checkpoint.reader import WHOLE, Checkpoint
 from engine.checkpoint.resume import choose, lock_run, start
+from engine.config.origin import model_in_words
 from engine.config.phases import Phase, phase_plan
 from engine.config.read import Config, to_dict
 from engine.feed import Feed, LocalBatch
@@ -67,7 +68,7 @@ class Trainer:
         orders, record = CARRY_ON, dict[str, Any]()
         roll_call = RollCall(Path(self.config.run_dir), self.mesh, wishes)
         self._give_back_states(callbacks)
-        run = self._run_info()
+        run = self._run_info(feed)
         try:
             with together(self.mesh.control):
                 for callback in callbacks:
@@ -187,12 +188,17 @@ class Trainer:
         self.checkpoint_stall_s = 0.0
         return record
 
-    def _run_info(self) -> RunInfo:
+    def _run_info(self, feed: Feed) -> RunInfo:
         return RunInfo(
             run_dir=Path(self.config.run_dir),
             config=to_dict(self.config),
             total_steps=self.phase.total_steps,
             phase=self.phase.name,
+            first_step=self.phase.first_step,
+            last_step=self.phase.last_step,
+            model=model_in_words(self.config.model),
+            image_size=self.config.model.vision.image_size,
+            sources=feed.sources(self.phase.first_step, self.phase.last_step),
             start_step=self.position.step,
             world_size=self.mesh.world.size,
             layout=self.mesh.layout,

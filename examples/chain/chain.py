@@ -18,6 +18,9 @@ import yaml
 
 from engine.callbacks.metrics import METRICS_FILE, read_metrics
 from engine.checkpoint.format.folders import step_folder
+from engine.config.read import Config
+from engine.config.text import read_text
+from engine.config.typed import typed
 from examples.chain.results import Chain, report
 
 FOLDER = Path(__file__).parent
@@ -110,7 +113,7 @@ class Stages:
     def settings(self, stage: str) -> dict[str, Any]:
         """The tree of STAGE.yaml with paths below --out, cut short if asked for."""
         text = (FOLDER / f"{stage}.yaml").read_text(encoding="utf-8")
-        tree = yaml.safe_load(text.replace("runs/chain", str(self.out)))
+        tree = typed(read_text(text.replace("runs/chain", str(self.out)), f"{stage}.yaml"), Config, "")
         if self.options.short:
             for part in tree.get("phases", [tree["train"]]):
                 part["steps"] = SHORT_STEPS

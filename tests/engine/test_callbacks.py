@@ -6,13 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine.callbacks.console import ConsoleProgress
+from data.sources import SourceSize
+from engine.callbacks.console import ConsoleProgress, start_line
 from engine.callbacks.metrics import MetricsFile, read_metrics
 from engine.callbacks.tensorboard import TensorBoard
 from engine.record import RunInfo
@@ -144,6 +146,21 @@ def console_output(tmp_path: Path, *, terminal: bool, encoding: str, steps: int 
     progress.on_end(record(steps - 1))
     stream.flush()
     return raw.getvalue().decode(encoding)
+
+
+def test_the_start_line_says_what_is_trained_on_what(tmp_path):
+    plain = SourceSize(name="", shards=8, samples=800, epochs=64.0)
+    run = replace(run_info(tmp_path, total_steps=200), model="b16", image_size=224, last_step=200, sources=[plain])
+    assert start_line(run) == (
+        "model b16: 17.53 B parameters, images of 224 px, global batch 256; "
+        "8 shards, 800 samples, 3.12 steps an epoch, 64 epochs"
+    )
+    laion = SourceSize(name="laion", shards=1, samples=1, epochs=0.0)
+    coyo = SourceSize(name="coyo", shards=1000, samples=1_234_567, epochs=0.0123)
+    assert start_line(replace(run, sources=[laion, coyo], first_step=100)).split("; ")[1:] == [
+        "laion: 1 shard, 1 sample, none of them used",
+        "coyo: 1,000 shards, 1,234,567 samples, 8,130 steps an epoch, 0.0123 epochs",
+    ]
 
 
 def test_plain_lines_every_n_steps_and_first_and_last(tmp_path):

@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.config.origin import model_in_words, origin
 from engine.config.read import (
     Config,
     ConfigError,
@@ -345,3 +346,29 @@ def test_a_mistake_says_on_which_side_it_is(tmp_path: Path) -> None:
     file.write_text("train: {steps: 3}\n")
     with pytest.raises(ConfigError, match=r"^command line: train\.steps is 'soon'"):
         load_config(file, ["train.steps=soon"])
+
+
+def test_what_is_inherited_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(FILE + "optim: {lr_vision: 5e-3, warmup_steps: 20, eps: 1e-6}\ncheckpoint: {keep_last: 1}\n")
+    lines = origin(read_given(file, ["model=b16", "model.vision.image_size=112", "train.steps=9", "data.shards=b.tar"]))
+    assert lines == [
+        f"the model of {file} (embed_dim, backend, vision) is replaced by the preset b16",
+        "command line: model.preset=b16, model.vision.image_size=112, train.steps=9, data.shards=[b.tar]",
+        f"inherited from {file}: optim.lr_vision=0.005, optim.warmup_steps=20, checkpoint.keep_last=1",
+    ]
+    assert origin(read_given(file, []))[0].startswith(f"inherited from {file}: data.shards=[a.tar], train.steps=450")
+
+
+def test_explicit_keys_beside_a_preset_are_named() -> None:
+    own = {"preset": "b16", "embed_dim": 96, "backend": "auto", "vision": {"width": 96, "image_size": 224}}
+    assert model_in_words(resolve(GOOD | {"model": "b16"}, []).model) == "b16"
+    assert model_in_words(resolve(GOOD | {"model": own | {"vision": {"width": 768}}}, []).model) == (
+        "b16 with embed_dim 96 instead of 512"
+    )
+    mixed = resolve(GOOD, ["model={preset: l14, vision: {rope: false}, text: {depth: 3}}"]).model
+    assert model_in_words(mixed) == "l14 with vision.rope False instead of True, text.depth 3 instead of 12"
+    plain = {"vision": {"depth": 3, "width": 64}, "text": {"depth": 2}}
+    assert model_in_words(resolve(GOOD | {"model": plain}, []).model) == (
+        "own model (3 x 64 image tower, 2 x 512 text tower)"
+    )
