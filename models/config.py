@@ -82,9 +82,28 @@ class VisionConfig:
         """Patches of one image, n."""
         return self.grid**2
 
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens in front of the patches: the class token."""
+        return 1
+
+    @property
+    def tokens(self) -> int:
+        """S of a whole image: prefix tokens and patches."""
+        return self.prefix_tokens + self.patches
+
+    @property
+    def positions(self) -> int:
+        """Rows of the position table."""
+        return self.tokens
+
+    def kept_patches(self, patch_dropout: float) -> int:
+        """Patches that survive dropout, max(1, int(n (1 - p))) of them."""
+        return max(1, int(self.patches * (1 - patch_dropout))) if patch_dropout > 0 else self.patches
+
     def kept_tokens(self, patch_dropout: float) -> int:
-        """S: class token and the patches that survive dropout, max(1, int(n (1 - p))) of them."""
-        return 1 + (max(1, int(self.patches * (1 - patch_dropout))) if patch_dropout > 0 else self.patches)
+        """S: prefix tokens, which are never dropped, and the patches that survive."""
+        return self.prefix_tokens + self.kept_patches(patch_dropout)
 
 
 @dataclass(kw_only=True)

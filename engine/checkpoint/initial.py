@@ -53,7 +53,7 @@ class Resized:
                 "init.resize_patch=true to interpolate kernel and positions, or model.vision.patch_size="
                 f"{stored_patch}"
             )
-        self._adapt(POS_EMBED, (1 + model.vision.patches, model.vision.width))
+        self._adapt(POS_EMBED, (model.vision.positions, model.vision.width))
         self._adapt(PATCH_KERNEL, (model.vision.width, 3 * patch**2))
 
     def _adapt(self, name: str, wanted: tuple[int, ...]) -> None:
@@ -79,7 +79,7 @@ class Resized:
     def _interpolated(self, name: str, whole: Tensor) -> Tensor:
         vision = self.model.vision
         if name == POS_EMBED:
-            return resize_pos_embed(whole, vision.grid)
+            return resize_pos_embed(whole, vision.grid, vision.positions - vision.patches)
         side = round((whole.shape[1] / 3) ** 0.5)
         return resize_patch_kernel(whole.view(-1, 3, side, side), vision.patch_size).flatten(1)
 

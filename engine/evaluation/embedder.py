@@ -147,7 +147,7 @@ class Embedder:
         self.frames = frames
         if encoders.vision:
             tower = encoders.vision[0]
-            tokens = micro_batch * (1 + tower.vision.patches)
+            tokens = micro_batch * tower.vision.tokens
             rows = tokens // (mesh.tensor.size if tower.config.sequence_parallel else 1)
             shape = (rows, 1, tower.vision.width)
             self.pipeline = Pipeline(mesh, len(encoders.vision), shape, tower.config.params_dtype, device)

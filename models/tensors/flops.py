@@ -25,8 +25,8 @@ def _block_flops(vision: VisionConfig, tokens: int, asking: int) -> int:
 
 
 def embedding_flops(vision: VisionConfig, tokens: int) -> int:
-    """Patch projection of one sample; dropped patches are never projected, the class token has none."""
-    return 2 * (tokens - 1) * 3 * vision.patch_size**2 * vision.width
+    """Patch projection of one sample; dropped patches are never projected, prefix tokens have none."""
+    return 2 * (tokens - vision.prefix_tokens) * 3 * vision.patch_size**2 * vision.width
 
 
 def head_flops(model: ModelConfig) -> int:

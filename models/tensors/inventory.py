@@ -1,13 +1,50 @@
 """Every logical tensor of a model and its shape, from its config alone: no module is built, no memory used.
 
-Conversions compare files with this table. tests/models check it against the parameters of the built towers.
+Conversions compare files with this table and the planner sums over it. tests/models check it against the parameters of
+the built towers.
 """
+
+import math
 
 from models.config import ModelConfig, TextConfig, VisionConfig
 
 Shapes = dict[str, tuple[int, ...]]
 MIM_TENSORS = ("vision.embed.mask_token", "vision.head.prediction.weight", "vision.head.prediction.bias")
 """Of masked-image-modelling students (models/towers/mim.py), beside the vision tower without its projection."""
+
+# Dimension that tensor parallelism splits, by the end of the logical name; all others are whole on every rank.
+_SPLIT_DIM = {
+    "attn.qkv.weight": 0,
+    "attn.q.weight": 0,
+    "attn.k.weight": 0,
+    "attn.v.weight": 0,
+    "attn.bias.q": 0,
+    "attn.bias.v": 0,
+    "attn.proj.weight": 1,
+    "mlp.fc1.weight": 0,
+    "mlp.fc1.bias": 0,
+    "mlp.gate.weight": 0,
+    "mlp.gate.bias": 0,
+    "mlp.up.weight": 0,
+    "mlp.up.bias": 0,
+    "mlp.fc2.weight": 1,
+    "mlp.down.weight": 1,
+}
+
+
+def elements(shapes: Shapes) -> int:
+    """Elements of some tensors."""
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def split_dim(name: str) -> int | None:
+    """Dimension of the logical tensor `name` that the tensor axis cuts; the text tower is never cut."""
+    return block_split_dim(name.split(".", 3)[3]) if name.startswith("vision.blocks.") else None
+
+
+def block_split_dim(name: str) -> int | None:
+    """The same by the name within a block of the image tower."""
+    return _SPLIT_DIM.get(name)
 
 
 def clip_shapes(model: ModelConfig) -> Shapes:
@@ -18,30 +55,47 @@ def clip_shapes(model: ModelConfig) -> Shapes:
 def vision_shapes(model: ModelConfig, head: bool = True) -> Shapes:
     """The image tower, with or without the projection to the shared space."""
     v = model.vision
-    out: Shapes = {
+    block = vision_block_shapes(v)
+    out = vision_embedding_shapes(v)
+    for i in range(v.depth):
+        out |= {f"vision.blocks.{i}.{name}": shape for name, shape in block.items()}
+    return out | vision_head_shapes(model, projection=head)
+
+
+def vision_embedding_shapes(v: VisionConfig) -> Shapes:
+    """What stands in front of the image tower's blocks."""
+    return {
         "vision.embed.weight": (v.width, 3 * v.patch_size**2),
         "vision.embed.bias": (v.width,),
         "vision.embed.cls_token": (v.width,),
-        "vision.embed.pos_embed": (1 + v.patches, v.width),
+        "vision.embed.pos_embed": (v.positions, v.width),
     }
-    for i in range(v.depth):
-        out |= {f"vision.blocks.{i}.{name}": shape for name, shape in _vision_block(v).items()}
-    out |= _norm("vision.head.norm", v.width, bias=v.norm == "layer")
-    if head:
-        out |= _linear("vision.head.projection", model.embed_dim, v.width, bias=v.head_bias)
-    return out
+
+
+def vision_head_shapes(model: ModelConfig, projection: bool = True) -> Shapes:
+    """What stands behind the image tower's blocks, with or without the projection to the shared space."""
+    v = model.vision
+    out = _norm("vision.head.norm", v.width, bias=v.norm == "layer")
+    return out | _linear("vision.head.projection", model.embed_dim, v.width, bias=v.head_bias) if projection else out
 
 
 def text_shapes(model: ModelConfig) -> Shapes:
     """The caption tower."""
     t = model.text
-    out: Shapes = {
-        "text.token_embedding": (t.vocab_size, t.width),
-        "text.pos_embed": (t.context_length, t.width),
-    }
+    block, out = text_block_shapes(t), text_table_shapes(t)
     for i in range(t.depth):
-        out |= {f"text.blocks.{i}.{name}": shape for name, shape in _text_block(t).items()}
-    return out | _norm("text.norm", t.width) | {"text.projection.weight": (model.embed_dim, t.width)}
+        out |= {f"text.blocks.{i}.{name}": shape for name, shape in block.items()}
+    return out | text_head_shapes(model)
+
+
+def text_table_shapes(t: TextConfig) -> Shapes:
+    """What stands in front of the caption tower's blocks."""
+    return {"text.token_embedding": (t.vocab_size, t.width), "text.pos_embed": (t.context_length, t.width)}
+
+
+def text_head_shapes(model: ModelConfig) -> Shapes:
+    """What stands behind the caption tower's blocks."""
+    return _norm("text.norm", model.text.width) | {"text.projection.weight": (model.embed_dim, model.text.width)}
 
 
 def mim_shapes(model: ModelConfig, target_width: int) -> Shapes:
@@ -50,7 +104,8 @@ def mim_shapes(model: ModelConfig, target_width: int) -> Shapes:
     return dict(zip(MIM_TENSORS, ((width,), (target_width, width), (target_width,)), strict=True))
 
 
-def _vision_block(v: VisionConfig) -> Shapes:
+def vision_block_shapes(v: VisionConfig) -> Shapes:
+    """One block of the image tower, names without `vision.blocks.i.`."""
     layer = v.norm == "layer"
     out = _norm("norm1", v.width, bias=layer) | _norm("norm2", v.width, bias=layer)
     if v.separate_qkv:
@@ -69,7 +124,8 @@ def _vision_block(v: VisionConfig) -> Shapes:
     return out | _norm("mlp.norm", v.mlp_hidden) if v.mlp_norm else out
 
 
-def _text_block(t: TextConfig) -> Shapes:
+def text_block_shapes(t: TextConfig) -> Shapes:
+    """One block of the caption tower, names without `text.blocks.i.`."""
     out: Shapes = (
         _norm("norm1", t.width) | _linear("attn.qkv", 3 * t.width, t.width) | _linear("attn.proj", t.width, t.width)
     )

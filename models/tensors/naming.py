@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from models.tensors.inventory import split_dim
+
 # megatron-core's (and our) module paths inside one layer -> logical name
 _LAYER_NAMES = {
     "input_layernorm": "norm1",
@@ -32,25 +34,6 @@ _LAYER_NAMES = {
     "mlp.norm.norm": "mlp.norm",
 }
 _LAYER = re.compile(r"block\.layers\.(\d+)\.(.+)\.(\w+)$")
-
-# Dimension that tensor parallelism splits, by the end of the logical name; all others are whole on every rank.
-_SPLIT_DIM = {
-    "attn.qkv.weight": 0,
-    "attn.q.weight": 0,
-    "attn.k.weight": 0,
-    "attn.v.weight": 0,
-    "attn.bias.q": 0,
-    "attn.bias.v": 0,
-    "attn.proj.weight": 1,
-    "mlp.fc1.weight": 0,
-    "mlp.fc1.bias": 0,
-    "mlp.gate.weight": 0,
-    "mlp.gate.bias": 0,
-    "mlp.up.weight": 0,
-    "mlp.up.bias": 0,
-    "mlp.fc2.weight": 1,
-    "mlp.down.weight": 1,
-}
 
 
 @dataclass(frozen=True)
@@ -77,13 +60,6 @@ def logical_name(local: str, tower: str, first_layer: int = 0) -> str:
         return f"{tower}.{local}"
     layer, module, leaf = match.groups()
     return f"{tower}.blocks.{first_layer + int(layer)}.{_LAYER_NAMES[module]}.{leaf}"
-
-
-def split_dim(name: str) -> int | None:
-    """Dimension of the logical tensor `name` that the tensor axis cuts; the text tower is never cut."""
-    if not name.startswith("vision.blocks."):
-        return None
-    return _SPLIT_DIM.get(name.split(".", 3)[3])
 
 
 def logical_tensors(module: nn.Module, tower: str, first_layer: int, tensor_size: int) -> dict[str, LogicalTensor]:

@@ -33,17 +33,16 @@ class MaskedPatchEmbedding(PatchEmbedding):
         mark_sequence_parallel(self, config)
 
     def forward(self, images: Tensor, masked: Tensor) -> Tensor:  # type: ignore[override]
-        """images [M, 3, h, w] normalised; masked bool [M, n] -> [T or T / tp, 1, H], T = M x (1 + n)."""
+        """images [M, 3, h, w] normalised; masked bool [M, n] -> [T or T / tp, 1, H], T = M x S."""
         patches = patchify(images.to(self.weight.dtype), self.patch_size)
         m, n, _ = patches.shape
-        sample, slot = self.own_tokens(m, 1 + n, images.device)
+        sample, slot = self.own_tokens(m, self.prefix_tokens + n, images.device)
         is_masked = masked.to(images.device, non_blocking=True)[sample, slot.clamp_min(0)] & (slot >= 0)
         pixels = chosen_patches(patches, sample * n + slot, (slot >= 0) & ~is_masked)
         weight, bias = (_with_gradient_times(self.gradient_scale, p) for p in (self.weight, self.bias))
-        positions = self.pos_embed[1:]
-        class_row = (self.cls_token + self.pos_embed[0]).unsqueeze(0)
-        table = torch.cat([class_row, positions + bias, positions + self.mask_token])
-        place = slot + 1 + n * is_masked
+        prefix, positions = self.prefix_and_positions()
+        table = torch.cat([prefix, positions + bias, positions + self.mask_token])
+        place = slot + self.prefix_tokens + n * is_masked
         return (F.linear(pixels, weight) + F.embedding(place, table)).unsqueeze(1)
 
 
@@ -58,12 +57,14 @@ class PredictionHead(TowerHead):
 
     def __init__(self, model: ModelConfig, config, tp_group, *, target_dim: int):
         super().__init__(model.vision, config, tp_group)
+        self.prefix_tokens = model.vision.prefix_tokens
         self.prediction = nn.Linear(model.vision.width, target_dim, bias=True, dtype=config.params_dtype)
 
     def forward(self, hidden: Tensor, masked: Tensor) -> Tensor:
         """[T or T / tp, 1, H], bool [M, n] -> [N, D] of the N masked patches; only these rows are normalised."""
         sample, patch = masked.nonzero(as_tuple=True)  # where the mask lies: on the CPU it waits for nothing
-        row = (sample * (1 + masked.shape[1]) + 1 + patch).to(hidden.device, non_blocking=True)
+        row = sample * (self.prefix_tokens + masked.shape[1]) + self.prefix_tokens + patch
+        row = row.to(hidden.device, non_blocking=True)
         return self.prediction(self.norm(self.gather_rows(hidden, row)))
 
 
@@ -118,7 +119,7 @@ def teacher_features(tower: VisionTower, images: Tensor) -> Tensor:
         raise ValueError("the teacher must be a CLIP tower with a projection, not a MIM student")
     samples = len(images)
     hidden = tower.run_blocks(tower.embed(images, None), tower._tokens(samples, None, images.device))
-    patches = hidden.reshape(samples, 1 + tower.vision.patches, -1)[:, 1:]
+    patches = hidden.reshape(samples, tower.vision.tokens, -1)[:, tower.vision.prefix_tokens :]
     return tower.head.projection(tower.head.norm(patches))
 
 

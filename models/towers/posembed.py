@@ -7,19 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def resize_pos_embed(pos_embed: Tensor, grid: int) -> Tensor:
-    """[1 + g^2, H] -> [1 + grid^2, H]: the class row is copied, the grid is resized as a picture.
+def resize_pos_embed(pos_embed: Tensor, grid: int, prefix: int = 1) -> Tensor:
+    """[prefix + g^2, H] -> [prefix + grid^2, H]: the rows of the prefix are copied, the grid is resized as a picture.
 
     Bicubic, align_corners false, no antialias, computed in fp32 whatever the dtype.
     """
-    old_grid = math.isqrt(pos_embed.shape[0] - 1)
-    if old_grid**2 != pos_embed.shape[0] - 1:
-        raise ValueError(f"position embedding has {pos_embed.shape[0]} rows: not a class token and a square grid")
+    old_grid = math.isqrt(pos_embed.shape[0] - prefix)
+    if old_grid**2 != pos_embed.shape[0] - prefix:
+        raise ValueError(
+            f"position embedding has {pos_embed.shape[0]} rows: not {prefix} prefix tokens and a square grid"
+        )
     if old_grid == grid:
         return pos_embed
-    picture = pos_embed[1:].T.reshape(1, -1, old_grid, old_grid)
+    picture = pos_embed[prefix:].T.reshape(1, -1, old_grid, old_grid)
     resized = _bicubic(picture, grid).reshape(-1, grid * grid).T
-    return torch.cat([pos_embed[:1], resized])
+    return torch.cat([pos_embed[:prefix], resized])
 
 
 def resize_patch_kernel(kernel: Tensor, patch_size: int) -> Tensor:

@@ -46,14 +46,14 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, vision: VisionConfig, config, tp_group):
         super().__init__()
-        self.patch_size = vision.patch_size
+        self.patch_size, self.prefix_tokens = vision.patch_size, vision.prefix_tokens
         self.sequence_parallel = config.sequence_parallel
         self.tp_group = tp_group
         empty = lambda *shape: nn.Parameter(torch.empty(*shape, dtype=config.params_dtype))  # noqa: E731
         self.weight = empty(vision.width, 3 * vision.patch_size**2)
         self.bias = empty(vision.width)
         self.cls_token = empty(vision.width)
-        self.pos_embed = empty(1 + vision.patches, vision.width)
+        self.pos_embed = empty(vision.positions, vision.width)
         mark_sequence_parallel(self, config)
 
     def forward(self, images: Tensor, kept: Tensor | None) -> Tensor:
@@ -61,21 +61,26 @@ class PatchEmbedding(nn.Module):
         patches = patchify(images.to(self.weight.dtype), self.patch_size)
         m, n, _ = patches.shape
         k = n if kept is None else kept.shape[1]
-        sample, slot = self.own_tokens(m, 1 + k, images.device)
+        sample, slot = self.own_tokens(m, self.prefix_tokens + k, images.device)
         grid_cell = slot if kept is None else kept[sample, slot.clamp_min(0)]
         pixels = chosen_patches(patches, sample * n + grid_cell, slot >= 0)
-        table = torch.cat([(self.cls_token + self.pos_embed[0]).unsqueeze(0), self.pos_embed[1:] + self.bias])
-        place = torch.where(slot >= 0, grid_cell + 1, 0)
+        prefix, positions = self.prefix_and_positions()
+        table = torch.cat([prefix, positions + self.bias])
+        place = torch.where(slot >= 0, grid_cell, slot) + self.prefix_tokens
         return (F.linear(pixels, self.weight) + F.embedding(place, table)).unsqueeze(1)
 
+    def prefix_and_positions(self) -> tuple[Tensor, Tensor]:
+        """Prefix tokens with their positions [prefix, H], positions of the patches [n, H]."""
+        return (self.cls_token + self.pos_embed[0]).unsqueeze(0), self.pos_embed[1:]
+
     def own_tokens(self, samples: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(sample, slot) of this rank's rows of samples x tokens, int64 each; slot -1 is the class token."""
+        """(sample, slot) of this rank's rows of samples x tokens, int64 each; slots of the prefix are below 0."""
         rows, first = samples * tokens, 0
         if self.sequence_parallel:
             rows //= self.tp_group.size()
             first = rows * self.tp_group.rank()
         row = torch.arange(first, first + rows, device=device)
-        return row // tokens, row % tokens - 1
+        return row // tokens, row % tokens - self.prefix_tokens
 
 
 def chosen_patches(patches: Tensor, chosen: Tensor, shown: Tensor) -> Tensor:
@@ -189,7 +194,7 @@ class VisionTower(nn.Module):
         if self.vision.rope:
             tables = rope_tables(self.vision.grid, self.vision.rope_grid, self.vision.head_width, device)
             rope = tuple(_pick(table, kept) for table in tables)
-        return PackedTokens.of(samples, 1 + patches, device, rope)
+        return PackedTokens.of(samples, self.vision.prefix_tokens + patches, device, rope)
 
 
 def _pick(table: Tensor, kept: Tensor | None) -> Tensor:

@@ -51,14 +51,14 @@ def _images_flops(config: Config) -> int:
 def _student_flops(config: Config) -> int:
     """All tokens pass through the blocks; masked patches are not projected, and predicted at the end."""
     vision, masked = config.model.vision, config.mim.masked_patches
-    blocks = vision.depth * block_flops(vision, 1 + vision.patches)
+    blocks = vision.depth * block_flops(vision, vision.tokens)
     targets = 2 * masked * vision.width * _teacher(config).embed_dim
-    return blocks + embedding_flops(vision, 1 + vision.patches - masked) + targets
+    return blocks + embedding_flops(vision, vision.tokens - masked) + targets
 
 
 def _teacher_flops(config: Config) -> int:
     teacher = _teacher(config)
-    one_head = vision_forward_flops(teacher, 1 + teacher.vision.patches)
+    one_head = vision_forward_flops(teacher, teacher.vision.tokens)
     return one_head + (config.mim.masked_patches - 1) * head_flops(teacher)
 
 

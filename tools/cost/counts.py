@@ -1,4 +1,4 @@
-"""Parameters and model FLOPs of a CLIP dual encoder, by formula from its configuration.
+"""Parameters and model FLOPs of a CLIP dual encoder, from its configuration.
 
 Model FLOPs count 2 per multiply-add of matrix products and attention scores; norms, activations and softmax are left
 out. A training step is 3 forwards: replays are not counted (MFU); with a replay of every micro-batch, 4 run (HFU).
@@ -8,6 +8,15 @@ of the last blocks (models/blocks/last_block.py).
 
 from models.config import ModelConfig, TextConfig, VisionConfig
 from models.tensors.flops import attention_flops, block_flops, embedding_flops, head_flops, last_block_flops
+from models.tensors.inventory import (
+    elements,
+    text_block_shapes,
+    text_head_shapes,
+    text_table_shapes,
+    vision_block_shapes,
+    vision_embedding_shapes,
+    vision_head_shapes,
+)
 
 TRAINING_FORWARDS = 3
 REPLAY_FORWARDS = 1
@@ -15,34 +24,23 @@ REPLAY_FORWARDS = 1
 
 def vision_block_parameters(vision: VisionConfig) -> int:
     """Elements of one block of the image tower."""
-    h, f = vision.width, vision.mlp_hidden
-    norm = h if vision.norm == "rms" else 2 * h
-    attention = 4 * h * h + h + (2 * h if vision.qkv_bias else 0) + (2 * h if vision.attention_norm else 0)
-    gates = 2 if vision.mlp == "swiglu" else 1
-    mlp = (gates + 1) * h * f + gates * f + h + (2 * f if vision.mlp_norm else 0)
-    return attention + mlp + 2 * norm
+    return elements(vision_block_shapes(vision))
 
 
 def vision_parameters(model: ModelConfig) -> int:
     """Elements of the image tower: embedding, blocks, head."""
-    vision = model.vision
-    h = vision.width
-    embed = 3 * vision.patch_size**2 * h + h + h + (1 + vision.patches) * h
-    norm = h if vision.norm == "rms" else 2 * h
-    head = norm + h * model.embed_dim + (model.embed_dim if vision.head_bias else 0)
-    return embed + vision.depth * vision_block_parameters(vision) + head
+    ends = elements(vision_embedding_shapes(model.vision)) + elements(vision_head_shapes(model))
+    return ends + model.vision.depth * vision_block_parameters(model.vision)
 
 
 def text_parameters(model: ModelConfig) -> int:
     """Elements of the caption tower: tables, pre-norm blocks with biases, norm, projection."""
-    text = model.text
-    w = text.width
-    tables = (text.vocab_size + text.context_length) * w
-    return tables + text.depth * (12 * w * w + 13 * w) + 2 * w + w * model.embed_dim
+    ends = elements(text_table_shapes(model.text)) + elements(text_head_shapes(model))
+    return ends + model.text.depth * elements(text_block_shapes(model.text))
 
 
 def vision_forward_flops(model: ModelConfig, tokens: int) -> int:
-    """One image of `tokens` kept tokens (class token included) through the image tower."""
+    """One image of `tokens` kept tokens (prefix tokens included) through the image tower."""
     vision = model.vision
     return vision.depth * block_flops(vision, tokens) + embedding_flops(vision, tokens) + head_flops(model)
 

@@ -11,6 +11,13 @@ optimizer's fp32 master, m and v of the owned elements (vision over DP, text ove
 from dataclasses import dataclass, fields, replace
 
 from models.config import ModelConfig
+from models.tensors.inventory import (
+    block_split_dim,
+    elements,
+    vision_block_shapes,
+    vision_embedding_shapes,
+    vision_head_shapes,
+)
 from tools.cost.activations import (
     FP32,
     backward_temporary_bytes,
@@ -57,25 +64,17 @@ class Memory:
 
 def stage_parameters(model: ModelConfig, layout: Layout, stage: Stage) -> int:
     """Elements of the vision tower on one tensor rank of this stage."""
-    elements = stage.blocks * block_parameters(model, layout.tensor)
-    vision, h = model.vision, model.vision.width
+    count = stage.blocks * block_parameters(model, layout.tensor)
     if stage.has_embedding:
-        elements += 3 * vision.patch_size**2 * h + h + h + (1 + vision.patches) * h
-    if stage.has_head:
-        elements += h if vision.norm == "rms" else 2 * h
-        elements += h * model.embed_dim + (model.embed_dim if vision.head_bias else 0)
-    return elements
+        count += elements(vision_embedding_shapes(model.vision))
+    return count + (elements(vision_head_shapes(model)) if stage.has_head else 0)
 
 
 def block_parameters(model: ModelConfig, tensor: int) -> int:
     """Elements of one block on one tensor rank: projections and their column biases are split, the rest is whole."""
-    vision = model.vision
-    h, f = vision.width, vision.mlp_hidden
-    gates = 2 if vision.mlp == "swiglu" else 1
-    split = 4 * h * h + (2 * h if vision.qkv_bias else 0) + (gates + 1) * h * f + gates * f
-    norms = 2 * (h if vision.norm == "rms" else 2 * h)
-    sub_norms = (2 * h if vision.attention_norm else 0) + (2 * f if vision.mlp_norm else 0)
-    return split // tensor + 2 * h + norms + sub_norms
+    shapes = vision_block_shapes(model.vision)
+    split = {name: shape for name, shape in shapes.items() if block_split_dim(name) is not None}
+    return elements(split) // tensor + elements({n: s for n, s in shapes.items() if n not in split})
 
 
 def optimizer_bytes_per_element(layout: Layout) -> int:

@@ -17,12 +17,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from models.config import ModelConfig, VisionConfig
+from models.tensors.inventory import (
+    block_split_dim,
+    elements,
+    text_shapes,
+    vision_block_shapes,
+    vision_embedding_shapes,
+    vision_head_shapes,
+)
 from tools.cost.activations import FP32
 from tools.cost.counts import text_parameters
 from tools.cost.layout import Layout, Stage
 from tools.cost.memory import stage_parameters
 
 FP64 = 8
+_SEEN_WHOLE = ("attn.norm.", "mlp.norm.")
+"""Sub-LN norms see gathered rows: each tensor rank has their whole gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,16 +176,16 @@ def state_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traf
     Counts are per tower: the number of buckets follows from parallel.bucket_size.
     """
     found = []
-    for axis, elements in (("data", stage_parameters(model, layout, stage)), ("world", text_parameters(model))):
+    for axis, count in (("data", stage_parameters(model, layout, stage)), ("world", text_parameters(model))):
         ranks = axis_size(layout, axis)
         found += [
-            Traffic(what="gradients", axis=axis, kind="reduce-scatter", count=1, sent_bytes=elements * FP32),
+            Traffic(what="gradients", axis=axis, kind="reduce-scatter", count=1, sent_bytes=count * FP32),
             Traffic(
                 what="weights",
                 axis=axis,
                 kind="all-gather",
                 count=1,
-                sent_bytes=elements * layout.element_bytes / ranks,
+                sent_bytes=count * layout.element_bytes / ranks,
             ),
         ]
     if layout.splits_tokens:
@@ -186,10 +196,10 @@ def state_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traf
 
 def token_gradient_elements(model: ModelConfig, stage: Stage) -> int:
     """Elements whose gradients a tensor rank has of its own tokens only: norms, row biases, the embedding."""
-    vision, h = model.vision, model.vision.width
-    block = 2 * (h if vision.norm == "rms" else 2 * h) + 2 * h
-    embedding = 3 * vision.patch_size**2 * h + h + h + (1 + vision.patches) * h
-    return stage.blocks * block + (embedding if stage.has_embedding else 0)
+    shapes = vision_block_shapes(model.vision)
+    whole = {n: s for n, s in shapes.items() if block_split_dim(n) is None and not n.startswith(_SEEN_WHOLE)}
+    embedding = elements(vision_embedding_shapes(model.vision))
+    return stage.blocks * elements(whole) + (embedding if stage.has_embedding else 0)
 
 
 def row_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffic]:
@@ -220,17 +230,16 @@ def row_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffi
 
 def optimizer_traffic(model: ModelConfig, stage: Stage) -> list[Traffic]:
     """The gradient norm, and LAMB's norms of each logical tensor and update, in float64 (engine/parallel/shards.py)."""
-    vision = 2 * FP64 * vision_tensors(model.vision, stage)
-    text = 2 * FP64 * (12 * model.text.depth + 5)
+    vision = 2 * FP64 * vision_tensors(model, stage)
+    text = 2 * FP64 * len(text_shapes(model))
     return [
         Traffic(what="optimizer", axis="world", kind="all-reduce", count=2, sent_bytes=FP64 + text),
         Traffic(what="optimizer", axis="stage", kind="all-reduce", count=len(stage.chunks), sent_bytes=vision),
     ]
 
 
-def vision_tensors(vision: VisionConfig, stage: Stage) -> int:
+def vision_tensors(model: ModelConfig, stage: Stage) -> int:
     """Logical tensors of the image tower on this stage."""
-    pairs = [vision.norm == "layer", vision.qkv_bias, vision.separate_qkv, vision.attention_norm]
-    pairs += [vision.mlp == "swiglu", vision.mlp_norm]
-    head = 2 + (vision.norm == "layer") + vision.head_bias
-    return stage.blocks * (9 + 2 * sum(pairs)) + (4 if stage.has_embedding else 0) + (head if stage.has_head else 0)
+    embedding = len(vision_embedding_shapes(model.vision)) if stage.has_embedding else 0
+    head = len(vision_head_shapes(model)) if stage.has_head else 0
+    return stage.blocks * len(vision_block_shapes(model.vision)) + embedding + head

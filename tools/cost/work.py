@@ -38,9 +38,9 @@ def micro_batch_flops(model: ModelConfig, layout: Layout, stage: Stage) -> float
 
 
 def _embedding_flops(model: ModelConfig, layout: Layout) -> float:
-    """The class token's row is multiplied, too, as zeros."""
+    """Rows of prefix tokens are multiplied, too, as zeros."""
     tokens = _tokens(model, layout)
-    whole = layout.micro_batch * embedding_flops(model.vision, tokens + 1)
+    whole = layout.micro_batch * embedding_flops(model.vision, tokens + model.vision.prefix_tokens)
     return whole / layout.tensor if layout.splits_tokens else whole
 
 

@@ -33,7 +33,7 @@ class VisionRunner:
         """micro_batch: images, a multiple of the `frames` of each sample."""
         self.tower, self.micro_batch, self.seed, self.device = tower, micro_batch, seed, device
         self.frames = frames
-        self.kept_count = tower.vision.kept_tokens(patch_dropout) - 1
+        self.kept_count = tower.vision.kept_patches(patch_dropout)
         self.batch: LocalBatch | None = None
 
     def __call__(self, hidden: Tensor | None, i: int) -> Tensor:

@@ -53,7 +53,7 @@ class MimStep:
             mesh,
             micro_batches=self.local_batch // train.micro_batch_size,
             chunks=config.parallel.virtual,
-            hidden=(train.micro_batch_size * (1 + vision.patches) // split, 1, vision.width),
+            hidden=(train.micro_batch_size * vision.tokens // split, 1, vision.width),
             dtype=DTYPES[train.precision],
             device=device,
         )
