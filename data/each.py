@@ -65,9 +65,7 @@ class EachReader(SampleReader):
         """How many samples of all shards have an image (clip or frames), a caption, metadata."""
         found: Counter[Place] = Counter()
         for shard in range(len(self.sources.shards)):
-            index = self.sources.index(shard)
-            present = index.spans[:, :, 0] >= 0
-            present[:, Place.IMAGE] |= np.diff(index.frame_starts) > 0
+            present = self.sources.index(shard).present()
             found.update({place: int(present[:, place].sum()) for place in Place})
         return found
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from data.config import DataConfig
-from data.sources import PLAIN_SOURCE, Sources, weight_switches
+from data.sources import Sources, called, weight_switches
 
 VERSION = 1
 _RANGES = 64
@@ -92,10 +92,10 @@ def differences(was: dict[str, Any], now: dict[str, Any], *, position: int) -> l
     used = sorted({name for _, weights in before for name, _ in weights})
     for name in used:
         if name not in now["sources"]:
-            lines.append(f"{_called(name)} is gone")
+            lines.append(f"{called(name)} is gone")
         else:
             lines += [
-                f"{_called(name)}: {line}" for line in _source_differences(was["sources"][name], now["sources"][name])
+                f"{called(name)}: {line}" for line in _source_differences(was["sources"][name], now["sources"][name])
             ]
     return lines
 
@@ -103,10 +103,6 @@ def differences(was: dict[str, Any], now: dict[str, Any], *, position: int) -> l
 def _weights_before(switches: list, position: int) -> list:
     """The stretches of positive weights that hold somewhere below the position (the first one always does)."""
     return [[start, weights] for start, weights in switches if start == 0 or start < position]
-
-
-def _called(name: str) -> str:
-    return name if name == PLAIN_SOURCE else f"source {name}"
 
 
 def _source_differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:

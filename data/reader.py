@@ -140,8 +140,7 @@ class SampleReader:
         """The position's own sample with its pixels, uint8 [frames, 3, image_size, image_size], judged but not
         replaced; for tools that look at shards.
         """
-        shards, samples = self._order.locate(np.array([position], dtype=np.int64))
-        place = (int(shards[0]), int(samples[0]))
+        place = self._place(position)
         images = torch.empty((1, *self._image_shape()), dtype=torch.uint8)
         try:
             sample = self._fetch_one(position, place, 0)
@@ -201,18 +200,28 @@ class SampleReader:
         self, position: int, passed_over: int, bad: list[BadSample], cause: BaseException | None
     ) -> EncodedSample:
         following = self._order.following(position, _MAX_CONSECUTIVE_BAD - 1)
+        tried = {self._place(position), *following[: passed_over - 1]}
         for number, place in enumerate(following[passed_over - 1 :], start=passed_over):
+            if place in tried:  # the source is so small that its next epoch has begun
+                continue
+            tried.add(place)
             try:
                 return self._fetch_one(position, place, number)
             except Rejected as rejected:
                 bad.append(self._count_bad(position, place, rejected.reason))
                 cause = rejected.__cause__
-        reasons = describe(self.bad_by_reason)
+        whole = len(tried) == self._order.total_of(position)
+        what = f"all {len(tried)} samples are bad" if whole else f"{len(tried)} bad samples in a row"
         raise DataError(
-            f"{_MAX_CONSECUTIVE_BAD} bad samples in a row from position {position} on ({reasons}); "
+            f"{what} from position {position} on ({describe(self.bad_by_reason)}); "
             f"the last: {bad[-1].key} in {bad[-1].shard}{f' ({cause})' if cause else ''}. "
             "Repair the shards or leave them out of data.shards"
         )
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """(shard, sample) of the position's own sample."""
+        shards, samples = self._order.locate(np.array([position], dtype=np.int64))
+        return int(shards[0]), int(samples[0])
 
     def _fetch_one(self, position: int, place: tuple[int, int], passed_over: int) -> EncodedSample:
         self.reads += 1

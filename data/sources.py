@@ -105,7 +105,7 @@ class Sources:
         for name, total, was, now in zip(names, self.order.totals, before, after, strict=True):
             # the epoch of the last sample read: a source that is exactly used up has not started anew
             for epoch in range(max(was - 1, 0) // total + 1, max(now - 1, 0) // total + 1):
-                lines.append(f"source {name} starts epoch {epoch + 1} of its {total:,} samples")
+                lines.append(f"{called(name)} starts epoch {epoch + 1} of its {total:,} samples")
         return lines
 
     def sizes(self, first: int, last: int) -> list[SourceSize]:
@@ -116,6 +116,16 @@ class Sources:
             for name, shards, total, was, now in zip(
                 self.names or [""], self._shard_counts, self.order.totals, before, after, strict=True
             )
+        ]
+
+    def copies_within(self, samples: int) -> list[str]:
+        """In words: which sources are so small that `samples` positions in a row hold a pair twice."""
+        taken = self.order.most_in_a_row(samples)
+        return [
+            f"{called(name)} has {total:,} samples, but a global batch takes {most:,} of it: copies of a pair meet as "
+            "negatives of each other; use more data, or a smaller train.global_batch_size"
+            for name, total, most in zip(self.parts(), self.order.totals, taken, strict=True)
+            if most > total
         ]
 
     def counts(self, position: int) -> dict[str, int]:
@@ -139,6 +149,11 @@ class Sources:
             for name, part in self.parts().items()
         ]
         return orders, self._borders[:-1]
+
+
+def called(name: str) -> str:
+    """The source's name in a sentence."""
+    return name if name == PLAIN_SOURCE else f"source {name}"
 
 
 def check_shards(config: DataConfig) -> None:

@@ -88,6 +88,9 @@ class Feed:
                 first_position=first_position,
                 device=device,
             )
+            if self.captions and mesh.world.rank == 0:
+                for line in self.reader.sources.copies_within(self.global_batch):
+                    _log.warning("%s", line)
             batches = (
                 self._positions(start_position + step * self.global_batch)[unit]
                 for step in range(steps)

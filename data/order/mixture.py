@@ -97,6 +97,19 @@ class MixtureLaw:
         place = np.take_along_axis(before, source[:, None], axis=-1)[:, 0] + positions % self._turn
         return source, place.astype(np.int64) + np.array(self._used[phase], dtype=np.int64)[source]
 
+    def most_in_a_row(self, samples: int) -> list[int]:
+        """The most samples of each source among `samples` positions from a switch on (one turn: a whole turn)."""
+        if self._turn > 1:
+            return [
+                samples * any(switch.weights[source] for switch in self._switches) for source in range(self._sources)
+            ]
+        gained = [self._gained(switch, np.array([switch.start + samples], dtype=object)) for switch in self._switches]
+        return [max(int(of_switch[source][0]) for of_switch in gained) for source in range(self._sources)]
+
+    @property
+    def _sources(self) -> int:
+        return len(self._switches[0].weights)
+
     def counts(self, position: int) -> list[int]:
         """Samples of each source among the positions below `position`."""
         phase = bisect_right(self._starts, position) - 1
@@ -141,6 +154,15 @@ class Mixture:
         sources, places = self._law.place(np.array([position - self._first_position], dtype=np.int64))
         shards, samples = self._locate_in(int(sources[0]), places[0] + np.arange(1, count + 1))
         return list(zip(shards.tolist(), samples.tolist(), strict=True))
+
+    def most_in_a_row(self, samples: int) -> list[int]:
+        """The most samples that each source gives to `samples` positions in a row."""
+        return self._law.most_in_a_row(samples)
+
+    def total_of(self, position: int) -> int:
+        """Samples of one epoch of the position's own source."""
+        sources, _ = self._law.place(np.array([position - self._first_position], dtype=np.int64))
+        return self.totals[int(sources[0])]
 
     def _locate_in(self, source: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         shards, samples = self._orders[source].locate(places)

@@ -2,8 +2,10 @@
 
 F frames of a clip of N are those in the middle of F equal parts: frame floor((i + 1/2) N / F), so that F = 1
 gives the middle frame (paper, section 7: one centre frame, or 8 or 16 uniform ones). A clip shorter than F
-repeats frames, a still image counts as a clip of one. All frames of a clip are seen through one window. Like
-EXIF rotation, a rotation in the container is not applied.
+repeats frames, a still image counts as a clip of one. All frames of a clip are seen through one window. N counts the
+frames that are shown: what an edit list cuts away (clips cut by stream copy begin with the frames since the last key
+frame) and the invisible frames of VP8 are none. Transparent pixels lie on white. Like EXIF rotation, a rotation or an
+aspect of pixels in the container is not applied.
 
 A video file is decoded from front to back: web clips have few key frames, and seeking to the nearest one
 would give other frames from decoder to decoder. PyAV is the extra `video`; nothing else imports it.
@@ -17,19 +19,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from data.errors import DataError, Rejected
+from data.pixels.decode.pillow import to_rgb
 from data.pixels.decode.resize import cut
 from data.pixels.transforms import Window
 
 _MOST_FRAMES = 36_000  # ten minutes at 60 a second: longer files are not clips, and hold up a reader
-# (offset, bytes there, demuxer). Clips are untrusted, and some demuxers open what a file names: only these run.
-_FORMATS = (
-    (4, b"ftyp", "mp4"),
-    (0, b"\x1a\x45\xdf\xa3", "matroska"),
-    (8, b"AVI ", "avi"),
-    (0, b"GIF8", "gif"),
+# Brands of the ISO container (ISO/IEC 14496-12) that are still images or sequences of them: AVIF, HEIF, Canon's raw.
+_STILL_BRANDS = frozenset(
+    {b"avif", b"avis", b"mif1", b"mif2", b"msf1", b"miaf", b"crx"}
+    | {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
 )
+_VP8_SHOWN = 0x10  # RFC 6386, section 9.1: bit 4 of a frame's first byte
+_QUICKTIME_ATOMS = (b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # .mov files from before ftyp
 
 
 def frame_numbers(count: int, wanted: int) -> np.ndarray:
@@ -46,7 +50,16 @@ def is_clip(encoded: bytes, *, frames: int) -> bool:
 
 
 def _demuxer(encoded: bytes) -> str | None:
-    return next((name for at, magic, name in _FORMATS if encoded[at : at + len(magic)] == magic), None)
+    """The demuxer of a clip. Clips are untrusted, and some demuxers open what a file names: only these run."""
+    if encoded[4:8] == b"ftyp":
+        return None if encoded[8:12].rstrip() in _STILL_BRANDS else "mp4"
+    if encoded[4:8] in _QUICKTIME_ATOMS:
+        return "mp4"
+    if encoded[:4] == b"\x1a\x45\xdf\xa3":
+        return "matroska"
+    if encoded[:4] == b"RIFF" and encoded[8:12] == b"AVI ":
+        return "avi"
+    return "gif" if encoded[:4] == b"GIF8" else None
 
 
 def check_available() -> None:
@@ -74,35 +87,55 @@ class ClipDecoder:
     def decode_into(self, encoded: bytes, window: Window, out: torch.Tensor) -> Rejected | None:
         """Fills out, uint8 [frames, 3, size, size]; why not, if it cannot be done."""
         try:
-            wanted = frame_numbers(self._count(encoded), self._frames)
-            frames = self._read(encoded, set(wanted.tolist()))
-            pixels = {number: cut(frame, window) for number, frame in frames}
-            last = max(pixels, default=None)  # damage near the end may cost the last frames
-            if last is None:
-                return Rejected("undecodable_clip")
-            for row, number in zip(out, wanted.tolist(), strict=True):
-                row.copy_(torch.from_numpy(pixels.get(number, pixels[last])))
+            count = self._count(encoded)
+            wanted, pixels, shown = self._look(encoded, window, count)
+            if shown < count:  # damage near the end: the frames before it are the clip
+                wanted, pixels, shown = self._look(encoded, window, shown)
+            for row, number in zip(out, wanted, strict=True):
+                row.copy_(torch.from_numpy(pixels[number]))
         except Rejected as rejected:
             return rejected
         return None
 
-    def _count(self, encoded: bytes) -> int:
-        """Frames of the file: its packets, for the header's count may be missing or wrong."""
-        with self._opened(encoded) as (container, stream):
-            count = sum(packet.size > 0 for packet in container.demux(stream))
-        if count > _MOST_FRAMES:
-            raise Rejected("clip_too_long")
-        return count
+    def _look(self, encoded: bytes, window: Window, count: int) -> tuple[list[int], dict[int, np.ndarray], int]:
+        """Of a clip of `count` frames: which are wanted, the pixels of those that there are, and `count`, or how many
+        frames there are if the clip ends before the last wanted one. Raises Rejected for a clip without a frame.
+        """
+        if not count:
+            raise Rejected("undecodable_clip")
+        wanted = frame_numbers(count, self._frames).tolist()
+        pixels, number = {}, -1
+        for number, frame in self._read(encoded, set(wanted)):
+            if frame is not None:
+                pixels[number] = cut(frame, window)
+        return wanted, pixels, count if wanted[-1] in pixels else number + 1
 
-    def _read(self, encoded: bytes, wanted: set[int]) -> Iterator[tuple[int, np.ndarray]]:
-        """(number, uint8 [height, width, 3]) of the wanted frames."""
+    def _count(self, encoded: bytes) -> int:
+        """Frames that are shown: packets, for the header's count may be missing or wrong; where an edit list hides
+        some, only decoding tells how many are left.
+        """
+        shown = hidden = 0
+        with self._opened(encoded) as (container, stream):
+            is_vp8 = stream.codec_context.name == "vp8"
+            for packet in container.demux(stream):
+                if packet.size > 0:
+                    hidden += packet.is_discard
+                    shown += not is_vp8 or bool(bytes(packet)[0] & _VP8_SHOWN)
+        if shown > _MOST_FRAMES:
+            raise Rejected("clip_too_long")
+        if not hidden:
+            return shown
+        with self._opened(encoded) as (container, stream):
+            return sum(1 for _ in container.decode(stream))
+
+    def _read(self, encoded: bytes, wanted: set[int]) -> Iterator[tuple[int, np.ndarray | None]]:
+        """(number, uint8 [height, width, 3]) of every frame up to the last wanted one; None for those in between."""
         with self._opened(encoded) as (container, stream):
             last, size = max(wanted), (stream.codec_context.width, stream.codec_context.height)
             for number, frame in enumerate(container.decode(stream)):
-                if number in wanted:
-                    if (frame.width, frame.height) != size:  # the window was chosen for this size
-                        raise Rejected("frame_sizes_differ")
-                    yield number, frame.to_ndarray(format="rgb24")
+                if number in wanted and (frame.width, frame.height) != size:  # the window was chosen for this size
+                    raise Rejected("frame_sizes_differ")
+                yield number, _pixels(frame) if number in wanted else None
                 if number >= last:
                     return
 
@@ -112,13 +145,20 @@ class ClipDecoder:
         av = _import_av()
         try:
             with av.open(BytesIO(encoded), "r", format=_demuxer(encoded)) as container:
-                if not container.streams.video:
+                stream = container.streams.best("video")  # not a cover picture beside the film
+                if stream is None or stream.metadata.get("alpha_mode") == "1":  # whose alpha FFmpeg's own decoder drops
                     raise Rejected("undecodable_clip")
-                stream = container.streams.video[0]
                 stream.thread_type = "NONE"  # readers are processes: one core each
                 yield container, stream
         except (av.FFmpegError, EOFError) as error:
             raise Rejected("undecodable_clip") from error
+
+
+def _pixels(frame: Any) -> np.ndarray:
+    """uint8 [height, width, 3]; transparent pixels on white."""
+    if frame.format.name != "pal8" and not any(component.is_alpha for component in frame.format.components):
+        return frame.to_ndarray(format="rgb24")
+    return np.asarray(to_rgb(Image.fromarray(frame.to_ndarray(format="rgba"))))
 
 
 def _import_av() -> Any:

@@ -111,6 +111,12 @@ class ShardIndex:
         offset, size = self.spans[sample, place].tolist()
         return None if offset == _ABSENT else (offset, size)
 
+    def present(self) -> np.ndarray:
+        """bool [n, 3]: whether each sample has an image (or clip, or frames), a caption, metadata."""
+        present = self.spans[:, :, 0] != _ABSENT
+        present[:, Place.IMAGE] |= np.diff(self.frame_starts) > 0
+        return present
+
     def frame_spans(self, sample: int) -> list[Span]:
         """The sample's frames in their order; empty unless it is a frame folder."""
         first, last = self.frame_starts[sample : sample + 2].tolist()

@@ -1,8 +1,11 @@
 """Every kind of image becomes RGB by the stated policy; every kind of rubbish is rejected with its reason."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from data.errors import DataError, Rejected
 from data.pixels.decode import Decoder, make_decoder
@@ -32,6 +35,18 @@ def _wide(value: int) -> Image.Image:
     return Image.fromarray(np.full((SIDE, SIDE), value, dtype=np.uint16))
 
 
+def _png(depth: int, kind: int, pixel: bytes, transparent: bytes) -> bytes:
+    """A PNG of one colour with a transparent colour, as Pillow cannot write it."""
+    rows = zlib.compress((b"\0" + pixel * SIDE) * SIDE)
+    header = struct.pack(">IIBBBBB", SIDE, SIDE, depth, kind, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"tRNS", transparent), (b"IDAT", rows), (b"IEND", b""))
+    body = (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+WIDE_GREY, WIDE_RGB = struct.pack(">H", 0x4D12), struct.pack(">HHH", 0xC812, 0x6434, 0x3256)
 FRAMES = [_flat("RGB", (200, 100, 50)), _flat("RGB", (0, 0, 255))]
 KINDS = {
     "rgb": (encode(_flat("RGB", (200, 100, 50))), (200, 100, 50)),
@@ -44,6 +59,14 @@ KINDS = {
     "grey with alpha": (encode(_flat("LA", (10, 255))), (10, 10, 10)),
     "transparent colour": (encode(_flat("RGB", (1, 2, 3)), transparency=(1, 2, 3)), (255, 255, 255)),
     "16 bit": (encode(_wide(0x4D12)), (0x4D, 0x4D, 0x4D)),
+    "16 bit, transparent": (_png(16, 0, WIDE_GREY, WIDE_GREY), (255, 255, 255)),
+    "16 bit, another is transparent": (_png(16, 0, WIDE_GREY, b"\x4d\x13"), (0x4D, 0x4D, 0x4D)),
+    "16 bit RGB, transparent": (_png(16, 2, WIDE_RGB, WIDE_RGB), (255, 255, 255)),
+    "16 bit RGB, another is transparent": (_png(16, 2, WIDE_RGB, WIDE_GREY * 3), (200, 100, 50)),
+    "several pictures in one JPEG": (
+        encode(FRAMES[0], "MPO", save_all=True, append_images=FRAMES[1:], quality=95),
+        (200, 100, 50),
+    ),
     "cmyk": (encode(_flat("CMYK", (0, 255, 255, 0)), "JPEG", quality=95), (255, 0, 0)),
     "webp": (encode(FRAMES[0], "WEBP", lossless=True), (200, 100, 50)),
     "animated gif": (encode(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), (200, 100, 50)),
@@ -52,6 +75,16 @@ KINDS = {
         (200, 100, 50),
     ),
 }
+
+if features.check("avif"):
+    KINDS |= {
+        "avif": (encode(FRAMES[0], "AVIF", quality=100), (200, 100, 50)),
+        "transparent avif": (encode(_flat("RGBA", (200, 100, 50, 0)), "AVIF", quality=100), (255, 255, 255)),
+        "animated avif": (
+            encode(FRAMES[0], "AVIF", save_all=True, append_images=FRAMES[1:], quality=100),
+            (200, 100, 50),
+        ),
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,6 +107,14 @@ def test_exif_rotation_is_not_applied() -> None:
     assert DECODER.size(encoded) == (40, 30)
 
 
+def test_the_bound_of_the_config_holds_above_that_of_pillow() -> None:
+    large = encode(Image.new("1", (20_000, 9_000)))
+    assert make_decoder("auto", max_pixels=180_000_000).size(large) == (20_000, 9_000)
+    with pytest.raises(Rejected, match="too_many_pixels"):
+        make_decoder("auto", max_pixels=179_999_999).size(large)
+    assert Image.MAX_IMAGE_PIXELS == 89_478_485  # of everybody else in the process
+
+
 JPEG = encode(picture(3, 200, 200), "JPEG")
 BROKEN_PNG = bytearray(encode(picture(3)))
 BROKEN_PNG[60] ^= 0xFF
@@ -93,7 +134,6 @@ BROKEN_PNG[60] ^= 0xFF
         (encode(picture(0), "BMP"), "not_an_image"),
     ],
 )
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_rubbish_is_rejected_with_its_reason(encoded: bytes, reason: str) -> None:
     with pytest.raises(Rejected, match=f"^{reason}$"):
         _decode(encoded)

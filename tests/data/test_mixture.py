@@ -12,6 +12,7 @@ from data.errors import DataError
 from data.order.mixture import MixtureLaw, Switch, integer_weights, shares
 from data.reader import SampleReader
 from data.shards.write import write_shard
+from data.sources import Sources
 from tests.data.shard_factory import good_sample, make_shards
 
 
@@ -172,3 +173,18 @@ def test_equal_shards_in_two_sources_are_not_walked_in_step(tmp_path: Path) -> N
 def test_a_mixture_that_cannot_be_is_refused(sources: list[SourceConfig], change: dict, words: str) -> None:
     with pytest.raises(DataError, match=words):
         DataConfig(**({"sources": sources} | change)).check()
+
+
+def test_a_source_smaller_than_its_part_of_a_batch_is_named(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path, [6, 3])
+    plain = Sources(DataConfig(shards=shards), seed=0, train=True, global_batch_size=10)
+    assert plain.copies_within(9) == []
+    (line,) = plain.copies_within(10)
+    assert line.startswith("data.shards has 9 samples, but a global batch takes 10 of it")
+    two = [SourceConfig(name=name, shards=[shard]) for name, shard in zip(("a", "b"), shards, strict=True)]
+    mixed = Sources(DataConfig(sources=two), seed=0, train=True, global_batch_size=8)
+    assert mixed.copies_within(6) == []
+    (line,) = mixed.copies_within(8)
+    assert line.startswith("source b has 3 samples, but a global batch takes 4 of it")
+    whole = Sources(DataConfig(sources=two, mix="one_per_batch"), seed=0, train=True, global_batch_size=4)
+    assert [text.split()[1] for text in whole.copies_within(4)] == ["b"]

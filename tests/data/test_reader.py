@@ -134,9 +134,17 @@ def test_a_shard_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
 
 
 def test_nothing_but_bad_samples_ends_the_run(tmp_path: Path) -> None:
-    reader = _reader(_shard(tmp_path, [("bad", BAD["empty_image"])]))
+    many = [(f"bad{number}", BAD["empty_image"]) for number in range(120)]
     with pytest.raises(DataError, match=r"100 bad samples in a row from position 3 on \(empty_image 100\)"):
-        reader.read(np.array([3]))
+        _reader(_shard(tmp_path, many)).read(np.array([3]))
+    with pytest.raises(DataError, match=r"all 2 samples are bad from position 3 on \(empty_image 2\)"):
+        _reader(_shard(tmp_path, many[:2])).read(np.array([3]))
+
+
+def test_the_one_good_sample_of_a_small_shard_is_found(tmp_path: Path) -> None:
+    shards = _shard(tmp_path, [("bad", BAD["empty_image"]), ("html", BAD["not_an_image"]), good_sample(0)])
+    batch = _reader(shards).read(np.arange(30))
+    assert set(batch.keys) == {"good0"} and {sample.key for sample in batch.bad} == {"bad", "html"}
 
 
 def test_too_large_a_share_of_bad_samples_ends_the_run(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from io import BytesIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from data.errors import Rejected
 from data.pixels.decode.base import Decoder
@@ -13,7 +13,11 @@ from data.pixels.decode.resize import cut
 from data.pixels.transforms import Window
 
 # Web images are untrusted: only decoders of formats that image shards really hold are reachable.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", *(["AVIF"] if features.check("avif") else []))  # AVIF: Pillow 11.3 and later
+if "AVIF" in _FORMATS:
+    from PIL import AvifImagePlugin
+
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # readers are processes: one core each
 
 
 class PillowDecoder(Decoder):
@@ -47,24 +51,31 @@ def _counted_failures() -> Iterator[None]:
     """Around Pillow's parsing of foreign bytes only: a mistake in our own code must not pass for a bad
     image.
     """
+    bound, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # data.max_pixels decides, not Pillow's own limit
     try:
         yield
-    except Image.DecompressionBombError as error:
-        raise Rejected("too_many_pixels") from error
     except UnidentifiedImageError as error:
         raise Rejected("not_an_image") from error
     except Exception as error:  # Pillow raises almost anything there: SyntaxError, struct.error, OSError, ...
         truncated = "truncated" in str(error).lower()
         raise Rejected("truncated_image" if truncated else "undecodable_image") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = bound
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode (grey, palette, alpha, CMYK, 16-bit) to RGB; transparent pixels are laid on white."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
+    transparent = image.info.get("transparency")
     if image.mode.startswith("I"):  # 16-bit grey: convert() would clip at 255 instead of scaling
-        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode not in ("LA", "RGBA", "PA") and "transparency" not in image.info:
+        levels = np.asarray(image)
+        grey = (levels >> 8).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(np.where(levels == transparent, np.uint8(255), grey)).convert("RGB")
+    if image.mode == "RGB" and isinstance(transparent, tuple) and max(transparent) > 255:
+        image = image.copy()  # 16-bit colours: Pillow keeps the high byte of pixels and all of the transparent colour
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    if image.mode not in ("LA", "RGBA", "PA") and transparent is None:
         return image.convert("RGB")
     layer = image.convert("RGBA")
     white = Image.new("RGBA", layer.size, "white")
