@@ -36,6 +36,8 @@ class SampleBatch:
     """Sample keys within their tars."""
     bad: list[BadSample]
     """What was replaced on the way to these n."""
+    caption_fallbacks: int = 0
+    """Samples of these n whose chosen text could not be used, so that another stands in for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,8 @@ class EncodedSample:
     """int64 [context_length]."""
     caption: str
     """Before cleaning."""
+    fell_back: bool
+    """The caption stands in for the text that was chosen (data.captions)."""
     key: str
     """Within its tar."""
     place: tuple[int, int]

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from data.captions import check_captions
 from data.errors import DataError
 
 DECODERS = ("auto", "pillow", "dali")
@@ -70,6 +71,12 @@ class DataConfig:
     """
     flip: bool = False
     """Random horizontal flip (the CLIP stages do not flip, the MIM stage does)."""
+    captions: dict[str, float] = field(default_factory=dict)
+    """Weights of a sample's texts: {txt: 0.5, json.recaption: 0.4, syn.txt.lines: 0.1} (data/captions.py); empty is the
+    caption member alone.
+    """
+    sentences: str = "all"
+    """all | random (one sentence of the caption) | first N."""
     max_bad_fraction: float = 0.05
     """Above this share of bad samples (after the first 1,000 reads) the run stops."""
     cache_dir: str = ""
@@ -90,6 +97,7 @@ class DataConfig:
             else "data.shards and data.sources are both set: move the shards into a source, or drop the sources",
         )
         self._check_mixture()
+        check_captions(self.captions, self.sentences)
         _require(
             len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1,
             f"data.crop_scale {self.crop_scale} must be two areas with 0 < low <= high <= 1",

@@ -34,7 +34,7 @@ class EachReader(SampleReader):
             self.reads += 1
             captions.append(self._try_caption(position, place, bad) if self._captions else None)
             try:
-                encoded[row] = self._fetch_picture(position, place, ("", self._no_tokens()), 0)
+                encoded[row] = self._fetch_picture(position, place, ("", self._no_tokens(), False), 0)
             except Rejected as rejected:
                 bad.append(self._count_bad(position, place, rejected.reason))
         problems = self._decode_rows(list(encoded.values()), images, list(encoded))
@@ -71,7 +71,7 @@ class EachReader(SampleReader):
 
     def _try_caption(self, position: int, place: tuple[int, int], bad: list[BadSample]) -> str | None:
         try:
-            return self._read_caption(*place)[0]
+            return self._read_caption(position, place)[0]
         except Rejected as rejected:
             bad.append(self._count_bad(position, place, rejected.reason))
             return None

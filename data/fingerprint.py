@@ -31,6 +31,8 @@ _SETTINGS = {
     "mix": "data.mix",
     "turn_samples": "train.global_batch_size (with data.mix=one_per_batch)",
     "first_position": "the position at which this phase begins",
+    "captions": "data.captions",
+    "sentences": "data.sentences",
 }
 
 
@@ -47,9 +49,11 @@ def fingerprint(
         "seed": seed,
         "shuffle": config.shuffle,
         "shuffle_group_shards": config.shuffle_group_shards if config.shuffle else 0,
-        "mix": config.mix if config.sources else "",
+        "mix": config.mix,
         "turn_samples": global_batch_size if one_per_batch else 1,
         "first_position": first_position,
+        "captions": [list(pair) for pair in config.captions.items()],
+        "sentences": config.sentences,
         "weights": [[start, [list(pair) for pair in weights.items()]] for start, weights in weight_switches(config)],
         "sources": {
             name: _source(sources.shards[part], sources.counts_of_shards[part], sources.digests_of_shards[part])

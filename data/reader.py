@@ -9,6 +9,7 @@ pixels. Reader processes run both, or only the first where the decoder works on 
 """
 
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 
 from data.bad import describe, judge_bad_fraction
 from data.batch import BadSample, EncodedBatch, EncodedSample, SampleBatch
+from data.captions import CAPTION, METADATA, CaptionChoice
 from data.config import DataConfig
 from data.errors import DataError, Rejected
 from data.pixels.decode import make_decoder
@@ -27,9 +29,10 @@ from data.tokenizer import EOT, Tokenizer
 
 __all__ = ["BadSample", "SampleBatch", "SampleReader"]
 
-_MAX_CAPTION_BYTES = 16 * 1024  # no context length reaches that far: such a member is no caption
 _MAX_MEMBER_BYTES = 1 << 30  # no picture and no clip of ten minutes: a sparse file, or damage
 _MAX_CONSECUTIVE_BAD = 100
+_NO_CAPTION = "missing_caption"
+_TEXT_PLACES = {CAPTION: Place.CAPTION, METADATA: Place.METADATA}
 _CPU = torch.device("cpu")
 
 
@@ -78,6 +81,7 @@ class SampleReader:
             check_available()
         self._tokenizer = Tokenizer(context_length)
         self._captions = captions
+        self._choice = CaptionChoice(config.captions, config.sentences, seed=seed, train=train)
         self.reads = 0
         """Samples read by this reader, the bad ones included."""
         self.bad_by_reason: Counter[str] = Counter()
@@ -134,6 +138,7 @@ class SampleReader:
             captions=[sample.caption for sample in samples],
             keys=[sample.key for sample in samples],
             bad=bad,
+            caption_fallbacks=sum(sample.fell_back for sample in samples),
         )
 
     def look_at(self, position: int) -> tuple[EncodedSample, torch.Tensor] | BadSample:
@@ -225,13 +230,13 @@ class SampleReader:
 
     def _fetch_one(self, position: int, place: tuple[int, int], passed_over: int) -> EncodedSample:
         self.reads += 1
-        caption = self._read_caption(*place) if self._captions else ("", self._no_tokens())
+        caption = self._read_caption(position, place) if self._captions else ("", self._no_tokens(), False)
         return self._fetch_picture(position, place, caption, passed_over)
 
     def _fetch_picture(
-        self, position: int, place: tuple[int, int], caption: tuple[str, np.ndarray], passed_over: int
+        self, position: int, place: tuple[int, int], caption: tuple[str, np.ndarray, bool], passed_over: int
     ) -> EncodedSample:
-        """caption: the text and its tokens."""
+        """caption: the text, its tokens, and whether it stands in for another."""
         shard, sample = place
         pictures = self._read_pictures(shard, sample)
         clip = is_clip(pictures[0], frames=self._config.frames)
@@ -242,6 +247,7 @@ class SampleReader:
             window=self._transform.window(position, width, height),
             tokens=caption[1],
             caption=caption[0],
+            fell_back=caption[2],
             key=self.sources.index(shard).key(sample),
             place=place,
             passed_over=passed_over,
@@ -253,21 +259,32 @@ class SampleReader:
             raise Rejected("frame_sizes_differ")
         return sizes.pop()
 
-    def _read_caption(self, shard: int, sample: int) -> tuple[str, np.ndarray]:
+    def _read_caption(self, position: int, place: tuple[int, int]) -> tuple[str, np.ndarray, bool]:
+        """The caption, its tokens, and whether the text that was chosen could not be used. Raises Rejected with what is
+        wrong with the chosen one.
+        """
+        problem: Rejected | None = None
+        for name in self._choice.order(position):
+            try:
+                caption = self._choice.read(name, position, partial(self._text, place))
+                tokens = self._tokenizer.encode([caption])[0]
+                if tokens[1] == EOT:  # nothing between start and end
+                    raise Rejected("empty_caption")
+                return caption, tokens, problem is not None
+            except Rejected as rejected:
+                problem = problem or rejected
+        assert problem is not None
+        raise _missing("caption", self.sources.index(place[0]), place[1]) if problem.reason == _NO_CAPTION else problem
+
+    def _text(self, place: tuple[int, int], name: str) -> tuple[int, Callable[[], bytes]] | None:
+        """Size and reader of a text member of the sample."""
+        shard, sample = place
         index = self.sources.index(shard)
-        span = index.span(sample, Place.CAPTION)
-        if span is None:
-            raise _missing("caption", index, sample)
-        if span[1] > _MAX_CAPTION_BYTES:
-            raise Rejected("caption_too_long")
-        try:
-            caption = self._read_span(shard, index, span).decode("utf-8-sig").strip()
-        except UnicodeDecodeError as error:
-            raise Rejected("caption_not_utf8") from error
-        tokens = self._tokenizer.encode([caption])[0]
-        if tokens[1] == EOT:  # nothing between start and end
-            raise Rejected("empty_caption")
-        return caption, tokens
+        if name in _TEXT_PLACES:
+            span = index.span(sample, _TEXT_PLACES[name])
+        else:
+            span = index.text_spans(sample).get(name.lower())
+        return None if span is None else (span[1], partial(self._read_span, shard, index, span))
 
     def _no_tokens(self) -> np.ndarray:
         return np.zeros(self._tokenizer.context_length, dtype=np.int64)

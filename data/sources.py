@@ -17,7 +17,7 @@ from data.shards.listing import ShardFiles, expand_shards
 from data.shards.storage import Storage
 
 PLAIN_SOURCE = "data.shards"
-"""Name of the one source of a config without data.sources."""
+"""Name of the one source of a config without data.sources, and of that source where others join it later."""
 
 _log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class Sources:
                 seed=seed,
                 shuffle=config.shuffle,
                 group_shards=config.shuffle_group_shards,
-                stream=f"order/{name}" if self.names else "order",
+                stream="order" if name == PLAIN_SOURCE else f"order/{name}",
             )
             for name, part in self.parts().items()
         ]

@@ -129,6 +129,11 @@ class Feed:
         """Samples of the units that `read` has read and replaced."""
         return [sample for unit in self._read for sample in unit.bad]
 
+    @property
+    def caption_fallbacks(self) -> int:
+        """Samples of those units whose chosen text could not be used."""
+        return sum(unit.caption_fallbacks for unit in self._read)
+
     def share(self) -> LocalBatch:
         """The step's batch from what the ranks have read. Collective over the replica."""
         positions = self._positions(self.next_position)

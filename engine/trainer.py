@@ -102,7 +102,7 @@ class Trainer:
     def _call_the_roll(self, roll_call: RollCall, feed: Feed) -> Orders:
         """Read this rank's part of the next step and hear what the others met. Collective; raises on every rank."""
         error = feed.read()
-        orders, bad = roll_call(error, self.quarantine.counts(feed.bad))
+        orders, bad = roll_call(error, self.quarantine.counts(feed.bad, feed.caption_fallbacks))
         if not orders.stop:  # a run that goes on reads them again
             seen = self.position.samples_seen + self.config.train.global_batch_size
             self.position.bad_samples += self.quarantine.report(feed.bad, bad, samples_seen=seen)
@@ -182,6 +182,7 @@ class Trainer:
             "rewinds": self.position.rewinds,
             "checkpoint_stall_s": self.checkpoint_stall_s,
             **{f"bad_{reason}": count for reason, count in sorted(self.quarantine.by_reason.items())},
+            **({"caption_fallbacks": self.quarantine.caption_fallbacks} if self.config.data.captions else {}),
             **{f"samples_{source}": count for source, count in batch.source_counts.items()},
             **{f"phase_{name}_s": seconds for name, seconds in phases.seconds.items()},
         }

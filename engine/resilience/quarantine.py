@@ -33,18 +33,22 @@ class Quarantine:
         self.by_reason: Counter[str] = everyone(before, mesh.control)[0]
         """Bad samples of the run so far, the same on every rank."""
 
+        self.caption_fallbacks = 0
+        """Samples of the last step whose chosen text could not be used (data.captions), of all ranks."""
+
     @staticmethod
-    def counts(bad: Sequence[BadSample]) -> list[int]:
-        """How many of them have each reason, for the roll call."""
+    def counts(bad: Sequence[BadSample], caption_fallbacks: int = 0) -> list[int]:
+        """How many of them have each reason, and how many captions stand in for another, for the roll call."""
         found = Counter(sample.reason for sample in bad)
-        return [found[reason] for reason in _REASONS]
+        return [*(found[reason] for reason in _REASONS), caption_fallbacks]
 
     def report(self, bad: Sequence[BadSample], totals: Sequence[int], *, samples_seen: int) -> int:
         """Add one step's bad samples of this rank; returns how many all ranks had.
 
         totals: `counts` of all ranks together. Raises DataError on every rank when the run has too many.
         """
-        step = +Counter(dict(zip(_REASONS, totals, strict=True)))
+        *of_reasons, self.caption_fallbacks = totals
+        step = +Counter(dict(zip(_REASONS, of_reasons, strict=True)))
         if step.total():
             self.by_reason += step
             self._write(bad)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from data.config import DataConfig, MixtureSwitch, SourceConfig
@@ -119,6 +120,23 @@ def test_a_source_may_come_in_after_the_position_and_not_before_it(tmp_path: Pat
     (line,) = differences(before, after, position=17)
     assert line.startswith("weights of the sources up to position 17")
     assert "source b is gone" in differences(after, before, position=20)
+
+
+def test_a_source_may_join_plain_shards(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path, [9, 4])
+    alone = DataConfig(shards=shards[:1])
+    joined = DataConfig(
+        sources=[
+            SourceConfig(name="data.shards", shards=shards[:1]),
+            SourceConfig(name="late", shards=shards[1:], weight=0),
+        ],
+        mixture_schedule=[MixtureSwitch(at_samples=14, weights={"data.shards": 1, "late": 1})],
+    )
+    assert differences(_print_of(alone), _print_of(joined), position=14) == []
+    orders = [Sources(config, seed=0, train=True, global_batch_size=2).order for config in (alone, joined)]
+    before, after = (np.stack(order.locate(np.arange(14))) for order in orders)
+    assert np.array_equal(before, after)
+    assert set(orders[1].locate(np.arange(14, 22))[0].tolist()) == {0, 1}
 
 
 def test_more_shards_than_ranges_take_a_few_kilobytes(tmp_path: Path) -> None:
