@@ -1,4 +1,4 @@
-"""What a model is made of: the switches of the shipped EVA-CLIP configurations, and nothing else.
+"""What a model is made of: the switches of EVA-CLIP, of the CLIP ViTs of OpenAI and open_clip, and of SigLIP.
 
 `ModelConfig` is filled from a preset (models/presets/*.yaml), then from the training config; `check()` refuses what
 cannot be built. Sources: the authors' model_configs/*.json as read in the paper's repository, and the paper's Table 4.
@@ -22,6 +22,10 @@ ATTENTIONS = ("auto", "sdpa", "matmul", "flash", "flash3", "flash4", "te")
 """Values of model.attention."""
 LOCAL_KERNELS = {"backend": "local", "attention": "auto", "norm_kernel": "auto", "fp8": "none", "fp8_bf16_blocks": 0}
 """What replaces the choice of kernels in a checkpoint's model: where it is used need not be where it was trained."""
+
+
+ACTIVATIONS = ("gelu", "quick_gelu", "gelu_tanh")
+"""Nonlinearities of an MLP of two linears."""
 
 
 class ModelConfigError(Exception):
@@ -48,24 +52,38 @@ class VisionConfig:
     """rms (RMSNorm, statistics in fp32) | layer (LayerNorm)."""
     norm_eps: float = 1e-6
     """Epsilon of every norm of this tower."""
+    embed_norm: bool = False
+    """Norm between the embedding and the blocks (ln_pre of CLIP)."""
     post_norm: bool = False
     """x + norm(f(x)) instead of x + f(norm(x)); the residual stream stays un-normed until the final norm."""
     qkv_bias: bool = False
-    """Biases on q and v (k never has one), as the authors' LayerNorm models have."""
+    """Biases on q and v, as the EVA authors' LayerNorm models have."""
+    key_bias: bool = False
+    """Bias on k as well (CLIP, SigLIP)."""
     separate_qkv: bool = False
     """Three weights instead of the fused one (the EVA-02 B/L towers)."""
     attention_norm: bool = False
     """LayerNorm over the joined heads before the output projection (sub-LN of EVA-02 B/L)."""
     mlp: str = "gelu"
-    """gelu (fc1, exact GELU, fc2) | swiglu (gate, up, down)."""
+    """gelu (fc1, exact GELU, fc2) | quick_gelu (x sigmoid(1.702 x), OpenAI) | gelu_tanh (SigLIP) | swiglu (gate, up,
+    down)."""
     mlp_norm: bool = False
     """LayerNorm over the SwiGLU hidden channels (sub-LN)."""
     rope: bool = False
     """2-D rotary position embedding on q and k of the patch tokens (EVA-02 B/L)."""
     rope_grid: int = 16
     """Side of the grid that rope positions are stretched to (pt_hw_seq_len of the authors)."""
+    patch_bias: bool = True
+    """Bias of the patch embedding (CLIP has none)."""
+    class_token: bool = True
+    """A learned token in front of the patches."""
+    pool: str = "class"
+    """What the head reads: class (the class token) | mean (of the patches) | attention (a learned probe attends to all
+    tokens, then an MLP: SigLIP)."""
+    projection: bool = True
+    """Linear from the pooled token to the embedding space; without it width must be embed_dim (SigLIP)."""
     head_bias: bool = False
-    """Bias of the final projection (authors: present exactly when qkv_bias is)."""
+    """Bias of the final projection (EVA: present exactly when qkv_bias is)."""
 
     @property
     def heads(self) -> int:
@@ -85,7 +103,12 @@ class VisionConfig:
     @property
     def prefix_tokens(self) -> int:
         """Tokens in front of the patches: the class token."""
-        return 1
+        return int(self.class_token)
+
+    @property
+    def reads_one_token(self) -> bool:
+        """Whether the head reads one token of each sample, so that the last block works for that one alone."""
+        return self.pool == "class"
 
     @property
     def tokens(self) -> int:
@@ -108,14 +131,29 @@ class VisionConfig:
 
 @dataclass(kw_only=True)
 class TextConfig:
-    """The caption tower: pre-norm, causal, LayerNorm 1e-5, exact GELU, pooled at the end-of-text token."""
+    """The caption tower: pre-norm blocks with LayerNorm, every linear with a bias."""
 
     context_length: int = 77
     vocab_size: int = 49408
     width: int = 512
     depth: int = 12
     heads: int = 8
+    mlp: str = "gelu"
+    """gelu (exact) | quick_gelu | gelu_tanh."""
+    mlp_hidden: int | None = None
+    """Hidden width of the MLP; null: 4 x width."""
     norm_eps: float = 1e-5
+    causal: bool = True
+    """A token sees its caption up to itself (CLIP); otherwise all of it, padding included (SigLIP)."""
+    pool: str = "end"
+    """end (the end-of-text token, which has the highest id) | last (the last place of the context: SigLIP)."""
+    head_bias: bool = False
+    """Bias of the final projection."""
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the MLP."""
+        return 4 * self.width if self.mlp_hidden is None else self.mlp_hidden
 
 
 @dataclass(kw_only=True)
@@ -152,7 +190,16 @@ class ModelConfig:
         _divides("model.vision.width", v.width, "model.vision.head_width", v.head_width)
         _divides("model.text.width", t.width, "model.text.heads", t.heads)
         _one_of("model.vision.norm", v.norm, ("rms", "layer"))
-        _one_of("model.vision.mlp", v.mlp, ("gelu", "swiglu"))
+        _one_of("model.vision.mlp", v.mlp, (*ACTIVATIONS, "swiglu"))
+        _one_of("model.text.mlp", t.mlp, ACTIVATIONS)
+        _one_of("model.text.pool", t.pool, ("end", "last"))
+        _check_head(v, self.embed_dim)
+        if t.pool == "end" and not t.causal:
+            raise ModelConfigError("model.text.pool=end needs model.text.causal: padding behind the end would be seen")
+        if v.key_bias and (v.separate_qkv or not v.qkv_bias):
+            raise ModelConfigError(
+                "model.vision.key_bias needs model.vision.qkv_bias and one weight for q, k and v (separate_qkv=false)"
+            )
         for name, value in (("vision.depth", v.depth), ("text.depth", t.depth), ("embed_dim", self.embed_dim)):
             if value < 1:
                 raise ModelConfigError(f"model.{name} is {value}: it must be at least 1")
@@ -172,6 +219,23 @@ class ModelConfig:
                 f"model.fp8_bf16_blocks {blocks} keeps so many blocks at each end of the {v.depth} in bf16: it needs "
                 f"model.fp8 (which is {self.fp8}) and blocks left between the ends"
             )
+
+
+def _check_head(v: VisionConfig, embed_dim: int) -> None:
+    _one_of("model.vision.pool", v.pool, ("class", "mean", "attention"))
+    if v.pool == "attention" and v.mlp == "swiglu":
+        raise ModelConfigError(
+            "model.vision.pool=attention has an MLP of two linears: model.vision.mlp must not be swiglu"
+        )
+    if v.pool == "class" and not v.class_token:
+        raise ModelConfigError(
+            "model.vision.pool=class reads the class token: set model.vision.class_token=true, or pool=mean"
+        )
+    if not v.projection and (v.width != embed_dim or v.head_bias):
+        raise ModelConfigError(
+            f"model.vision.projection=false gives embeddings of the tower's width {v.width}, without a bias: set "
+            f"model.embed_dim={v.width} (it is {embed_dim}) and model.vision.head_bias=false"
+        )
 
 
 def _divides(name: str, value: int, by_name: str, by: int) -> None:

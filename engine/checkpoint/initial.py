@@ -32,8 +32,8 @@ from models.towers.posembed import resize_patch_kernel, resize_pos_embed
 
 POS_EMBED, PATCH_KERNEL = "vision.embed.pos_embed", "vision.embed.weight"
 _UNSEEN = {
-    "vision": ("post_norm", "head_width", "norm", "norm_eps", "rope", "rope_grid"),
-    "text": ("heads", "norm_eps"),
+    "vision": ("post_norm", "head_width", "norm", "norm_eps", "rope", "rope_grid", "mlp", "pool"),
+    "text": ("heads", "norm_eps", "mlp", "causal", "pool"),
 }
 """Switches of a tower that leave no trace in its tensors."""
 

@@ -61,5 +61,5 @@ def chunk_costs(model: ModelConfig, counts: Sequence[int], tokens: int) -> list[
     vision = model.vision
     cost = [count * block_flops(vision, tokens) for count in counts]
     cost[0] += embedding_flops(vision, tokens)
-    cost[-1] += last_block_flops(vision, tokens) - block_flops(vision, tokens) + head_flops(model)
+    cost[-1] += last_block_flops(vision, tokens) - block_flops(vision, tokens) + head_flops(model, tokens)
     return cost

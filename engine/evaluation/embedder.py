@@ -29,7 +29,7 @@ from engine.pipeline.links import Pipeline, forward_order
 from models.clip import embedding
 from models.config import LOCAL_KERNELS
 from models.tensors.naming import LogicalTensor, logical_tensors
-from models.towers.text import TextTower, trim_padding
+from models.towers.text import TextTower
 from models.towers.vision import VisionTower
 
 Pixels = Callable[[slice], Tensor]
@@ -192,7 +192,9 @@ class Embedder:
         own = torch.empty(len(order), self.encoders.embed_dim, device=self.device)
         for rows in _blocks(slice(0, len(order)), self.micro_batch):
             chosen = order[rows]
-            own[chosen - mine.start] = embedding(self.encoders.text(trim_padding(tokens[chosen]).to(self.device)))
+            own[chosen - mine.start] = embedding(
+                self.encoders.text(self.encoders.text.trimmed(tokens[chosen]).to(self.device))
+            )
         return gather_rows(own, len(tokens), self.mesh.world)
 
 

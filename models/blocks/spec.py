@@ -124,7 +124,7 @@ def _linear_qkv(vision: VisionConfig, kernels: Kernels) -> Callable[..., nn.Modu
     module: Callable[..., nn.Module] = kernels.column
     if vision.separate_qkv:
         module = partial(SeparateQkv, column=kernels.column)
-    elif vision.qkv_bias:
+    elif vision.qkv_bias and not vision.key_bias:
         module = partial(QkvWithBias, column=kernels.column)
 
     def build(*args: Any, bias: bool, **kwargs: Any) -> nn.Module:
@@ -134,14 +134,14 @@ def _linear_qkv(vision: VisionConfig, kernels: Kernels) -> Callable[..., nn.Modu
     return build
 
 
-def text_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """One block of the caption tower on torch's kernels: pre-norm, causal, every linear with a bias."""
+def text_layer_spec(config: TransformerConfig, causal: bool) -> ModuleSpec:
+    """One block of the caption tower on torch's kernels: pre-norm, every linear with a bias."""
     kernels = Kernels(column=ColumnParallelLinear, row=RowParallelLinear, norm=LayerNorm, attention=SdpaAttention)
     return _layer_spec(
         config=config,
         kernels=kernels,
         post_norm=False,
-        mask=AttnMaskType.causal,
+        mask=AttnMaskType.causal if causal else AttnMaskType.no_mask,
         linear_qkv=ColumnParallelLinear,
         core_attention=partial(CoreAttention, kernel=SdpaAttention),
         mlp=_gelu_mlp(config, kernels),

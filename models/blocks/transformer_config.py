@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from models.blocks.activations import ACTIVATION
 from models.config import TextConfig, VisionConfig
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -36,6 +37,7 @@ def vision_transformer_config(
         kv_channels=vision.head_width,
         ffn_hidden_size=vision.mlp_hidden,
         layernorm_epsilon=vision.norm_eps,
+        activation_func=ACTIVATION.get(vision.mlp, F.gelu),
         tensor_model_parallel_size=tensor_size,
         sequence_parallel=sequence_parallel,
         dtype=dtype,
@@ -49,8 +51,9 @@ def text_transformer_config(text: TextConfig, *, dtype: torch.dtype) -> Transfor
         num_layers=text.depth,
         hidden_size=text.width,
         num_attention_heads=text.heads,
-        ffn_hidden_size=4 * text.width,
+        ffn_hidden_size=text.hidden,
         layernorm_epsilon=text.norm_eps,
+        activation_func=ACTIVATION[text.mlp],
         dtype=dtype,
     )
 
@@ -59,7 +62,6 @@ def _transformer_config(*, dtype: torch.dtype, **own: Any) -> TransformerConfig:
     common: dict[str, Any] = {
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
-        "activation_func": F.gelu,  # exact (erf), as both towers have it
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "calculate_per_token_loss": True,  # gradients are summed over ranks: the loss is already the global mean

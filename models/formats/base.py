@@ -12,6 +12,9 @@ from models.config import ModelConfig
 from models.formats.eva_names import LayoutMismatch, authors_name, from_logical, to_logical
 from models.tensors.inventory import MIM_TENSORS, Shapes, clip_shapes, mim_shapes, vision_shapes
 
+ANCHOR = "visual.patch_embed.proj.weight"
+"""The authors' name of a tensor that every image tower has."""
+
 
 class Layout(ABC):
     """A way to lay out the authors' tensors in a file. Pure functions; shapes of any dtype and device."""
@@ -86,10 +89,8 @@ def entries(layout: Layout, model: ModelConfig, shapes: Shapes) -> list[Entry]:
 def state_kind(names: Sequence[str], layout: Layout) -> StateKind:
     """What a file with these names holds. Raises LayoutMismatch when no image tower is in it."""
     present = set(names)
-    if not present.issuperset(layout.names("visual.cls_token")):
-        raise LayoutMismatch(
-            f"no {layout.names('visual.cls_token')[0]} in it: not an EVA image tower in the {layout.name}"
-        )
+    if not present.issuperset(layout.names(ANCHOR)):
+        raise LayoutMismatch(f"no {layout.names(ANCHOR)[0]} in it: no image tower in the {layout.name}")
     if present & set(layout.names("text.positional_embedding")):
         return StateKind.CLIP
     mim = {name for ours in MIM_TENSORS for name in layout.names(authors_name(ours))}
@@ -106,9 +107,13 @@ def expected_shapes(kind: StateKind, names: Sequence[str], layout: Layout, model
         shapes = clip_shapes(model)
         if not set(names) & set(layout.names("logit_scale")):
             del shapes["logit_scale.log_scale"]  # a run with a fixed temperature has none
+        if set(names) & set(layout.names("logit_bias")):
+            shapes["logit_bias.bias"] = (1,)
         return shapes
     present = set(names)
-    has_head = present.issuperset(layout.names("visual.head.weight"))
+    has_head = present.issuperset(
+        layout.names("visual.head.weight" if model.vision.projection else "visual.pool.probe")
+    )
     shapes = vision_shapes(model, head=has_head)
     mim = {
         ours: shape

@@ -7,6 +7,7 @@ mlp_ratio 4, layers 12, …), so those defaults are part of the format.
 from typing import Any
 
 from models.config import ModelConfig, ModelConfigError, TextConfig, VisionConfig
+from models.formats.open_clip_config import ratio
 
 Json = dict[str, Any]
 
@@ -27,6 +28,9 @@ _ONLY_AS = {
     "hf_tokenizer_name": (None,),
 }
 """Switches of models that this project does not build, with the values that leave them off."""
+_NOT_EVA = ("embed_norm", "key_bias", "patch_bias", "class_token", "pool", "projection")
+_NOT_EVA_TEXT = ("mlp", "mlp_hidden", "causal", "pool", "head_bias")
+"""Parts of other families (models/config.py), all off in theirs."""
 _TRAINING_ONLY = {"drop_path_rate", "patch_dropout"}
 
 
@@ -104,6 +108,11 @@ def eva_from_model(model: ModelConfig) -> Json:
     """The inverse of `model_from_eva`. Raises ModelConfigError for a model that the authors' code cannot build."""
     v, t = model.vision, model.text
     sub_ln = v.separate_qkv
+    plain, plain_text = VisionConfig(), TextConfig()
+    other = [f"vision.{key}={getattr(v, key)}" for key in _NOT_EVA if getattr(v, key) != getattr(plain, key)]
+    other += [f"text.{key}={getattr(t, key)}" for key in _NOT_EVA_TEXT if getattr(t, key) != getattr(plain_text, key)]
+    if other or v.mlp not in ("gelu", "swiglu"):
+        raise ModelConfigError(f"the authors' code builds no such model: {', '.join(other) or f'vision.mlp={v.mlp}'}")
     if (v.attention_norm, v.mlp_norm, v.head_bias) != (sub_ln, sub_ln, v.qkv_bias):
         raise ModelConfigError(
             "the authors' code ties separate_qkv, attention_norm and mlp_norm to subln, and head_bias to qkv_bias; "
@@ -111,7 +120,7 @@ def eva_from_model(model: ModelConfig) -> Json:
         )
     vision = {
         "image_size": v.image_size, "layers": v.depth, "width": v.width, "head_width": v.head_width,
-        "mlp_ratio": _ratio(v.mlp_hidden, v.width), "patch_size": v.patch_size, "qkv_bias": v.qkv_bias,
+        "mlp_ratio": ratio(v.mlp_hidden, v.width), "patch_size": v.patch_size, "qkv_bias": v.qkv_bias,
         "postnorm": v.post_norm, "use_rms_norm": v.norm == "rms", "naiveswiglu": v.mlp == "swiglu", "subln": sub_ln,
     }  # fmt: skip
     if v.rope:
@@ -121,9 +130,3 @@ def eva_from_model(model: ModelConfig) -> Json:
         "layers": t.depth,
     }  # fmt: skip
     return {"embed_dim": model.embed_dim, "vision_cfg": vision, "text_cfg": text}
-
-
-def _ratio(hidden: int, width: int) -> float:
-    """A ratio that gives `hidden` back through int(width * ratio)."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width

@@ -2,8 +2,9 @@
 
 Layout differences: their fused qkv stacks [q; k; v] while ours is per head (q, k, v), as megatron-core splits it; their
 patch kernel is [H, 3, p, p], ours a matrix; class token, mask token and position table lose their leading 1s;
-text_projection is used as x @ P there and as a Linear here. Tables: spec of the authors' eva_clip package, state dict
-of CustomCLIP; of MIM students, the EVA-02 code's modeling_pretrain.py.
+text_projection is used as x @ P there and as a Linear here. The parts that other families have beside (norm in front of
+the blocks, attention pool, biases) have names in the authors' style here, since models/formats goes through them. Tables:
+spec of the authors' eva_clip package, state dict of CustomCLIP; of MIM students, the EVA-02 code's modeling_pretrain.py.
 """
 
 import re
@@ -18,8 +19,14 @@ class LayoutMismatch(Exception):
     """A state dict whose keys or shapes are not those of the model; the message lists them."""
 
 
+_POOL = ("probe", *(f"{m}.{leaf}" for m in ("qkv", "proj", "norm", "fc1", "fc2") for leaf in ("weight", "bias")))
 _DIRECT = {
     "logit_scale": "logit_scale.log_scale",
+    "logit_bias": "logit_bias.bias",
+    "visual.ln_pre.weight": "vision.embed.norm.weight",
+    "visual.ln_pre.bias": "vision.embed.norm.bias",
+    "text.text_projection_bias": "text.projection.bias",
+    **{f"visual.pool.{name}": f"vision.head.pool.{name}" for name in _POOL},
     "visual.cls_token": "vision.embed.cls_token",
     "visual.pos_embed": "vision.embed.pos_embed",
     "visual.patch_embed.proj.weight": "vision.embed.weight",
@@ -73,6 +80,7 @@ _INVERSE = {
     "vision": {ours: theirs for theirs, ours in _VISION_BLOCK.items()},
     "text": {ours: theirs for theirs, ours in _TEXT_BLOCK.items()},
 }
+_SCALARS = ("logit_scale.log_scale", "logit_bias.bias")
 _TOKENS = ("vision.embed.cls_token", "vision.embed.mask_token")
 _THEIR_BLOCK = re.compile(r"(visual\.blocks|text\.transformer\.resblocks)\.(\d+)\.(.+)")
 _OUR_BLOCK = re.compile(r"(vision|text)\.blocks\.(\d+)\.(.+)")
@@ -140,7 +148,7 @@ def to_logical(state: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor
             value = value.flatten()
         elif name == "vision.embed.pos_embed":
             value = value.squeeze(0)
-        elif name == "logit_scale.log_scale":
+        elif name in _SCALARS:
             value = value.reshape(1)
         out[name] = value
     return out
@@ -158,7 +166,7 @@ def from_logical(tensors: dict[str, Tensor], model: ModelConfig) -> dict[str, Te
             value = value.reshape(1, 1, -1)
         elif name == "vision.embed.pos_embed":
             value = value.unsqueeze(0)
-        elif name == "logit_scale.log_scale":
+        elif name in _SCALARS:
             value = value.reshape(())
         out[authors_name(name)] = value
     return out

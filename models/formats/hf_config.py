@@ -10,6 +10,7 @@ from typing import Any
 
 from models.clip import LEARNED_SCALE_INIT
 from models.config import ModelConfig, ModelConfigError, TextConfig, VisionConfig
+from models.formats.eva_config import eva_from_model
 
 Json = dict[str, Any]
 
@@ -78,6 +79,7 @@ def _require_sizes(config: Json, v: Json, t: Json) -> None:
 
 def hf_from_model(model: ModelConfig, log_scale: float | None) -> Json:
     """config.json of the Hugging Face layout; log_scale: what logit_scale is in the file, None where it has none."""
+    eva_from_model(model)  # raises for parts that their class has not
     v, t = model.vision, model.text
     vision = {
         "hidden_size": v.width, "intermediate_size": v.mlp_hidden, "num_hidden_layers": v.depth,

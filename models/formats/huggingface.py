@@ -1,4 +1,4 @@
-"""The Hugging Face EVA-CLIP layout (BAAI/EVA-CLIP-8B, -18B): names of their EvaCLIPModel.
+"""The Hugging Face layouts: EVA-CLIP (BAAI/EVA-CLIP-8B, -18B; names of their EvaCLIPModel), CLIPModel, SiglipModel.
 
 q, k, v are three matrices in both towers, text_projection is a Linear (transposed), class token and position tables
 have no leading 1s. Source: the mapping in a public conversion script for EVA02-CLIP-bigE-14-plus and a public port of
@@ -15,6 +15,8 @@ from models.formats.base import Layout
 
 _DIRECT = {
     "logit_scale": "logit_scale",
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
+    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
     "visual.cls_token": "vision_model.embeddings.class_embedding",
     "visual.pos_embed": "vision_model.embeddings.position_embedding.weight",
     "visual.patch_embed.proj.weight": "vision_model.embeddings.patch_embedding.weight",
@@ -54,14 +56,32 @@ _BLOCK = re.compile(r"(visual\.blocks|text\.transformer\.resblocks)\.(\d+)\.(.+)
 _FUSED = re.compile(r"attn\.(?:qkv\.|in_proj_)(weight|bias)")
 
 
+_SIGLIP = {
+    "logit_bias": "logit_bias",
+    "text.text_projection": "text_model.head.weight",
+    "text.text_projection_bias": "text_model.head.bias",
+    "visual.pool.probe": "vision_model.head.probe",
+    "visual.pool.qkv.weight": "vision_model.head.attention.in_proj_weight",
+    "visual.pool.qkv.bias": "vision_model.head.attention.in_proj_bias",
+    **{
+        f"visual.pool.{ours}.{leaf}": f"vision_model.head.{theirs}.{leaf}"
+        for ours, theirs in (
+            ("proj", "attention.out_proj"), ("norm", "layernorm"), ("fc1", "mlp.fc1"), ("fc2", "mlp.fc2"),
+        )
+        for leaf in ("weight", "bias")
+    },
+}  # fmt: skip
+
+
 class _HuggingFace(Layout):
     name = "Hugging Face layout"
+    direct = _DIRECT
 
     def names(self, eva: str) -> tuple[str, ...]:
         block = _BLOCK.fullmatch(eva)
         if block is None:
             # Masked-image-modelling tensors have no place here: their own name never occurs in such a file.
-            return (_DIRECT.get(eva, eva),)
+            return (self.direct.get(eva, eva),)
         tower = "vision_model" if block[1].startswith("visual") else "text_model"
         prefix = f"{tower}.encoder.layers.{block[2]}."
         fused = _FUSED.fullmatch(block[3])
@@ -103,4 +123,22 @@ def _block_name(rest: str, table: dict[str, str]) -> str:
     return f"{table.get(module, module)}.{leaf}"
 
 
+class _Siglip(_HuggingFace):
+    """transformers' SiglipModel: attention pool in the image tower, a head with a bias in the text tower."""
+
+    name = "layout of transformers' SiglipModel"
+    direct = _DIRECT | _SIGLIP
+
+    def split(self, eva: str, value: Tensor) -> tuple[Tensor, ...]:
+        if eva == "visual.pool.probe":
+            return (value.reshape(1, 1, -1),)
+        return (value.reshape(1),) if eva in ("logit_scale", "logit_bias") else super().split(eva, value)
+
+    def join(self, eva: str, parts: Sequence[Tensor]) -> Tensor:
+        if eva == "visual.pool.probe":
+            return parts[0].flatten()
+        return parts[0].reshape(()) if eva in ("logit_scale", "logit_bias") else super().join(eva, parts)
+
+
 HUGGINGFACE = _HuggingFace()
+SIGLIP = _Siglip()

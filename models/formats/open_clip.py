@@ -1,11 +1,16 @@
-"""The open_clip layout of EVA-02 models (CustomTextCLIP with a timm Eva trunk): `visual.trunk.*`, `text.*`.
+"""The open_clip layouts: timm trunks (CustomTextCLIP: EVA-02 and SigLIP, `visual.trunk.*`, `text.*`) and its own ViT.
 
 The text side has the authors' names. The trunk has timm's: sub-LN is attn.norm and mlp.norm, SwiGLU is fc1_g, fc1_x and
 fc2, and where q, k, v are separate their biases belong to the projections; a fused qkv keeps q_bias and v_bias.
-Source: timm's models/eva.py and open_clip's model list (EVA02-B-16, L-14, L-14-336, E-14, E-14-plus).
+Source: timm's models/eva.py and vision_transformer.py, open_clip's transformer.py and model list. open_clip's own ViT
+and OpenAI's files have the text tower at the top level; the OpenAI ones hold three numbers of the config beside.
 """
 
 import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
 
 from models.formats.base import Layout
 
@@ -50,3 +55,101 @@ class _OpenClip(Layout):
 def open_clip_layout(separate_qkv: bool) -> Layout:
     """B and L have separate q, k, v (EVA-02); E has a fused one."""
     return _OpenClip(separate_qkv)
+
+
+_POOL = {
+    "qkv": ("q", "kv"), "proj": ("proj",), "norm": ("norm",), "fc1": ("mlp.fc1",), "fc2": ("mlp.fc2",),
+}  # fmt: skip
+
+
+class _TimmSiglip(_OpenClip):
+    """SigLIP: a timm ViT whose attention pool keeps q apart from k and v; a text head with a bias."""
+
+    name = "open_clip layout of SigLIP"
+
+    def names(self, eva: str) -> tuple[str, ...]:
+        if eva == "visual.pool.probe":
+            return ("visual.trunk.attn_pool.latent",)
+        if eva.startswith("visual.pool."):
+            module, leaf = eva.removeprefix("visual.pool.").split(".")
+            return tuple(f"visual.trunk.attn_pool.{theirs}.{leaf}" for theirs in _POOL[module])
+        if eva.startswith("text.text_projection"):
+            return (f"text.text_projection.{'bias' if eva.endswith('bias') else 'weight'}",)
+        return super().names(eva)
+
+    def split(self, eva: str, value: Tensor) -> tuple[Tensor, ...]:
+        if eva.startswith("visual.pool.qkv."):
+            width = len(value) // 3
+            return value[:width], value[width:]
+        if eva == "text.text_projection":
+            return (value.T,)
+        return (value.reshape(1, 1, -1),) if eva == "visual.pool.probe" else (value,)
+
+    def join(self, eva: str, parts: Sequence[Tensor]) -> Tensor:
+        if eva.startswith("visual.pool.qkv."):
+            return torch.cat(list(parts))
+        if eva == "text.text_projection":
+            return parts[0].T
+        return parts[0].flatten() if eva == "visual.pool.probe" else parts[0]
+
+
+_VIT = {
+    "visual.cls_token": "visual.class_embedding",
+    "visual.pos_embed": "visual.positional_embedding",
+    "visual.patch_embed.proj.weight": "visual.conv1.weight",
+    "visual.norm.weight": "visual.ln_post.weight",
+    "visual.norm.bias": "visual.ln_post.bias",
+    "visual.head.weight": "visual.proj",
+}
+_VIT_BLOCK = {
+    "norm1.weight": "ln_1.weight",
+    "norm1.bias": "ln_1.bias",
+    "norm2.weight": "ln_2.weight",
+    "norm2.bias": "ln_2.bias",
+    "attn.qkv.weight": "attn.in_proj_weight",
+    "attn.qkv.bias": "attn.in_proj_bias",
+    "attn.proj.weight": "attn.out_proj.weight",
+    "attn.proj.bias": "attn.out_proj.bias",
+    "mlp.fc1.weight": "mlp.c_fc.weight",
+    "mlp.fc1.bias": "mlp.c_fc.bias",
+    "mlp.fc2.weight": "mlp.c_proj.weight",
+    "mlp.fc2.bias": "mlp.c_proj.bias",
+}
+_OF_THE_CONFIG = ("input_resolution", "context_length", "vocab_size")
+
+
+class _OpenClipVit(Layout):
+    """open_clip's CLIP class and OpenAI's: its own ViT, text tower at the top level."""
+
+    name = "open_clip layout of a CLIP ViT"
+
+    def names(self, eva: str) -> tuple[str, ...]:
+        block = _BLOCK.fullmatch(eva)
+        if block is not None:
+            place = block[1].replace("blocks.", "visual.transformer.resblocks.", 1)
+            return (place + _VIT_BLOCK.get(block[2], block[2]),)
+        return (_VIT.get(eva, eva).removeprefix("text."),)
+
+    def split(self, eva: str, value: Tensor) -> tuple[Tensor, ...]:
+        if eva == "visual.head.weight":
+            return (value.T,)
+        if eva in ("visual.cls_token", "visual.pos_embed"):
+            return (value.reshape(-1) if eva.endswith("cls_token") else value.squeeze(0),)
+        return (value,)
+
+    def join(self, eva: str, parts: Sequence[Tensor]) -> Tensor:
+        if eva == "visual.head.weight":
+            return parts[0].T
+        if eva in ("visual.cls_token", "visual.pos_embed"):
+            return parts[0].reshape(1, 1, -1) if eva.endswith("cls_token") else parts[0].unsqueeze(0)
+        return parts[0]
+
+    def normalised(self, name: str) -> str:
+        return name.removeprefix("text.")  # CustomTextCLIP's
+
+    def is_derived(self, name: str) -> bool:
+        return name in _OF_THE_CONFIG or name.endswith("attn_mask")
+
+
+OPEN_CLIP_VIT = _OpenClipVit()
+TIMM_SIGLIP = _TimmSiglip(separate_qkv=False)

@@ -12,8 +12,10 @@ def block_flops(vision: VisionConfig, tokens: int) -> int:
 
 
 def last_block_flops(vision: VisionConfig, tokens: int) -> int:
-    """The tower's last block, which works for the pooled token alone once it has keys and values (last_block.py)."""
-    return _block_flops(vision, tokens, asking=1)
+    """The tower's last block, which works for the token that the head reads once it has keys and values
+    (last_block.py), or for all where the head reads them.
+    """
+    return _block_flops(vision, tokens, asking=1 if vision.reads_one_token else tokens)
 
 
 def _block_flops(vision: VisionConfig, tokens: int, asking: int) -> int:
@@ -29,9 +31,17 @@ def embedding_flops(vision: VisionConfig, tokens: int) -> int:
     return 2 * (tokens - vision.prefix_tokens) * 3 * vision.patch_size**2 * vision.width
 
 
-def head_flops(model: ModelConfig) -> int:
-    """Projection of the class token of one sample; pooling picks a row and costs nothing."""
-    return 2 * model.vision.width * model.embed_dim
+def head_flops(model: ModelConfig, tokens: int) -> int:
+    """Pooling and projection of one sample of `tokens` tokens; class token and mean cost nothing to pool."""
+    v = model.vision
+    projection = 2 * v.width * model.embed_dim if v.projection else 0
+    return projection + (attention_pool_flops(v, tokens) if v.pool == "attention" else 0)
+
+
+def attention_pool_flops(vision: VisionConfig, tokens: int) -> int:
+    """A probe's attention to all tokens of a sample and the MLP behind it; q is the same for all samples."""
+    h = vision.width
+    return 2 * (tokens * 2 * h * h + h * h + 2 * h * vision.mlp_hidden) + attention_flops(tokens, h, queries=1)
 
 
 def attention_flops(tokens: int, width: int, queries: int | None = None) -> int:

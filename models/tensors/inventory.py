@@ -15,6 +15,7 @@ MIM_TENSORS = ("vision.embed.mask_token", "vision.head.prediction.weight", "visi
 # Dimension that tensor parallelism splits, by the end of the logical name; all others are whole on every rank.
 _SPLIT_DIM = {
     "attn.qkv.weight": 0,
+    "attn.qkv.bias": 0,
     "attn.q.weight": 0,
     "attn.k.weight": 0,
     "attn.v.weight": 0,
@@ -64,19 +65,32 @@ def vision_shapes(model: ModelConfig, head: bool = True) -> Shapes:
 
 def vision_embedding_shapes(v: VisionConfig) -> Shapes:
     """What stands in front of the image tower's blocks."""
-    return {
-        "vision.embed.weight": (v.width, 3 * v.patch_size**2),
-        "vision.embed.bias": (v.width,),
-        "vision.embed.cls_token": (v.width,),
-        "vision.embed.pos_embed": (v.positions, v.width),
-    }
+    out = _linear("vision.embed", v.width, 3 * v.patch_size**2, bias=v.patch_bias)
+    if v.class_token:
+        out["vision.embed.cls_token"] = (v.width,)
+    out["vision.embed.pos_embed"] = (v.positions, v.width)
+    return out | _norm("vision.embed.norm", v.width, bias=v.norm == "layer") if v.embed_norm else out
 
 
 def vision_head_shapes(model: ModelConfig, projection: bool = True) -> Shapes:
-    """What stands behind the image tower's blocks, with or without the projection to the shared space."""
+    """What stands behind the image tower's blocks; projection: with what leads to the shared space, else the norm."""
     v = model.vision
     out = _norm("vision.head.norm", v.width, bias=v.norm == "layer")
-    return out | _linear("vision.head.projection", model.embed_dim, v.width, bias=v.head_bias) if projection else out
+    if not projection:
+        return out
+    if v.pool == "attention":
+        out |= _attention_pool(v)
+    if v.projection:
+        out |= _linear("vision.head.projection", model.embed_dim, v.width, bias=v.head_bias)
+    return out
+
+
+def _attention_pool(v: VisionConfig) -> Shapes:
+    out: Shapes = {"probe": (v.width,)}
+    out |= _linear("qkv", 3 * v.width, v.width) | _linear("proj", v.width, v.width)
+    out |= _norm("norm", v.width)
+    out |= _linear("fc1", v.mlp_hidden, v.width) | _linear("fc2", v.width, v.mlp_hidden)
+    return {f"vision.head.pool.{name}": shape for name, shape in out.items()}
 
 
 def text_shapes(model: ModelConfig) -> Shapes:
@@ -95,7 +109,8 @@ def text_table_shapes(t: TextConfig) -> Shapes:
 
 def text_head_shapes(model: ModelConfig) -> Shapes:
     """What stands behind the caption tower's blocks."""
-    return _norm("text.norm", model.text.width) | {"text.projection.weight": (model.embed_dim, model.text.width)}
+    t = model.text
+    return _norm("text.norm", t.width) | _linear("text.projection", model.embed_dim, t.width, bias=t.head_bias)
 
 
 def mim_shapes(model: ModelConfig, target_width: int) -> Shapes:
@@ -112,12 +127,14 @@ def vision_block_shapes(v: VisionConfig) -> Shapes:
         out |= {f"attn.{kind}.weight": (v.width, v.width) for kind in "qkv"}
     else:
         out["attn.qkv.weight"] = (3 * v.width, v.width)
-    if v.qkv_bias:
+    if v.key_bias:
+        out["attn.qkv.bias"] = (3 * v.width,)
+    elif v.qkv_bias:
         out |= {"attn.bias.q": (v.width,), "attn.bias.v": (v.width,)}
     if v.attention_norm:
         out |= _norm("attn.norm", v.width)
     out |= _linear("attn.proj", v.width, v.width)
-    if v.mlp == "gelu":
+    if v.mlp != "swiglu":
         return out | _linear("mlp.fc1", v.mlp_hidden, v.width) | _linear("mlp.fc2", v.width, v.mlp_hidden)
     out |= _linear("mlp.gate", v.mlp_hidden, v.width) | _linear("mlp.up", v.mlp_hidden, v.width)
     out |= _linear("mlp.down", v.width, v.mlp_hidden)
@@ -130,7 +147,7 @@ def text_block_shapes(t: TextConfig) -> Shapes:
         _norm("norm1", t.width) | _linear("attn.qkv", 3 * t.width, t.width) | _linear("attn.proj", t.width, t.width)
     )
     out |= _norm("norm2", t.width)
-    return out | _linear("mlp.fc1", 4 * t.width, t.width) | _linear("mlp.fc2", t.width, 4 * t.width)
+    return out | _linear("mlp.fc1", t.hidden, t.width) | _linear("mlp.fc2", t.width, t.hidden)
 
 
 def _norm(name: str, width: int, bias: bool = True) -> Shapes:

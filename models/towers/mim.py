@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from models.blocks.norms import mark_sequence_parallel
 from models.config import ModelConfig, ModelConfigError, VisionConfig
-from models.towers.vision import PatchEmbedding, TowerHead, VisionHead, VisionTower, chosen_patches, patchify
+from models.towers.heads import TowerHead, VisionHead
+from models.towers.vision import PatchEmbedding, VisionTower, chosen_patches, patchify
 
 # --- student ---------------------------------------------------------------------------------------------------------
 
@@ -39,11 +40,12 @@ class MaskedPatchEmbedding(PatchEmbedding):
         sample, slot = self.own_tokens(m, self.prefix_tokens + n, images.device)
         is_masked = masked.to(images.device, non_blocking=True)[sample, slot.clamp_min(0)] & (slot >= 0)
         pixels = chosen_patches(patches, sample * n + slot, (slot >= 0) & ~is_masked)
-        weight, bias = (_with_gradient_times(self.gradient_scale, p) for p in (self.weight, self.bias))
+        weight = _with_gradient_times(self.gradient_scale, self.weight)
+        bias = None if self.bias is None else _with_gradient_times(self.gradient_scale, self.bias)
         prefix, positions = self.prefix_and_positions()
-        table = torch.cat([prefix, positions + bias, positions + self.mask_token])
+        table = torch.cat([prefix, positions if bias is None else positions + bias, positions + self.mask_token])
         place = slot + self.prefix_tokens + n * is_masked
-        return (F.linear(pixels, weight) + F.embedding(place, table)).unsqueeze(1)
+        return self.normed(F.linear(pixels, weight) + F.embedding(place, table))
 
 
 def _with_gradient_times(scale: float, value: Tensor) -> Tensor:
@@ -120,7 +122,7 @@ def teacher_features(tower: VisionTower, images: Tensor) -> Tensor:
     samples = len(images)
     hidden = tower.run_blocks(tower.embed(images, None), tower._tokens(samples, None, images.device))
     patches = hidden.reshape(samples, tower.vision.tokens, -1)[:, tower.vision.prefix_tokens :]
-    return tower.head.projection(tower.head.norm(patches))
+    return tower.head.projected(tower.head.norm(patches))
 
 
 def check_grids(student: VisionConfig, teacher: VisionConfig) -> None:

@@ -10,20 +10,16 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import (
-    gather_from_sequence_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
 from torch import Tensor, nn
 
 from models.blocks.kernels import vision_kernels
-from models.blocks.last_block import own_rows
 from models.blocks.norms import NORMS, mark_sequence_parallel
 from models.blocks.packed import PackedTokens
 from models.blocks.rope import rope_tables
 from models.blocks.spec import build_block, vision_layer_spec
 from models.blocks.transformer_config import vision_transformer_config
 from models.config import ModelConfig, VisionConfig
+from models.towers.heads import VisionHead
 
 FP8_ROWS = 128
 """Rows of a matrix product that every fp8 recipe takes (models/blocks/kernel_checks.py)."""
@@ -51,10 +47,12 @@ class PatchEmbedding(nn.Module):
         self.tp_group = tp_group
         empty = lambda *shape: nn.Parameter(torch.empty(*shape, dtype=config.params_dtype))  # noqa: E731
         self.weight = empty(vision.width, 3 * vision.patch_size**2)
-        self.bias = empty(vision.width)
-        self.cls_token = empty(vision.width)
+        self.bias = empty(vision.width) if vision.patch_bias else None
+        self.cls_token = empty(vision.width) if vision.class_token else None
         self.pos_embed = empty(vision.positions, vision.width)
         mark_sequence_parallel(self, config)
+        norm = NORMS[vision.norm] if vision.embed_norm else None
+        self.norm = norm(config=config, hidden_size=vision.width, eps=vision.norm_eps) if norm else None
 
     def forward(self, images: Tensor, kept: Tensor | None) -> Tensor:
         """images [M, 3, h, w] normalised; kept int64 [M, k] or None for all -> [T or T / tp, 1, H]."""
@@ -65,13 +63,19 @@ class PatchEmbedding(nn.Module):
         grid_cell = slot if kept is None else kept[sample, slot.clamp_min(0)]
         pixels = chosen_patches(patches, sample * n + grid_cell, slot >= 0)
         prefix, positions = self.prefix_and_positions()
-        table = torch.cat([prefix, positions + self.bias])
+        table = torch.cat([prefix, positions if self.bias is None else positions + self.bias])
         place = torch.where(slot >= 0, grid_cell, slot) + self.prefix_tokens
-        return (F.linear(pixels, self.weight) + F.embedding(place, table)).unsqueeze(1)
+        return self.normed(F.linear(pixels, self.weight) + F.embedding(place, table))
 
     def prefix_and_positions(self) -> tuple[Tensor, Tensor]:
         """Prefix tokens with their positions [prefix, H], positions of the patches [n, H]."""
+        if self.cls_token is None:
+            return self.pos_embed[:0], self.pos_embed
         return (self.cls_token + self.pos_embed[0]).unsqueeze(0), self.pos_embed[1:]
+
+    def normed(self, tokens: Tensor) -> Tensor:
+        """[T or T / tp, H] -> [T or T / tp, 1, H], through the norm where the tower has one here."""
+        return (tokens if self.norm is None else self.norm(tokens)).unsqueeze(1)
 
     def own_tokens(self, samples: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """(sample, slot) of this rank's rows of samples x tokens, int64 each; slots of the prefix are below 0."""
@@ -87,45 +91,6 @@ def chosen_patches(patches: Tensor, chosen: Tensor, shown: Tensor) -> Tensor:
     """Of patches [M, n, 3 p^2], number chosen[t] of the M x n in each row t where `shown`; zeros in the other rows."""
     pixels = patches.flatten(0, 1).index_select(0, chosen.clamp_min(0))
     return pixels.masked_fill_(~shown.unsqueeze(1), 0)
-
-
-class TowerHead(nn.Module):
-    """What heads of the image tower share: the final norm, which sees rows that are whole on every tensor rank."""
-
-    def __init__(self, vision: VisionConfig, config, tp_group):
-        super().__init__()
-        self.tp_group = tp_group
-        self.sequence_parallel = config.sequence_parallel
-        self.norm = NORMS[vision.norm](config=config, hidden_size=vision.width, eps=vision.norm_eps)
-        for parameter in self.norm.parameters():
-            parameter.sequence_parallel = False  # type: ignore[attr-defined]  # sees gathered rows, not a slice
-
-    def gather_rows(self, hidden: Tensor, row: Tensor) -> Tensor:
-        """[T or T / tp, 1, H] -> rows `row` (int64 [R]) of all T, [R, H], equal on every tensor rank.
-
-        Sequence parallelism all-reduces R rows instead of gathering T.
-        """
-        rows = hidden.squeeze(1)
-        if not self.sequence_parallel:
-            return rows.index_select(0, row)
-        return reduce_from_tensor_model_parallel_region(own_rows(rows, row, self.tp_group), group=self.tp_group)
-
-
-class VisionHead(TowerHead):
-    """Final norm of the class token and projection: packed tokens -> features [M, D], equal on every tensor rank."""
-
-    def __init__(self, model: ModelConfig, config, tp_group):
-        super().__init__(model.vision, config, tp_group)
-        vision = model.vision
-        self.projection = nn.Linear(vision.width, model.embed_dim, bias=vision.head_bias, dtype=config.params_dtype)
-
-    def forward(self, hidden: Tensor, tokens: PackedTokens) -> Tensor:
-        """hidden: [R or R / tp, 1, H], what the last block answers with: class tokens, then padding."""
-        if self.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=False, group=self.tp_group
-            )
-        return self.projection(self.norm(hidden.squeeze(1)[: tokens.samples]))
 
 
 class VisionTower(nn.Module):
@@ -178,7 +143,7 @@ class VisionTower(nn.Module):
         kept: int64 [M, k], the patches that survive patch dropout, the same on every rank; None keeps all.
         """
         tokens = self._tokens(samples, kept, inputs.device)
-        if self.is_last:
+        if self.is_last and self.vision.reads_one_token:
             class_rows = torch.arange(samples, device=inputs.device) * tokens.tokens_per_sample
             tokens = tokens.pooling(class_rows, self.pooled_multiple)
         hidden = self.run_blocks(self.embed(inputs, kept) if self.is_first else inputs, tokens)
@@ -193,13 +158,13 @@ class VisionTower(nn.Module):
         rope = None
         if self.vision.rope:
             tables = rope_tables(self.vision.grid, self.vision.rope_grid, self.vision.head_width, device)
-            rope = tuple(_pick(table, kept) for table in tables)
+            rope = tuple(_pick(table, kept, self.vision.prefix_tokens) for table in tables)
         return PackedTokens.of(samples, self.vision.prefix_tokens + patches, device, rope)
 
 
-def _pick(table: Tensor, kept: Tensor | None) -> Tensor:
-    """[1 + n, d] -> [1, 1, 1 + n, d], or the rows of each sample's kept patches [M, 1, 1 + k, d]."""
+def _pick(table: Tensor, kept: Tensor | None, prefix: int) -> Tensor:
+    """[1 + n, d] -> [1, 1, S, d], or the rows of each sample's kept patches [M, 1, prefix + k, d]; row 0 is still."""
     if kept is None:
-        return table[None, None]
-    places = F.pad(kept + 1, (1, 0))  # the class token stays first
+        return torch.cat([table[:1].expand(prefix, -1), table[1:]])[None, None]
+    places = F.pad(kept + 1, (prefix, 0))  # prefix tokens stay first
     return table[places].unsqueeze(1)

@@ -58,8 +58,9 @@ def _student_flops(config: Config) -> int:
 
 def _teacher_flops(config: Config) -> int:
     teacher = _teacher(config)
-    one_head = vision_forward_flops(teacher, teacher.vision.tokens)
-    return one_head + (config.mim.masked_patches - 1) * head_flops(teacher)
+    vision = teacher.vision
+    projections = config.mim.masked_patches * (2 * vision.width * teacher.embed_dim if vision.projection else 0)
+    return vision_forward_flops(teacher, vision.tokens) - head_flops(teacher, vision.tokens) + projections
 
 
 def _teacher(config: Config) -> ModelConfig:

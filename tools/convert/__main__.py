@@ -58,7 +58,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tower", choices=("vision", "text"), help="for --to tower")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="cast every tensor")
     parser.add_argument("--ema", action="store_true", default=None, help="write the averaged weights (optim.ema_decay)")
-    parser.add_argument("--config-out", type=Path, help="also write the authors' model config, for --to eva")
+    parser.add_argument("--config-out", type=Path, help="also write the model's json, for --to eva and openclip")
     parser.add_argument("--table", type=Path, help="file for the line a tensor (default: OUT.tensors.txt)")
     parser.add_argument("--out", type=Path, required=True, help="folder or file to write; its name says which kind")
     arguments = parser.parse_args(argv)
@@ -74,7 +74,7 @@ def _idle(arguments: argparse.Namespace) -> list[str]:
     """Options that this way of converting would ignore."""
     allowed = {"config", "model", "weights", "entry"} if arguments.source else {"checkpoint", "ema"}
     allowed |= {"tower"} if arguments.target == "tower" else set()
-    allowed |= {"config_out"} if arguments.target == "eva" else set()
+    allowed |= {"config_out"} if arguments.target in ("eva", "openclip") else set()
     options = ("config", "model", "weights", "entry", "checkpoint", "tower", "ema", "config_out")
     return [f"--{o.replace('_', '-')}" for o in options if o not in allowed and getattr(arguments, o) is not None]
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,17 +18,19 @@ from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.write import FILE_BYTES, refuse_existing
 from engine.config.read import ConfigError, resolve
 from models.config import ModelConfig
-from models.formats import layout_of
+from models.formats import family, layout_of
 from models.formats.base import Entry, entries
 from models.formats.eva_config import eva_from_model
 from models.formats.hf_config import hf_from_model
+from models.formats.open_clip_config import open_clip_from_model
+from models.formats.transformers_config import transformers_from_model
 from models.tensors.inventory import MIM_TENSORS
 from tools.cli import check_folder, progress
 from tools.convert.outputs import Report, cast, check_new_file, check_weights_file, dtype_of, write_weights
 
 _SCALE = "logit_scale.log_scale"
-_CLIP_ONLY = ("logit_bias.",)
-"""Tensors of training that no other layout has a place for."""
+_BIAS = "logit_bias."
+"""Bias of the sigmoid loss, which the authors' code and CLIPModel have no place for."""
 
 
 class _Weights:
@@ -78,7 +81,8 @@ def export_single_file(
     weights = _Weights(path, dtype, kind)
     table, left_out = _table(weights, layout_name)
     rename = _file_names(weights, layout_name)
-    config = json.dumps(eva_from_model(weights.model), indent=1).encode() if config_out is not None else b""
+    of_model = {"eva": eva_from_model, "openclip": _open_clip_json}[layout_name]
+    config = json.dumps(of_model(weights.model), indent=1).encode() if config_out is not None else b""
     check_weights_file(out, sum(_size(weights, entry) for entry in table))
     weights.checkpoint.verify()
     _write(out, weights, table, rename)
@@ -117,6 +121,7 @@ def export_huggingface(path: Path, out: Path, dtype: str | None, kind: str = WEI
     check_folder(out)
     weights = _Weights(path, dtype, kind)
     table, left_out = _table(weights, "hf")
+    _hf_json(weights)  # raises before the work
     total = sum(_size(weights, entry) for entry in table)
     check_folder(out, total)
     weights.checkpoint.verify()
@@ -129,15 +134,29 @@ def export_huggingface(path: Path, out: Path, dtype: str | None, kind: str = WEI
         index |= {key: name for entry in group for key in entry.theirs}
     content = {"metadata": {"total_size": total}, "weight_map": index}
     write_synced(out / "model.safetensors.index.json", json.dumps(content, indent=1).encode())
-    config = hf_from_model(weights.model, weights.log_scale())
+    config = _hf_json(weights)
     write_synced(out / "config.json", json.dumps(config, indent=1).encode())
     summary = f"{out}: {len(index)} tensors in {len(groups)} files"
     return Report(_report(weights, table, lambda key: key), summary, [*left_out, *weights.remarks()])
 
 
+def _hf_json(weights: _Weights) -> dict[str, Any]:
+    kind, log_scale = family(weights.model), weights.log_scale()
+    if kind == "eva":
+        return hf_from_model(weights.model, log_scale)
+    return transformers_from_model(weights.model, kind, log_scale)
+
+
+def _open_clip_json(model: ModelConfig) -> dict[str, Any]:
+    if family(model) == "eva":
+        raise ConfigError("open_clip knows its EVA-02 models by name, without a json: leave --config-out out")
+    return open_clip_from_model(model)
+
+
 def _table(weights: _Weights, layout_name: str) -> tuple[list[Entry], list[str]]:
     shapes = weights.shapes
-    left_out = [name for name in shapes if name.startswith(_CLIP_ONLY)]
+    has_bias = layout_name == "openclip" or (layout_name == "hf" and family(weights.model) == "siglip")
+    left_out = [name for name in shapes if name.startswith(_BIAS) and not has_bias]
     if layout_name != "eva" and set(MIM_TENSORS) & shapes.keys():
         raise ConfigError(f"a MIM student has no place in the {layout_name} layout: use --to eva or --to tower")
     kept = {name: shape for name, shape in shapes.items() if name not in left_out}

@@ -17,9 +17,13 @@ from models.formats import layout_of
 from models.formats.base import StateKind
 from models.formats.eva_config import model_from_eva
 from models.formats.hf_config import model_from_hf
+from models.formats.open_clip_config import is_open_clip, model_from_open_clip
+from models.formats.transformers_config import model_from_transformers
 from tools.cli import check_folder, progress
 from tools.convert.outputs import Report, cast, dtype_of
 
+_SIGLIP_HEAD, _CLIP_NORM = "vision_model.head.probe", "vision_model.pre_layrnorm.weight"
+"""Tensors by which transformers' SiglipModel and CLIPModel are told from EvaCLIPModel."""
 _FIXED_SCALE = 100.0
 """Value of train.logit_scale in a checkpoint whose file has no logit scale: the default of training."""
 
@@ -63,7 +67,7 @@ def import_weights(
     has_scale = "logit_scale.log_scale" in source.logical
     manifest = Manifest(
         content="weights",
-        config=_config(model, has_scale),
+        config=_config(model, has_scale, has_bias="logit_bias.bias" in source.logical),
         layout={"tensor": 1, "pipeline": 1, "data": 1},
         tensors={},
         files={},
@@ -94,6 +98,8 @@ def _model(
     if "model_cfg" in config:  # as open_clip keeps it on the hub
         model, remarks = _model(layout_name, weights, state, config["model_cfg"], None)
         return model, [*remarks, *_other_pixels(config.get("preprocess_cfg", {}))]
+    if layout_name == "openclip" and is_open_clip(config):
+        return model_from_open_clip(config), []
     timm = config.get("vision_cfg", {}).get("timm_model_name")
     if timm is not None:
         return _model_of_open_clip(config, timm)
@@ -115,7 +121,9 @@ def _model_of_repository(weights: Path, state: State) -> tuple[ModelConfig, list
     file = (weights if weights.is_dir() else weights.parent) / "config.json"
     if not file.is_file():
         raise ConfigError(f"{file} does not exist: give the model with --config or --model")
-    return model_from_hf(read_json(file), state.shapes.keys())
+    config = read_json(file)
+    kind = "siglip" if _SIGLIP_HEAD in state.shapes else "clip" if _CLIP_NORM in state.shapes else "eva"
+    return model_from_hf(config, state.shapes.keys()) if kind == "eva" else (model_from_transformers(config, kind), [])
 
 
 def _model_of_open_clip(config: dict[str, Any], timm: str) -> tuple[ModelConfig, list[str]]:
@@ -137,10 +145,10 @@ def _as_the_file_has_it(model: ModelConfig, state: State, remarks: list[str]) ->
     ]
 
 
-def _config(model: ModelConfig, has_scale: bool) -> dict[str, Any]:
+def _config(model: ModelConfig, has_scale: bool, has_bias: bool) -> dict[str, Any]:
     """A config whose job holds exactly these tensors."""
-    tree: dict[str, Any] = {"data": {"shards": ["-"]}, "run_dir": "-"}
-    config = resolve(tree | {"train": {"logit_scale": None if has_scale else _FIXED_SCALE}}, [])
+    train = {"logit_scale": None if has_scale else _FIXED_SCALE, "loss": "sigmoid" if has_bias else "softmax"}
+    config = resolve({"data": {"shards": ["-"]}, "run_dir": "-", "train": train}, [])
     return to_dict(replace(config, model=model))
 
 

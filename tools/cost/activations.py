@@ -86,9 +86,13 @@ def embedding_saved_bytes(vision: VisionConfig, layout: Layout) -> float:
 
 
 def head_saved_bytes(model: ModelConfig, layout: Layout) -> float:
-    """Norm and projection of the class tokens, and the fp32 features that are normalised, one a clip."""
+    """Norm of what the head reads, pooling, projection, and the fp32 features that are normalised, one a clip."""
     vision, element, images = model.vision, layout.element_bytes, layout.micro_batch
-    kept = norm_saved_bytes(vision, images, element) + images * vision.width * element
+    rows = images if vision.reads_one_token else layout.packed_tokens(vision)
+    kept = norm_saved_bytes(vision, rows, element) + images * vision.width * element * vision.projection
+    if vision.pool == "attention":  # the tokens, k and v; behind them the probe's path
+        kept += 3 * rows * vision.width * element + norm_saved_bytes(vision, images, element)
+        kept += images * (4 * vision.width + 2 * vision.mlp_hidden) * element
     return kept + images // layout.frames * model.embed_dim * FP32
 
 
@@ -102,7 +106,9 @@ def micro_batch_saved_bytes(model: ModelConfig, layout: Layout, stage: Stage) ->
         lse = layout.recompute == "none"
         blocks = stage.whole_blocks * _vision_block_bytes(vision, layout, lse=lse)
         if stage.has_head:
-            blocks += _vision_block_bytes(vision, layout, lse=lse, pooled=layout.pooled_rows)
+            blocks += _vision_block_bytes(
+                vision, layout, lse=lse, pooled=layout.pooled_rows if vision.reads_one_token else None
+            )
         if vision.rope:
             samples = layout.micro_batch if layout.patch_dropout > 0 else 1
             table = tokens // layout.micro_batch * samples * vision.head_width

@@ -79,7 +79,7 @@ def stage_seconds(model: ModelConfig, layout: Layout, stage: Stage, hardware: Ha
             element=layout.element_bytes,
             tensor=layout.tensor,
             splits_tokens=layout.splits_tokens,
-            is_last=is_last,
+            is_last=is_last and vision.reads_one_token,
         )
         forward, backward = forward + blocks * once[0], backward + blocks * once[1]
     if stage.has_embedding:
@@ -88,7 +88,7 @@ def stage_seconds(model: ModelConfig, layout: Layout, stage: Stage, hardware: Ha
         embedding = samples * embedding_flops(vision, tokens) / shared / rate
         forward, backward = forward + embedding, backward + embedding  # images want no gradient
     if stage.has_head:
-        head = samples * head_flops(model) / hardware.gemm_flops(samples, model.embed_dim)
+        head = samples * head_flops(model, tokens) / hardware.gemm_flops(samples, model.embed_dim)
         forward, backward = forward + head, backward + 2 * head
     sums = stage_parameters(model, layout, stage) * (layout.element_bytes + 2 * FP32) / hardware.memory_bytes_s
     return forward, backward + sums

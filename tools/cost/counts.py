@@ -42,7 +42,7 @@ def text_parameters(model: ModelConfig) -> int:
 def vision_forward_flops(model: ModelConfig, tokens: int) -> int:
     """One image of `tokens` kept tokens (prefix tokens included) through the image tower."""
     vision = model.vision
-    return vision.depth * block_flops(vision, tokens) + embedding_flops(vision, tokens) + head_flops(model)
+    return vision.depth * block_flops(vision, tokens) + embedding_flops(vision, tokens) + head_flops(model, tokens)
 
 
 def vision_executed_flops(model: ModelConfig, tokens: int) -> int:
@@ -56,13 +56,18 @@ def text_forward_flops(model: ModelConfig) -> int:
     """One caption of full context length through the caption tower (the causal half is not deducted)."""
     text: TextConfig = model.text
     w, length = text.width, text.context_length
-    return text.depth * (2 * length * 12 * w * w + attention_flops(length, w)) + 2 * w * model.embed_dim
+    products = 4 * w * w + 2 * w * text.hidden
+    return text.depth * (2 * length * products + attention_flops(length, w)) + 2 * w * model.embed_dim
 
 
 def text_executed_flops(model: ModelConfig) -> int:
     """The same without what nobody reads: behind the last block's attention, all rows but the end of text."""
     w, length = model.text.width, model.text.context_length
-    unread = 2 * (length - 1) * 9 * w * w + attention_flops(length, w) - attention_flops(length, w, queries=1)
+    unread = (
+        2 * (length - 1) * (w * w + 2 * w * model.text.hidden)
+        + attention_flops(length, w)
+        - attention_flops(length, w, queries=1)
+    )
     return text_forward_flops(model) - unread
 
 

@@ -200,7 +200,7 @@ def text_blocks(text: TextConfig) -> VisionConfig:
         depth=text.depth,
         width=text.width,
         head_width=text.width // text.heads,
-        mlp_hidden=4 * text.width,
+        mlp_hidden=text.hidden,
         norm="layer",
         norm_eps=text.norm_eps,
         qkv_bias=True,

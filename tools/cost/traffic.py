@@ -93,7 +93,8 @@ def tensor_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Tra
             found.append(Traffic(what=what, axis="tensor", kind=kind, count=count * passes, sent_bytes=sent * passes))
     if stage.has_head and layout.splits_tokens:
         passes = 2 * m - layout.keep
-        each = layout.pooled_rows * vision.width * layout.element_bytes / layout.tensor
+        rows = layout.pooled_rows if vision.reads_one_token else layout.packed_tokens(vision)
+        each = rows * vision.width * layout.element_bytes / layout.tensor
         found.append(
             Traffic(what="tensor forward", axis="tensor", kind="all-gather", count=passes, sent_bytes=passes * each)
         )
@@ -109,7 +110,7 @@ def stage_collectives(
 ) -> Collectives:
     """Of one micro-batch through the blocks of a stage. of_block: one of the two functions below."""
     total: Collectives = {}
-    for is_last, times in ((False, stage.whole_blocks), (True, int(stage.has_head))):
+    for is_last, times in ((False, stage.whole_blocks), (vision.reads_one_token, int(stage.has_head))):
         for kind, (count, sent) in of_block(vision, layout, is_last).items():
             have, bytes_so_far = total.get(kind, (0, 0.0))
             total[kind] = have + times * count, bytes_so_far + times * sent

@@ -34,7 +34,9 @@ def micro_batch_flops(model: ModelConfig, layout: Layout, stage: Stage) -> float
     """Forward of one micro-batch. Without sequence parallelism every tensor rank embeds all tokens."""
     blocks = layout.micro_batch * _block_flops(model, layout, stage) / layout.tensor
     embedding = _embedding_flops(model, layout) if stage.has_embedding else 0
-    return blocks + embedding + (layout.micro_batch * head_flops(model) if stage.has_head else 0)
+    return (
+        blocks + embedding + (layout.micro_batch * head_flops(model, _tokens(model, layout)) if stage.has_head else 0)
+    )
 
 
 def _embedding_flops(model: ModelConfig, layout: Layout) -> float:
@@ -57,7 +59,11 @@ def _recomputed_flops(model: ModelConfig, layout: Layout, stage: Stage) -> float
     tokens, width = _tokens(model, layout), model.vision.width
     again = _block_flops(model, layout, stage)
     if layout.recompute == "selective":
-        last = attention_flops(tokens, width, queries=1) if stage.has_head else 0
+        last = (
+            attention_flops(tokens, width, queries=1 if model.vision.reads_one_token else tokens)
+            if stage.has_head
+            else 0
+        )
         again = stage.whole_blocks * attention_flops(tokens, width) + last
     return layout.micro_batch * again / layout.tensor
 

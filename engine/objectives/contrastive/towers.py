@@ -10,7 +10,7 @@ from data.order.stateless import kept_patches
 from data.pixels.transforms import normalise
 from engine.feed import LocalBatch
 from models.clip import embedding
-from models.towers.text import TextTower, trim_padding
+from models.towers.text import TextTower
 from models.towers.vision import VisionTower
 
 
@@ -63,7 +63,7 @@ class TextRunner:
     def __init__(self, tower: TextTower, *, rows: list[slice], device: torch.device):
         """rows: parts of the replica's batch; the first starts where this rank's captions do."""
         self.tower, self.rows, self.device = tower, rows, device
-        self.trim: Callable[[Tensor], Tensor] = trim_padding
+        self.trim: Callable[[Tensor], Tensor] = tower.trimmed
         """Depends on the values of the ids; a dry run, which has none, keeps whole contexts."""
         self.batch: LocalBatch | None = None
 
