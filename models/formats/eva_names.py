@@ -2,9 +2,9 @@
 
 Layout differences: their fused qkv stacks [q; k; v] while ours is per head (q, k, v), as megatron-core splits it; their
 patch kernel is [H, 3, p, p], ours a matrix; class token, mask token and position table lose their leading 1s;
-text_projection is used as x @ P there and as a Linear here. The parts that other families have beside (norm in front of
-the blocks, attention pool, biases) have names in the authors' style here, since models/formats goes through them. Tables:
-spec of the authors' eva_clip package, state dict of CustomCLIP; of MIM students, the EVA-02 code's modeling_pretrain.py.
+text_projection is used as x @ P there and as a Linear here. Parts that other families have beside (norm in front of the
+blocks, attention pool, biases) have names in the authors' style here, since models/formats goes through them. Tables:
+spec of the authors' eva_clip package, state dict of CustomCLIP; of MIM students, EVA-02's modeling_pretrain.py.
 """
 
 import re

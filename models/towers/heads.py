@@ -1,0 +1,96 @@
+"""What stands behind the image tower's blocks: final norm, pooling by the config, projection to the shared space."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from torch import Tensor, nn
+
+from models.blocks.activations import ACTIVATION
+from models.blocks.last_block import own_rows
+from models.blocks.norms import NORMS
+from models.blocks.packed import PackedTokens
+from models.config import ModelConfig, VisionConfig
+
+
+class TowerHead(nn.Module):
+    """What heads of the image tower share: the final norm, which sees rows that are whole on every tensor rank."""
+
+    def __init__(self, vision: VisionConfig, config, tp_group):
+        super().__init__()
+        self.tp_group = tp_group
+        self.sequence_parallel = config.sequence_parallel
+        self.norm = NORMS[vision.norm](config=config, hidden_size=vision.width, eps=vision.norm_eps)
+        for parameter in self.norm.parameters():
+            parameter.sequence_parallel = False  # type: ignore[attr-defined]  # sees gathered rows, not a slice
+
+    def gather_rows(self, hidden: Tensor, row: Tensor) -> Tensor:
+        """[T or T / tp, 1, H] -> rows `row` (int64 [R]) of all T, [R, H], equal on every tensor rank.
+
+        Sequence parallelism all-reduces R rows instead of gathering T.
+        """
+        rows = hidden.squeeze(1)
+        if not self.sequence_parallel:
+            return rows.index_select(0, row)
+        return reduce_from_tensor_model_parallel_region(own_rows(rows, row, self.tp_group), group=self.tp_group)
+
+
+class VisionHead(TowerHead):
+    """Norm, pooling, projection: packed tokens -> features [M, D], equal on every tensor rank."""
+
+    def __init__(self, model: ModelConfig, config, tp_group):
+        super().__init__(model.vision, config, tp_group)
+        vision, dtype = model.vision, config.params_dtype
+        self.pools, self.prefix_tokens = vision.pool, vision.prefix_tokens
+        self.pool = AttentionPool(vision, dtype) if vision.pool == "attention" else None
+        linear = (
+            nn.Linear(vision.width, model.embed_dim, bias=vision.head_bias, dtype=dtype) if vision.projection else None
+        )
+        self.projection = linear
+
+    def forward(self, hidden: Tensor, tokens: PackedTokens) -> Tensor:
+        """hidden: [R or R / tp, 1, H], what the last block answers with: class tokens and padding, or all T tokens."""
+        if self.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        rows = hidden.squeeze(1)
+        if self.pools == "class":
+            return self.projected(self.norm(rows[: tokens.samples]))
+        every = tokens.by_sample(self.norm(rows))
+        if self.pool is not None:
+            return self.projected(self.pool(every))
+        return self.projected(every[:, self.prefix_tokens :].mean(dim=1))
+
+    def projected(self, rows: Tensor) -> Tensor:
+        """[..., H] -> [..., D]."""
+        return rows if self.projection is None else self.projection(rows)
+
+
+class AttentionPool(nn.Module):
+    """A learned probe attends to all tokens of a sample, then x + MLP(norm(x)): [M, S, H] -> [M, H].
+
+    Whole on every tensor rank. Source: the multi-head attention pooling of SigLIP (big_vision's vit.py, MAPHead).
+    """
+
+    def __init__(self, vision: VisionConfig, dtype: torch.dtype):
+        super().__init__()
+        h, hidden = vision.width, vision.mlp_hidden
+        self.heads, self.activation = vision.heads, ACTIVATION[vision.mlp]
+        self.probe = nn.Parameter(torch.empty(h, dtype=dtype))
+        self.qkv, self.proj = nn.Linear(h, 3 * h, dtype=dtype), nn.Linear(h, h, dtype=dtype)
+        self.norm = nn.LayerNorm(h, eps=vision.norm_eps, dtype=dtype)
+        self.fc1, self.fc2 = nn.Linear(h, hidden, dtype=dtype), nn.Linear(hidden, h, dtype=dtype)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[M, S, H] -> [M, H]."""
+        width = len(self.probe)
+        weight, bias = self.qkv.weight, self.qkv.bias  # rows [q; k; v]
+        q = F.linear(self.probe, weight[:width], bias[:width]).unflatten(-1, (self.heads, -1))  # [heads, d]
+        keys_values = F.linear(tokens, weight[width:], bias[width:])
+        k, v = keys_values.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [M, heads, S, d]
+        q = q[None, :, None].expand(len(tokens), -1, -1, -1)
+        x = self.proj(F.scaled_dot_product_attention(q, k, v).flatten(1))
+        return x + self.fc2(self.activation(self.fc1(self.norm(x))))

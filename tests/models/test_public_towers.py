@@ -1,0 +1,156 @@
+"""Towers of open_clip, timm and transformers: weights strict and bit-equal both ways, features and gradients as theirs.
+
+tests/golden/make_public_towers.py wrote the fixtures with those packages; none of them is needed here. One launch a
+number of ranks runs all families at its layouts.
+"""
+
+from dataclasses import asdict, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.checkpoint.foreign import ForeignWeights
+from engine.checkpoint.state_dicts.files import open_state
+from engine.config.read import Config, resolve
+from engine.parallel.device import prepare
+from engine.parallel.mesh import Mesh, build_mesh
+from engine.pipeline.executor import LossResult
+from engine.trainer import Trainer
+from models.config import ModelConfig
+from models.formats import family, layout_of
+from models.formats.open_clip_config import model_from_open_clip, open_clip_from_model
+from models.formats.transformers_config import model_from_transformers, transformers_from_model
+from tests.distributed import run_distributed
+from tests.gather import backward_only, gather_objects, whole_gradients
+from tests.golden import FOLDER, deviation, load_json, load_tensors, load_weights, local_batch
+
+FORMAT = {
+    "open-clip-vit": "openclip",
+    "open-clip-mean": "openclip",
+    "timm-siglip": "openclip",
+    "transformers-clip": "hf",
+    "transformers-siglip": "hf",
+}
+"""Fixture -> layout of its names."""
+LIMIT = 1e-5
+"""Relative deviation of features, loss and gradients from the public implementation."""
+
+
+def model_of(name: str) -> ModelConfig:
+    if name == "timm-siglip":  # timm has no toy by name; its towers are transformers' with exact GELU
+        model = model_of("transformers-siglip")
+        return replace(model, vision=replace(model.vision, mlp="gelu"), text=replace(model.text, mlp="gelu"))
+    config = load_json(f"public-{name}/config.json")
+    if FORMAT[name] == "openclip":
+        return model_from_open_clip(config)
+    return model_from_transformers(config, name.removeprefix("transformers-"))
+
+
+def source_of(name: str, file: str = "weights") -> ForeignWeights:
+    model = model_of(name)
+    path = FOLDER / f"public-{name}" / f"{file}.safetensors"
+    return ForeignWeights(open_state(path), layout_of(FORMAT[name], model), model, str(path))
+
+
+def logical(name: str, file: str) -> dict[str, Tensor]:
+    source = source_of(name, file)
+    return {ours: source.read_whole(ours) for ours in source.logical}
+
+
+@pytest.mark.parametrize("name", FORMAT)
+def test_weights_go_in_and_out_to_the_bit(name: str) -> None:
+    source, theirs = source_of(name), load_tensors(f"public-{name}/weights")
+    back: dict[str, Tensor] = {}
+    for ours, entry in source.entries.items():
+        back |= dict(zip(entry.theirs, entry.to_theirs(source.read_whole(ours)), strict=True))
+    derived = {key for key in theirs if key.endswith("position_ids")}
+    assert back.keys() == theirs.keys() - derived
+    for key, value in back.items():
+        assert value.shape == theirs[key].shape and value.equal(theirs[key]), key
+
+
+@pytest.mark.parametrize("name", [name for name in FORMAT if name != "timm-siglip"])
+def test_the_config_goes_in_and_out(name: str) -> None:
+    model = model_of(name)
+    if FORMAT[name] == "openclip":
+        assert open_clip_from_model(model) == load_json(f"public-{name}/config.json")
+    else:
+        back = transformers_from_model(model, family(model), 2.0)
+        assert model_from_transformers(back, family(model)) == model
+
+
+# --- through the engine ----------------------------------------------------------------------------------------------
+
+
+def config_of(name: str, tensor: int, pipeline: int, sequence: bool, micro_batch: int) -> Config:
+    model = asdict(model_of(name))
+    loss = "sigmoid" if "siglip" in name else "softmax"
+    train = {"global_batch_size": 8, "micro_batch_size": micro_batch, "patch_dropout": 0.0}
+    train |= {"logit_scale": None, "loss": loss}
+    parallel = {"tensor": tensor, "pipeline": pipeline, "sequence": sequence}
+    return resolve({"model": model, "data": {"shards": ["-"]}, "train": train, "parallel": parallel}, [])
+
+
+def one_pass(name: str, layout: tuple[int, int, bool, int], mesh: Mesh) -> dict[str, Any]:
+    """Features' directions, loss and whole gradients on rank 0."""
+    trainer = Trainer(config_of(name, *layout), mesh, prepare())
+    load_weights(trainer.towers, logical(name, "weights"))
+    step, io = trainer.training_step, load_tensors(f"public-{name}/io")
+    rows: list[tuple[Tensor, Tensor]] = []
+
+    def loss(images: Tensor, text: Tensor) -> LossResult:
+        rows.append((images, text))
+        return step.work.loss(images, text)
+
+    result = backward_only(step, local_batch(io["images_u8"], io["text"], mesh), loss)
+    out = {"loss": result.loss, "gradients": whole_gradients(trainer)}
+    everyone = gather_objects((mesh.data.rank, mesh.replica.rank, *rows[0]), mesh.world)
+    everyone.sort(key=lambda entry: entry[:2])
+    if everyone:
+        out |= {"image": torch.cat([e[2] for e in everyone]), "text": torch.cat([e[3] for e in everyone])}
+    return out
+
+
+LAYOUTS = {
+    1: [(1, 1, True, 4)],
+    2: [(2, 1, True, 4), (2, 1, False, 2), (1, 2, True, 4)],
+    4: [(2, 2, True, 4), (1, 2, True, 4), (2, 1, True, 2)],
+}
+"""Ranks -> (tensor, pipeline, sequence, micro-batch)."""
+
+
+def _cases(ranks: int) -> list[tuple[str, tuple[int, int, bool, int]]]:
+    return [(name, layout) for name in FORMAT for layout in LAYOUTS[ranks]]
+
+
+def run_cases(ranks: int) -> list[dict[str, Any]]:
+    mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, dist.group.WORLD))
+    return [one_pass(name, layout, mesh(layout[0], layout[1])) for name, layout in _cases(ranks)]
+
+
+def check(name: str, found: dict[str, Any]) -> None:
+    io, wanted = load_tensors(f"public-{name}/io"), logical(name, "grads")
+    for tower in ("image", "text"):
+        reference = torch.nn.functional.normalize(io[f"{tower}_features"], dim=-1)
+        assert deviation(found[tower], reference) < LIMIT, tower
+    assert deviation(torch.as_tensor(found["loss"]), io["loss"]) < LIMIT
+    assert found["gradients"].keys() == wanted.keys()
+    whole = torch.cat([value.flatten() for value in wanted.values()]).norm()
+    for key, value in wanted.items():
+        # The gradient of a k bias is zero but for rounding: what is small beside all of them is measured beside them.
+        assert deviation(found["gradients"][key], value, floor=1e-2 * float(whole)) < LIMIT, key
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", LAYOUTS)
+def test_features_loss_and_gradients_are_theirs(ranks: int) -> None:
+    results = run_distributed(run_cases, ranks, ranks=ranks)[0]
+    for (name, layout), found in zip(_cases(ranks), results, strict=True):
+        try:
+            check(name, found)
+        except AssertionError as error:
+            raise AssertionError(f"{name} at {layout}: {error}") from error
