@@ -18,6 +18,7 @@ from engine.config.schema import (
 )
 from models.blocks.kernel_checks import check_kernels
 from models.config import ModelConfigError
+from models.tensors.kept import LEVELS
 
 
 def changed_settings(section: Any, names: list[str]) -> list[str]:
@@ -38,6 +39,7 @@ def check(config: Config) -> None:
     _check_train(config.train)
     _check_kernels(config)
     _check_offload(config)
+    _check_outputs(config)
     _check_optim(config.optim)
     _check_checkpoint(config.checkpoint)
     _check_init(config.init)
@@ -176,6 +178,34 @@ def _check_offload(config: Config) -> None:
     require(
         not train.offload_stash or train.keep_activations != -1,
         "train.offload_stash has nothing to move with train.keep_activations=-1: no micro-batch is stashed",
+    )
+
+
+def _check_outputs(config: Config) -> None:
+    train, model = config.train, config.model
+    level, budget = train.keep_outputs, train.outputs_budget_gb
+    require(level in LEVELS, f"train.keep_outputs is {level!r}: choose one of {', '.join(LEVELS)}")
+    require(
+        budget is None or (budget >= 0 and level == "none"),
+        f"train.outputs_budget_gb {budget} replaces train.keep_outputs {level}: give one of them, and not a negative "
+        "budget",
+    )
+    if level == "none" and budget is None:
+        require(
+            not train.offload_outputs,
+            "train.offload_outputs has nothing to move: set train.keep_outputs or train.outputs_budget_gb",
+        )
+        return
+    asked = f"train.keep_outputs={level}" if budget is None else f"train.outputs_budget_gb={budget}"
+    require(
+        model.backend != "transformer_engine",
+        f"{asked} needs model.backend=local: Transformer Engine's linears quantise and multiply in one call and cannot "
+        "answer with a kept output",
+    )
+    require(
+        train.recompute == "full" or train.keep_activations != -1,
+        f"{asked} has nothing to keep with train.keep_activations=-1 and train.recompute={train.recompute}: no product "
+        "is repeated",
     )
 
 

@@ -41,6 +41,12 @@ def check_layout(config: Config, world_size: int) -> int:
         f"train.offload_stash has nothing to move with train.keep_activations {keep}, all {local} micro-batches of a "
         "replica: lower it",
     )
+    repeats = keep < local or config.train.recompute == "full"
+    require(
+        repeats or (config.train.keep_outputs == "none" and config.train.outputs_budget_gb is None),
+        f"train.keep_outputs has nothing to keep with train.keep_activations {keep}, all {local} micro-batches of a "
+        "replica: lower it",
+    )
     return data
 
 

@@ -53,6 +53,13 @@ class TrainConfig:
     """Inside a vision stage: none | selective (core attention) | full (every layer), where one does not fit."""
     offload_stash: bool = False
     """Stage inputs wait for the replay in (pinned) host memory instead of the device's."""
+    keep_outputs: str = "none"
+    """Outputs of the blocks' products that a replay takes instead of multiplying again: none | fc2 | fc2+proj |
+    fc2+proj+qkv | all (fc1, too); the same losses to the bit, memory for time (docs/contrastive_step.md)."""
+    outputs_budget_gb: float | None = None
+    """Instead of keep_outputs: each chunk of each rank keeps as many kinds of them as fit into this much memory."""
+    offload_outputs: bool = False
+    """Kept outputs wait for the replay in (pinned) host memory instead of the device's."""
     patch_dropout: float = 0.5
     """Share of patches dropped from each image (paper, section 3: 0.5 for most of training)."""
     seed: int = 0

@@ -24,6 +24,7 @@ from engine.parallel.mesh import Mesh
 from engine.parallel.rows import deal_from_last_stage, gather_rows
 from engine.pipeline.clock import Phases
 from engine.pipeline.links import Backward, Pipeline, Unit, forward_order
+from engine.pipeline.outputs import KeptOutputs
 from engine.pipeline.stash import DeviceStash, HostStash
 
 VisionChunk = Callable[[Tensor | None, int], Tensor]
@@ -65,10 +66,13 @@ class Work:
     """The chunks of this rank, in tower order."""
     vision_backward: Sequence[Backward]
     """One a chunk."""
+    vision_outputs: Sequence[KeptOutputs]
+    """Kept outputs of products, one a chunk."""
     text: TextTower
     text_rows: list[slice]
     """This rank's own rows of the local batch, in parts for the text tower."""
     text_backward: Backward
+    text_outputs: KeptOutputs
     loss: Loss
 
 
@@ -133,7 +137,8 @@ class _Step:
     def _encode_unit(self, unit: Unit, inbox) -> Tensor:
         hidden = None if self.pipeline.starts(unit) else self._receive(inbox)
         keep = unit.micro_batch >= self.shape.micro_batches - self.shape.keep
-        with self.phases.time("encode", unit), torch.set_grad_enabled(keep):
+        leaving = self.work.vision_outputs[unit.chunk].leaving(unit.micro_batch)
+        with self.phases.time("encode", unit), torch.set_grad_enabled(keep), leaving:
             if keep and hidden is not None:
                 hidden.requires_grad_()
             output = self.work.vision[unit.chunk](hidden, unit.micro_batch)
@@ -147,7 +152,11 @@ class _Step:
 
     def _encode_text(self) -> None:
         with self.phases.time("encode_text"), torch.set_grad_enabled(self.shape.keep_text):
-            self.text_embeddings = [self.work.text(part) for part in range(len(self.work.text_rows))]
+            self.text_embeddings = [self._encode_part(part) for part in range(len(self.work.text_rows))]
+
+    def _encode_part(self, part: int) -> Tensor:
+        with self.work.text_outputs.leaving(part):
+            return self.work.text(part)
 
     # --- phase 3 -------------------------------------------------------------------------------------------------
 
@@ -159,7 +168,8 @@ class _Step:
         if not self.mesh.is_last_stage:
             self._backprop_text(text_gradient)
         for unit in reversed(self.units):
-            self._backprop_unit(unit, inbox, micro[unit.micro_batch])
+            with self.work.vision_outputs[unit.chunk].taking(unit.micro_batch):
+                self._backprop_unit(unit, inbox, micro[unit.micro_batch])
         if self.mesh.is_last_stage:
             self._backprop_text(text_gradient)
         self.pipeline.previous.drain()
@@ -188,9 +198,10 @@ class _Step:
         with self.phases.time("backward_text"):
             for part in reversed(range(len(parts))):
                 rows = slice(parts[part].start - first, parts[part].stop - first)
-                embedding = self.text_embeddings[part] if self.shape.keep_text else self.work.text(part)
-                with self.work.text_backward(part == 0):
-                    torch.autograd.backward(embedding, gradient[rows])
+                with self.work.text_outputs.taking(part):
+                    embedding = self.text_embeddings[part] if self.shape.keep_text else self.work.text(part)
+                    with self.work.text_backward(part == 0):
+                        torch.autograd.backward(embedding, gradient[rows])
         self.text_embeddings = []
 
     def _receive(self, inbox) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from engine.parallel.mesh import Mesh
 from engine.pipeline.clock import Phases
 from engine.pipeline.links import Backward, Inbox, Pipeline, Unit, forward_order
+from engine.pipeline.outputs import KeptOutputs
 
 Chunk = Callable[[Tensor | None, int], Tensor]
 """(chunk input, or None where the tower starts; micro-batch) -> chunk output; where it ends its share of the loss."""
@@ -61,8 +62,12 @@ class OneForwardOneBackward:
         self.pipeline = Pipeline(mesh, chunks, hidden, dtype, device)
         self.turns = turns(micro_batches, stages=mesh.pipeline.size, stage=mesh.pipeline.rank, chunks=chunks)
 
-    def run(self, chunks: Sequence[Chunk], backward: Sequence[Backward], phases: Phases) -> Tensor:
-        """One step of this rank's chunks, in tower order, with a `backward` for each. Collective over the pipeline.
+    def run(
+        self, chunks: Sequence[Chunk], backward: Sequence[Backward], outputs: Sequence[KeptOutputs], phases: Phases
+    ) -> Tensor:
+        """One step of this rank's chunks, in tower order, with a `backward` and kept outputs for each.
+
+        Collective over the pipeline.
 
         Gradients are left in the parameters. Returns the sum of the loss shares on the last stage, 0 elsewhere (0-d).
         """
@@ -71,6 +76,7 @@ class OneForwardOneBackward:
             self,
             chunks,
             backward,
+            outputs,
             phases,
             inputs_from=self.pipeline.forward_inbox(units),
             gradients_from=self.pipeline.backward_inbox(units),
@@ -92,6 +98,7 @@ class _Step:
     schedule: OneForwardOneBackward
     chunks: Sequence[Chunk]
     contexts: Sequence[Backward]
+    outputs: Sequence[KeptOutputs]
     phases: Phases
     inputs_from: Inbox
     gradients_from: Inbox
@@ -103,7 +110,7 @@ class _Step:
 
     def forward(self, unit: Unit) -> None:
         hidden = None if self.pipeline.starts(unit) else self._receive(self.inputs_from).requires_grad_()
-        with self.phases.time("forward", unit):
+        with self.phases.time("forward", unit), self.outputs[unit.chunk].leaving(unit.micro_batch):
             output = self.chunks[unit.chunk](hidden, unit.micro_batch)
         self.in_flight[unit] = hidden, output
         if self.pipeline.ends(unit):
@@ -115,7 +122,8 @@ class _Step:
         hidden, output = self.in_flight.pop(unit)
         gradient = None if self.pipeline.ends(unit) else self._receive(self.gradients_from)
         is_last = unit.micro_batch == self.schedule.micro_batches - 1  # of this chunk: backwards come in order
-        with self.phases.time("backward", unit), self.contexts[unit.chunk](is_last):
+        taking = self.outputs[unit.chunk].taking(unit.micro_batch)
+        with self.phases.time("backward", unit), self.contexts[unit.chunk](is_last), taking:
             torch.autograd.backward(output, gradient)
         if hidden is not None:
             assert hidden.grad is not None

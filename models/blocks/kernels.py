@@ -12,11 +12,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
 from models.blocks.attention import FlashAttention, Kernel, MatmulAttention, SdpaAttention
 from models.blocks.norms import NORMS, ApexRMSNorm, CompiledRMSNorm
+from models.blocks.outputs import ColumnLinear, RowLinear
 from models.blocks.packages import (
     APEX,
     FLASH_2,
@@ -140,8 +140,8 @@ def vision_kernels(model: ModelConfig, layers: range, dtype: torch.dtype) -> Ker
         "apex": ApexRMSNorm,
         "compiled": CompiledRMSNorm,
     }
-    column: Kernel = ColumnParallelLinear
-    row: Kernel = RowParallelLinear
+    column: Kernel = ColumnLinear
+    row: Kernel = RowLinear
     settings: dict[str, Any] = {}
     if choice.backend == "transformer_engine":
         from models.blocks import te  # megatron-core's wrappers are empty shells where Transformer Engine is missing

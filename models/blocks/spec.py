@@ -17,7 +17,6 @@ from typing import Any
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -33,6 +32,7 @@ from models.blocks.attention import CoreAttention, QkvWithBias, SdpaAttention, S
 from models.blocks.kernels import Kernels
 from models.blocks.last_block import LastBlock
 from models.blocks.norms import LayerNorm, PostNormResidual, SplitChannelNorm
+from models.blocks.outputs import ColumnLinear, RowLinear
 from models.config import VisionConfig
 
 Spec = Any  # ModuleSpec or class, as megatron-core's submodule tables take them
@@ -136,13 +136,13 @@ def _linear_qkv(vision: VisionConfig, kernels: Kernels) -> Callable[..., nn.Modu
 
 def text_layer_spec(config: TransformerConfig, causal: bool) -> ModuleSpec:
     """One block of the caption tower on torch's kernels: pre-norm, every linear with a bias."""
-    kernels = Kernels(column=ColumnParallelLinear, row=RowParallelLinear, norm=LayerNorm, attention=SdpaAttention)
+    kernels = Kernels(column=ColumnLinear, row=RowLinear, norm=LayerNorm, attention=SdpaAttention)
     return _layer_spec(
         config=config,
         kernels=kernels,
         post_norm=False,
         mask=AttnMaskType.causal if causal else AttnMaskType.no_mask,
-        linear_qkv=ColumnParallelLinear,
+        linear_qkv=ColumnLinear,
         core_attention=partial(CoreAttention, kernel=SdpaAttention),
         mlp=_gelu_mlp(config, kernels),
     )

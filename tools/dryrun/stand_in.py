@@ -17,6 +17,8 @@ class FoldedChunk:
         """number: of the chunk on this rank."""
         self.chunk, self.number, self.recorder = chunk, number, recorder
         self._shape, self._dtype = torch.Size(), torch.float32
+        self._left: dict[int, Tensor] = {}
+        """Micro-batch -> as much memory as one like it leaves behind for its replay (kept outputs)."""
 
     def __call__(self, hidden: Tensor | None, micro_batch: int) -> Tensor:
         """Chunk input -> chunk output, in the graph where gradients are on."""
@@ -25,9 +27,11 @@ class FoldedChunk:
             self._shape, self._dtype = output.shape, output.dtype
             return output
         output = torch.empty(self._shape, dtype=self._dtype)
-        if not torch.is_grad_enabled():
-            return output
+        self._left.pop(micro_batch, None)
         left_bytes = self.recorder.left_bytes(Unit(self.number, micro_batch)) - output.nbytes
+        if not torch.is_grad_enabled():
+            self._left[micro_batch] = torch.empty(max(0, left_bytes), dtype=torch.uint8)
+            return output
         source = torch.empty(0, requires_grad=True) if hidden is None else hidden
         return _StandIn.apply(source, output, max(0, left_bytes))
 

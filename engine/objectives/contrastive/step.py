@@ -21,6 +21,7 @@ from engine.parallel.rows import own_rows, rows_of_every_rank
 from engine.pipeline.clock import Phases
 from engine.pipeline.executor import ContrastiveSchedule, LossResult, StepShape, Work
 from engine.pipeline.memory import keep_within, saved_bytes
+from engine.pipeline.outputs import Passes, keep_of, output_levels
 from models.clip import LEARNED_SCALE_MAX, embedding
 
 LOGIT_SCALE_BOUNDS = {"logit_scale.log_scale": (0.0, LEARNED_SCALE_MAX)}
@@ -50,15 +51,22 @@ class ContrastiveStep:
         rows = own_rows(self.local_batch, mesh)
         self.row_counts = rows_of_every_rank(self.local_batch, mesh)
         self.text = TextRunner(self.side.tower, rows=_parts(rows, train.text_micro_batch_size), device=device)
+        shape = self._shape()
+        *levels, of_text = output_levels(config, mesh, device, towers.vision, self.side.tower, self._passes(shape))
         self.work = Work(
             vision=self.vision,
             vision_backward=[part.last_backward for part in towers.parts[:-1]],
+            vision_outputs=[
+                keep_of(tower.block.layers, level, config, device)
+                for tower, level in zip(towers.vision, levels, strict=True)
+            ],
             text=self.text,
             text_rows=self.text.rows,
             text_backward=towers.parts[-1].last_backward,
+            text_outputs=keep_of(self.side.tower.block.layers, of_text, config, device),
             loss=self._loss,
         )
-        self.schedule = ContrastiveSchedule(mesh, self._shape(), device, config.parallel.virtual)
+        self.schedule = ContrastiveSchedule(mesh, shape, device, config.parallel.virtual)
 
     def __call__(self, batch: LocalBatch, phases: Phases) -> StepOutcome:
         """Train on one batch."""
@@ -121,6 +129,13 @@ class ContrastiveStep:
             keep_text=keep == micro_batches,
             offload_stash=train.offload_stash,
         )
+
+    def _passes(self, shape: StepShape) -> Passes:
+        """Passes that leave outputs behind: those that are repeated, and all of them under full recomputation."""
+        full = self.config.train.recompute == "full"
+        repeated = shape.micro_batches - (0 if full else shape.keep)
+        captions = 0 if shape.keep_text else sum(rows.stop - rows.start for rows in self.text.rows)
+        return Passes(self.config, self.mesh.tensor.size, vision_passes=repeated, captions=captions)
 
     def _keep(self, micro_batches: int) -> int:
         train = self.config.train

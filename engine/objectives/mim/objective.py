@@ -29,6 +29,8 @@ _CONTRASTIVE_ONLY = {
         "keep_activations": _ONE_F_ONE_B,
         "activation_budget_gb": _ONE_F_ONE_B,
         "offload_stash": _ONE_F_ONE_B,
+        "outputs_budget_gb": _ONE_F_ONE_B,
+        "offload_outputs": _ONE_F_ONE_B,
         **dict.fromkeys(("text_micro_batch_size", "logit_scale", "loss", "loss_variant", "loss_tile"), _NO_CAPTIONS),
     },
     "optim": dict.fromkeys(("lr_text", "lr_other", "layer_decay_text"), _NO_CAPTIONS),
@@ -55,6 +57,12 @@ class Mim:
         dropout = config.train.patch_dropout
         require(
             dropout == 0, f"train.patch_dropout is {dropout}: objective=mim masks patches and drops none, set it to 0"
+        )
+        kept, recompute = config.train.keep_outputs, config.train.recompute
+        require(
+            kept == "none" or recompute == "full",
+            f"train.keep_outputs={kept} with objective=mim needs train.recompute=full, not {recompute}: 1F1B repeats no "
+            "product otherwise",
         )
         frames = config.data.frames
         require(frames == 1, f"data.frames {frames} needs objective=contrastive")

@@ -20,6 +20,7 @@ from engine.parallel.mesh import Mesh
 from engine.parallel.rows import own_rows, split_rows
 from engine.pipeline.clock import Phases
 from engine.pipeline.one_f_one_b import OneForwardOneBackward
+from engine.pipeline.outputs import keep_of
 from models.towers.mim import StudentTower
 from models.towers.vision import VisionTower
 
@@ -48,6 +49,7 @@ class MimStep:
         self.teacher = Teacher(teacher, width=teacher_model(config).embed_dim, micro_batch=train.micro_batch_size)
         self.local_batch = train.global_batch_size // mesh.data.size
         self.student = [self._runner(chunk) for chunk in towers.vision]
+        self.outputs = [keep_of(chunk.block.layers, train.keep_outputs, config, device) for chunk in towers.vision]
         split = mesh.tensor.size if config.parallel.sequence else 1
         self.schedule = OneForwardOneBackward(
             mesh,
@@ -82,7 +84,7 @@ class MimStep:
         for runner in self.student:
             runner.batch = shown
         backward = [part.last_backward for part in self.towers.parts]
-        return masked_count, self.schedule.run(self.student, backward, phases)
+        return masked_count, self.schedule.run(self.student, backward, self.outputs, phases)
 
     def _targets(self, images: Tensor | None, masked: Tensor, phases: Phases) -> Tensor | None:
         """The teacher's features of the masked patches of the local batch, on the last stage. Collective over replica.

@@ -1,0 +1,69 @@
+"""Which outputs of a block's matrix products may be kept, and what they take; plain arithmetic, no torch."""
+
+from models.config import TextConfig, VisionConfig
+
+LEVELS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "fc2": ("fc2",),
+    "fc2+proj": ("fc2", "proj"),
+    "fc2+proj+qkv": ("fc2", "proj", "qkv"),
+    "all": ("fc2", "proj", "qkv", "fc1"),
+}
+"""train.keep_outputs -> kinds of products whose outputs are kept, most FLOPs spared per byte first."""
+
+
+def kept_elements(
+    tower: VisionConfig | TextConfig,
+    level: str,
+    *,
+    blocks: int,
+    tokens: int,
+    pooled: int | None,
+    tensor: int = 1,
+    sequence: bool = False,
+) -> int:
+    """Elements that one pass over `tokens` packed tokens keeps on a rank, in `blocks` blocks.
+
+    pooled: rows that the last of them answers with (padding included), where it ends a tower whose head reads one token
+    of each sample; None otherwise. tensor, sequence: ranks of the tensor axis, and whether they split the tokens.
+    """
+    per_row = {kind: _width(tower, kind) for kind in LEVELS[level]}
+    split = {"qkv": tensor, "fc1": tensor, "fc2": tensor if sequence else 1, "proj": tensor if sequence else 1}
+    whole = blocks - (pooled is not None)
+    elements = 0
+    for kind, width in per_row.items():
+        rows = whole * tokens
+        if pooled is not None:
+            rows += tokens if kind == "qkv" else pooled
+        elements += rows * width // split[kind]
+    return elements
+
+
+def replayed_share(tower: VisionConfig | TextConfig, level: str) -> float:
+    """Share of a whole block's products that a replay still multiplies."""
+    products = {kind: _width(tower, kind) * _inputs(tower, kind) for kind in LEVELS["all"]}
+    spared = sum(products[kind] for kind in LEVELS[level])
+    return 1 - spared / sum(products.values())
+
+
+def _width(tower: VisionConfig | TextConfig, kind: str) -> int:
+    """Output features of a product, on all tensor ranks together."""
+    if kind in ("fc2", "proj"):
+        return tower.width
+    return _channels(tower) * 3 if kind == "qkv" else _hidden(tower) * (2 if _gated(tower) else 1)
+
+
+def _inputs(tower: VisionConfig | TextConfig, kind: str) -> int:
+    return {"fc2": _hidden(tower), "proj": _channels(tower), "qkv": tower.width, "fc1": tower.width}[kind]
+
+
+def _hidden(tower: VisionConfig | TextConfig) -> int:
+    return tower.mlp_hidden if isinstance(tower, VisionConfig) else 4 * tower.width
+
+
+def _channels(tower: VisionConfig | TextConfig) -> int:
+    return tower.heads * tower.head_width if isinstance(tower, VisionConfig) else tower.width
+
+
+def _gated(tower: VisionConfig | TextConfig) -> bool:
+    return isinstance(tower, VisionConfig) and tower.mlp == "swiglu"
