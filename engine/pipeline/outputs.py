@@ -1,4 +1,4 @@
-"""Kept outputs of products over a step (models/blocks/outputs.py): pass by pass, on the device or in (pinned) host memory.
+"""Kept outputs of products (models/blocks/outputs.py) over a step: pass by pass, on the device or in host memory.
 
 Every pass without graph that is repeated with one leaves its outputs here: a micro-batch through a chunk from its
 encode to its replay, a part of the captions likewise, and under full recomputation a forward until its backward.

@@ -27,23 +27,25 @@ def kept_elements(
     pooled: rows that the last of them answers with (padding included), where it ends a tower whose head reads one token
     of each sample; None otherwise. tensor, sequence: ranks of the tensor axis, and whether they split the tokens.
     """
-    per_row = {kind: _width(tower, kind) for kind in LEVELS[level]}
     split = {"qkv": tensor, "fc1": tensor, "fc2": tensor if sequence else 1, "proj": tensor if sequence else 1}
-    whole = blocks - (pooled is not None)
-    elements = 0
-    for kind, width in per_row.items():
-        rows = whole * tokens
-        if pooled is not None:
-            rows += tokens if kind == "qkv" else pooled
-        elements += rows * width // split[kind]
-    return elements
+    return sum(_rows(kind, blocks, tokens, pooled) * _width(tower, kind) // split[kind] for kind in LEVELS[level])
 
 
-def replayed_share(tower: VisionConfig | TextConfig, level: str) -> float:
-    """Share of a whole block's products that a replay still multiplies."""
-    products = {kind: _width(tower, kind) * _inputs(tower, kind) for kind in LEVELS["all"]}
-    spared = sum(products[kind] for kind in LEVELS[level])
-    return 1 - spared / sum(products.values())
+def spared_flops(
+    tower: VisionConfig | TextConfig, level: str, *, blocks: int, tokens: int, pooled: int | None, tensor: int = 1
+) -> int:
+    """FLOPs of the products that a repeated pass over `tokens` does not multiply on a rank (2 per multiply-add)."""
+    return sum(
+        2 * _rows(kind, blocks, tokens, pooled) * _width(tower, kind) * _inputs(tower, kind) // tensor
+        for kind in LEVELS[level]
+    )
+
+
+def _rows(kind: str, blocks: int, tokens: int, pooled: int | None) -> int:
+    """Rows of all blocks' products of a kind; the last block's keys and values are those of all tokens."""
+    if pooled is None:
+        return blocks * tokens
+    return (blocks - 1) * tokens + (tokens if kind == "qkv" else pooled)
 
 
 def _width(tower: VisionConfig | TextConfig, kind: str) -> int:

@@ -52,6 +52,8 @@ MODELS: dict[str, tuple[str, ...]] = {
 """What changes the mathematics: case and reference share it."""
 BUDGET_GB = 0.0006
 """A few micro-batches of one stage of tiny-18b."""
+OUTPUTS_BUDGET_GB = 0.0001
+"""Some of the products of such a stage."""
 
 
 TP2_PP2, PP2_DP2, PP4, DP4 = (2, 2), (1, 2), (1, 4), (1, 1)
@@ -94,6 +96,13 @@ def _parallel(**values: Any) -> tuple[str, ...]:
 
 
 KEPT = [Case(f"keep-{k}-tp2-pp2", TP2_PP2, _train(keep_activations=k)) for k in (0, 1, -1)]
+OUTPUTS = [
+    *(Case(f"outputs-{level}", TP2_PP2, _train(keep_outputs=level)) for level in ("fc2", "fc2+proj+qkv")),
+    Case("outputs-offload-keep-1", TP2_PP2, _train(keep_outputs="all", offload_outputs=True, keep_activations=2)),
+    Case("outputs-budget", TP2_PP2, _train(outputs_budget_gb=OUTPUTS_BUDGET_GB)),
+    Case("outputs-full", TP2_PP2, _train(keep_outputs="all", recompute="full", keep_activations=-1)),
+    Case("outputs-selective", TP2_PP2, _train(keep_outputs="fc2+proj", recompute="selective", text_micro_batch_size=1)),
+]
 BUDGET = Case("budget", PP2_DP2, _train(activation_budget_gb=BUDGET_GB))
 TRACED = Case("virtual-pp2", PP2_DP2, _parallel(virtual=2))
 PLAIN = Case("no-overlap", PP2_DP2, _parallel(overlap=False))
@@ -102,6 +111,7 @@ FULL = Case("full", PP2_DP2, _train(recompute="full"))
 MEASURED = (BUDGET, PLAIN, SELECTIVE, FULL)
 CASES = [
     *KEPT,
+    *OUTPUTS,
     *MEASURED,
     TRACED,
     Case("keep-2-pp4", PP4, _train(keep_activations=2)),
@@ -122,6 +132,9 @@ CASES = [
     Case("small-buckets-dp4", DP4, _parallel(bucket_size=5000)),
     Case("small-buckets-virtual", PP2_DP2, _parallel(bucket_size=5000, virtual=2) + _train(keep_activations=1)),
     Case("small-buckets-no-overlap", DP4, _parallel(bucket_size=5000, overlap=False)),
+    Case("outputs-no-sp", TP2_PP2, _train(keep_outputs="all") + _parallel(sequence=False)),
+    Case("outputs-virtual", PP2_DP2, _train(keep_outputs="all", offload_outputs=True) + _parallel(virtual=2)),
+    Case("outputs-eva-02-tp2", TP2_PP2, _train(keep_outputs="all"), model="eva-02"),
     Case("ring-dp4", DP4, _train(loss_variant="ring")),
     Case("ring-tp2-pp2-tiles", TP2_PP2, _train(loss_variant="ring", loss_tile=3)),
     Case("learned-scale", PP2_DP2, model="18b-learned-scale"),
@@ -221,6 +234,11 @@ def test_an_option_does_not_show_in_the_curve(
 def test_kept_activations_change_no_bit(ranks: list[dict[str, Any]]) -> None:
     stash, *kept = [ranks[0][case.name]["losses"] for case in KEPT]
     assert kept == [stash, stash]
+
+
+def test_kept_outputs_change_no_bit(ranks: list[dict[str, Any]]) -> None:
+    repeated = ranks[0][KEPT[0].name]["losses"]
+    assert [ranks[0][case.name]["losses"] for case in OUTPUTS] == [repeated] * len(OUTPUTS)
 
 
 def test_a_budget_keeps_what_fits(ranks: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from engine.config.read import Config, load_config, resolve
 from engine.config.stages import stage_layers
 from models.config import ModelConfig
 from models.tensors.flops import block_flops, last_block_flops
+from models.tensors.kept import kept_elements, spared_flops
 from tools.cost import counts
 from tools.cost.activations import text_saved_bytes
 from tools.cost.layout import layout_of, stages_of
@@ -74,6 +75,9 @@ def loss_flops(model: ModelConfig, rows: int, batch: int) -> int:
         (4, 3, ("parallel.tensor=2", "parallel.sequence=false")),
         (6, 5, ("parallel.pipeline=3", "train.global_batch_size=24")),
         (4, 0, ("parallel.pipeline=2", "parallel.tensor=2", "train.text_micro_batch_size=3")),
+        (2, 0, ("parallel.pipeline=2", "train.keep_outputs=fc2")),
+        (4, 3, ("parallel.pipeline=2", "parallel.tensor=2", "train.keep_outputs=fc2+proj+qkv")),
+        (1, 0, ("train.keep_outputs=all", "train.keep_activations=3", "train.offload_outputs=true")),
     ],
 )
 def test_flops_are_those_of_the_planner(ranks: int, rank: int, options: tuple[str, ...]) -> None:
@@ -84,11 +88,21 @@ def test_flops_are_those_of_the_planner(ranks: int, rank: int, options: tuple[st
     captions = local // replica
     forward, embed = vision_flops(config, report.stage)
     replayed = local - report.keep * config.train.micro_batch_size
+    vision, text, level = config.model.vision, config.model.text, config.train.keep_outputs
+    spared = spared_flops(
+        vision,
+        level,
+        blocks=sum(map(len, report.blocks)),
+        tokens=vision.kept_tokens(config.train.patch_dropout),
+        pooled=1 if report.stage == config.parallel.pipeline - 1 else None,
+        tensor=config.parallel.tensor,
+    )
+    of_captions = spared_flops(text, level, blocks=text.depth, tokens=text.context_length, pooled=1)
     assert flops_by_part(report) == {
         "encode": local * forward,
-        "replay": replayed * forward,
+        "replay": replayed * (forward - spared),
         "backward": local * (2 * forward - embed),
-        "text": 4 * captions * counts.text_executed_flops(config.model),
+        "text": captions * (4 * counts.text_executed_flops(config.model) - of_captions),
         "loss": loss_flops(config.model, captions, config.train.global_batch_size),
         "other": 0,
     }
@@ -97,6 +111,38 @@ def test_flops_are_those_of_the_planner(ranks: int, rank: int, options: tuple[st
 def test_a_product_without_a_formula_is_an_error() -> None:
     with pytest.raises(NotImplementedError, match=r"aten\.convolution"):
         flops(torch.ops.aten.convolution.default, ())
+
+
+def test_nine_fourteenths_of_the_products_are_repeated_with_fc2_kept_and_none_with_all() -> None:
+    def products(level: str) -> tuple[int, int]:
+        """Of encode and replay, on a stage of whole blocks; attention multiplies nothing that could be kept."""
+        config = small("model.vision.mlp_hidden=160", "parallel.pipeline=4", f"train.keep_outputs={level}")
+        vision = config.model.vision
+        phases = dry_run(config, 4, 1).phases
+        attention = 32 * vision.depth // 4 * 4 * vision.width * vision.kept_tokens(0.5) ** 2
+        return phases["encode"].flops - attention, phases["replay"].flops - attention
+
+    once, again = products("none")
+    assert again == once
+    once, again = products("fc2")
+    assert again == once * 9 // 14
+    assert products("all") == (once, 0)
+
+
+def test_kept_outputs_are_in_the_memory_or_on_the_host() -> None:
+    options = ("parallel.pipeline=4", "train.text_micro_batch_size=1")
+    plain, kept, host = (
+        dry_run(small(*options, *more), 4, 1).peaks["loss"]
+        for more in ((), ("train.keep_outputs=all",), ("train.keep_outputs=all", "train.offload_outputs=true"))
+    )
+    config = small(*options)
+    vision, text = config.model.vision, config.model.text
+    expected = 4 * (
+        kept_elements(vision, "all", blocks=1, tokens=32 * vision.kept_tokens(0.5), pooled=None)
+        + kept_elements(text, "all", blocks=text.depth, tokens=8 * text.context_length, pooled=8)
+    )
+    assert kept.total - plain.total == pytest.approx(expected, rel=0.02)
+    assert host.total == pytest.approx(plain.total, rel=0.01)
 
 
 # --- traffic ----------------------------------------------------------------------------------------------------------

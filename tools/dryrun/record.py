@@ -20,6 +20,7 @@ from engine.parallel.mesh import Mesh
 from engine.parallel.rows import own_rows
 from engine.pipeline.memory import saved_bytes
 from engine.pipeline.one_f_one_b import Turn
+from engine.pipeline.outputs import HostOutputs
 from engine.pipeline.stash import HostStash
 from tools.dryrun.folding import Folding
 from tools.dryrun.memory import ELSEWHERE
@@ -55,8 +56,9 @@ def record_step(step: TrainingStep, batch: LocalBatch, *, every: bool) -> Record
         with _inputs_as_activations(step, recorder), recorder:
             step(batch, RecordedPhases(recorder))
         return recorder
-    if isinstance(step.schedule.stash, HostStash):
-        step.schedule.stash.side = _HostMemory(recorder, step.device)
+    for keeper in (step.schedule.stash, *step.work.vision_outputs, step.work.text_outputs):
+        if isinstance(keeper, HostStash | HostOutputs):
+            keeper.side = _HostMemory(recorder, step.device)
     step.work.vision = [FoldedChunk(chunk, i, recorder) for i, chunk in enumerate(step.vision)]
     with recorder:
         step(batch, RecordedPhases(recorder))
