@@ -4,12 +4,13 @@ A rank holds one or more chunks of the vision tower (more than one with virtual 
 wrapped in megatron-core's DistributedDataParallel on its own: flat fp32 gradient buckets, reduce-scatter, all-gather.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from torch import nn
+from torch import Tensor, nn
 
 from engine.config.read import Config
 from engine.config.stages import stage_layers
@@ -17,6 +18,7 @@ from engine.objectives.registry import objective_of
 from engine.optim.groups import tensor_group
 from engine.optim.lamb import ShardedOptimizer
 from engine.parallel.mesh import Axis, Mesh
+from engine.parallel.sharded import ShardedPart
 from engine.parallel.shards import TowerShards
 from models.clip import LogitBias, LogitScale
 from models.tensors.init import initialise
@@ -49,11 +51,41 @@ class Part:
     holders: Axis
     """Ranks with any slice of these logical tensors."""
     tensor_rank: int
+    sharded: ShardedPart | None = None
+    """None: weights and gradients are always whole on every owner (parallel.shard: optimizer)."""
 
     def last_backward(self, is_last: bool) -> AbstractContextManager:
         """Context of a backward: a bucket's reduction starts in the step's last one, as soon as it is complete."""
         overlapped = self.ddp.ddp_config.overlap_grad_reduce
         return self.ddp.no_sync() if overlapped and not is_last else nullcontext()
+
+    def wait_for_weights(self) -> None:
+        """A gather of new weights that is under way ends."""
+        if self.ddp.ddp_config.overlap_param_gather:
+            for group in self.ddp.bucket_groups:
+                group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """The part's weights can be read in the block, outside a step. Collective over the owners."""
+        self.wait_for_weights()
+        if self.sharded is None:
+            yield
+            return
+        self.sharded.wait()
+        try:
+            yield
+        finally:
+            self.sharded.release()
+
+    def partial_gradients(self) -> list[Tensor]:
+        """Gradients that each tensor rank has of its own tokens only (norms, biases, embedding); of the owned elements
+        at least.
+        """
+        if self.sharded is not None:
+            return self.sharded.partial_gradients()
+        parameters = [p for p in self.ddp.module.parameters() if getattr(p, "sequence_parallel", False)]
+        return [p.main_grad for p in parameters]  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -85,17 +117,37 @@ class Towers:
     def zero_gradients(self) -> None:
         """Before a step."""
         for part in self.parts:
-            part.ddp.zero_grad_buffer()
+            if part.sharded is not None:
+                part.sharded.reset()
+            else:
+                part.ddp.zero_grad_buffer()
 
     def finish_reduction(self) -> None:
         """After the last backward: gradients of the owned elements are complete. Collective."""
         for part in self._shared_parts():
-            part.ddp.finish_grad_sync()
+            if part.sharded is not None:
+                part.sharded.finish()
+            else:
+                part.ddp.finish_grad_sync()
 
     def gather_weights(self, wait: bool = False) -> None:
-        """After the update: start (overlapped) or do the all-gather of the new weights. Collective."""
+        """After the update: start (overlapped) or do the all-gather of the new weights. Collective.
+
+        Of parts whose weights are sharded the ranks that gather them learn of the new ones.
+        """
         for part in self._shared_parts():
-            part.ddp.start_param_sync(force_sync=wait)
+            if part.sharded is not None and part.sharded.axes is not None:
+                part.sharded.publish()
+            else:
+                part.ddp.start_param_sync(force_sync=wait)
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Every weight of this rank's parts can be read in the block, outside a step. Collective."""
+        with ExitStack() as parts:
+            for part in self.parts:
+                parts.enter_context(part.whole_weights())
+            yield
 
     def _shared_parts(self) -> list[Part]:
         """Parts with more than one owner; gloo copies whole buffers even in a group of one (6 % of a bf16 step)."""
@@ -104,43 +156,71 @@ class Towers:
     def wait_for_weights(self) -> None:
         """Before weights are read outside a forward pass, by a checkpoint for example."""
         for part in self.parts:
-            if part.ddp.ddp_config.overlap_param_gather:
-                for group in part.ddp.bucket_groups:
-                    group.finish_param_sync(skip_next_bucket_dispatch=True)
+            part.wait_for_weights()
 
 
 def build_towers(config: Config, mesh: Mesh, device: torch.device) -> Towers:
-    """Build, initialise and wrap. Collective over the mesh."""
-    chunks = build_vision(config, mesh, device)
-    side = _build_text_side(config, mesh, device) if objective_of(config).reads_captions else None
-    parts = [
-        Part(
+    """Build, initialise, wrap and shard, part by part: no more than one is whole where weights are sharded.
+
+    Collective over the mesh.
+    """
+    chunks, parts = [], []
+    rule = objective_of(config).initial_values()
+    for chunk in _vision_chunks(config, mesh, device):
+        part = Part(
             ddp=_wrap(chunk, chunk.config, mesh.vision_groups(), config),
             logical=logical_tensors(chunk, "vision", chunk.layers.start, mesh.tensor.size),
             owners=mesh.data,
             holders=mesh.stage,
             tensor_rank=mesh.tensor.rank,
         )
-        for chunk in chunks
-    ]
+        initialise(chunk, part.logical, config.model, config.train.seed, mesh.tensor.rank, mesh.tensor.size, rule)
+        part.sharded = _shard(part, "data", config, mesh)
+        chunks.append(chunk)
+        parts.append(part)
+    side = _build_text_side(config, mesh, device) if objective_of(config).reads_captions else None
     if side is not None:
         ddp = _wrap(side, side.tower.config, mesh.text_groups(), config)
-        parts.append(Part(ddp, _text_side_tensors(side), owners=mesh.world, holders=mesh.world, tensor_rank=0))
-    rule = objective_of(config).initial_values()
-    for part in parts:
-        size = 1 if part.ddp.module is side else mesh.tensor.size
-        initialise(part.ddp.module, part.logical, config.model, config.train.seed, part.tensor_rank, size, rule)
+        part = Part(ddp, _text_side_tensors(side), owners=mesh.world, holders=mesh.world, tensor_rank=0)
+        initialise(side, part.logical, config.model, config.train.seed, 0, 1, rule)
+        # The loss, between the turns of the captions, reads the learned scalars and gives them their gradients.
+        scalars = [*_parameters(side.logit_scale), *_parameters(side.logit_bias)]
+        part.sharded = _shard(part, "world", config, mesh, scalars)
+        parts.append(part)
     return Towers(mesh=mesh, vision=chunks, side=side, parts=parts)
+
+
+def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
+    return [] if module is None else list(module.parameters())
+
+
+def _shard(
+    part: Part, owners: str, config: Config, mesh: Mesh, resident: Sequence[nn.Parameter] = ()
+) -> ShardedPart | None:
+    """owners: axis of the part's owners by name; ranks that gather within a node are counted along the data axis."""
+    parallel = config.parallel
+    if parallel.shard == "optimizer" or part.owners.size == 1:
+        return None
+    if parallel.shard == "gradients":
+        return ShardedPart(part.ddp, part.owners, None, resident)
+    together = parallel.shard_ranks or part.owners.size
+    if parallel.shard_ranks and owners == "world":
+        together = parallel.shard_ranks * mesh.tensor.size
+    return ShardedPart(part.ddp, part.owners, mesh.gather_axes(owners, together), resident)
 
 
 def build_vision(config: Config, mesh: Mesh, device: torch.device) -> list[VisionTower]:
     """This rank's chunks of the vision tower, not initialised."""
+    return list(_vision_chunks(config, mesh, device))
+
+
+def _vision_chunks(config: Config, mesh: Mesh, device: torch.device) -> Iterator[VisionTower]:
     parallel, stages = config.parallel, mesh.pipeline.size
     layers = stage_layers(config.model.vision.depth, stages * parallel.virtual, parallel.layers)
     tower = objective_of(config).vision_tower(config)
-    with torch.device(device):
-        return [
-            tower(
+    for chunk in range(parallel.virtual):
+        with torch.device(device):
+            built = tower(
                 config.model,
                 groups=mesh.vision_groups(),
                 layers=layers[chunk * stages + mesh.pipeline.rank],
@@ -148,8 +228,7 @@ def build_vision(config: Config, mesh: Mesh, device: torch.device) -> list[Visio
                 dtype=DTYPES[config.train.precision],
                 recompute=config.train.recompute,
             )
-            for chunk in range(parallel.virtual)
-        ]
+        yield built
 
 
 def _build_text_side(config: Config, mesh: Mesh, device: torch.device) -> TextSide:
@@ -176,7 +255,7 @@ def _wrap(module: nn.Module, transformer_config, groups, config: Config) -> Dist
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
         overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap,
+        overlap_param_gather=overlap and config.parallel.shard != "weights",
         bucket_size=config.parallel.bucket_size,
     )
     ddp = DistributedDataParallel(transformer_config, settings, module, pg_collection=groups)
@@ -192,7 +271,12 @@ def build_optimizer(config: Config, towers: Towers, schedule_steps: int | None =
     pairs = []
     for part in towers.parts:
         shards = TowerShards(
-            part.ddp, part.logical, owners=part.owners, holders=part.holders, tensor_rank=part.tensor_rank
+            part.ddp,
+            part.logical,
+            owners=part.owners,
+            holders=part.holders,
+            tensor_rank=part.tensor_rank,
+            sharded=part.sharded,
         )
         groups = [tensor_group(t.name, len(t.shape), config.model, config.optim) for t in shards.tensors]
         pairs.append((shards, groups))

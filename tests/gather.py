@@ -33,11 +33,11 @@ class _Part:
 
 def whole_weights(trainer: Trainer) -> dict[str, Tensor]:
     """Every weight of the model, on rank 0 (elsewhere empty). Collective; copies on several ranks must agree."""
-    trainer.towers.wait_for_weights()
-    parts = [
-        _Part(tensor, _slice_rank(tensor, trainer), 0, parameter.detach().float().flatten())
-        for tensor, parameter in trainer.towers.logical_parameters()
-    ]
+    with trainer.towers.whole_weights():
+        parts = [
+            _Part(tensor, _slice_rank(tensor, trainer), 0, parameter.detach().float().flatten().clone())
+            for tensor, parameter in trainer.towers.logical_parameters()
+        ]
     return _assemble(trainer, parts)
 
 

@@ -148,8 +148,7 @@ def publish(optimizer: ShardedOptimizer, towers: Towers) -> None:
         for shard, master in zip(tower.shards.shards, tower.master, strict=True):
             if master is not shard.weight:
                 shard.weight.copy_(master)
-    for part in towers.parts:
-        part.ddp.start_param_sync(force_sync=True)
+    towers.gather_weights(wait=True)
 
 
 @torch.no_grad()

@@ -101,8 +101,18 @@ def _check_stages(parallel: ParallelConfig, depth: int) -> None:
     stages = parallel.pipeline * parallel.virtual
     require(parallel.virtual >= 1, f"parallel.virtual is {parallel.virtual}: it must be at least 1")
     require(
-        parallel.virtual == 1 or parallel.pipeline > 1,
-        f"parallel.virtual {parallel.virtual} needs parallel.pipeline > 1: one stage has no bubble to shorten",
+        parallel.round_size is None or (parallel.round_size >= parallel.pipeline and parallel.virtual > 1),
+        f"parallel.round_size {parallel.round_size} needs parallel.virtual > 1 and at least as many micro-batches as "
+        f"parallel.pipeline {parallel.pipeline}",
+    )
+    require(
+        parallel.shard in ("optimizer", "gradients", "weights"),
+        f"parallel.shard is {parallel.shard!r}: choose optimizer, gradients or weights",
+    )
+    require(
+        parallel.shard_ranks is None or (parallel.shard == "weights" and parallel.shard_ranks >= 1),
+        f"parallel.shard_ranks {parallel.shard_ranks} needs parallel.shard=weights, not {parallel.shard}, and at least "
+        "1: it says which ranks gather weights",
     )
     require(
         stages <= depth,

@@ -28,8 +28,22 @@ def check_layout(config: Config, world_size: int) -> int:
         batch >= world_size or not objective_of(config).reads_captions,
         f"train.global_batch_size {batch} is smaller than the {world_size} ranks: each encodes captions of its own",
     )
+    group, shard, together = config.parallel.round_size, config.parallel.shard, config.parallel.shard_ranks
     require(
-        config.parallel.virtual == 1 or local % pipeline == 0,
+        group is None or group <= local, f"parallel.round_size {group} exceeds the {local} micro-batches of a replica"
+    )
+    require(
+        shard == "optimizer" or group in (None, local),
+        f"parallel.round_size {group} with parallel.shard={shard} would gather and reduce every chunk once a round: "
+        f"leave it out (all {local} micro-batches of a replica)",
+    )
+    require(
+        together is None or data % together == 0,
+        f"parallel.shard_ranks {together} does not divide DP {data} (TP {tensor} x PP {pipeline} x DP {data} = "
+        f"{world_size} ranks)",
+    )
+    require(
+        config.parallel.virtual == 1 or group is not None or shard != "optimizer" or local % pipeline == 0,
         f"parallel.virtual {config.parallel.virtual} works groups of parallel.pipeline {pipeline} micro-batches, but a "
         f"replica has {local}: change train.micro_batch_size or set parallel.virtual=1",
     )

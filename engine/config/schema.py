@@ -20,6 +20,15 @@ class ParallelConfig:
     """Sequence parallelism on packed tokens; takes effect where tensor > 1."""
     virtual: int = 1
     """v: chunks of layers a rank holds (interleaved schedule); shortens the bubble where pipeline > 1."""
+    round_size: int | None = None
+    """G: micro-batches that a chunk works in a row before the next chunk's turn, where virtual > 1; null: as many as
+    pipeline, or all of the replica's where shard is not optimizer."""
+    shard: str = "optimizer"
+    """What the data-parallel ranks share: optimizer (its state) | gradients (also the fp32 gradients, whole during
+    a chunk's backward only) | weights (also the weights, gathered for a chunk's turn); the same losses to the bit."""
+    shard_ranks: int | None = None
+    """With shard=weights: neighbouring data-parallel ranks (of one node) that gather weights among themselves at every
+    turn, each holding 1 / shard_ranks of them; null: all data-parallel ranks."""
     layers: Any = field(default=None, metadata={"given": list[int] | str | None})
     """Blocks of each stage (of each of the pipeline x virtual chunks, in tower order): a list; null: even; balanced: by
     FLOPs, patch embedding and projection counted (it is a list once the config is resolved)."""

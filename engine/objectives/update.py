@@ -71,12 +71,9 @@ class Update:
 
         After the reduction over data ranks: both are sums, and that one may still be running during the backward.
         """
-        partial = [
-            p for chunk in self.towers.vision for p in chunk.parameters() if getattr(p, "sequence_parallel", False)
-        ]
-        if not partial:
+        gradients = [gradient for part in self.towers.parts for gradient in part.partial_gradients()]
+        if not gradients:
             return
-        gradients: list[Tensor] = [p.main_grad for p in partial]  # type: ignore[attr-defined]
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat, group=self.mesh.tensor.group)
         torch._foreach_copy_(

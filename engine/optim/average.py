@@ -32,11 +32,12 @@ def move_average(optimizer: ShardedOptimizer) -> None:
 @contextmanager
 def averaged_weights(optimizer: ShardedOptimizer, towers: Towers) -> Iterator[None]:
     """The towers compute with the averages inside the block, with the weights again after it. Collective."""
-    towers.wait_for_weights()
+    towers.wait_for_weights()  # the own slices are about to change
     kept = [[shard.weight.clone() for shard in tower.shards.shards] for tower in optimizer.towers]
     _publish(optimizer, towers, [tower.average for tower in optimizer.towers])
     try:
-        yield
+        with towers.whole_weights():
+            yield
     finally:
         _publish(optimizer, towers, kept)
 

@@ -5,8 +5,9 @@ default process group: every collective names one of the groups below.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,16 @@ class Axis:
     size: int
     rank: int
     group: Group
+
+
+@dataclass(frozen=True)
+class GatherAxes:
+    """Ranks that bring whole weights together from slices, in groups that nothing else uses."""
+
+    inner: Axis
+    """Neighbours (of one node, best) that gather at every turn."""
+    outer: Axis | None
+    """Ranks of the same place in the other groups of neighbours, which exchange slices once a step; None: no others."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,10 @@ class Mesh:
     control: Axis
     """All ranks over gloo, for what concerns the hosts: errors, wishes, agreement. Its collectives wait for no device,
     and none of them is ever under way when another starts."""
+    timeout: timedelta | None = None
+    """Of collectives in groups that are made later."""
+    gathering: dict[tuple[str, int], GatherAxes] = field(default_factory=dict)
+    """Made so far: (axis of the owners, ranks that gather together) -> groups for it."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -80,6 +95,20 @@ class Mesh:
     def layout(self) -> str:
         """For people: TP 2 x PP 2 x DP 1."""
         return f"TP {self.tensor.size} × PP {self.pipeline.size} × DP {self.data.size}"
+
+    def gather_axes(self, owners: str, together: int) -> GatherAxes:
+        """Groups in which the ranks of axis `owners` (data | world) gather weights, `together` neighbours each.
+
+        Collective over that axis; the groups are made once.
+        """
+        if (owners, together) not in self.gathering:
+            axis: Axis = getattr(self, owners)
+            ranks = dist.get_process_group_ranks(axis.group)
+            block, place = divmod(axis.rank, together)
+            inner = own_axis(ranks[block * together : (block + 1) * together], self.timeout)
+            outer = own_axis(ranks[place::together], self.timeout) if together < axis.size else None
+            self.gathering[owners, together] = GatherAxes(inner, outer)
+        return self.gathering[owners, together]
 
     def vision_groups(self) -> ProcessGroupCollection:
         """What megatron-core's layers and gradient buffers of the vision stage need."""
@@ -107,6 +136,19 @@ def meet(axis: Axis, device: torch.device) -> None:
     here.item()  # on a GPU the all-reduce is only queued
 
 
+def own_axis(
+    members: Sequence[int], timeout: timedelta | None, options: Any = None, backend: str | None = None
+) -> Axis:
+    """An axis of these ranks, this one among them. Only they create its group, all in the same order of axes.
+
+    So no rank waits for groups of others: every one of the hundreds of groups of a large job would otherwise be a
+    barrier of all its ranks.
+    """
+    own = list(members)
+    group = dist.new_group(own, timeout=timeout, backend=backend, pg_options=options, use_local_synchronization=True)
+    return Axis(len(own), own.index(dist.get_rank()), group)
+
+
 def build_mesh(tensor: int, pipeline: int, world: Group, *, timeout: timedelta | None = None) -> Mesh:
     """Cut `world` (all ranks of the job) into TP x PP x DP. Collective: every rank calls it with the same numbers.
 
@@ -120,20 +162,10 @@ def build_mesh(tensor: int, pipeline: int, world: Group, *, timeout: timedelta |
     at = lambda tt, dd, pp: ranks[tt + tensor * (dd + data * pp)]  # noqa: E731
     t, d, p = me % tensor, me // tensor % data, me // (tensor * data)
 
-    def axis(members: Sequence[int], options: Any = None, backend: str | None = None) -> Axis:
-        """Only its members create a group, all in the same order of axes: no rank waits for groups of others.
-
-        Otherwise every one of the hundreds of groups of a large job would be a barrier of all its ranks.
-        """
-        own = list(members)
-        group = dist.new_group(
-            own, timeout=timeout, backend=backend, pg_options=options, use_local_synchronization=True
-        )
-        return Axis(len(own), own.index(dist.get_rank()), group)
-
+    axis = partial(own_axis, timeout=timeout)
     stages = [at(t, d, pp) for pp in range(pipeline)]
     urgent = priority_options(dist.get_backend(world))
-    pipeline_axis = axis(stages, urgent)
+    pipeline_axis = axis(stages, options=urgent)
     return Mesh(
         tensor=axis([at(tt, d, p) for tt in range(tensor)]),
         data=axis([at(t, dd, p) for dd in range(data)]),
@@ -142,8 +174,9 @@ def build_mesh(tensor: int, pipeline: int, world: Group, *, timeout: timedelta |
         stage=axis([at(tt, dd, p) for dd in range(data) for tt in range(tensor)]),
         alone=axis([ranks[me]]),
         world=Axis(len(ranks), me, world),
-        links=_links(pipeline_axis, lambda: axis(stages, urgent).group),
+        links=_links(pipeline_axis, lambda: axis(stages, options=urgent).group),
         control=axis(ranks, backend="gloo" if dist.get_backend(world) == "nccl" else None),
+        timeout=timeout,
     )
 
 

@@ -16,6 +16,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
 
 from engine.parallel.mesh import Axis
+from engine.parallel.sharded import ShardedPart
 from models.tensors.naming import LogicalTensor
 
 
@@ -54,16 +55,26 @@ class TowerShards:
         owners: Axis,
         holders: Axis,
         tensor_rank: int,
+        sharded: ShardedPart | None = None,
     ):
-        """owners: the data-parallel axis that shards the buckets; holders: all ranks with a slice of these tensors."""
+        """owners: the data-parallel axis that shards the buckets; holders: all ranks with a slice of these tensors.
+
+        sharded: whose own slices these are; None: views into the buckets.
+        """
         self.ddp = ddp
         self.holders = holders
         self.tensors = list(logical.values())
         index = {name: i for i, name in enumerate(logical)}
         names = {parameter: name for name, parameter in ddp.module.named_parameters()}
         parameter_index = {parameter: index[names[parameter]] for parameter in names}
+        buckets = [(buffer, bucket) for buffer in ddp.buffers for bucket in buffer.buckets]
+        if sharded is None:
+            slices = [_own_slices(bucket, owners) for _, bucket in buckets]
+        else:
+            slices = list(zip(sharded.weights, sharded.gradients, strict=True))
         self.shards = [
-            _shard(buffer, bucket, owners, parameter_index) for buffer in ddp.buffers for bucket in buffer.buckets
+            Shard(weight, gradient, _pieces(buffer, bucket, owners, parameter_index))
+            for (buffer, bucket), (weight, gradient) in zip(buckets, slices, strict=True)
         ]
         # A tensor that every tensor rank holds whole counts once in sums over holders.
         counted = [tensor.split_dim is not None or tensor_rank == 0 for tensor in self.tensors]
@@ -96,7 +107,14 @@ class TowerShards:
                 yield i, piece
 
 
-def _shard(buffer, bucket, owners: Axis, parameter_index: dict[nn.Parameter, int]) -> Shard:
+def _own_slices(bucket, owners: Axis) -> tuple[Tensor, Tensor]:
+    """Views of this rank's part of a bucket's weights and gradients."""
+    length = bucket.grad_data.numel() // owners.size
+    own = slice(owners.rank * length, (owners.rank + 1) * length)
+    return bucket.param_data.view(-1)[own], bucket.grad_data.view(-1)[own]
+
+
+def _pieces(buffer, bucket, owners: Axis, parameter_index: dict[nn.Parameter, int]) -> list[Piece]:
     length = bucket.grad_data.numel() // owners.size
     first = owners.rank * length
     pieces = []
@@ -106,8 +124,4 @@ def _shard(buffer, bucket, owners: Axis, parameter_index: dict[nn.Parameter, int
         low, high = max(start, first), min(stop, first + length)
         if low < high:
             pieces.append(Piece(parameter_index[parameter], low - first, high - first, low - start))
-    return Shard(
-        weight=bucket.param_data.view(-1)[first : first + length],
-        gradient=bucket.grad_data.view(-1)[first : first + length],
-        pieces=sorted(pieces, key=lambda piece: piece.start),
-    )
+    return sorted(pieces, key=lambda piece: piece.start)

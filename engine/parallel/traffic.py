@@ -65,9 +65,12 @@ class TrafficReader:
 
     def __init__(self, mesh: Mesh):
         axes = {name: getattr(mesh, name) for name in AXES}
-        groups = [(axis.group, name) for name, axis in axes.items()]
-        groups += [(group, "pipeline") for group in (*mesh.links.forward, *mesh.links.backward)]
-        self._axis_of = {group.group_name: (name, axes[name].size) for group, name in groups if axes[name].size > 1}
+        groups = [(axis.group, name, axis.size) for name, axis in axes.items()]
+        links = (*mesh.links.forward, *mesh.links.backward)
+        groups += [(group, "pipeline", mesh.pipeline.size) for group in links]
+        for (name, _), gather in mesh.gathering.items():
+            groups += [(axis.group, name, axis.size) for axis in (gather.inner, gather.outer) if axis is not None]
+        self._axis_of = {group.group_name: (name, size) for group, name, size in groups if size > 1}
 
     def read(self, operator: Any, args: tuple[Any, ...]) -> Transfer | None:
         """The transfer of an operator of namespace c10d; None for barriers and for groups that are no axis of several

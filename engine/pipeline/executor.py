@@ -14,6 +14,7 @@ before the first gradient does.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from engine.pipeline.clock import Phases
 from engine.pipeline.links import Backward, Pipeline, Unit, forward_order
 from engine.pipeline.outputs import KeptOutputs
 from engine.pipeline.stash import DeviceStash, HostStash
+from engine.pipeline.turns import Turns
 
 VisionChunk = Callable[[Tensor | None, int], Tensor]
 """(chunk input, or None where the tower starts; micro-batch) -> chunk output; where it ends embeddings [M, D], fp32."""
@@ -74,21 +76,41 @@ class Work:
     text_backward: Backward
     text_outputs: KeptOutputs
     loss: Loss
+    turns: Turns
+    """Of the chunks, in tower order, and of the captions, who come last."""
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Units of one chunk in a row, or the captions."""
+
+    part: int
+    units: list[Unit]
+
+
+def _turns(units: Sequence[Unit], *, text: int, text_first: bool) -> list[tuple[_Turn, int | None]]:
+    """Turns in order, each with the part that follows. text: number of the captions' part."""
+    chunks = [_Turn(chunk, list(run)) for chunk, run in groupby(units, key=lambda unit: unit.chunk)]
+    captions = _Turn(text, [])
+    turns = [captions, *chunks] if text_first else [*chunks, captions]
+    return list(zip(turns, [*(turn.part for turn in turns[1:]), None], strict=True))
 
 
 class ContrastiveSchedule:
     """Runs steps of one shape."""
 
-    def __init__(self, mesh: Mesh, shape: StepShape, device: torch.device, chunks: int = 1):
+    def __init__(self, mesh: Mesh, shape: StepShape, device: torch.device, chunks: int = 1, group: int | None = None):
+        """chunks: v of this rank; group: G, micro-batches that a chunk works in a row (`forward_order`)."""
         self.mesh, self.shape, self.device = mesh, shape, device
         self.pipeline = Pipeline(mesh, chunks, shape.hidden, shape.dtype, device)
-        self.units = forward_order(shape.micro_batches, mesh.pipeline.size, chunks)
+        self.units = forward_order(shape.micro_batches, mesh.pipeline.size, chunks, group)
         self.stash = HostStash(device) if shape.offload_stash else DeviceStash()
 
     def run(self, work: Work, phases: Phases) -> LossResult:
         """One step; gradients are left in the parameters. Collective over the mesh."""
         step = _Step(self, work, phases)
         image_rows, text_rows = step.encode()
+        step.expect()
         with phases.time("loss"):
             result = work.loss(image_rows, text_rows)
         with phases.time("exchange"):
@@ -110,6 +132,7 @@ class _Step:
 
     def __post_init__(self) -> None:
         self.shape, self.mesh = self.schedule.shape, self.schedule.mesh
+        self.text = len(self.work.vision)
         self.pipeline, self.units, self.stash = self.schedule.pipeline, self.schedule.units, self.schedule.stash
 
     # --- phase 1 -------------------------------------------------------------------------------------------------
@@ -117,15 +140,16 @@ class _Step:
     def encode(self) -> tuple[Tensor, Tensor]:
         """(image rows, text rows) of this rank, [·, D] fp32 without graph."""
         inbox = self.pipeline.forward_inbox(self.units)
-        if not self.mesh.is_first_stage:
-            self._encode_text()
         embeddings = []
-        for unit in self.units:
-            output = self._encode_unit(unit, inbox)
-            if self.pipeline.ends(unit):
-                embeddings.append(output)
-        if self.mesh.is_first_stage:
-            self._encode_text()
+        # Captions are encoded where the stage would otherwise wait.
+        for turn, then in _turns(self.units, text=self.text, text_first=not self.mesh.is_first_stage):
+            with self.work.turns.encoding(turn.part, then):
+                if turn.part == self.text:
+                    self._encode_text()
+                for unit in turn.units:
+                    output = self._encode_unit(unit, inbox)
+                    if self.pipeline.ends(unit):
+                        embeddings.append(output)
         shape = self.shape
         with self.phases.time("exchange"):
             self.pipeline.next.drain()
@@ -165,19 +189,29 @@ class _Step:
         micro = image_gradient.split(self.shape.local_batch // self.shape.micro_batches)
         inbox = self.pipeline.backward_inbox(self.units)
         self.stash.prefetch()
-        if not self.mesh.is_last_stage:
-            self._backprop_text(text_gradient)
-        for unit in reversed(self.units):
-            with self.work.vision_outputs[unit.chunk].taking(unit.micro_batch):
-                self._backprop_unit(unit, inbox, micro[unit.micro_batch])
-        if self.mesh.is_last_stage:
-            self._backprop_text(text_gradient)
+        for turn, then in self._backward_turns():
+            with self.work.turns.training(turn.part, then):
+                if turn.part == self.text:
+                    self._backprop_text(text_gradient)
+                for unit in turn.units:
+                    with self.work.vision_outputs[unit.chunk].taking(unit.micro_batch):
+                        self._backprop_unit(unit, inbox, micro[unit.micro_batch])
+        self.work.turns.settle()
         self.pipeline.previous.drain()
+
+    def _backward_turns(self) -> "list[tuple[_Turn, int | None]]":
+        return _turns(self.units[::-1], text=self.text, text_first=not self.mesh.is_last_stage)
+
+    def expect(self) -> None:
+        """Before the loss, behind which backprop begins."""
+        self.work.turns.expect(self._backward_turns()[0][0].part)
 
     def _backprop_unit(self, unit: Unit, inbox, embedding_gradient: Tensor) -> None:
         hidden, output = self.kept.pop(unit) if unit in self.kept else self._replay(unit)
         gradient = embedding_gradient if self.pipeline.ends(unit) else self._receive(inbox)
         is_last = unit.micro_batch == 0  # of this chunk: units come in reverse order
+        if is_last:
+            self.work.turns.settle()
         with self.phases.time("backward", unit), self.work.vision_backward[unit.chunk](is_last):
             torch.autograd.backward(output, gradient)
         if hidden is not None:
@@ -195,6 +229,7 @@ class _Step:
     def _backprop_text(self, gradient: Tensor) -> None:
         parts = self.work.text_rows
         first = parts[0].start if parts else 0
+        self.work.turns.settle()
         with self.phases.time("backward_text"):
             for part in reversed(range(len(parts))):
                 rows = slice(parts[part].start - first, parts[part].stop - first)

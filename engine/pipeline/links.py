@@ -7,6 +7,7 @@ shrinks from (P - 1) / (m + P - 1) to (P - 1) / (v m + P - 1). All ranks work th
 in the reverse order, so messages on every link arrive in the order in which they are wanted.
 """
 
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.parallel.mesh import Mesh
-from engine.pipeline.p2p import StageLink
+from engine.pipeline.p2p import Link, OwnLink, StageLink
 
 Backward = Callable[[bool], AbstractContextManager]
 """(this is the last backward of these parameters in this step) -> context for it; where gradient reduction starts."""
@@ -30,9 +31,11 @@ class Unit:
     micro_batch: int
 
 
-def forward_order(micro_batches: int, stages: int, chunks: int) -> list[Unit]:
-    """Units in the order of the encode phase; groups of `stages` micro-batches share a trip round the ring."""
-    group = stages if chunks > 1 else micro_batches
+def forward_order(micro_batches: int, stages: int, chunks: int, group: int | None = None) -> list[Unit]:
+    """Units in the order of the encode phase; `group` micro-batches share a trip round the ring (None: as many as
+    stages). With all of them in one group a chunk works everything it has before the next one begins.
+    """
+    group = (group or stages) if chunks > 1 else micro_batches
     return [
         Unit(chunk, i)
         for first in range(0, micro_batches, group)
@@ -44,7 +47,7 @@ def forward_order(micro_batches: int, stages: int, chunks: int) -> list[Unit]:
 class Inbox:
     """A known number of messages from one neighbour; the next one is always asked for before the last is worked on."""
 
-    def __init__(self, link: StageLink, messages: int):
+    def __init__(self, link: Link, messages: int):
         self.link = link
         self.to_post = messages
         self._post()
@@ -71,6 +74,12 @@ class Pipeline:
         forward, backward = mesh.links.forward, mesh.links.backward
         message: dict[str, Any] = {"shape": shape, "dtype": dtype, "device": device}
         self.mesh, self.chunks = mesh, chunks
+        if stages == 1:
+            forwards: deque[Tensor] = deque()
+            backwards: deque[Tensor] = deque()
+            self.previous: Link = OwnLink(sending=backwards, receiving=forwards, **message)
+            self.next: Link = OwnLink(sending=forwards, receiving=backwards, **message)
+            return
         self.previous = StageLink(
             mesh.pipeline, before, sending=backward[stage % 2], receiving=forward[before % 2], **message
         )

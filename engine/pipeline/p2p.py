@@ -6,12 +6,64 @@ sent.
 """
 
 from collections import deque
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from engine.parallel.mesh import Axis, Group
+
+
+class Link(Protocol):
+    """Both directions between this stage and one neighbour."""
+
+    shape: tuple[int, ...]
+    """Of every message."""
+    dtype: torch.dtype
+    """Of every message."""
+
+    def post_receive(self) -> None:
+        """Ask for the next message."""
+
+    def receive(self) -> Tensor:
+        """The oldest message asked for; waits for it."""
+
+    def send(self, message: Tensor) -> None:
+        """Start sending."""
+
+    def drain(self) -> None:
+        """Wait until everything sent has left."""
+
+
+class OwnLink:
+    """Between the chunks of the only stage: a message is there as soon as it is sent."""
+
+    def __init__(
+        self,
+        *,
+        sending: deque[Tensor],
+        receiving: deque[Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self.shape, self.dtype = shape, dtype
+        self._sending, self._receiving = sending, receiving
+
+    def post_receive(self) -> None:
+        """Nothing to ask for."""
+
+    def receive(self) -> Tensor:
+        """The oldest message."""
+        return self._receiving.popleft()
+
+    def send(self, message: Tensor) -> None:
+        """Leave it to the next chunk."""
+        self._sending.append(message.detach())
+
+    def drain(self) -> None:
+        """Nothing is under way."""
 
 
 class StageLink:

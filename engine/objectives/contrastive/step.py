@@ -22,10 +22,17 @@ from engine.pipeline.clock import Phases
 from engine.pipeline.executor import ContrastiveSchedule, LossResult, StepShape, Work
 from engine.pipeline.memory import keep_within, saved_bytes
 from engine.pipeline.outputs import Passes, keep_of, output_levels
+from engine.pipeline.turns import Turns
 from models.clip import LEARNED_SCALE_MAX, embedding
 
 LOGIT_SCALE_BOUNDS = {"logit_scale.log_scale": (0.0, LEARNED_SCALE_MAX)}
 """The learned scale stays within [1, 100] (its logarithm is the weight)."""
+
+
+def round_size(config: Config, micro_batches: int) -> int | None:
+    """G of the pipeline: what the config says, or all micro-batches where a chunk's weights come and go."""
+    parallel = config.parallel
+    return parallel.round_size or (micro_batches if parallel.shard != "optimizer" else None)
 
 
 class ContrastiveStep:
@@ -65,8 +72,11 @@ class ContrastiveStep:
             text_backward=towers.parts[-1].last_backward,
             text_outputs=keep_of(self.side.tower.block.layers, of_text, config, device),
             loss=self._loss,
+            turns=Turns([part.sharded for part in towers.parts], ahead=config.parallel.overlap),
         )
-        self.schedule = ContrastiveSchedule(mesh, shape, device, config.parallel.virtual)
+        self.schedule = ContrastiveSchedule(
+            mesh, shape, device, config.parallel.virtual, round_size(config, shape.micro_batches)
+        )
 
     def __call__(self, batch: LocalBatch, phases: Phases) -> StepOutcome:
         """Train on one batch."""
@@ -143,7 +153,8 @@ class ContrastiveStep:
             return micro_batches if train.keep_activations < 0 else train.keep_activations
         one, budget = self.activation_bytes(), train.activation_budget_gb
         keep = keep_within(budget, one, micro_batches)
-        if keep == micro_batches and keep * one + self.text_activation_bytes() > budget * 1e9:
+        captions = self.text_activation_bytes()  # every rank asks: where weights are sharded all gather them
+        if keep == micro_batches and keep * one + captions > budget * 1e9:
             keep -= 1  # where all micro-batches keep theirs, the captions do, too
         # A replay runs the stage's collectives again, so the ranks of a tensor group have to agree.
         agreed = torch.tensor([keep], device=self.device)
@@ -151,8 +162,15 @@ class ContrastiveStep:
         return int(agreed)
 
     def activation_bytes(self) -> int:
-        """Bytes that one micro-batch keeps for backward on this rank, measured by one forward. Collective over TP."""
-        return sum(self._chunk_bytes(runner) for runner in self.vision)
+        """Bytes that one micro-batch keeps for backward on this rank, measured by one forward.
+
+        Collective over TP, and over the data axis where weights are sharded.
+        """
+        total = 0
+        for runner, part in zip(self.vision, self.towers.parts, strict=False):
+            with part.whole_weights():
+                total += self._chunk_bytes(runner)
+        return total
 
     def text_activation_bytes(self) -> int:
         """Bytes that all captions of this rank keep at full context, measured like `activation_bytes`."""
@@ -162,7 +180,8 @@ class ContrastiveStep:
             return embedding(tower(torch.zeros(count, text.context_length, dtype=torch.int64, device=self.device)))
 
         weights = list(tower.parameters())
-        return sum(saved_bytes(partial(encode, rows.stop - rows.start), weights) for rows in self.text.rows)
+        with self.towers.parts[-1].whole_weights():
+            return sum(saved_bytes(partial(encode, rows.stop - rows.start), weights) for rows in self.text.rows)
 
     def _chunk_bytes(self, runner: VisionRunner) -> int:
         train, model = self.config.train, self.config.model

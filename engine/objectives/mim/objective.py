@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _NO_CAPTIONS = "the student sees no captions"
 _ONE_F_ONE_B = "1F1B keeps the activations of the micro-batches in flight, at most P, and replays none"
 _CONTRASTIVE_ONLY = {
+    "parallel": dict.fromkeys(
+        ("shard", "shard_ranks", "round_size"), "1F1B turns to every chunk for each micro-batch, not once in a step"
+    ),
     "train": {
         "keep_activations": _ONE_F_ONE_B,
         "activation_budget_gb": _ONE_F_ONE_B,
@@ -58,11 +61,16 @@ class Mim:
         require(
             dropout == 0, f"train.patch_dropout is {dropout}: objective=mim masks patches and drops none, set it to 0"
         )
+        require(
+            config.parallel.virtual == 1 or config.parallel.pipeline > 1,
+            f"parallel.virtual {config.parallel.virtual} with objective=mim needs parallel.pipeline > 1: one stage has "
+            "no bubble to shorten",
+        )
         kept, recompute = config.train.keep_outputs, config.train.recompute
         require(
             kept == "none" or recompute == "full",
-            f"train.keep_outputs={kept} with objective=mim needs train.recompute=full, not {recompute}: 1F1B repeats no "
-            "product otherwise",
+            f"train.keep_outputs={kept} with objective=mim needs train.recompute=full, not {recompute}: 1F1B repeats "
+            "no product otherwise",
         )
         frames = config.data.frames
         require(frames == 1, f"data.frames {frames} needs objective=contrastive")

@@ -1,0 +1,207 @@
+"""Weights and gradients of a part of the model that are whole on a rank during the part's turn only.
+
+A part is wrapped in megatron-core's DistributedDataParallel: flat buckets of weights and of fp32 gradients, cut into
+one contiguous slice an owner. Sharded further (parallel.shard), the buckets' memory is given back between turns and
+only the own slices stay: weights are gathered for a turn and dropped behind it, gradients begin at zero with the
+backward's turn and are reduce-scattered behind it. Slices, hooks and buckets are the same as without, so the optimizer,
+checkpoints and averages see no difference, and neither does a loss, to the last bit.
+
+The memory is that of the buckets' storages, which keep their tensors: a parameter is a view of its storage at any time,
+and what a graph has saved of a weight is there again when the backward's turn has gathered it.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor, nn
+
+from engine.parallel.mesh import Axis, GatherAxes
+
+
+class Store:
+    """Memory of a flat tensor that comes and goes while its views stay."""
+
+    def __init__(self, flat: Tensor):
+        self.flat = flat
+        self._bytes = flat.untyped_storage().nbytes()
+        self.observer: Callable[[Tensor], None] | None = None
+        """Told of every change (the dry run's memory)."""
+
+    def take(self) -> None:
+        """Have memory, whose values are not defined."""
+        self._resize(self._bytes)
+
+    def drop(self) -> None:
+        """Give it back."""
+        self._resize(0)
+
+    def _resize(self, size: int) -> None:
+        if self.flat.untyped_storage().nbytes() != size:
+            self.flat.untyped_storage().resize_(size)
+            if self.observer is not None:
+                self.observer(self.flat)
+
+
+class ShardedPart:
+    """One part: its own slices, and the whole of it on demand. Every method but `reset` is collective over the owners.
+
+    Gathers of weights use groups of their own, so that one may be under way while gradients are reduced.
+    """
+
+    def __init__(
+        self,
+        ddp: DistributedDataParallel,
+        owners: Axis,
+        axes: GatherAxes | None,
+        resident: Sequence[nn.Parameter] = (),
+    ):
+        """axes: ranks that gather the weights; None: weights stay whole, gradients alone are sharded.
+
+        resident: a few small parameters that are read and learn between turns, too. The weights must have their values.
+        """
+        self.ddp, self.owners, self.axes = ddp, owners, axes
+        self.buckets = [bucket for buffer in ddp.buffers for bucket in buffer.buckets]
+        weights, gradients = ([self._own(flat) for flat in flats] for flats in self._flats())
+        self.weights = weights if axes is None else [own.clone() for own in weights]
+        """Own slice of every bucket."""
+        self.gradients = [torch.zeros_like(own) for own in gradients]
+        """The same of the gradients, complete after `finish`."""
+        self._resident = [_Resident(parameter, with_value=axes is not None) for parameter in resident]
+        self.weight_stores = [] if axes is None else [Store(buffer.param_data) for buffer in ddp.buffers]
+        self.gradient_stores = [Store(buffer.grad_data) for buffer in ddp.buffers]
+        self._outer: list[Tensor] = []
+        """Slices of the ranks that have this rank's place in other groups of gathering ranks, where there are any."""
+        self._gathering: list[tuple[dist.Work, Tensor | None]] | None = None
+        self._is_whole = self._is_reducing = False
+        for store in (*self.weight_stores, *self.gradient_stores):
+            store.drop()
+        self.publish()
+
+    def _flats(self) -> tuple[list[Tensor], list[Tensor]]:
+        return [bucket.param_data for bucket in self.buckets], [bucket.grad_data for bucket in self.buckets]
+
+    def _own(self, flat: Tensor) -> Tensor:
+        length = flat.numel() // self.owners.size
+        return flat.view(-1)[self.owners.rank * length : (self.owners.rank + 1) * length]
+
+    # --- weights -------------------------------------------------------------------------------------------------
+
+    def publish(self) -> None:
+        """After the own slices have changed: what is kept of others follows."""
+        if self.axes is None or self.axes.outer is None:
+            return
+        if not self._outer:
+            self._outer = [own.new_empty(self.axes.outer.size * own.numel()) for own in self.weights]
+        for outer, own in zip(self._outer, self.weights, strict=True):
+            dist.all_gather_into_tensor(outer, own, group=self.axes.outer.group)
+
+    def gather(self) -> None:
+        """Start to bring the weights here; nothing where they are or are on their way."""
+        if self.axes is None or self._is_whole or self._gathering is not None:
+            return
+        for store in self.weight_stores:
+            store.take()
+        self._gathering = []
+        for i, bucket in enumerate(self.buckets):
+            whole, part, loose = bucket.param_data, self.weights[i], None
+            if self.axes.outer is not None:
+                part, loose = self._outer[i], torch.empty_like(whole)
+            target = whole if loose is None else loose
+            work = dist.all_gather_into_tensor(target, part, group=self.axes.inner.group, async_op=True)
+            assert work is not None
+            self._gathering.append((work, loose))
+
+    def wait(self) -> None:
+        """Have the weights here."""
+        self.gather()
+        for bucket, (work, loose) in zip(self.buckets, self._gathering or (), strict=False):
+            work.wait()
+            if loose is not None:
+                self._in_order(loose, bucket.param_data)
+        if self._gathering is not None:
+            self._gathering, self._is_whole = None, True
+            for parameter in self._resident:
+                parameter.read()
+
+    def _in_order(self, loose: Tensor, whole: Tensor) -> None:
+        """[inner, outer, slice] as it was gathered -> [outer, inner, slice] as the owners lie."""
+        assert self.axes is not None and self.axes.outer is not None
+        inner, outer = self.axes.inner.size, self.axes.outer.size
+        whole.view(outer, inner, -1).copy_(loose.view(inner, outer, -1).transpose(0, 1))
+
+    def release(self) -> None:
+        """Keep the own slices only."""
+        if self._is_whole:
+            for store in self.weight_stores:
+                store.drop()
+            self._is_whole = False
+
+    # --- gradients -----------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Before a step."""
+        for parameter in self.ddp.params_with_grad:
+            parameter.grad_added_to_main_grad = False
+        for group in self.ddp.bucket_groups:
+            group.reset()
+        for resident in self._resident:
+            resident.gradient.zero_()
+
+    def open_gradients(self) -> None:
+        """Before the part's first backward of a step."""
+        for store in self.gradient_stores:
+            store.take()
+            store.flat.zero_()
+        for resident in self._resident:
+            resident.add_up()
+        self._is_reducing = True
+
+    def finish(self) -> None:
+        """Behind its last: the own slices are complete, and the memory of the others is free."""
+        if not self._is_reducing:
+            return
+        self.ddp.finish_grad_sync()
+        for own, bucket in zip(self.gradients, self.buckets, strict=True):
+            own.copy_(self._own(bucket.grad_data))
+        for store in self.gradient_stores:
+            store.drop()
+        self._is_reducing = False
+
+    def partial_gradients(self) -> list[Tensor]:
+        """Own parts of gradients that each tensor rank has of its own tokens only."""
+        found = []
+        for buffer in self.ddp.buffers:
+            for parameter in buffer.params:
+                if getattr(parameter, "sequence_parallel", False):
+                    start, stop, number = buffer.param_index_map[parameter]
+                    found.append(self._owned_part(buffer.buckets[number], start, stop))
+        return [part for part in found if part.numel()]
+
+    def _owned_part(self, bucket, start: int, stop: int) -> Tensor:
+        own = self.gradients[self.buckets.index(bucket)]
+        first = bucket.offset + self.owners.rank * own.numel()
+        return own[max(0, start - first) : max(0, stop - first)]
+
+
+class _Resident:
+    """A parameter with memory of its own, whose value and gradient follow and join those of its bucket."""
+
+    def __init__(self, parameter: nn.Parameter, *, with_value: bool):
+        """with_value: False where the value stays in its bucket."""
+        self._in_bucket = parameter.data
+        self._sum = parameter.main_grad  # type: ignore[attr-defined]
+        self.parameter = parameter
+        self.gradient = torch.zeros_like(self._sum)
+        if with_value:
+            parameter.data = self._in_bucket.clone()
+        parameter.main_grad = self.gradient  # type: ignore[attr-defined]
+
+    def read(self) -> None:
+        """Take the gathered value."""
+        self.parameter.data.copy_(self._in_bucket)
+
+    def add_up(self) -> None:
+        """Give the gradient to the bucket, which is about to be reduced."""
+        self._sum.add_(self.gradient)
