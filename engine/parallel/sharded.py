@@ -86,6 +86,10 @@ class ShardedPart:
         length = flat.numel() // self.owners.size
         return flat.view(-1)[self.owners.rank * length : (self.owners.rank + 1) * length]
 
+    def kept_weights(self) -> list[Tensor]:
+        """What of the weights is here between turns, where they are sharded."""
+        return [*self.weights, *self._outer, *(resident.parameter.data for resident in self._resident)]
+
     # --- weights -------------------------------------------------------------------------------------------------
 
     def publish(self) -> None:

@@ -36,6 +36,16 @@ class Usage:
         self.parts[category] += size
 
 
+@dataclass
+class _Storage:
+    """A storage that is alive."""
+
+    reference: weakref.ref
+    """Tells its release."""
+    category: str
+    size: int
+
+
 class MemoryTracker:
     """Follows storages from first sight to release."""
 
@@ -44,8 +54,8 @@ class MemoryTracker:
         self.peaks: dict[str, Usage] = {}
         """Phase -> its highest usage; phase "" is what lies between the phases."""
         self.phase, self.category = "", "other"
-        self._alive: dict[int, tuple[weakref.ref, str]] = {}
-        """Identity of a storage -> what tells its release, and its category."""
+        self._alive: dict[int, _Storage] = {}
+        """Identity of a storage -> what is known of it."""
 
     @contextmanager
     def booked_as(self, category: str) -> Iterator[None]:
@@ -70,19 +80,31 @@ class MemoryTracker:
         size = 0 if self.category == ELSEWHERE else _rounded(storage.nbytes())
 
         def release(_: object) -> None:
-            self.live.add(self._alive.pop(key)[1], -size)
+            gone = self._alive.pop(key)
+            self.live.add(gone.category, -gone.size)
 
-        self._alive[key] = weakref.ref(storage, release), self.category
+        self._alive[key] = _Storage(weakref.ref(storage, release), self.category, size)
         self.live.add(self.category, size)
+        self._offer(self.live)
+
+    def resized(self, tensor: Tensor) -> None:
+        """Its storage has grown or shrunk in its place."""
+        storage = tensor.untyped_storage()
+        known = self._alive.get(storage._cdata)
+        if known is None:
+            self.see(tensor)
+            return
+        size = _rounded(storage.nbytes())
+        self.live.add(known.category, size - known.size)
+        known.size = size
         self._offer(self.live)
 
     def move(self, tensor: Tensor, category: str) -> None:
         """Its storage belongs to another category from now on."""
-        storage = tensor.untyped_storage()
-        reference, before = self._alive[storage._cdata]
-        self._alive[storage._cdata] = reference, category
-        self.live.add(before, -_rounded(storage.nbytes()))
-        self.live.add(category, _rounded(storage.nbytes()))
+        known = self._alive[tensor.untyped_storage()._cdata]
+        self.live.add(known.category, -known.size)
+        self.live.add(category, known.size)
+        known.category = category
 
     def _offer(self, usage: Usage) -> None:
         highest = self.peaks.get(self.phase)

@@ -18,6 +18,7 @@ from engine.objectives.registry import objective_of
 from engine.parallel.device import SideStream
 from engine.parallel.mesh import Mesh
 from engine.parallel.rows import own_rows
+from engine.parallel.sharded import ShardedPart
 from engine.pipeline.memory import saved_bytes
 from engine.pipeline.one_f_one_b import Turn
 from engine.pipeline.outputs import HostOutputs
@@ -121,9 +122,27 @@ def _adopt(recorder: Recorder, step: TrainingStep, batch: LocalBatch) -> None:
         tower = "text " if part.ddp.module is towers.side else ""
         _book(recorder, tower + "weights", [buffer.param_data for buffer in part.ddp.buffers])
         _book(recorder, tower + "gradients", [buffer.grad_data for buffer in part.ddp.buffers])
+        if part.sharded is not None:
+            _adopt_sharded(recorder, part.sharded, tower)
         _book(recorder, tower + "optimizer", [*state.master, *state.first, *state.second, *state.average])
     _book(recorder, "buffers", parallel_state.get_global_memory_buffer().buffer.values())
     _book(recorder, "batch", [tensor for tensor in (batch.images, batch.tokens) if tensor is not None])
+
+
+def _adopt_sharded(recorder: Recorder, part: ShardedPart, tower: str) -> None:
+    """Own slices, and what comes and goes with the part's turns."""
+    for category, own, stores in (
+        (tower + "weights", part.kept_weights(), part.weight_stores),
+        (tower + "gradients", part.gradients, part.gradient_stores),
+    ):
+        _book(recorder, category, own)
+        for store in stores:
+            store.observer = partial(_resized, recorder, category)
+
+
+def _resized(recorder: Recorder, category: str, flat: Tensor) -> None:
+    with recorder.memory.booked_as(category):
+        recorder.memory.resized(flat)
 
 
 def _book(recorder: Recorder, category: str, tensors: Iterable[Tensor]) -> None:

@@ -1,0 +1,284 @@
+"""Weights and gradients sharded over the data axis: the losses and weights of the unsharded layout to the last bit.
+
+Four ranks, one launch. A case names a layout and options; its reference is the same with parallel.shard=optimizer, which
+tests/engine/test_step_options.py and test_layouts.py compare with one process.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.config.read import Config, ConfigError, check_layout, resolve
+from engine.optim.average import averaged_weights
+from engine.parallel.device import prepare
+from engine.parallel.mesh import Mesh, build_mesh
+from engine.parallel.sharded import ShardedPart
+from engine.parallel.traffic import TrafficReader
+from engine.trainer import Trainer
+from tests.distributed import run_distributed
+from tests.engine.test_layouts import random_pairs
+from tests.gather import whole_weights
+from tests.golden import local_batch
+
+pytestmark = pytest.mark.dist
+
+RANKS, STEPS, DEPTH = 4, 3, 4
+COMMON = (
+    "model.preset=tiny-18b",
+    f"model.vision.depth={DEPTH}",
+    "model.text.depth=2",
+    "train.global_batch_size=16",
+    "train.micro_batch_size=2",
+    "train.patch_dropout=0.5",
+    "train.logit_scale=null",
+    "optim.lr_vision=0.01",
+    "optim.lr_text=0.01",
+    "optim.lr_other=0.01",
+    "optim.warmup_steps=1",
+)
+DP4 = (1, 1)
+TP2_DP2, PP2_DP2 = (2, 1), (1, 2)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout and what must not show."""
+
+    name: str
+    layout: tuple[int, int]
+    """TP, PP; DP is what is left of the ranks."""
+    virtual: int
+    shard: str = "weights"
+    options: tuple[str, ...] = ()
+    """The reference has them, too."""
+    sharding: tuple[str, ...] = ()
+    """The reference does not."""
+
+    def config(self, shard: str) -> Config:
+        """The job, or its reference."""
+        tensor, pipeline = self.layout
+        layout = (f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"parallel.virtual={self.virtual}")
+        rounds = f"parallel.round_size={16 // (RANKS // (tensor * pipeline)) // 2}"
+        sharding = (f"parallel.shard={shard}", *self.sharding) if shard != "optimizer" else ()
+        more = (rounds,) if self.virtual > 1 else ()
+        return resolve({"data": {"shards": ["-"]}}, [*COMMON, *layout, *more, *self.options, *sharding])
+
+
+CASES = [
+    Case("dp4-blocks", DP4, DEPTH),
+    Case("dp4-whole", DP4, 1),
+    Case("dp4-gradients", DP4, DEPTH, "gradients"),
+    Case("dp4-node", DP4, DEPTH, sharding=("parallel.shard_ranks=2",)),
+    Case("dp4-alone", DP4, 2, sharding=("parallel.shard_ranks=1",)),
+    Case("tp2-dp2", TP2_DP2, 2),
+    Case("tp2-dp2-node-gradients", TP2_DP2, 2, "gradients", ("parallel.sequence=false",)),
+    Case("tp2-dp2-node", TP2_DP2, 2, sharding=("parallel.shard_ranks=1",)),
+    Case("pp2-dp2", PP2_DP2, 2),
+    Case("pp2-dp2-kept", PP2_DP2, 2, options=("train.keep_activations=2", "train.offload_stash=true")),
+    Case("dp4-kept-all", DP4, 2, options=("train.keep_activations=-1",)),
+    Case("pp2-dp2-gradients", PP2_DP2, 1, "gradients"),
+    Case("dp4-outputs", DP4, DEPTH, options=("train.keep_outputs=all", "train.text_micro_batch_size=1")),
+    Case("dp4-full", DP4, 2, options=("train.recompute=full", "train.keep_outputs=fc2")),
+    Case("dp4-budget", DP4, 2, options=("train.activation_budget_gb=0.0006",)),
+    Case("dp4-buckets", DP4, 2, options=("parallel.bucket_size=5000",)),
+    Case("dp4-plain", DP4, 2, options=("parallel.overlap=false", "train.loss_variant=ring")),
+    Case("pp2-dp2-bf16", PP2_DP2, 2, options=("train.precision=bf16", "optim.ema_decay=0.5")),
+    Case("dp4-sigmoid", DP4, 2, options=("train.loss=sigmoid", "optim.name=adamw", "train.logit_scale=20")),
+]
+MEASURED = ("dp4-blocks", "dp4-gradients", "pp2-dp2", "dp4-node")
+"""Cases whose memory and traffic are looked at."""
+
+
+# --- what the ranks do ------------------------------------------------------------------------------------------------
+
+
+def run(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """Losses of the steps and of the batch after them, and the weights on rank 0 (with averages: those, too)."""
+    check_layout(config, RANKS)
+    trainer = Trainer(config, mesh, prepare())
+    out: dict[str, Any] = {"losses": [_step(trainer, step) for step in range(STEPS)]}
+    out["weights"] = whole_weights(trainer)
+    if config.optim.ema_decay:
+        with averaged_weights(trainer.optimizer, trainer.towers):
+            out["averages"] = whole_weights(trainer)
+    out["losses"].append(_step(trainer, STEPS))
+    trainer.towers.wait_for_weights()
+    return out
+
+
+def _step(trainer: Trainer, number: int) -> float:
+    return float(trainer.step(local_batch(*random_pairs(trainer.config, number), trainer.mesh)).loss)
+
+
+class _Transfers(torch.utils._python_dispatch.TorchDispatchMode):
+    """Bytes by axis and kind."""
+
+    def __init__(self, mesh: Mesh):
+        super().__init__()
+        self.reader, self.bytes = TrafficReader(mesh), Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and (transfer := self.reader.read(func, args)) is not None:
+            self.bytes[f"{transfer.axis} {transfer.kind}"] += transfer.sent_bytes
+        return func(*args, **(kwargs or {}))
+
+
+def _measured(case: Case, mesh: Mesh) -> dict[str, Any]:
+    """`measure` of the case and, as "unsharded", of its reference."""
+    return {"measured": measure(case.config(case.shard), mesh), "unsharded": measure(case.config("optimizer"), mesh)}
+
+
+def measure(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """Of a second step: bytes between steps, most parts whole at once, bytes sent; sizes that formulas start from."""
+    trainer = Trainer(config, mesh, prepare())
+    _step(trainer, 0)
+    trainer.meet()
+    towers = trainer.towers
+    sharded = [part.sharded for part in towers.parts if part.sharded is not None]
+    most = Counter[str]()
+
+    def look(kind: str, stores: Callable[[ShardedPart], list]) -> Callable[[Tensor], None]:
+        def count(_: Tensor) -> None:
+            whole = [part for part in sharded if any(s.flat.untyped_storage().nbytes() for s in stores(part))]
+            most[kind] = max(most[kind], len(whole))
+
+        return count
+
+    for part in sharded:
+        for kind, stores in (("weights", _weight_stores), ("gradients", _gradient_stores)):
+            for store in stores(part):
+                store.observer = look(kind, stores)
+    resident = _resident_bytes(trainer)
+    with _Transfers(trainer.mesh) as transfers:
+        _step(trainer, 1)
+        trainer.meet()
+    chunks = [sum(buffer.numel for buffer in part.ddp.buffers) for part in towers.parts]
+    return {"resident": resident, "most": dict(most), "sent": dict(transfers.bytes), "elements": chunks}
+
+
+def _weight_stores(part: ShardedPart) -> list:
+    return part.weight_stores
+
+
+def _gradient_stores(part: ShardedPart) -> list:
+    return part.gradient_stores
+
+
+def _resident_bytes(trainer: Trainer) -> int:
+    """Of weights, gradients and optimizer, each storage once."""
+    tensors: list[Tensor] = []
+    for part, state in zip(trainer.towers.parts, trainer.optimizer.towers, strict=True):
+        tensors += [flat for buffer in part.ddp.buffers for flat in (buffer.param_data, buffer.grad_data)]
+        tensors += [*state.master, *state.first, *state.second]
+        if part.sharded is not None:
+            tensors += [*part.sharded.kept_weights(), *part.sharded.gradients]
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def run_all() -> dict[str, Any]:
+    """Every case and every reference on this rank."""
+    mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, dist.group.WORLD))
+    references = cache(
+        lambda layout, virtual, options: run(
+            Case("", layout, virtual, options=options).config("optimizer"), mesh(*layout)
+        )
+    )
+    return {
+        case.name: {
+            "found": run(case.config(case.shard), mesh(*case.layout)),
+            "reference": references(case.layout, case.virtual, case.options),
+            **(_measured(case, mesh(*case.layout)) if case.name in MEASURED else {}),
+        }
+        for case in CASES
+    }
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    return run_distributed(run_all, RANKS, timeout_s=300)
+
+
+# --- what is true of them ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_nothing_shows(case: Case, ranks: list[dict[str, Any]]) -> None:
+    for rank, results in enumerate(ranks):
+        found, reference = results[case.name]["found"], results[case.name]["reference"]
+        assert found["losses"] == reference["losses"], f"rank {rank}"
+        for what in ("weights", "averages"):
+            for name, value in reference.get(what, {}).items():
+                assert torch.equal(found[what][name], value), f"rank {rank}: {what} of {name}"
+
+
+def test_the_references_move(ranks: list[dict[str, Any]]) -> None:
+    for result in ranks[0].values():
+        assert len(set(result["reference"]["losses"])) == STEPS + 1
+
+
+def test_states_are_a_share_of_the_owners(ranks: list[dict[str, Any]]) -> None:
+    for results in ranks:
+        result = results["dp4-blocks"]
+        elements = sum(result["measured"]["elements"])
+        # fp32: the own slices of weights, gradients and both moments, and nothing else but the learned scale.
+        assert result["measured"]["resident"] == pytest.approx(4 * 4 * elements / RANKS, rel=0.03)
+        assert result["measured"]["resident"] <= 0.405 * result["unsharded"]["resident"]
+        gradients = results["dp4-gradients"]["measured"]
+        assert gradients["resident"] == pytest.approx((4 + 3 * 4 / RANKS) * elements, rel=0.03)
+        node = results["dp4-node"]["measured"]  # the slices of the other node are here, too
+        assert node["resident"] == pytest.approx((4 / 2 + 4 * 4 / RANKS) * elements, rel=0.03)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_at_most_two_parts_are_whole(name: str, ranks: list[dict[str, Any]]) -> None:
+    for results in ranks:
+        most = results[name]["measured"]["most"]
+        assert most["gradients"] == 2
+        assert most.get("weights", 2) == 2
+
+
+def test_a_chunk_is_gathered_twice_and_reduced_once(ranks: list[dict[str, Any]]) -> None:
+    for results in ranks:
+        found = results["dp4-blocks"]["measured"]
+        *chunks, text = found["elements"]
+        assert found["sent"]["data all-gather"] == 2 * 4 * sum(chunks) // RANKS
+        assert found["sent"]["data reduce-scatter"] == 4 * sum(chunks)
+        assert found["sent"]["world reduce-scatter"] == 4 * text
+        reference = results["dp4-blocks"]["unsharded"]["sent"]
+        assert reference["data all-gather"] == 4 * sum(chunks) // RANKS
+        assert found["sent"]["world all-gather"] - reference["world all-gather"] == 4 * text // RANKS
+
+
+def test_a_node_gathers_within_itself(ranks: list[dict[str, Any]]) -> None:
+    for results in ranks:
+        found = results["dp4-node"]["measured"]
+        *chunks, _ = found["elements"]
+        # Twice within the node a half each, once between the nodes the own quarter.
+        assert found["sent"]["data all-gather"] == 2 * 4 * sum(chunks) // 2 + 4 * sum(chunks) // RANKS
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("parallel.shard=all",), "choose optimizer, gradients or weights"),
+        (("parallel.shard_ranks=2",), "needs parallel.shard=weights"),
+        (("parallel.shard=weights", "parallel.shard_ranks=3"), "does not divide DP 4"),
+        (("parallel.shard=weights", "parallel.virtual=2", "parallel.round_size=1"), "once a round"),
+        (("parallel.round_size=2",), "needs parallel.virtual > 1"),
+        (("parallel.virtual=2", "parallel.round_size=3"), "exceeds the 2 micro-batches"),
+        (("parallel.pipeline=2", "parallel.virtual=2", "parallel.round_size=1"), "at least as many"),
+    ],
+)
+def test_what_does_not_work_is_refused(options: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_layout(resolve({"data": {"shards": ["-"]}}, [*COMMON, *options]), RANKS)
