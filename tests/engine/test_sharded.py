@@ -1,7 +1,7 @@
 """Weights and gradients sharded over the data axis: the losses and weights of the unsharded layout to the last bit.
 
-Four ranks, one launch. A case names a layout and options; its reference is the same with parallel.shard=optimizer, which
-tests/engine/test_step_options.py and test_layouts.py compare with one process.
+Four ranks, one launch. A case names a layout and options; its reference is the same with parallel.shard=optimizer,
+which tests/engine/test_step_options.py and test_layouts.py compare with one process.
 """
 
 from collections import Counter
@@ -67,7 +67,7 @@ class Case:
         layout = (f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"parallel.virtual={self.virtual}")
         rounds = f"parallel.round_size={16 // (RANKS // (tensor * pipeline)) // 2}"
         sharding = (f"parallel.shard={shard}", *self.sharding) if shard != "optimizer" else ()
-        more = (rounds,) if self.virtual > 1 else ()
+        more = (rounds,) if self.virtual > 1 and shard == "optimizer" else ()
         return resolve({"data": {"shards": ["-"]}}, [*COMMON, *layout, *more, *self.options, *sharding])
 
 
