@@ -115,7 +115,14 @@ class Ours:
     """The engine on one rank."""
 
     def __init__(
-        self, workload: Workload, precision: str, *, keep_all: bool, optimizer: str = "adamw", norms: str = "auto"
+        self,
+        workload: Workload,
+        precision: str,
+        *,
+        keep_all: bool,
+        optimizer: str = "adamw",
+        norms: str = "auto",
+        outputs: str = "none",
     ):
         from engine.config.read import ParallelConfig, resolve
         from engine.parallel.launch import job
@@ -127,6 +134,7 @@ class Ours:
             # Two micro-batches to replay: about the peak memory of the side that checkpoints every block.
             "micro_batch_size": workload.batch if keep_all else workload.batch // 2,
             "keep_activations": -1 if keep_all else 0,
+            "keep_outputs": outputs,
             "precision": precision,
             "patch_dropout": DROPOUT,
             "logit_scale": SCALE,
@@ -244,6 +252,8 @@ SIDES: dict[str, Callable[[Workload, str], Side]] = {
     "ours": lambda w, p: Ours(w, p, keep_all=True),
     "plain": lambda w, p: Plain(w, p, checkpointing=False),
     "ours_stash": lambda w, p: Ours(w, p, keep_all=False),
+    "ours_stash_fc2": lambda w, p: Ours(w, p, keep_all=False, outputs="fc2"),
+    "ours_stash_all": lambda w, p: Ours(w, p, keep_all=False, outputs="all"),
     "plain_checkpoint": lambda w, p: Plain(w, p, checkpointing=True),
     "ours_lamb": lambda w, p: Ours(w, p, keep_all=True, optimizer="lamb"),
     "ours_compiled": lambda w, p: Ours(w, p, keep_all=True, norms="compiled"),

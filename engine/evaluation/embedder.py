@@ -79,6 +79,8 @@ def inference_config(manifest: Manifest, overrides: list[str], world_size: int, 
     micro_batch += -micro_batch % unit
     batch = [f"train.micro_batch_size={micro_batch}", f"train.global_batch_size={micro_batch * world_size}"]
     config = resolve(tree, [*overrides, *batch], source="checkpoint")
+    if config.parallel.shard != "optimizer":
+        raise ConfigError("parallel.shard is for training: nothing else keeps gradients or optimizer states")
     if config.parallel.virtual > 1:
         raise ConfigError("parallel.virtual is for training: without a backward there is no bubble worth it")
     check_layout(config, world_size)
