@@ -179,11 +179,11 @@ def _check_kernels(config: Config) -> None:
 
 
 def _check_offload(config: Config) -> None:
-    train, pipeline = config.train, config.parallel.pipeline
+    train, chunks = config.train, config.parallel.pipeline * config.parallel.virtual
     require(
-        not train.offload_stash or pipeline > 1,
-        f"train.offload_stash needs parallel.pipeline > 1, not {pipeline}: the first stage stashes nothing, its images "
-        "are on the host anyway",
+        not train.offload_stash or chunks > 1,
+        "train.offload_stash needs parallel.pipeline or parallel.virtual > 1: the first chunk stashes nothing, "
+        "its images are on the host anyway",
     )
     require(
         not train.offload_stash or train.keep_activations != -1,

@@ -14,7 +14,6 @@ def _resolve(*options: str) -> Config:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["parallel.virtual=2"], r"parallel\.virtual 2 needs parallel\.pipeline > 1"),
         (["parallel.virtual=0"], r"parallel\.virtual is 0.*at least 1"),
         (["parallel.virtual=3", "parallel.pipeline=2"], r"2 x parallel\.virtual 3 = 6 exceeds the 4 blocks"),
         (["parallel.pipeline=2", "parallel.layers=[1, 2]"], r"layers \[1, 2\].*4 blocks.*gives 3 to 2"),

@@ -73,7 +73,7 @@ def _resolve(*options: str) -> Config:
         ),
         (["model.fp8_bf16_blocks=1"], r"fp8_bf16_blocks 1 .*needs model\.fp8 \(which is none\)"),
         ([TE, BF16, "model.fp8=current", "model.fp8_bf16_blocks=2", FITTING], r"each end of the 4 in bf16"),
-        (["train.offload_stash=true"], r"offload_stash needs parallel\.pipeline > 1, not 1"),
+        (["train.offload_stash=true"], r"offload_stash needs parallel\.pipeline or parallel\.virtual > 1"),
         (
             ["train.offload_stash=true", "parallel.pipeline=2", "train.keep_activations=-1"],
             r"offload_stash has nothing to move with train\.keep_activations=-1",
