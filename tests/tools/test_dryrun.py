@@ -116,7 +116,7 @@ def test_a_product_without_a_formula_is_an_error() -> None:
 def test_nine_fourteenths_of_the_products_are_repeated_with_fc2_kept_and_none_with_all() -> None:
     def products(level: str) -> tuple[int, int]:
         """Of encode and replay, on a stage of whole blocks; attention multiplies nothing that could be kept."""
-        config = small("model.vision.mlp_hidden=160", "parallel.pipeline=4", f"train.keep_outputs={level}")
+        config = small("parallel.pipeline=4", f"train.keep_outputs={level}")
         vision = config.model.vision
         phases = dry_run(config, 4, 1).phases
         attention = 32 * vision.depth // 4 * 4 * vision.width * vision.kept_tokens(0.5) ** 2
@@ -143,6 +143,21 @@ def test_kept_outputs_are_in_the_memory_or_on_the_host() -> None:
     )
     assert kept.total - plain.total == pytest.approx(expected, rel=0.02)
     assert host.total == pytest.approx(plain.total, rel=0.01)
+
+
+def test_sharded_parts_are_in_the_memory_during_their_turn() -> None:
+    options = ("parallel.virtual=4", "train.micro_batch_size=2", "parallel.bucket_size=1000000")
+    whole, gradients, weights = (
+        dry_run(small(*options, *more), 4, 1)
+        for more in ((), ("parallel.shard=gradients",), ("parallel.shard=weights",))
+    )
+    slices = whole.peaks["optimizer"].parts["weights"] / 4
+    for report, parts in ((gradients, ("gradients",)), (weights, ("weights", "gradients"))):
+        for part in parts:
+            assert report.peaks["optimizer"].parts[part] == pytest.approx(slices, rel=0.05)
+            # One chunk and the one behind or ahead of it; the first chunk has the patch embedding, too.
+            assert report.peaks["backward"].parts[part] <= slices * (1 + 4 * 0.6)
+    assert weights.peak.total < gradients.peak.total < whole.peak.total
 
 
 # --- traffic ----------------------------------------------------------------------------------------------------------
