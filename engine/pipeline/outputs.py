@@ -156,7 +156,8 @@ class Passes:
         """Bytes of one chunk at `level`."""
         train = self.config.train
         samples, blocks = train.micro_batch_size, len(tower.layers)
-        pooled = -(-samples // tower.pooled_multiple) * tower.pooled_multiple if tower.is_last and blocks else None
+        pools = tower.is_last and blocks > 0 and tower.vision.reads_one_token
+        pooled = -(-samples // tower.pooled_multiple) * tower.pooled_multiple if pools else None
         elements = kept_elements(
             tower.vision,
             level,

@@ -60,7 +60,7 @@ def _inputs(tower: VisionConfig | TextConfig, kind: str) -> int:
 
 
 def _hidden(tower: VisionConfig | TextConfig) -> int:
-    return tower.mlp_hidden if isinstance(tower, VisionConfig) else 4 * tower.width
+    return tower.mlp_hidden if isinstance(tower, VisionConfig) else tower.hidden
 
 
 def _channels(tower: VisionConfig | TextConfig) -> int:

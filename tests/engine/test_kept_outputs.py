@@ -26,6 +26,15 @@ MODELS = {
     "18b-fp32": ("model.preset=tiny-18b", "train.precision=fp32"),
     "18b-bf16": ("model.preset=tiny-18b", "train.precision=bf16"),
     "e14-fp32": ("model.preset=tiny-e14", "train.precision=fp32"),
+    "siglip-fp32": (
+        "model.preset=tiny-e14",
+        "model.vision.pool=attention",
+        "model.vision.class_token=false",
+        "model.vision.mlp=gelu_tanh",
+        "model.text.mlp_hidden=40",
+        "model.text.causal=false",
+        "model.text.pool=last",
+    ),
     "b16-bf16": ("model.preset=tiny-b16", "train.precision=bf16", "model.vision.width=64"),
 }
 
@@ -73,9 +82,16 @@ def formula(config: Config, level: str) -> int:
     item = 4 if train.precision == "fp32" else 2
     gates = 2 if vision.mlp == "swiglu" else 1
     total = 0
+    tokens_of_images = 8 * vision.kept_tokens(train.patch_dropout)
     for width, hidden, blocks, tokens, pooled in (
-        (vision.width, gates * vision.mlp_hidden, vision.depth, 8 * vision.kept_tokens(train.patch_dropout), 8),
-        (text.width, 4 * text.width, text.depth, 8 * text.context_length, 8),
+        (
+            vision.width,
+            gates * vision.mlp_hidden,
+            vision.depth,
+            tokens_of_images,
+            8 if vision.pool == "class" else tokens_of_images,
+        ),
+        (text.width, text.hidden, text.depth, 8 * text.context_length, 8),
     ):
         widths = {"fc2": width, "proj": width, "qkv": 3 * width, "fc1": hidden}
         for kind in LEVELS[level]:
