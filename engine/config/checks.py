@@ -16,8 +16,8 @@ from engine.config.schema import (
     ParallelConfig,
     TrainConfig,
 )
-from models.blocks.kernel_checks import check_kernels
 from models.config import ModelConfigError
+from models.kernel_checks import check_kernels
 from models.tensors.kept import LEVELS
 
 

@@ -22,7 +22,7 @@ from models.config import ModelConfig, VisionConfig
 from models.towers.heads import VisionHead
 
 FP8_ROWS = 128
-"""Rows of a matrix product that every fp8 recipe takes (models/blocks/kernel_checks.py)."""
+"""Rows of a matrix product that every fp8 recipe takes (models/kernel_checks.py)."""
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

@@ -9,8 +9,8 @@ from data.pixels.masks import BlockMasks
 from engine.config.checks import changed_settings
 from engine.config.errors import ConfigError, require
 from engine.config.schema import Config
-from models.blocks.kernel_checks import check_kernels
 from models.config import ModelConfig, ModelConfigError
+from models.kernel_checks import check_kernels
 
 if TYPE_CHECKING:
     import torch
