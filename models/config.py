@@ -5,8 +5,9 @@ cannot be built. Sources: the authors' model_configs/*.json as read in the paper
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 FP8_MULTIPLES = {"current": 16, "blockwise": 16, "mxfp8": 32}
 """model.fp8 -> what every side of a GEMM must be a multiple of (cuBLAS's alignment; numbers that share a scale)."""
@@ -219,6 +220,13 @@ class ModelConfig:
                 f"model.fp8_bf16_blocks {blocks} keeps so many blocks at each end of the {v.depth} in bf16: it needs "
                 f"model.fp8 (which is {self.fp8}) and blocks left between the ends"
             )
+
+
+def completed(stored: dict[str, Any]) -> dict[str, Any]:
+    """A model as a checkpoint holds it, with the switches that were not there yet when it was written, all off."""
+    plain = asdict(ModelConfig())
+    parts = {part: plain[part] | stored.get(part, {}) for part in ("vision", "text")}
+    return plain | stored | parts
 
 
 def _check_head(v: VisionConfig, embed_dim: int) -> None:

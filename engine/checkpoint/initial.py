@@ -24,7 +24,7 @@ from engine.checkpoint.state_dicts.files import State, open_state
 from engine.config.read import Config, to_dict
 from engine.optim.lamb import ShardedOptimizer
 from engine.parallel.mesh import Mesh
-from models.config import ModelConfig
+from models.config import ModelConfig, completed
 from models.formats.authors import AUTHORS
 from models.formats.eva_names import LayoutMismatch, is_derived, to_logical
 from models.tensors.inventory import MIM_TENSORS
@@ -147,7 +147,7 @@ def open_source(path: Path, config: Config, part: str) -> TensorSource:
     """A checkpoint or run folder of ours, or a file in the authors' layout, at the resolution of the job's model."""
     if path.is_dir():
         checkpoint = Checkpoint(resolve_checkpoint(path))
-        stored = checkpoint.manifest.config["model"]
+        stored = completed(checkpoint.manifest.config["model"])
         _same_tower(stored, to_dict(config)["model"], part, checkpoint.folder)
         source: TensorSource = checkpoint
         patch = stored["vision"]["patch_size"]

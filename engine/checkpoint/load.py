@@ -23,6 +23,7 @@ from engine.optim.average import restart_average
 from engine.optim.lamb import ShardedOptimizer
 from engine.parallel.agree import everyone
 from engine.parallel.mesh import Mesh
+from models.config import completed
 from models.tensors.naming import LogicalTensor
 
 _NOT_THE_MODEL = ("preset", "backend")  # how it was written down, and which kernels compute it
@@ -94,7 +95,7 @@ def same_run(checkpoint: Checkpoint, config: Config, *, any_resolution: bool = F
             f"{checkpoint.folder} was written with train.seed {manifest.seed}, this job has {config.train.seed}: its "
             f"samples and dropped patches would not be those of the run it continues; set train.seed={manifest.seed}"
         )
-    other = model_differences(manifest.config["model"], to_dict(config)["model"])
+    other = model_differences(completed(manifest.config["model"]), to_dict(config)["model"])
     if any_resolution:
         other = [line for line in other if not line.startswith("model.vision.image_size:")]
     if other:

@@ -11,6 +11,7 @@ from engine.config.text import nested, read_file, split_override
 from engine.config.typed import merged, typed
 from engine.objectives.registry import OBJECTIVES
 from models.config import ModelConfig
+from models.names import preset_of
 
 PRESETS = Path(__file__).resolve().parents[2] / "models" / "presets"
 _MODELS = (("model",), ("mim", "teacher_model"))
@@ -72,12 +73,16 @@ def refuse_repeats(overrides: Sequence[str]) -> None:
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """What models/presets/NAME.yaml says, typed."""
-    file = PRESETS / f"{name}.yaml"
+    """What models/presets/NAME.yaml says, typed; name may also be a public one (models/names.py)."""
     known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
-    if name not in known:
-        raise ConfigError(f"model {name!r} is not a preset; there are: {', '.join(known)}")
-    return typed(read_file(file), ModelConfig, "model")
+    public = preset_of(name) if name not in known else None
+    stem, changes = public or (name, {})
+    if stem not in known:
+        raise ConfigError(
+            f"model {name!r} is not a preset; there are: {', '.join(known)}, and open_clip's, timm's and the hub's "
+            "names of them"
+        )
+    return merged(typed(read_file(PRESETS / f"{stem}.yaml"), ModelConfig, "model"), changes)
 
 
 def _typed(tree: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -1,13 +1,18 @@
 """Every preset has the number of parameters and tensors of the real model, to the unit; nothing is allocated."""
 
+from dataclasses import asdict, replace
 from math import prod
 
 import pytest
 import torch
 
-from engine.config.read import PRESETS, preset_model
+from engine.checkpoint.load import model_differences
+from engine.config.read import PRESETS, ConfigError, preset_model
 from engine.parallel.mesh import Mesh
+from models.config import completed
 from models.formats.eva_names import from_logical
+from models.names import preset_of, public_names
+from models.tensors.inventory import text_shapes, vision_shapes
 from models.tensors.naming import LogicalTensor, logical_tensors
 from models.towers.text import TextTower
 from models.towers.vision import VisionTower
@@ -26,6 +31,20 @@ REAL = {
     "b16": (86_263_040, 63_428_096, 260, 149),
     # Not published; the 18B with the position table of 24 x 24 patches.
     "18b-336": (17_630_494_720 + (576 - 256) * 5120, 694_987_520, 438, 389),
+}
+# Counted from open_clip 3.3.0's models, built from its own configs; vision and text, without the scalars of the loss.
+PUBLIC = {
+    "vit-b32": (87_849_216, 63_428_096),
+    "vit-b16": (86_192_640, 63_428_096),
+    "vit-l14": (303_966_208, 123_650_304),
+    "vit-l14-336": (304_293_888, 123_650_304),
+    "vit-h14": (632_076_800, 354_032_640),
+    "vit-g14": (1_012_645_632, 354_032_640),
+    "vit-bigg14": (1_844_907_264, 694_659_840),
+    "siglip2-b16": (92_884_224, 282_303_744),
+    "siglip2-l16": (315_956_224, 565_570_560),
+    "siglip2-so400m": (427_680_704, 707_782_896),
+    "siglip2-g16": (1_163_168_256, 708_225_648),
 }
 AUTHORS_CONFIG = {
     "18b": "EVA-CLIP-18B",
@@ -56,7 +75,28 @@ def elements(tensors: list[LogicalTensor]) -> int:
 
 def test_every_preset_of_a_real_size_is_counted_here() -> None:
     presets = {path.stem for path in PRESETS.glob("*.yaml")}
-    assert {name for name in presets if not name.startswith("tiny-")} == set(REAL)
+    assert {name for name in presets if not name.startswith("tiny-")} == REAL.keys() | PUBLIC.keys()
+
+
+@pytest.mark.parametrize("preset", PUBLIC)
+def test_parameters_of_public_towers(preset: str, mesh: Mesh) -> None:
+    vision, text = logical_of(preset, mesh)
+    assert (elements(vision), elements(text)) == PUBLIC[preset]
+    model = preset_model(preset)
+    assert {tensor.name: tensor.shape for tensor in (*vision, *text)} == vision_shapes(model) | text_shapes(model)
+
+
+@pytest.mark.parametrize("name", [name for names in public_names().values() for name in names])
+def test_public_names_are_presets(name: str) -> None:
+    preset, changes = preset_of(name) or ("", {})
+    model, plain = preset_model(name.upper()), preset_model(preset)
+    assert model.vision == replace(plain.vision, **changes.get("vision", {}))
+    assert model.vision.mlp == ("quick_gelu" if "quickgelu" in name or "clip-vit" in name else plain.vision.mlp)
+
+
+def test_a_name_that_nobody_knows() -> None:
+    with pytest.raises(ConfigError, match="'EVA03-B' is not a preset"):
+        preset_model("EVA03-B")
 
 
 @pytest.mark.parametrize("preset", REAL)
@@ -85,3 +125,13 @@ def test_every_shape_of_the_18b(mesh: Mesh) -> None:
     theirs = from_logical(tensors, preset_model("18b"))
     expected = load_json("real-tables/EVA-CLIP-18B.json")["shapes"]
     assert {name: list(value.shape) for name, value in theirs.items()} == expected
+
+
+def test_a_stored_model_without_later_switches_is_the_same_model() -> None:
+    now = asdict(preset_model("tiny-18b"))
+    later = ("class_token", "pool", "projection", "embed_norm", "key_bias", "patch_bias")
+    then = now | {"vision": {key: value for key, value in now["vision"].items() if key not in later}}
+    text = ("context_length", "vocab_size", "width", "depth", "heads", "norm_eps")
+    then["text"] = {key: now["text"][key] for key in text}
+    assert model_differences(completed(then), now) == []
+    assert model_differences(completed(then), now | {"vision": now["vision"] | {"pool": "mean"}}) != []

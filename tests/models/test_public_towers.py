@@ -4,8 +4,12 @@ tests/golden/make_public_towers.py wrote the fixtures with those packages; none 
 number of ranks runs all families at its layouts.
 """
 
+import json
+import re
+import shutil
 from dataclasses import asdict, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,19 +18,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.checkpoint.foreign import ForeignWeights
+from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.state_dicts.files import open_state
 from engine.config.read import Config, resolve
 from engine.parallel.device import prepare
 from engine.parallel.mesh import Mesh, build_mesh
 from engine.pipeline.executor import LossResult
 from engine.trainer import Trainer
-from models.config import ModelConfig
+from models.config import ModelConfig, ModelConfigError
 from models.formats import family, layout_of
 from models.formats.open_clip_config import model_from_open_clip, open_clip_from_model
 from models.formats.transformers_config import model_from_transformers, transformers_from_model
 from tests.distributed import run_distributed
 from tests.gather import backward_only, gather_objects, whole_gradients
 from tests.golden import FOLDER, deviation, load_json, load_tensors, load_weights, local_batch
+from tools.convert import __main__ as convert
 
 FORMAT = {
     "open-clip-vit": "openclip",
@@ -81,6 +87,64 @@ def test_the_config_goes_in_and_out(name: str) -> None:
     else:
         back = transformers_from_model(model, family(model), 2.0)
         assert model_from_transformers(back, family(model)) == model
+
+
+def run(*arguments: object) -> int:
+    return convert.main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("name", ["open-clip-vit", "transformers-clip", "transformers-siglip"])
+def test_the_command_converts_there_and_back(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder as the hub has it -> checkpoint -> file or folder of the same project, and of the other one."""
+    layout, hub = FORMAT[name], tmp_path / "hub"
+    hub.mkdir()
+    files = {
+        "openclip": ("open_clip_model.safetensors", "open_clip_config.json"),
+        "hf": ("model.safetensors", "config.json"),
+    }[layout]
+    shutil.copy(FOLDER / f"public-{name}/weights.safetensors", hub / files[0])
+    config = load_json(f"public-{name}/config.json")
+    (hub / files[1]).write_text(json.dumps({"model_cfg": config} if layout == "openclip" else config))
+    assert run("--from", layout, "--weights", hub, "--out", tmp_path / "ours") == 0
+    out = tmp_path / ("back.safetensors" if layout == "openclip" else "back")
+    more = ["--config-out", tmp_path / "back.json"] if layout == "openclip" else []
+    assert run("--to", layout, "--checkpoint", tmp_path / "ours", "--out", out, *more) == 0
+    theirs, back = load_tensors(f"public-{name}/weights"), open_state(out)
+    assert back.shapes.keys() == {key for key in theirs if not key.endswith("position_ids")}
+    assert all(back.read(key).equal(theirs[key]) for key in back.shapes)
+    assert run("--to", "eva", "--checkpoint", tmp_path / "ours", "--out", tmp_path / "no.safetensors") == 1
+    assert "the eva layout has no place for a" in capsys.readouterr().err
+    if layout == "openclip":
+        assert json.loads((tmp_path / "back.json").read_text()) == config
+        assert run("--to", "hf", "--checkpoint", tmp_path / "ours", "--out", tmp_path / "other") == 0
+        assert json.loads((tmp_path / "other/config.json").read_text())["architectures"] == ["CLIPModel"]
+        assert run("--from", "hf", "--weights", tmp_path / "other", "--out", tmp_path / "again") == 0
+        ours, again = Checkpoint(tmp_path / "ours"), Checkpoint(tmp_path / "again")
+        assert again.manifest.config["model"] == ours.manifest.config["model"]
+        assert all(again.read_whole(key).equal(ours.read_whole(key)) for key in ours.shapes())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision_cfg": {"ls_init_value": 0.1}}, "vision_cfg.ls_init_value is 0.1"),
+        ({"vision_cfg": {"pool_type": "none"}}, "vision_cfg.pool_type is 'none'"),
+        ({"vision_cfg": {"swish": True}}, "does not know: swish"),
+        (
+            {"vision_cfg": {"timm_model_name": "vit_base_patch16_siglip_224", "timm_pool": "avg"}},
+            "SigLIP's (map, none)",
+        ),
+        ({"text_cfg": {"hf_model_name": "bert"}}, "text_cfg.hf_model_name is 'bert'"),
+        ({"text_cfg": {"pool_type": "eos"}}, "text_cfg.pool_type is 'eos'"),
+        ({"multimodal_cfg": {}}, "not an open_clip model config: multimodal_cfg"),
+    ],
+)
+def test_switches_of_open_clip_that_are_not_built(change: dict, message: str) -> None:
+    config = load_json("public-open-clip-vit/config.json")
+    for key, value in change.items():
+        config[key] = config.get(key, {}) | value
+    with pytest.raises(ModelConfigError, match=re.escape(message)):
+        model_from_open_clip(config)
 
 
 # --- through the engine ----------------------------------------------------------------------------------------------
