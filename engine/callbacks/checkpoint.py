@@ -37,8 +37,6 @@ class CheckpointCallback(Callback):
 
     def secure(self, record: Record) -> None:
         """Notice a writer that failed; save when it is time."""
-        if self.trainer.lock is not None:
-            self.trainer.lock.touch()
         if not self.settings.every_steps:
             return
         self.saver.check()

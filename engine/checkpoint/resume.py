@@ -15,6 +15,8 @@ from engine.checkpoint.format.folders import (
     latest_first,
     resolve_checkpoint,
     set_aside,
+    set_aside_before,
+    strange_pointer,
 )
 from engine.checkpoint.format.lock import RunLock
 from engine.checkpoint.format.manifest import Position, step_record
@@ -119,8 +121,21 @@ def choose(config: Config, mesh: Mesh) -> Checkpoint | None:
 
 def newest_good(run_dir: Path, config: Config, mesh: Mesh) -> Checkpoint | None:
     """The first of latest, newest, … that is whole; None where there is no checkpoint. Collective over the mesh."""
-    candidates = everyone(latest_first(run_dir) if mesh.world.rank == 0 else None, mesh.world)[0]
+    first = mesh.world.rank == 0
+    candidates = everyone(latest_first(run_dir) if first else None, mesh.control)[0]
+    if first and (strange := strange_pointer(run_dir)):
+        _say(f"WARNING: {strange}", mesh)
+    if not candidates:
+        raise_together(_only_damaged(run_dir) if first else None, mesh.control)
     return first_good(candidates, config, mesh)
+
+
+def _only_damaged(run_dir: Path) -> str:
+    aside = set_aside_before(run_dir)
+    return "" if not aside else (
+        f"{run_dir} holds nothing but checkpoints that were set aside ({', '.join(str(path) for path in aside)}), and "
+        "starting afresh was not asked for: mend one and give it its name back, or set checkpoint.resume=none"
+    )  # fmt: skip
 
 
 def first_good(candidates: Sequence[Path], config: Config, mesh: Mesh) -> Checkpoint | None:

@@ -12,6 +12,7 @@ its rank at the next step with the reason, and torchrun stops the others.
 import copy
 import json
 import shutil
+import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,7 @@ from engine.checkpoint.format.folders import (
     prune,
     put_in_place,
     saving_folder,
+    set_later_aside,
     step_folder,
 )
 from engine.checkpoint.format.manifest import (
@@ -158,6 +160,8 @@ class CheckpointSaver:
             report.unlink()
         write_manifest(folder, manifest)
         put_in_place(final)
+        for folder in set_later_aside(final, self.run_dir):
+            print(f"WARNING: {folder.name}: of an attempt that this run does not continue", file=sys.stderr, flush=True)
         prune(self.run_dir, self.retention)
 
 

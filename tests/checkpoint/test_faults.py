@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from engine.checkpoint.format.lock import LOCK_FILE, RunLock
 from engine.checkpoint.reader import Checkpoint
 from engine.parallel.mesh import Mesh
 from tests.checkpoint.children import child, hear, hold_lock, save_for_ever, save_with_file_limit
-from tests.checkpoint.jobs import alone, build, differing, job_config, run_steps, save
+from tests.checkpoint.jobs import alone, build, job_config, run_steps, save
 
 
 @pytest.fixture(scope="module")
@@ -227,22 +228,93 @@ def test_a_second_job_on_the_folder_is_refused_until_the_first_is_gone(tmp_path:
         build(job_config(tmp_path), mesh).lock.release()
 
 
-def test_a_job_of_another_machine_is_refused_while_its_mark_is_fresh(tmp_path: Path) -> None:
+def test_a_folder_left_on_another_machine_is_watched_then_taken_whatever_the_clocks_say(tmp_path: Path, capfd) -> None:
     mark = tmp_path / LOCK_FILE
+    for touched_s in (1, 2**33):  # long ago, and in the future of this machine's clock
+        mark.write_text('{"host": "elsewhere", "pid": 7}')
+        os.utime(mark, (touched_s, touched_s))
+        RunLock(tmp_path, patience_s=0.05).release()
+        assert "was left by process 7 on elsewhere" in capfd.readouterr().err
+    assert mark.read_text() == ""
+
+
+def test_a_job_of_another_machine_that_lives_is_not_disturbed(tmp_path: Path) -> None:
+    mark, ended = tmp_path / LOCK_FILE, threading.Event()
     mark.write_text('{"host": "elsewhere", "pid": 7}')
-    with pytest.raises(CheckpointError, match=r"process 7 on elsewhere; if that job has ended, delete .*run\.lock"):
-        RunLock(tmp_path)
-    os.utime(mark, (1, 1))
-    RunLock(tmp_path).release()
+
+    def live() -> None:
+        touched = 0
+        while not ended.wait(0.01):
+            touched += 1
+            os.utime(mark, (touched, touched))
+
+    alive = threading.Thread(target=live)
+    alive.start()
+    try:
+        with pytest.raises(CheckpointError, match=r"in use by process 7 on elsewhere, which touched .*run\.lock"):
+            RunLock(tmp_path, patience_s=30)
+    finally:
+        ended.set()
+        alive.join()
 
 
-def test_what_a_killed_run_left_is_cleared_or_put_back(run_dir: Path, mesh: Mesh, capfd) -> None:
-    older, newest = all_checkpoints(run_dir)
-    shutil.copytree(newest, newest.with_name(".saving_step_00000003"))
-    shutil.copytree(older, older.with_name(".deleting_step_00000000"))
-    before = shutil.copytree(newest, newest.with_name("kept-for-comparison"))
-    newest.rename(newest.with_name(f".replaced_{newest.name}"))  # killed between the two renames of a replacement
-    assert build(job_config(run_dir), mesh).position.step == 2
-    assert not list(checkpoints_folder(run_dir).glob(".*"))
-    assert differing(before, newest) == []
-    assert "removed the unfinished checkpoint step_00000003" in capfd.readouterr().err
+def test_a_job_that_its_scheduler_starts_again_elsewhere_takes_its_folder_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    (tmp_path / LOCK_FILE).write_text('{"host": "elsewhere", "pid": 7, "job": "slurm 4711"}')
+    RunLock(tmp_path, patience_s=3600).release()
+    assert not capfd.readouterr().err
+
+
+# --- latest is a hint ------------------------------------------------------------------------------------------------
+
+
+STRANGE = [b"", b"/etc", b"../..", b".", b"step_00000002/..", b"\xff\xfe\x00", b"step_2", b"step_00000001 2"]
+
+
+@pytest.mark.parametrize("content", STRANGE)
+def test_a_pointer_that_names_no_checkpoint_is_passed_over_and_nothing_is_renamed(
+    content: bytes, run_dir: Path, mesh: Mesh, capfd
+) -> None:
+    (checkpoints_folder(run_dir) / "latest").write_bytes(content)
+    before = sorted(run_dir.parent.rglob("*"))
+    trainer = build(job_config(run_dir), mesh)
+    trainer.lock.release()
+    assert trainer.position.step == 2
+    assert "does not hold the name of a checkpoint" in capfd.readouterr().err
+    assert sorted(run_dir.parent.rglob("*")) == before
+
+
+def test_a_run_with_nothing_but_damaged_checkpoints_does_not_begin_at_0(run_dir: Path, mesh: Mesh) -> None:
+    (checkpoints_folder(run_dir) / "latest").unlink()
+    for folder in all_checkpoints(run_dir):
+        folder.rename(folder.with_name(f"{folder.name}.damaged"))
+    with pytest.raises(CheckpointError, match=r"nothing but checkpoints that were set aside .*step_00000001\.damaged"):
+        build(job_config(run_dir), mesh)
+    trainer = build(job_config(run_dir, "checkpoint.resume=none"), mesh)
+    trainer.lock.release()
+    assert trainer.position.step == 0
+
+
+def test_a_rolled_back_run_does_not_count_the_attempt_that_was_given_up(run_dir: Path, mesh: Mesh, capfd) -> None:
+    pointer, older = checkpoints_folder(run_dir) / "latest", all_checkpoints(run_dir)[0]
+    given_up = build(job_config(run_dir), mesh)
+    run_steps(given_up, 4)
+    later = save(given_up)
+    given_up.lock.release()
+    pointer.write_text(older.name)
+    trainer = build(job_config(run_dir), mesh)
+    assert trainer.position.step == 1
+    run_steps(trainer, 2)
+    newest = save(trainer)
+    trainer.lock.release()
+    assert f"{later.name}.abandoned: of an attempt" in capfd.readouterr().err
+    assert all_checkpoints(run_dir)[-1] == newest and later.with_name(f"{later.name}.abandoned").is_dir()
+
+
+def test_what_follows_a_lost_checkpoint_is_older_not_of_an_attempt_that_was_given_up(run_dir: Path) -> None:
+    one, two = all_checkpoints(run_dir)
+    given_up = shutil.copytree(two, two.with_name("step_00000009"))
+    (checkpoints_folder(run_dir) / "latest").write_text(two.name)
+    assert latest_first(run_dir) == [two, one, given_up]

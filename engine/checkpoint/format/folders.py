@@ -2,15 +2,17 @@
 
 run_dir/checkpoints/
   step_00000100/{manifest.json, rank_*.safetensors}   a checkpoint
-  latest                                              the name of the newest one written
+  latest                                              the name of the newest one written: a hint, no more
   .saving_step_00000200/                              being written, or left by a killed run
   .replaced_step_00000100/                            an older one of that step, until its successor is in place
   .deleting_step_00000050/                            no longer kept
   step_00000300.damaged/                              set aside because its files did not match its manifest
+  step_00000400.abandoned/                            of an attempt that was given up: the run went on from before it
 """
 
 import math
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.manifest import MANIFEST, step_record, sync_folder, write_synced
 
 _LATEST = "latest"
+_STEP = re.compile(r"step_\d{8,}")
 _SAVING, _REPLACED, _DELETING = ".saving_", ".replaced_", ".deleting_"
 
 
@@ -53,7 +56,7 @@ def saving_folder(final: Path) -> Path:
 
 def step_folders(run_dir: Path) -> list[Path]:
     """Everything that stands in the place of a checkpoint, whole or not, by step, oldest first."""
-    return sorted(f for f in checkpoints_folder(run_dir).glob("step_*") if f.is_dir() and not f.suffix)
+    return sorted(f for f in checkpoints_folder(run_dir).glob("step_*") if f.is_dir() and _STEP.fullmatch(f.name))
 
 
 def all_checkpoints(run_dir: Path) -> list[Path]:
@@ -62,15 +65,43 @@ def all_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def latest_first(run_dir: Path) -> list[Path]:
-    """Folders in the order in which resuming tries them: the one that `latest` names (even if it is gone), the newest,
-    and so on to the oldest.
+    """Folders in the order in which resuming tries them: the one that `latest` names (even if it is gone), those before
+    it from the newest to the oldest, and at last those after it: an attempt that somebody gave up.
     """
     newest = step_folders(run_dir)[::-1]
-    pointer = checkpoints_folder(run_dir) / _LATEST
-    if not pointer.is_file():
+    latest = pointed_at(run_dir)
+    if latest is None:
         return newest
-    latest = checkpoints_folder(run_dir) / pointer.read_text().strip()
-    return [latest, *(folder for folder in newest if folder != latest)]
+    before = [folder for folder in newest if step_of(folder) < step_of(latest)]
+    return [latest, *before, *(folder for folder in newest if step_of(folder) > step_of(latest))]
+
+
+def pointed_at(run_dir: Path) -> Path | None:
+    """The folder that `latest` names; None where it names none. Nothing but the name of a checkpoint counts."""
+    try:
+        name = (checkpoints_folder(run_dir) / _LATEST).read_bytes().decode("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return checkpoints_folder(run_dir) / name if _STEP.fullmatch(name) else None
+
+
+def strange_pointer(run_dir: Path) -> str:
+    """What is wrong with `latest`, in words; empty if nothing is."""
+    pointer = checkpoints_folder(run_dir) / _LATEST
+    if not os.path.lexists(pointer) or pointed_at(run_dir) is not None:
+        return ""
+    return f"{pointer} does not hold the name of a checkpoint (step_ and eight digits): it was not used"
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def set_aside_before(run_dir: Path) -> list[Path]:
+    """What has been set aside as damaged, by an earlier start or a person."""
+    aside = checkpoints_folder(run_dir).glob("step_*.damaged*")
+    return sorted([*aside, *run_dir.glob("checkpoints.damaged*")])
 
 
 def put_in_place(final: Path) -> None:
@@ -104,14 +135,23 @@ def clear_leftovers(run_dir: Path) -> list[str]:
     return removed
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint, so that nothing counts it as one and a person can look at it."""
-    number, aside = 1, folder.with_name(f"{folder.name}.damaged")
+def set_aside(folder: Path, why: str = "damaged") -> Path:
+    """Rename a checkpoint, so that nothing counts it as one and a person can look at it."""
+    assert _STEP.fullmatch(folder.name), f"{folder} is no checkpoint"
+    number, aside = 1, folder.with_name(f"{folder.name}.{why}")
     while aside.exists():
         number += 1
-        aside = folder.with_name(f"{folder.name}.damaged{number}")
+        aside = folder.with_name(f"{folder.name}.{why}{number}")
     os.rename(folder, aside)
     return aside
+
+
+def set_later_aside(newest: Path, run_dir: Path) -> list[Path]:
+    """Rename the checkpoints after `newest`, which this run has just written: they are of an attempt that was given up,
+    and would be counted, and gone back to, as if they were its own. Returns their new names.
+    """
+    later = [folder for folder in step_folders(run_dir) if step_of(folder) > step_of(newest)]
+    return [set_aside(folder, "abandoned") for folder in later]
 
 
 def prune(run_dir: Path, retention: Retention) -> list[Path]:
@@ -119,7 +159,7 @@ def prune(run_dir: Path, retention: Retention) -> list[Path]:
     folders = all_checkpoints(run_dir)
     keep = set(folders[-retention.last :]) | set(latest_first(run_dir)[:1])
     if retention.every_steps:
-        keep |= {f for f in folders if int(f.name.removeprefix("step_")) % retention.every_steps == 0}
+        keep |= {f for f in folders if step_of(f) % retention.every_steps == 0}
     if retention.best:
         keep |= set(_best(folders, retention))
     gone = [folder for folder in folders if folder not in keep]

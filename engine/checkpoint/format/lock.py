@@ -2,31 +2,39 @@
 
 A POSIX record lock on run_dir/run.lock: the kernel drops it when the process ends, however it ends, and forked reader
 processes do not inherit it, so a lock left by a killed job never has to be cleared by hand. Where a shared file system
-does not carry locks between machines, the file's host and age tell of a job on another one.
+does not carry locks between machines, the file's host tells of a job on another one. Whether that one lives is watched,
+not computed: its file is touched all the time, and clocks of two machines need not agree. A job that its scheduler
+starts again on other machines takes the folder at once: the scheduler has ended the start before.
 """
 
 import fcntl
 import json
 import os
 import socket
+import sys
+import threading
 import time
 from pathlib import Path
 
 from engine.checkpoint.format.errors import CheckpointError
 
 LOCK_FILE = "run.lock"
-_ALIVE_S = 180.0
-"""A job of another host whose file is younger than this is taken to be alive."""
-_TOUCH_EVERY_S = 30.0
+_TOUCH_EVERY_S = 15.0
+PATIENCE_S = 120.0
+"""A holder on another machine whose file stands still for so long is gone; file systems show changes a minute late."""
+_POLL_S = 0.5
 
 
 class RunLock:
     """Held from construction until `release` or the end of the process."""
 
-    def __init__(self, run_dir: Path):
-        """Raises CheckpointError when the folder cannot be written or another job holds it."""
-        self._path = run_dir / LOCK_FILE
-        self._touched = time.monotonic()
+    def __init__(self, run_dir: Path, *, patience_s: float = PATIENCE_S):
+        """patience_s: how long the file of a holder on another machine is watched.
+
+        Raises CheckpointError when the folder cannot be written or another job holds it.
+        """
+        self._path, self._patience_s = run_dir / LOCK_FILE, patience_s
+        self._released = threading.Event()
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -37,6 +45,7 @@ class RunLock:
         except BaseException:
             os.close(self._descriptor)
             raise
+        threading.Thread(target=self._keep_fresh, name="run.lock", daemon=True).start()
 
     def _acquire(self, run_dir: Path) -> None:
         holder = self._holder()
@@ -47,13 +56,9 @@ class RunLock:
                 f"run_dir {run_dir} is in use by process {holder.get('pid')} on {holder.get('host')}: two jobs would "
                 "overwrite each other's checkpoints; end that job or set another run_dir"
             ) from None
-        age_s = time.time() - os.fstat(self._descriptor).st_mtime
-        if holder and holder["host"] != socket.gethostname() and age_s < _ALIVE_S:
-            raise CheckpointError(
-                f"run_dir {run_dir} was in use {age_s:.0f} s ago by process {holder['pid']} on {holder['host']}; if "
-                f"that job has ended, delete {self._path}"
-            )
-        content = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
+        if holder and holder["host"] != socket.gethostname() and not _same_job(holder):
+            self._watch(run_dir, holder)
+        content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "job": _job()}).encode()
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, content, 0)
 
@@ -64,13 +69,48 @@ class RunLock:
             return {}  # empty: released in order, or never held
         return holder if isinstance(holder, dict) and {"host", "pid"} <= holder.keys() else {}
 
-    def touch(self) -> None:
-        """Show other machines that this job lives; cheap enough for every step."""
-        if time.monotonic() - self._touched > _TOUCH_EVERY_S:
-            self._touched = time.monotonic()
-            os.utime(self._descriptor)
+    def _watch(self, run_dir: Path, holder: dict[str, object]) -> None:
+        """Until the holder's file has stood still for long enough. Raises CheckpointError if it is touched."""
+        who = f"process {holder['pid']} on {holder['host']}"
+        print(
+            f"run_dir {run_dir} was left by {who} without being given back: watching for {self._patience_s:.0f} s "
+            "whether it lives",
+            file=sys.stderr,
+            flush=True,
+        )
+        began, mark = time.monotonic(), self._mark()
+        while time.monotonic() - began < self._patience_s:
+            time.sleep(min(_POLL_S, self._patience_s / 4))
+            if self._mark() != mark and self._holder():
+                raise CheckpointError(
+                    f"run_dir {run_dir} is in use by {who}, which touched {self._path} just now: end that job or set "
+                    "another run_dir"
+                )
+
+    def _mark(self) -> tuple[int, int]:
+        status = self._path.stat()  # by name: a network file system asks its server anew
+        return status.st_mtime_ns, status.st_size
+
+    def _keep_fresh(self) -> None:
+        while not self._released.wait(_TOUCH_EVERY_S):
+            try:
+                os.utime(self._descriptor)
+            except OSError:  # released meanwhile, or the file system is away: the next touch tells
+                continue
 
     def release(self) -> None:
-        """Give the folder back."""
-        os.ftruncate(self._descriptor, 0)
-        os.close(self._descriptor)  # closing drops the lock
+        """Give the folder back; a second time does nothing."""
+        if not self._released.is_set():
+            self._released.set()
+            os.ftruncate(self._descriptor, 0)
+            os.close(self._descriptor)  # closing drops the lock
+
+
+def _same_job(holder: dict[str, object]) -> bool:
+    return _job() != "" and holder.get("job") == _job()
+
+
+def _job() -> str:
+    """What the scheduler calls this job; it stays when the job is started again after a failure, on whatever hosts."""
+    number = os.environ.get("SLURM_JOB_ID", "")
+    return f"slurm {number}" if number else ""
