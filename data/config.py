@@ -77,6 +77,8 @@ class DataConfig:
     """
     sentences: str = "all"
     """all | random (one sentence of the caption) | first N."""
+    changed: str = "refuse"
+    """refuse | accept: a resumed run whose data is not that of its checkpoint (docs/checkpoints.md)."""
     max_bad_fraction: float = 0.05
     """Above this share of bad samples (after the first 1,000 reads) the run stops."""
     cache_dir: str = ""
@@ -103,6 +105,7 @@ class DataConfig:
             f"data.crop_scale {self.crop_scale} must be two areas with 0 < low <= high <= 1",
         )
         _require(self.decoder in DECODERS, f"data.decoder is {self.decoder!r}: choose one of {', '.join(DECODERS)}")
+        _require(self.changed in ("refuse", "accept"), f"data.changed is {self.changed!r}: choose refuse or accept")
         _require(self.workers >= 0, f"data.workers is {self.workers}: 0 or more reader processes")
         _require(
             0 <= self.max_bad_fraction < 1, f"data.max_bad_fraction is {self.max_bad_fraction}: 0 or more, below 1"

@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from data.batch import BadSample, EncodedBatch, SampleBatch
 from data.errors import DataError
+from data.fingerprint import fingerprint
 from data.loader import PrefetchLoader
 from data.reader import SampleReader
 from data.sources import SourceSize
@@ -66,7 +68,7 @@ class Feed:
         first_position: int = 0,
     ):
         """first_position: where in the run the order of samples begins (a phase has its own)."""
-        self.mesh, self.device = mesh, device
+        self.config, self.mesh, self.device, self.first_position = config, mesh, device, first_position
         self.global_batch = config.train.global_batch_size
         self.local_batch = self.global_batch // mesh.data.size
         self.captions = objective_of(config).reads_captions
@@ -152,6 +154,18 @@ class Feed:
             first = dist.get_global_rank(self.mesh.pipeline.group, 0)
             dist.broadcast(tokens, src=first, group=self.mesh.pipeline.group)
         return tokens[own_rows(self.local_batch, self.mesh)].long()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the order of samples depends on; empty on ranks that read nothing."""
+        if self.loader is None:
+            return {}
+        return fingerprint(
+            self.config.data,
+            self.reader.sources,
+            seed=self.config.train.seed,
+            global_batch_size=self.global_batch,
+            first_position=self.first_position,
+        )
 
     def close(self) -> None:
         """End the reader processes."""

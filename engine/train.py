@@ -54,6 +54,7 @@ def _train(config: Config, remarks: list[str]) -> int:
     from engine.parallel.launch import job
     from engine.parallel.mesh import LayoutError
     from engine.parallel.rendezvous import NotEveryoneCame
+    from engine.resilience.agreement import RanksDiffer, facts_of
     from engine.resilience.failures import tell, tell_line
     from engine.resilience.judge import UnhealthyStep
     from engine.resilience.signals import Wishes, end_with_parent
@@ -66,14 +67,15 @@ def _train(config: Config, remarks: list[str]) -> int:
     wishes = Wishes()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
+    ours = (LayoutError, NotEveryoneCame, RanksDiffer)
     try:
         configs = [phase.config for phase in phase_plan(config)]
         kernels = dict.fromkeys(str(require_kernels(c.model, DTYPES[c.train.precision])) for c in configs)
-        with job(config.parallel) as (mesh, device):
+        with job(config.parallel, facts_of(to_dict(config))) as (mesh, device):
             if mesh.world.rank == 0:
                 print("\n".join([*remarks, "; then ".join(kernels)]), flush=True)
             done = run_phases(config, mesh, device, partial(_callbacks, config), wishes)
-    except (LayoutError, DataError, CheckpointError, ModelConfigError, UnhealthyStep, NotEveryoneCame) as error:
+    except (*ours, DataError, CheckpointError, ModelConfigError, UnhealthyStep) as error:
         return tell_line(error)
     except Exception as error:
         return tell(error)

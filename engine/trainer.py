@@ -4,6 +4,7 @@ Notable choices: data, schedule, loss and optimizer are parts with no knowledge 
 meet. The hot path asks the device for numbers once a step, after the optimizer has been launched.
 """
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 import torch.distributed as dist
 
 from engine.build import build_optimizer, build_towers
+from engine.checkpoint.continuity import accept_data
 from engine.checkpoint.format.lock import RunLock
 from engine.checkpoint.format.manifest import Position
 from engine.checkpoint.reader import WHOLE, Checkpoint
-from engine.checkpoint.resume import choose, lock_run, start
+from engine.checkpoint.resume import Start, choose, lock_run, start
 from engine.config.origin import model_in_words
 from engine.config.phases import Phase, phase_plan
 from engine.config.read import Config, to_dict
@@ -28,6 +30,7 @@ from engine.parallel.device import Device
 from engine.parallel.mesh import Mesh, meet
 from engine.pipeline.clock import Phases, write_spans
 from engine.record import Callback, RunInfo
+from engine.resilience.agreement import one_data
 from engine.resilience.judge import Health
 from engine.resilience.quarantine import Quarantine
 from engine.resilience.rewind import Recovery
@@ -55,7 +58,9 @@ class Trainer:
         self.checkpoint_stall_s = 0.0
         """Seconds that training has waited for checkpoints since the last record."""
         self._resumed_states: dict[str, Any] = {}
-        self._resumed_record: dict[str, float] = {}
+        self._begin = Start(self.position)
+        self.data_fingerprint: dict[str, Any] = {}
+        """What the order of samples depends on, for checkpoints."""
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
@@ -119,6 +124,7 @@ class Trainer:
                 steps=self.phase.last_step - self.position.step,
                 first_position=self.phase.first_sample,
             )
+        self._check_data(feed)
         self.quarantine = Quarantine(
             Path(self.config.run_dir),
             self.mesh,
@@ -126,6 +132,16 @@ class Trainer:
             max_bad_fraction=self.config.data.max_bad_fraction,
         )
         return feed
+
+    def _check_data(self, feed: Feed) -> None:
+        """All ranks read the same data, that of the checkpoint. Collective; raises on every rank."""
+        self.data_fingerprint = data = one_data(feed.fingerprint(), self.mesh)
+        begin, accepted = self._begin, self.config.data.changed == "accept"
+        if begin.folder is None or begin.at_border:
+            return
+        said = accept_data(begin.data, data, accepted=accepted, seen=self.position.samples_seen, folder=begin.folder)
+        if said and self.mesh.world.rank == 0:
+            print(f"WARNING: {said}", file=sys.stderr, flush=True)
 
     def _give_back_states(self, callbacks: list[Callback]) -> None:
         self.callbacks = callbacks
@@ -205,7 +221,7 @@ class Trainer:
             layout=self.mesh.layout,
             parameters=self._count_parameters(),
             global_batch_size=self.config.train.global_batch_size,
-            resumed_record=self._resumed_record,
+            resumed_record=self._begin.record,
         )
 
     def _count_parameters(self) -> int:
@@ -228,8 +244,8 @@ class Trainer:
         self.lock = lock
         # A rewind to it would leave the tensors that it does not give as they are.
         self.recovery.began = checkpoint.folder if checkpoint is not None and checkpoint.exceptions == WHOLE else None
-        begin = start(self.towers, self.optimizer, self.phase, self.mesh, checkpoint)
-        self.position, self._resumed_states, self._resumed_record = begin.position, begin.callbacks, begin.record
+        self._begin = begin = start(self.towers, self.optimizer, self.phase, self.mesh, checkpoint)
+        self.position, self._resumed_states = begin.position, begin.callbacks
         self.position.phase = self.phase.name
         health = self._resumed_states.pop(type(self.health).__name__, None)
         if health is not None and not begin.at_border:  # another phase has another usual loss

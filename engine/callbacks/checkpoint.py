@@ -77,7 +77,8 @@ class CheckpointCallback(Callback):
 
     def _save(self, record: Record, wait: bool) -> None:
         with self._stall():
-            self.saver.save(self.trainer.position, self.trainer.callback_states(), _numbers(record))
+            trainer = self.trainer
+            self.saver.save(trainer.position, trainer.callback_states(), _numbers(record), trainer.data_fingerprint)
             if wait:
                 self.saver.wait()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.build import Towers
 from engine.checkpoint.border import cross_border
+from engine.checkpoint.continuity import accept_settings, changed_settings
 from engine.checkpoint.format.errors import CheckpointError, listed
 from engine.checkpoint.format.folders import (
     all_checkpoints,
@@ -25,7 +26,7 @@ from engine.checkpoint.initial import initialise_from
 from engine.checkpoint.load import resume_training, training_position
 from engine.checkpoint.reader import Checkpoint
 from engine.config.phases import Phase
-from engine.config.read import Config
+from engine.config.read import Config, to_dict
 from engine.optim.lamb import ShardedOptimizer
 from engine.parallel.agree import everyone, raise_together
 from engine.parallel.mesh import Mesh
@@ -38,8 +39,12 @@ class Start:
     position: Position
     callbacks: dict[str, Any] = field(default_factory=dict)
     """Class name -> state of the callbacks of the run that is continued."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Fingerprint of the data that the checkpoint has seen; empty if it does not say."""
     record: dict[str, float] = field(default_factory=dict)
     """Of the last step, as the checkpoint holds it."""
+    folder: Path | None = None
+    """The checkpoint; None for a fresh run."""
     at_border: bool = False
     """A phase begins: its checkpoint is that of the phase before."""
 
@@ -66,6 +71,12 @@ def start(
         for line in initialise_from(phase.config, towers, optimizer, mesh):
             _say(line, mesh)
         return Start(Position(step=0, samples_seen=0))
+    position = training_position(checkpoint)
+    if not 0 < position.step == phase.first_step:  # a phase begins with settings of its own
+        changes = changed_settings(checkpoint.manifest.config, to_dict(phase.config))
+        said = accept_settings(changes, phase.config.checkpoint.accept, checkpoint.folder)
+        if said:
+            _say(f"WARNING: {said}", mesh)
     begin = load_state(towers, optimizer, phase, mesh, checkpoint)
     checkpoint.close()
     return begin
@@ -86,7 +97,10 @@ def load_state(towers: Towers, optimizer: ShardedOptimizer, phase: Phase, mesh: 
         lines, did = chosen.lines(), "resumed"
     optimizer.step_count = position.step - phase.schedule_first_step
     _say(f"{did} from {checkpoint.folder} (step {position.step}): " + "; ".join(lines), mesh)
-    return Start(position, checkpoint.manifest.callbacks, step_record(checkpoint.folder), at_border)
+    manifest = checkpoint.manifest
+    return Start(
+        position, manifest.callbacks, manifest.data, step_record(checkpoint.folder), checkpoint.folder, at_border
+    )
 
 
 def _check_position(position: Position, phase: Phase, folder: Path) -> None:

@@ -65,8 +65,17 @@ class CheckpointSaver:
         self._completing: _BackgroundTask | None = None
         self._cancelled = threading.Event()
 
-    def save(self, position: Position, callbacks: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Start saving the state as it is now; returns when it is copied. Collective over the mesh."""
+    def save(
+        self,
+        position: Position,
+        callbacks: dict[str, Any],
+        metrics: dict[str, float],
+        data: dict[str, Any] | None = None,
+    ) -> None:
+        """Start saving the state as it is now; returns when it is copied. Collective over the mesh.
+
+        data: fingerprint of the run's data.
+        """
         self.wait()
         parts = self._snapshot.take()
         final = step_folder(self.run_dir, position.step)
@@ -74,7 +83,7 @@ class CheckpointSaver:
         rank = self.mesh.world.rank
         self._writing = _BackgroundTask(lambda: _write_rank(saving_folder(final), rank, parts))
         if rank == 0:
-            manifest = self._manifest(position, callbacks, metrics)
+            manifest = self._manifest(position, callbacks, metrics, data or {})
             self._committing = _BackgroundTask(lambda: self._commit(final, manifest))
         self.saved.append(final)
 
@@ -135,7 +144,9 @@ class CheckpointSaver:
                 error = f"cannot save {final}: {problem}"
         raise_together(error, self.mesh.world)
 
-    def _manifest(self, position: Position, callbacks: dict[str, Any], metrics: dict[str, float]) -> Manifest:
+    def _manifest(
+        self, position: Position, callbacks: dict[str, Any], metrics: dict[str, float], data: dict[str, Any]
+    ) -> Manifest:
         mesh = self.mesh
         return Manifest(
             content="training",
@@ -145,6 +156,7 @@ class CheckpointSaver:
             files={},
             position=Position(**asdict(position)),
             seed=self.config.train.seed,
+            data=data,
             callbacks=copy.deepcopy(callbacks),
             metrics=metrics,
         )

@@ -144,6 +144,8 @@ class CheckpointConfig:
     """Patterns of tensors of the checkpoint that are not loaded (`logit_scale.*`); everything else must fit."""
     reinit: list[str] = field(default_factory=list)
     """Patterns of tensors of the model that start afresh."""
+    accept: list[str] = field(default_factory=list)
+    """Settings that may differ from those of the checkpoint although they change the result (`optim.lr_*`)."""
 
 
 @dataclass(kw_only=True)

@@ -1,6 +1,6 @@
 """Starting and ending a multi-rank command: device, process group, mesh."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
@@ -10,21 +10,26 @@ from engine.config.read import ParallelConfig
 from engine.parallel.device import Device, order_kernels_by_launch, prepare
 from engine.parallel.mesh import Mesh, build_mesh, meet
 from engine.parallel.rendezvous import own_store
+from engine.resilience.agreement import agree
 from engine.resilience.failures import note
 
 
 @contextmanager
-def job(parallel: ParallelConfig) -> Iterator[tuple[Mesh, Device]]:
+def job(parallel: ParallelConfig, facts: Mapping[str, str] | None = None) -> Iterator[tuple[Mesh, Device]]:
     """The mesh and device of this rank; the process group ends with the block. One rank needs no torchrun.
 
+    facts: what has to be the same on all ranks (engine/resilience/agreement.py); compared before any group is made.
     What is raised inside carries who tells it (engine/resilience/failures.py).
     """
     if parallel.tensor > 1:
         order_kernels_by_launch()
     device = prepare()
     timeout = timedelta(minutes=parallel.timeout_minutes)
-    store, rank, size = own_store(timedelta(minutes=parallel.start_timeout_minutes))
+    start_timeout = timedelta(minutes=parallel.start_timeout_minutes)
+    store, rank, size = own_store(start_timeout)
     try:
+        if facts is not None:
+            agree(store, rank, size, facts, start_timeout)
         dist.init_process_group(device.backend, store=store, rank=rank, world_size=size, timeout=timeout)
         world = dist.distributed_c10d._get_default_group()
         mesh = build_mesh(parallel.tensor, parallel.pipeline, world, timeout=timeout)
@@ -34,5 +39,6 @@ def job(parallel: ParallelConfig) -> Iterator[tuple[Mesh, Device]]:
         note(error, store)
         raise
     finally:
-        with suppress(RuntimeError):  # a group whose other ranks are gone
-            dist.destroy_process_group()
+        if dist.is_initialized():
+            with suppress(RuntimeError):  # a group whose other ranks are gone
+                dist.destroy_process_group()

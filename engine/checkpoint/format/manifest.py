@@ -84,6 +84,8 @@ class Manifest:
     position: Position | None = None
     seed: int | None = None
     """The key of every random number of training."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Fingerprint of the data that the order of samples depends on (data/fingerprint.py); empty if none was taken."""
     callbacks: dict[str, Any] = field(default_factory=dict)
     """Class name -> state_dict of the callbacks that have one."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -140,7 +142,9 @@ def parse_tensor(entry: dict[str, Any]) -> StoredTensor:
 
 
 def _to_json(manifest: Manifest) -> dict[str, Any]:
-    body = {name: getattr(manifest, name) for name in ("content", "config", "layout", "seed", "metrics", "source")}
+    body = {
+        name: getattr(manifest, name) for name in ("content", "config", "layout", "seed", "metrics", "source", "data")
+    }
     return body | {
         "format": FORMAT,
         "position": asdict(manifest.position) if manifest.position else None,
@@ -160,6 +164,7 @@ def _from_json(body: dict[str, Any]) -> Manifest:
         files={name: FileRecord(**record) for name, record in body["files"].items()},
         position=Position(**body["position"]) if body["position"] else None,
         seed=body["seed"],
+        data=body.get("data", {}),
         callbacks=decode_state(body["callbacks"]),
         metrics=body["metrics"],
         source=body["source"],

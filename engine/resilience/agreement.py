@@ -1,0 +1,107 @@
+"""Before any group exists: do all ranks run the same job with the same code? One that differs is named.
+
+Each rank leaves its facts (config, digest of our source files, versions) in the store of this start, rank 0 compares
+them and leaves the verdict. A rank with other settings would train on in silence, or end all of them in a collective
+that never fits.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from data.errors import DataError
+from data.fingerprint import differences
+from engine.checkpoint.format.manifest import library_versions
+from engine.parallel.agree import everyone
+from engine.parallel.mesh import Mesh
+
+_ROOMS = ("engine", "models", "data")
+_OF_ONE_HOST = ("config.data.cache_dir",)
+_SHOWN = 6
+
+
+class RanksDiffer(Exception):
+    """Ranks were started with another config, code or library; the message names rank, host and difference."""
+
+
+def facts_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """What has to be the same on every rank, flat, as text. config: the resolved job."""
+    return {
+        **_flat(config, "config."),
+        **{f"version of {name}": version for name, version in library_versions().items()},
+        **{f"code of {room}/": _code(room) for room in _ROOMS},
+    }
+
+
+def agree(store: dist.Store, rank: int, size: int, facts: Mapping[str, str], timeout: timedelta) -> None:
+    """Raise RanksDiffer on every rank unless all have the same facts. Collective over all ranks of the start."""
+    store.set(f"facts/{rank}", json.dumps({"host": socket.gethostname(), **facts}))
+    if rank == 0:
+        keys = [f"facts/{other}" for other in range(size)]
+        store.wait(keys, timeout)
+        store.set("facts/verdict", compare([json.loads(store.get(key)) for key in keys]))
+    store.wait(["facts/verdict"], timeout)
+    verdict = store.get("facts/verdict").decode()
+    if verdict:
+        raise RanksDiffer(verdict)
+
+
+def compare(ranks: list[dict[str, str]]) -> str:
+    """In words, what differs from what most ranks have (of two, from what rank 0 has); empty if nothing does."""
+    names = sorted({name for facts in ranks for name in facts} - {"host", *_OF_ONE_HOST})
+    lines = []
+    for name in names:
+        values = [facts.get(name, "not there") for facts in ranks]
+        usual, _ = Counter(values).most_common(1)[0]
+        lines += [
+            f"rank {rank} on {facts['host']} has {name.removeprefix('config.')} {value}, others {usual}"
+            for rank, (facts, value) in enumerate(zip(ranks, values, strict=True))
+            if value != usual
+        ]
+    more = f"; and {len(lines) - _SHOWN} differences more" if len(lines) > _SHOWN else ""
+    return "" if not lines else (
+        f"the ranks do not run the same job: {'; '.join(lines[:_SHOWN])}{more}. Start every rank with one config and "
+        "one installation"
+    )  # fmt: skip
+
+
+def one_data(own: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """The fingerprint of the data, the same for all ranks that read. own: empty on ranks that read nothing.
+
+    Collective over the mesh; raises DataError on every rank.
+    """
+    of_ranks = everyone((socket.gethostname(), own), mesh.control)
+    readers = [(rank, host, found) for rank, (host, found) in enumerate(of_ranks) if found]
+    for rank, host, found in readers[1:]:
+        lines = differences(readers[0][2], found, position=sys.maxsize)
+        if lines:
+            raise DataError(
+                f"rank {rank} on {host} reads other data than rank {readers[0][0]} on {readers[0][1]}: "
+                f"{'; '.join(lines)}. Give every host the same shards"
+            )
+    return readers[0][2]
+
+
+def _code(room: str) -> str:
+    """Digest of the source files of a package, as this process would import them."""
+    root = Path(__file__).parents[2] / room
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(os.fsencode(path.relative_to(root)) + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str) -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": repr(value)}
+    return flat
