@@ -64,14 +64,13 @@ def _train(config: Config, remarks: list[str]) -> int:
 
     if stopped_in_this_start(Path(config.run_dir)):
         return STOPPED
-    wishes = Wishes()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
     ours = (LayoutError, NotEveryoneCame, RanksDiffer)
     try:
         configs = [phase.config for phase in phase_plan(config)]
         kernels = dict.fromkeys(str(require_kernels(c.model, DTYPES[c.train.precision])) for c in configs)
-        with job(config.parallel, facts_of(to_dict(config))) as (mesh, device):
+        with Wishes() as wishes, job(config.parallel, facts_of(to_dict(config))) as (mesh, device):
             if mesh.world.rank == 0:
                 print("\n".join([*remarks, "; then ".join(kernels)]), flush=True)
             done = run_phases(config, mesh, device, partial(_callbacks, config), wishes)

@@ -30,7 +30,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Wishes:
-    """What this process was asked for. Made by the main thread, before readers are forked."""
+    """What this process was asked for. Entered by the main thread, before readers are forked."""
 
     def __init__(self) -> None:
         self.training = False
@@ -40,13 +40,21 @@ class Wishes:
         self.stop = ""
         """Why this rank wants the run to stop; empty: it does not."""
         self._asked_s = 0.0
-        self._ours, theirs = socket.socketpair()
-        theirs.setblocking(False)
-        self._wakeup = theirs  # kept open
-        signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        for number in SIGNALS:
-            signal.signal(number, lambda number, frame: None)  # the thread below is who acts
+        self._ours, self._python = socket.socketpair()
+        self._python.setblocking(False)
+
+    def __enter__(self) -> "Wishes":
+        self._wakeup = signal.set_wakeup_fd(self._python.fileno(), warn_on_full_buffer=False)
+        # the thread is who acts
+        self._handlers = [signal.signal(number, lambda number, frame: None) for number in SIGNALS]
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in zip(SIGNALS, self._handlers, strict=True):
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        self._python.close()  # ends the thread
 
     @contextmanager
     def wait_for_steps(self) -> Iterator[None]:
@@ -58,10 +66,11 @@ class Wishes:
             self.training = False
 
     def _listen(self) -> None:
-        while True:
-            for number in self._ours.recv(64):
+        while heard := self._ours.recv(64):
+            for number in heard:
                 if number in SIGNALS:
                     self._take(signal.Signals(number))
+        self._ours.close()
 
     def _take(self, number: signal.Signals) -> None:
         now = time.monotonic()
@@ -74,7 +83,7 @@ class Wishes:
         for action in self.before_leaving:
             with contextlib.suppress(OSError):
                 action()
-        if os.environ.get("RANK", "0") == "0":
+        if again or "RANK" not in os.environ:  # torchrun ends the others this way when one rank has failed
             print(f"{number.name}{' again' if again else ''}: stopped at once", file=sys.stderr, flush=True)
         leave(128 + number if again else STOPPED)
 

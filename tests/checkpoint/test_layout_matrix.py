@@ -103,19 +103,22 @@ def test_every_layout_continues_the_curve_of_every_other(tmp_path: Path) -> None
     _check_matrix(tmp_path, ALL)
 
 
+ACCEPT = "checkpoint.accept=[train.precision,train.global_batch_size]"
+
+
 def test_precision_may_change_and_masters_keep_every_bit(tmp_path: Path) -> None:
     with alone() as mesh:
         trainer = build(job_config(tmp_path / "fp32"), mesh)
         run_steps(trainer, BEFORE)
         origin = save(trainer)
-        bf16 = build(job_config(tmp_path / "bf16", "train.precision=bf16", f"checkpoint.resume={origin}"), mesh)
+        bf16 = build(job_config(tmp_path / "bf16", "train.precision=bf16", f"checkpoint.resume={origin}", ACCEPT), mesh)
         assert differing(origin, save(bf16)) == []
         stored = Checkpoint(origin)
         for tensor, parameter in bf16.towers.logical_parameters():
             assert parameter.equal(stored.read_whole(tensor.name).to(parameter.dtype))
         run_steps(bf16, 1)
         trained = save(bf16)
-        back = build(job_config(tmp_path / "back", f"checkpoint.resume={trained}"), mesh)
+        back = build(job_config(tmp_path / "back", f"checkpoint.resume={trained}", ACCEPT), mesh)
         assert differing(trained, save(back)) == []
         assert back.position.step == BEFORE + 1
 
@@ -125,7 +128,9 @@ def test_the_batch_size_may_change_and_the_position_is_kept_in_samples(tmp_path:
         trainer = build(job_config(tmp_path / "a"), mesh)
         run_steps(trainer, 3)
         origin = save(trainer)
-        other = build(job_config(tmp_path / "b", "train.global_batch_size=8", f"checkpoint.resume={origin}"), mesh)
+        other = build(
+            job_config(tmp_path / "b", "train.global_batch_size=8", f"checkpoint.resume={origin}", ACCEPT), mesh
+        )
         assert (other.position.step, other.position.samples_seen) == (3, 48)
         run_steps(other, 1)
         assert other.position.samples_seen == 56

@@ -52,7 +52,8 @@ def test_the_formula(averaged: tuple[Path, dict[str, Tensor]]) -> None:
     assert deviations(stored(folder, WEIGHT), expected, 1e-3)
 
 
-LAYOUTS = [("parallel.tensor=2",), ("parallel.pipeline=2",), ("train.precision=bf16",)]
+ACCEPT = "checkpoint.accept=[train.precision]"
+LAYOUTS = [("parallel.tensor=2",), ("parallel.pipeline=2",), ("train.precision=bf16", ACCEPT)]
 """Each hands its checkpoint to the next; the last is DP 2."""
 
 

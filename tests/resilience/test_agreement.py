@@ -1,0 +1,144 @@
+"""Ranks that were started differently are named before any group exists; restarts meet in a store of their own."""
+
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from data.errors import DataError
+from engine.checkpoint.continuity import accept_settings, changed_settings
+from engine.checkpoint.format.errors import CheckpointError
+from engine.config.read import to_dict
+from engine.parallel.agree import PeerFailed, raise_together
+from engine.parallel.mesh import Axis
+from engine.parallel.rendezvous import NotEveryoneCame, _agree_on_name, own_store
+from engine.resilience.agreement import RanksDiffer, agree, compare, facts_of
+from tests.checkpoint.jobs import job_config
+from tests.distributed import run_distributed
+
+SOON = timedelta(seconds=30)
+
+
+def on_ranks(size: int, work: Callable[[int], Any]) -> list[Any]:
+    """What `work(rank)` returns or raises, on threads that stand for ranks."""
+    results: list[Any] = [None] * size
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = work(rank)
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_every_start_gets_a_name_of_its_own_whatever_dead_ranks_have_left() -> None:
+    store = dist.HashStore()
+    store.set("asks/2", "a rank that was killed before it got an answer")
+    names = [on_ranks(4, lambda rank: _agree_on_name(store, rank, 4, SOON)) for _ in range(3)]
+    assert all(len(set(of_start)) == 1 for of_start in names)
+    assert len({of_start[0] for of_start in names}) == 3
+
+
+def test_ranks_that_do_not_come_are_named() -> None:
+    store = dist.HashStore()
+    at_once = timedelta(milliseconds=200)
+    first, second = on_ranks(2, lambda rank: _agree_on_name(store, rank, 4, at_once))
+    assert isinstance(first, NotEveryoneCame) and "ranks 2, 3 of 4 did not come" in str(first)
+    assert isinstance(second, str)
+    lonely = on_ranks(1, lambda _: _agree_on_name(dist.HashStore(), 1, 2, at_once))[0]
+    assert isinstance(lonely, NotEveryoneCame) and "rank 0 did not come" in str(lonely)
+
+
+def test_half_an_environment_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(NotEveryoneCame, match=r"RANK is set, but not all of .*start with torchrun"):
+        own_store(SOON)
+
+
+def other(config: dict[str, Any], **changes: Any) -> dict[str, str]:
+    facts = facts_of(config)
+    return facts | {name.replace("__", "."): value for name, value in changes.items()}
+
+
+def test_a_rank_that_differs_is_named_with_its_host_and_the_difference() -> None:
+    config = to_dict(job_config("run"))
+    facts = [{"host": f"node{rank}", **facts_of(config)} for rank in range(4)]
+    assert compare(facts) == ""
+    facts[2] |= {"config.optim.lr_vision": "0.005"}
+    facts[3] |= {"code of engine/": "0123", "version of torch": "1.0", "config.data.cache_dir": "'/local'"}
+    said = compare(facts)
+    assert "rank 2 on node2 has optim.lr_vision 0.005, others 0.02" in said
+    assert "rank 3 on node3 has code of engine/ 0123" in said and "version of torch 1.0" in said
+    assert "cache_dir" not in said and "node0" not in said
+
+
+def test_all_ranks_hear_the_verdict() -> None:
+    config = to_dict(job_config("run"))
+    store = dist.HashStore()
+    facts = [facts_of(config), facts_of(config | {"objective": "mim"})]
+    results = on_ranks(2, lambda rank: agree(store, rank, 2, facts[rank], SOON))
+    assert [type(result) for result in results] == [RanksDiffer, RanksDiffer]
+    assert "rank 1 on" in str(results[0]) and str(results[0]) == str(results[1])
+
+
+def fail_together() -> list[str]:
+    """Kinds of errors that rank 1 meets, and what this rank raises."""
+    axis = Axis(dist.get_world_size(), dist.get_rank(), dist.group.WORLD)
+    found = []
+    for error in (None, DataError("a bad shard"), CheckpointError("no room"), "in words", ZeroDivisionError("a bug")):
+        try:
+            raise_together(error if axis.rank == 1 else None, axis)
+            found.append("")
+        except Exception as raised:
+            found.append(f"{type(raised).__name__}: {raised}")
+    return found
+
+
+@pytest.mark.dist
+def test_what_one_rank_meets_all_raise() -> None:
+    same = ["", "DataError: a bad shard", "CheckpointError: no room", "CheckpointError: in words"]
+    assert run_distributed(fail_together, 3) == [
+        [*same, f"{PeerFailed.__name__}: a bug"],
+        [*same, "ZeroDivisionError: a bug"],
+        [*same, f"{PeerFailed.__name__}: a bug"],
+    ]
+
+
+RESULT_CHANGES = {
+    "optim.name=adamw": "optim.name lamb → adamw",
+    "optim.lr_vision=1e-3": "optim.lr_vision 0.02 → 0.001",
+    "train.global_batch_size=32": "train.global_batch_size 16 → 32",
+    "train.precision=bf16": "train.precision fp32 → bf16",
+    "train.loss=sigmoid": "train.loss softmax → sigmoid",
+    "optim.betas=[0.9,0.99]": "optim.betas",
+    "data.flip=true": "data.flip False → True",
+}
+NO_CHANGES = ("train.micro_batch_size=2", "parallel.tensor=2", "health.on_nonfinite=skip", "log.every_steps=1")
+
+
+@pytest.mark.parametrize("override", RESULT_CHANGES)
+def test_a_setting_that_changes_the_result_is_refused_or_accepted_by_name(override: str) -> None:
+    changes = changed_settings(to_dict(job_config("run")), to_dict(job_config("elsewhere", override)))
+    with pytest.raises(CheckpointError, match=r"written with other settings: .*checkpoint\.accept=") as refused:
+        accept_settings(changes, ["data.crop*"], "step_00000002")
+    name = override.partition("=")[0]
+    assert RESULT_CHANGES[override] in str(refused.value) and f"checkpoint.accept=[{name}]" in str(refused.value)
+    assert RESULT_CHANGES[override] in accept_settings(changes, [name.partition(".")[0] + ".*"], "step_00000002")
+
+
+def test_what_does_not_change_the_result_may_differ_and_a_longer_run_is_said() -> None:
+    stored = to_dict(job_config("run"))
+    assert not changed_settings(stored, to_dict(job_config("run", *NO_CHANGES)))
+    longer = changed_settings(stored, to_dict(job_config("run", "train.steps=60")))
+    assert accept_settings(longer, [], "x") == "goes on with other settings: train.steps 6 → 60"
+    del stored["data"]["flip"]  # written before there was such a setting
+    assert not changed_settings(stored, to_dict(job_config("run", "data.flip=true")))
