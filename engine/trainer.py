@@ -31,6 +31,7 @@ from engine.parallel.mesh import Mesh, meet
 from engine.pipeline.clock import Phases, write_spans
 from engine.record import Callback, RunInfo
 from engine.resilience.agreement import one_data
+from engine.resilience.audit import Audit
 from engine.resilience.judge import Health
 from engine.resilience.quarantine import Quarantine
 from engine.resilience.rewind import Recovery
@@ -51,7 +52,12 @@ class Trainer:
         restart_average(self.optimizer)
         self.training_step = objective_of(config).step(config, mesh, device.torch_device, self.towers, self.optimizer)
         self.health = self.training_step.update.health
-        self.recovery = Recovery(self.towers, self.optimizer, self.phase, mesh)
+        rhythms = (
+            config.health.audit_every_steps,
+            config.checkpoint.every_steps if config.health.audit_every_steps else 0,
+        )
+        self.audit = Audit(self.towers, self.optimizer, mesh, every_steps=rhythms)
+        self.recovery = Recovery(self.towers, self.optimizer, self.phase, mesh, self.audit)
         self.position = Position(step=0, samples_seen=0, phase=self.phase.name)
         self.lock: RunLock | None = None
         self.callbacks: list[Callback] = []
@@ -106,7 +112,7 @@ class Trainer:
 
     def _call_the_roll(self, roll_call: RollCall, feed: Feed) -> Orders:
         """Read this rank's part of the next step and hear what the others met. Collective; raises on every rank."""
-        error = feed.read()
+        error = feed.read() or self.recovery.writer_failure()
         orders, bad = roll_call(error, self.quarantine.counts(feed.bad, feed.caption_fallbacks))
         if not orders.stop:  # a run that goes on reads them again
             seen = self.position.samples_seen + self.config.train.global_batch_size
@@ -151,6 +157,7 @@ class Trainer:
 
     def step(self, batch: LocalBatch, phases: Phases | None = None) -> StepOutcome:
         """One optimizer step on one global batch. Collective over the mesh; raises UnhealthyStep."""
+        self.training_step.update.audit = self.audit if self.audit.due(self.position.step) else None
         outcome = self.training_step(batch, phases or Phases())
         self.position.step += 1
         self.position.samples_seen += self.config.train.global_batch_size

@@ -36,10 +36,9 @@ class CheckpointCallback(Callback):
         trainer.recovery.saver = self.saver
 
     def secure(self, record: Record) -> None:
-        """Notice a writer that failed; save when it is time."""
+        """Save when it is time."""
         if not self.settings.every_steps:
             return
-        self.saver.check()
         done = int(record["step"]) + 1
         self._saved_now = done % self.settings.every_steps == 0 or done == self.trainer.phase.last_step
         if self._saved_now:
@@ -55,7 +54,7 @@ class CheckpointCallback(Callback):
         self.saver.add_metrics(_numbers(record))
         if int(record["step"]) + 1 == self.trainer.phase.last_step:
             with self._stall():
-                self.saver.wait()
+                self.saver.finish()
 
     def save_now(self, record: Record, stop: str) -> None:
         """Save the state between two steps, unless it is the one that was saved or begun with."""
@@ -69,8 +68,8 @@ class CheckpointCallback(Callback):
             if not self.saver.saved or self.saver.saved[-1] != final:
                 self._save(record, wait=bool(stop))
             where = f"saved in {final}"
-        if stop:
-            self.saver.wait()
+        if stop and self.saver.saved:
+            self.saver.finish()
         if self.trainer.mesh.world.rank == 0:
             why = f"stopped by {stop}" if stop else "asked to save"
             print(f"{why} after step {done}: {where}", file=sys.stderr, flush=True)

@@ -4,6 +4,9 @@
 2. A thread a rank writes rank_*.safetensors, hashing while it writes, then a small rank_*.json: parts, size, hash.
 3. Rank 0's thread waits for those of all ranks, merges them into the manifest, renames the folder into its place, moves
    `latest` and deletes what is no longer kept.
+A state that is not finite is not committed: there would be nothing to go back to. The checkpoint before stays until the
+step after a new one was sound (`certify`).
+
 No collective runs in a thread, so the training's own never meet one of them; the ranks meet over the file system, which
 they need to share anyway. At most one save is under way: the next one waits for it (stall). A writer that fails stops
 its rank at the next step with the reason, and torchrun stops the others.
@@ -12,11 +15,14 @@ its rank at the next step with the reason, and torchrun stops the others.
 import copy
 import json
 import shutil
+import socket
 import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.folders import (
@@ -59,6 +65,10 @@ class CheckpointSaver:
         self.run_dir, self.config, self.mesh, self.retention = run_dir, config, mesh, retention
         self.saved: list[Path] = []
         """Folders of this saver's checkpoints, oldest first; retention may have deleted them since."""
+        self.certified: list[Path] = []
+        """Those of them after which a step was sound: what a rewind goes to."""
+        self.rejected = ""
+        """Why the last save is no checkpoint although nothing failed: its state is not finite. Known after `wait`."""
         self._snapshot = Snapshot(optimizer, mesh)
         self._writing: _BackgroundTask | None = None
         self._committing: _BackgroundTask | None = None
@@ -81,11 +91,32 @@ class CheckpointSaver:
         final = step_folder(self.run_dir, position.step)
         self._make_room(final, sum(part.values.nbytes for part in parts))
         rank = self.mesh.world.rank
+        self.rejected = ""
         self._writing = _BackgroundTask(lambda: _write_rank(saving_folder(final), rank, parts))
         if rank == 0:
             manifest = self._manifest(position, callbacks, metrics, data or {})
             self._committing = _BackgroundTask(lambda: self._commit(final, manifest))
         self.saved.append(final)
+
+    def certify(self) -> None:
+        """The step after the last save was sound: what it replaces may go. Local; for every sound step."""
+        commit = self._committing
+        if not self.saved or self.saved[-1] in self.certified or (commit is not None and not commit.done):
+            return
+        self.certified.append(self.saved[-1])
+        if self.mesh.world.rank == 0 and self._completing is None:
+            self._completing = _BackgroundTask(lambda: self._prune(self.certified[-1]))
+
+    def finish(self) -> None:
+        """Wait for the last save of a run; nothing comes after it that could certify it. Collective over the mesh."""
+        self.wait()
+        if self.rejected:
+            raise CheckpointError(f"{self.saved[-1].name} was not saved: {self.rejected}")
+        if self.mesh.world.rank == 0:
+            prune(self.run_dir, self.retention)
+
+    def _prune(self, certified: Path | None) -> None:
+        prune(self.run_dir, self.retention, spare=certified)
 
     def add_metrics(self, metrics: dict[str, float]) -> None:
         """Complete the record of the checkpoint under way, once it is in its place. Local."""
@@ -97,18 +128,21 @@ class CheckpointSaver:
         commit.join()
         if (final / MANIFEST).is_file():
             write_synced(final / RECORD, json.dumps(metrics).encode())
-            prune(self.run_dir, self.retention)
+            self._prune(self.certified[-1] if self.certified else None)
 
-    def check(self) -> None:
-        """Raise what a writer of this rank ran into. Local; for every step."""
+    def failure(self) -> CheckpointError | None:
+        """What a writer of this rank ran into. Local; for every step, so that all ranks can stop together."""
         for task in (self._writing, self._committing, self._completing):
             if task is not None and task.error is not None:
                 self._cancelled.set()
-                raise task.error
+                return task.error
+        return None
 
     def wait(self) -> None:
         """Until the save under way, if any, is a checkpoint. Collective over the mesh."""
         if self._writing is None:
+            if self._completing is not None:
+                self._completing.join()
             return
         error = self._writing.join()
         failed = [e for e in everyone(error, self.mesh.world) if e]
@@ -117,6 +151,7 @@ class CheckpointSaver:
         commit = next((p for task in (self._committing, self._completing) if task and (p := task.join())), None)
         self._writing = self._committing = self._completing = None
         raise_together(failed[0] if failed else commit, self.mesh.world)
+        self.rejected = everyone(self.rejected, self.mesh.world)[0]
 
     def abandon(self, patience_s: float = 20.0) -> str | None:
         """At the end of a run, also after an error: let the save under way finish if it can, without a collective.
@@ -163,18 +198,28 @@ class CheckpointSaver:
 
     def _commit(self, final: Path, manifest: Manifest) -> None:
         folder = saving_folder(final)
+        rejected: list[str] = []
         for rank in range(self.mesh.world.size):
             report = folder / f"rank_{rank:05d}.json"
             while not report.is_file():
                 if self._cancelled.wait(_POLL_S):
                     return
-            _merge(manifest, json.loads(report.read_text()))
+            content = json.loads(report.read_text())
+            if content["not_finite"]:
+                rejected.append(f"rank {rank} on {content['host']} holds {', '.join(content['not_finite'][:3])}")
+            else:
+                _merge(manifest, content)
             report.unlink()
+        if rejected:
+            self.rejected = f"not finite: {'; '.join(rejected[:4])}"
+            shutil.rmtree(folder)
+            print(f"WARNING: {final.name} was not saved: {self.rejected}", file=sys.stderr, flush=True)
+            return
         write_manifest(folder, manifest)
         put_in_place(final)
         for folder in set_later_aside(final, self.run_dir):
             print(f"WARNING: {folder.name}: of an attempt that this run does not continue", file=sys.stderr, flush=True)
-        prune(self.run_dir, self.retention)
+        self._prune(self.certified[-1] if self.certified else None)
 
 
 class _BackgroundTask:
@@ -192,6 +237,11 @@ class _BackgroundTask:
             self.error = error
         except Exception as error:  # nothing a thread raises may be lost
             self.error = CheckpointError(f"the checkpoint writer failed: {type(error).__name__}: {error}")
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return not self._thread.is_alive()
 
     def join(self, timeout_s: float | None = None) -> str | None:
         """Wait for the end; the failure in words, if any."""
@@ -213,19 +263,25 @@ def _prepare(folder: Path, total_bytes: int) -> None:
 
 
 def _write_rank(folder: Path, rank: int, parts: list[SnapshotPart]) -> None:
-    file = folder / f"rank_{rank:05d}.safetensors"
+    not_finite = [part.key for part in parts if not bool(torch.isfinite(part.values).all())]
+    report = {"host": socket.gethostname(), "not_finite": not_finite}
+    if not not_finite:
+        report |= _write_parts(folder / f"rank_{rank:05d}.safetensors", parts)
+    # Complete as soon as it has its name: rank 0 looks for that.
+    hidden = folder / f".rank_{rank:05d}.json"
+    write_synced(hidden, json.dumps(report).encode())
+    hidden.rename(folder / f"rank_{rank:05d}.json")
+    sync_folder(folder)
+
+
+def _write_parts(file: Path, parts: list[SnapshotPart]) -> dict[str, Any]:
     specs = [TensorSpec(part.key, part.values.dtype, (part.values.numel(),)) for part in parts]
     record = write_tensor_file(file, specs, (part.values for part in parts))
     tensors = {
         part.key: tensor_entry(StoredTensor(part.values.dtype, part.where.shape, [StoredPart(file.name, part.where)]))
         for part in parts
     }
-    report = {"file": file.name, "record": asdict(record), "tensors": tensors}
-    # Complete as soon as it has its name: rank 0 looks for that.
-    hidden = folder / f".rank_{rank:05d}.json"
-    write_synced(hidden, json.dumps(report).encode())
-    hidden.rename(folder / f"rank_{rank:05d}.json")
-    sync_folder(folder)
+    return {"file": file.name, "record": asdict(record), "tensors": tensors}
 
 
 def _merge(manifest: Manifest, report: dict[str, Any]) -> None:

@@ -25,6 +25,11 @@ def _check_health(health: HealthConfig, *, checkpoints: bool) -> None:
         f"health.on_nonfinite is {health.on_nonfinite!r}: choose one of {', '.join(_ACTIONS)}",
     )
     require(
+        health.on_divergence in ("stop", "repair", "rewind"),
+        f"health.on_divergence is {health.on_divergence!r}: choose stop, repair or rewind",
+    )
+    require(health.audit_every_steps >= 0, f"health.audit_every_steps is {health.audit_every_steps}: 0 (never) or more")
+    require(
         health.on_spike in ("off", *_ACTIONS),
         f"health.on_spike is {health.on_spike!r}: choose one of off, {', '.join(_ACTIONS)}",
     )
@@ -40,7 +45,7 @@ def _check_health(health: HealthConfig, *, checkpoints: bool) -> None:
         value = getattr(health, name)
         require(value >= 1, f"health.{name} is {value}: it must be at least 1")
     require(
-        checkpoints or "rewind" not in (health.on_nonfinite, health.on_spike),
+        checkpoints or "rewind" not in (health.on_nonfinite, health.on_spike, health.on_divergence),
         "health rewinds to the last checkpoint: set checkpoint.every_steps above 0",
     )
 

@@ -198,6 +198,10 @@ class HealthConfig:
     """A loss or gradient norm that is not finite: stop | skip (no update) | rewind (weights of the last checkpoint)."""
     on_spike: str = "off"
     """A spike: off | stop | skip | rewind."""
+    on_divergence: str = "stop"
+    """Copies of weights that differ: stop | repair (owners send theirs again, no update) | rewind."""
+    audit_every_steps: int = 10
+    """Copies of weights are compared every n steps and before every checkpoint; 0: never."""
     loss_factor: float = 0.0
     """A loss above this many times the median of the last window_steps good ones is a spike; 0: not watched."""
     gradient_factor: float = 0.0

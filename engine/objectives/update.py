@@ -1,6 +1,6 @@
 """What ends a step of any objective: gradients reduced, judged, clipped, applied, and the new weights on every rank."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,8 @@ class Update:
     def __init__(self, towers: Towers, optimizer: ShardedOptimizer, mesh: Mesh, health: HealthConfig):
         self.towers, self.optimizer, self.mesh = towers, optimizer, mesh
         self.health = Health(health)
+        self.audit: Callable[[], str] | None = None
+        """Compares copies of weights before the next update (engine/resilience/audit.py); None: not in this step."""
 
     def __call__(self, phases: Phases, clamps: Mapping[str, tuple[float, float]], loss: Tensor) -> float:
         """Reduce, update, gather -> gradient norm before clipping. A step that is not sound changes nothing.
@@ -46,8 +48,10 @@ class Update:
             self.reduce()
         with phases.time("optimizer"):
             gradient_norm = self.optimizer.gradient_norm()
+            differs = self.audit() if self.audit is not None else ""
             # The norm has waited for the device already: the loss is there.
-            if self.health.judge(float(loss), gradient_norm).action == "apply":
+            verdict = self.health.diverged(differs) if differs else self.health.judge(float(loss), gradient_norm)
+            if verdict.action == "apply":
                 self._apply(gradient_norm, clamps)
             else:
                 self.optimizer.skip()

@@ -8,7 +8,7 @@ moving average, whatever the policy; its numbers do not enter the medians.
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -26,7 +26,14 @@ class Verdict:
     problem: str
     """In words, with the numbers; empty for a sound step."""
     action: str
-    """apply | stop | skip | rewind."""
+    """apply | stop | skip | repair | rewind."""
+    state_at_fault: bool = False
+    """The weights that the step began with may be the cause."""
+    advice: str = (
+        "resume from the last checkpoint with a lower optim.lr_vision or a longer optim.warmup_steps, or let "
+        "health.on_nonfinite and health.on_spike skip or rewind"
+    )
+    """What a person can do about it."""
 
 
 SOUND = Verdict(problem="", action="apply")
@@ -52,13 +59,23 @@ class Health:
         self.skips_in_a_row = self.skips_in_a_row + 1 if self.verdict.action == "skip" else 0
         if self.skips_in_a_row > self.config.max_skips:
             problem = f"{self.verdict.problem}, after {self.config.max_skips} skipped steps in a row"
-            self.verdict = Verdict(problem=problem, action="stop")
+            self.verdict = replace(self.verdict, problem=problem, action="stop")
+        return self.verdict
+
+    def diverged(self, problem: str) -> Verdict:
+        """In place of `judge` where copies of weights differ."""
+        self.verdict = Verdict(
+            problem=f"copies of weights are not equal: {problem}",
+            action=self.config.on_divergence,
+            advice="its memory may be bad: take the host out of the job and resume, or let health.on_divergence "
+            "repair or rewind",
+        )
         return self.verdict
 
     def _verdict(self, loss: float, gradient_norm: float) -> Verdict:
         numbers = f"loss {loss:g}, gradient norm {gradient_norm:g}"
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-            return Verdict(problem=f"{numbers}: not finite", action=self.config.on_nonfinite)
+            return Verdict(problem=f"{numbers}: not finite", action=self.config.on_nonfinite, state_at_fault=True)
         if self.config.on_spike != "off":
             for name, value, window, factor in (
                 ("loss", loss, self._losses, self.config.loss_factor),

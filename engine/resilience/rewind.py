@@ -8,54 +8,74 @@ is a warning on standard error and a number of the step record (skipped_steps, r
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from engine.build import Towers
+from engine.checkpoint.format.folders import all_checkpoints, checkpoints_folder, set_aside, step_of
 from engine.checkpoint.format.manifest import MANIFEST, Position
+from engine.checkpoint.load import publish
 from engine.checkpoint.resume import first_good, load_state
 from engine.checkpoint.save import CheckpointSaver
 from engine.config.phases import Phase
 from engine.optim.lamb import ShardedOptimizer
 from engine.parallel.agree import everyone
 from engine.parallel.mesh import Mesh
+from engine.resilience.audit import Audit
 from engine.resilience.judge import UnhealthyStep, Verdict
 
 
 class Recovery:
     """Acts on verdicts. Collective over the mesh: every rank has the same verdict."""
 
-    def __init__(self, towers: Towers, optimizer: ShardedOptimizer, phase: Phase, mesh: Mesh):
+    def __init__(self, towers: Towers, optimizer: ShardedOptimizer, phase: Phase, mesh: Mesh, audit: Audit):
+        self.audit = audit
         self.towers, self.optimizer, self.phase, self.mesh = towers, optimizer, phase, mesh
         self.saver: CheckpointSaver | None = None
         """Whose save under way is waited for before a rewind."""
         self.began: Path | None = None
         """The checkpoint that the run went on from, whole."""
+        self.began_sound = False
+        """A step since then was sound."""
 
     def act(self, verdict: Verdict, position: Position, rate: float) -> None:
         """position: after the step; its counts go up here. Raises UnhealthyStep where the run cannot go on."""
         if verdict.action == "apply":
+            self.began_sound = True
+            if self.saver is not None:
+                self.saver.certify()
             return
         where = f"step {position.step - 1}: {verdict.problem} (lr {rate:g})"
         if verdict.action == "skip":
             position.skipped_steps += 1
             self._warn(f"{where}; skipped the update ({position.skipped_steps} skipped so far)")
+        elif verdict.action == "repair":
+            publish(self.optimizer, self.towers)
+            if self.audit():  # the owner's own, or one of the copies that every tensor rank has
+                self.act(replace(verdict, action="rewind"), position, rate)
+                return
+            position.skipped_steps += 1
+            self._warn(f"{where}; owners have sent their weights again, the update was skipped")
         elif verdict.action == "rewind" and position.rewinds < self.phase.config.health.max_rewinds:
             position.rewinds += 1
-            folder = self._rewind(where, position)
+            folder = self._rewind(verdict, where, position)
             self._warn(f"{where}; weights of {folder}, data goes on ({position.rewinds} rewinds so far)")
         else:
             borne = f" after {position.rewinds} rewinds" if verdict.action == "rewind" else ""
             self.towers.wait_for_weights()  # nothing may be under way when the groups end
-            raise UnhealthyStep(
-                f"{where}{borne}: resume from the last checkpoint with a lower optim.lr_vision or a longer "
-                "optim.warmup_steps, or let health.on_nonfinite and health.on_spike skip or rewind"
-            )
+            self._set_suspect_aside(verdict)
+            raise UnhealthyStep(f"{where}{borne}: {verdict.advice}")
 
-    def _rewind(self, where: str, position: Position) -> Path:
+    def writer_failure(self) -> Exception | None:
+        """What a writer of checkpoints of this rank ran into since the last step. Local."""
+        return self.saver.failure() if self.saver is not None else None
+
+    def _rewind(self, verdict: Verdict, where: str, position: Position) -> Path:
         if self.saver is not None:
             self.saver.wait()
         self.towers.wait_for_weights()
         config = self.phase.config
+        self._set_suspect_aside(verdict)
         checkpoint = first_good(self._past(), config, self.mesh)
         if checkpoint is None:
             raise UnhealthyStep(
@@ -70,10 +90,42 @@ class Recovery:
         return checkpoint.folder
 
     def _past(self) -> list[Path]:
-        """What there is to rewind to, newest first; what retention has deleted is not."""
-        saved = self.saver.saved if self.saver is not None else []
-        past = [*reversed(saved), *([self.began] if self.began is not None else [])]
+        """What there is to rewind to: the newest that was certified, older ones, at last those that were not."""
+        saver, began = self.saver, [self.began] if self.began is not None else []
+        certified = [*reversed(saver.certified)] if saver is not None else []
+        doubtful = [folder for folder in reversed(saver.saved) if folder not in certified] if saver is not None else []
+        past = (
+            [*certified, *began, *doubtful]
+            if self.began_sound
+            else [*certified, *self._before_began(), *began, *doubtful]
+        )
         return everyone([folder for folder in past if (folder / MANIFEST).is_file()], self.mesh.world)[0]
+
+    def _before_began(self) -> list[Path]:
+        """Older checkpoints of the run folder than the one that it went on from, newest first."""
+        run_dir = Path(self.phase.config.run_dir)
+        if self.began is None or self.began.parent != checkpoints_folder(run_dir):
+            return []
+        return [folder for folder in all_checkpoints(run_dir)[::-1] if step_of(folder) < step_of(self.began)]
+
+    def _set_suspect_aside(self, verdict: Verdict) -> None:
+        """Take a checkpoint out of the way after which no step was sound and whose state may be at fault: whoever went
+        on from it would stop in the same way. Once a step, and only where there is an older one.
+        """
+        newest = self._doubtful()
+        if not verdict.state_at_fault or newest is None or self.mesh.world.rank != 0:
+            return
+        older = [f for f in all_checkpoints(newest.parent.parent) if step_of(f) < step_of(newest)]
+        if not older or newest.with_name(f"{newest.name}.suspect").exists():
+            return
+        self._warn(f"no step after {newest} was sound: it is kept as {set_aside(newest, 'suspect')}")
+
+    def _doubtful(self) -> Path | None:
+        """The newest checkpoint if no step after it was sound."""
+        saved = self.saver.saved if self.saver is not None else []
+        newest = saved[-1] if saved else (None if self.began_sound else self.began)
+        certified = self.saver.certified if self.saver is not None else []
+        return newest if newest is not None and newest not in certified and (newest / MANIFEST).is_file() else None
 
     def _warn(self, line: str) -> None:
         if self.mesh.world.rank == 0:

@@ -100,6 +100,8 @@ def callback_of(trainer: Trainer, total_steps: int = 6) -> CheckpointCallback:
 def drive(trainer: Trainer, callback: CheckpointCallback, steps: int, **metrics: list[float]) -> None:
     """Steps and their records, as fit() gives them to the callback."""
     for i in range(steps):
+        if (failure := callback.saver.failure()) is not None:
+            raise failure
         (loss,) = run_steps(trainer, 1)
         record = {"step": trainer.position.step - 1, "loss": loss} | {name: v[i] for name, v in metrics.items()}
         callback.secure(record)

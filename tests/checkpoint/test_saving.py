@@ -145,7 +145,7 @@ def test_a_number_that_is_not_finite_is_not_the_best(tmp_path: Path, mesh: Mesh)
     settings = ("checkpoint.every_steps=1", "checkpoint.keep_last=1", "checkpoint.keep_best=score")
     trainer = build(job_config(tmp_path, *settings), mesh)
     drive(trainer, callback := callback_of(trainer), 4, score=[math.nan, 0.5, -math.inf, 0.7])
-    callback.saver.wait()
+    callback.saver.finish()
     assert [f.name for f in all_checkpoints(tmp_path)] == ["step_00000002", "step_00000004"]
 
 

@@ -203,7 +203,8 @@ def test_a_rewind_goes_to_what_this_run_saved_or_began_with(tmp_path, capsys: py
         assert later.is_dir() and f"; weights of {began}, " in said_of_a_rewind()
         assert all(value.equal(expected[name]) for name, value in whole_weights(trainer).items())
         first, second = run_and_save(trainer, 2), run_and_save(trainer, 1)
-        trainer.recovery.saver.saved = [first, second]  # of one callback, as in a run; save() makes one each
+        saver = trainer.recovery.saver
+        saver.saved, saver.certified = [first, second], [first, second]  # of one callback, as in a run
         assert f"; weights of {second}, " in said_of_a_rewind()
         (second / "rank_00000.safetensors").unlink()
         said = said_of_a_rewind()

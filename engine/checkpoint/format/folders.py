@@ -154,10 +154,15 @@ def set_later_aside(newest: Path, run_dir: Path) -> list[Path]:
     return [set_aside(folder, "abandoned") for folder in later]
 
 
-def prune(run_dir: Path, retention: Retention) -> list[Path]:
-    """Delete what retention does not keep; returns the deleted folders. A killed deletion leaves no half checkpoint."""
+def prune(run_dir: Path, retention: Retention, spare: Path | None = None) -> list[Path]:
+    """Delete what retention does not keep; returns the deleted folders. A killed deletion leaves no half checkpoint.
+
+    spare: stays, too.
+    """
     folders = all_checkpoints(run_dir)
     keep = set(folders[-retention.last :]) | set(latest_first(run_dir)[:1])
+    if spare is not None:
+        keep.add(spare)
     if retention.every_steps:
         keep |= {f for f in folders if step_of(f) % retention.every_steps == 0}
     if retention.best:

@@ -1,0 +1,102 @@
+"""What is kept is good: a state that is not finite is no checkpoint, older ones stay until a step was sound."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.format.folders import all_checkpoints, checkpoints_folder, latest_first
+from engine.parallel.mesh import Mesh
+from engine.resilience.judge import UnhealthyStep
+from engine.trainer import Trainer
+from tests.checkpoint.jobs import alone, build, callback_of, drive, job_config, run_steps
+from tests.gather import whole_weights
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    with alone() as mesh:
+        yield mesh
+
+
+def names(run_dir: Path) -> list[str]:
+    return [folder.name for folder in all_checkpoints(run_dir)]
+
+
+def break_state(trainer: Trainer, kind: str, value: float, tensor: str = "text.projection.weight") -> None:
+    """One element of the optimizer's state, as the last update before a save would leave it."""
+    for tower in trainer.optimizer.towers:
+        for i, piece in tower.shards.owned():
+            if tower.shards.tensors[piece.tensor].name == tensor:
+                getattr(tower, kind)[i][piece.start] = value
+
+
+@pytest.mark.parametrize("kind", ["master", "first", "second"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_state_that_is_not_finite_is_not_committed(kind: str, value: float, tmp_path, mesh: Mesh, capfd) -> None:
+    trainer = build(job_config(tmp_path, "checkpoint.every_steps=1", "checkpoint.keep_last=1"), mesh)
+    drive(trainer, callback := callback_of(trainer), 2)
+    callback.saver.wait()
+    break_state(trainer, kind, value)
+    callback.saver.save(trainer.position, {}, {})
+    with pytest.raises(CheckpointError, match=r"step_00000002 was not saved: not finite: rank 0 on .* holds "):
+        callback.saver.finish()
+    assert "WARNING: step_00000002 was not saved: not finite" in capfd.readouterr().err
+    assert "step_00000001" in names(tmp_path) and not list(checkpoints_folder(tmp_path).glob(".*"))
+    trainer.lock.release()
+    assert build(job_config(tmp_path), mesh).position.step in (1, 2)
+
+
+def test_the_checkpoint_before_stays_until_a_step_after_the_new_one_was_sound(tmp_path: Path, mesh: Mesh) -> None:
+    trainer = build(job_config(tmp_path, "checkpoint.every_steps=2", "checkpoint.keep_last=1"), mesh)
+    drive(trainer, callback := callback_of(trainer), 4)
+    callback.saver.wait()
+    assert names(tmp_path) == ["step_00000002", "step_00000004"]
+    drive(trainer, callback, 1)
+    callback.saver.wait()
+    assert names(tmp_path) == ["step_00000004"]
+
+
+FINITE_BUT_WRONG = (200.0, "logit_scale.log_scale")
+"""A flipped bit: the scale of the logits is exp(200)."""
+
+
+def test_a_rewind_goes_past_a_checkpoint_after_which_nothing_was_sound(tmp_path: Path, mesh: Mesh, capfd) -> None:
+    settings = ("checkpoint.every_steps=2", "checkpoint.keep_last=1", "health.on_nonfinite=rewind")
+    trainer = build(job_config(tmp_path, *settings), mesh)
+    drive(trainer, callback := callback_of(trainer), 2)
+    callback.saver.wait()
+    good = whole_weights(trainer)
+    drive(trainer, callback, 1)
+    break_state(trainer, "master", *FINITE_BUT_WRONG)
+    trainer.position.step += 1
+    callback.secure({"step": 3, "loss": 1.0})  # saved as it is: every number of it is finite
+    run_steps(trainer, 1)
+    assert all(value.equal(good[name]) for name, value in whole_weights(trainer).items())
+    said = capfd.readouterr().err
+    assert (
+        "kept as" in said and "step_00000004.suspect" in said and f"; weights of {tmp_path}/checkpoints/step_" in said
+    )
+    assert names(tmp_path) == ["step_00000002"] and latest_first(tmp_path)[-1].name == "step_00000002"
+
+
+def test_a_start_from_a_checkpoint_whose_next_step_is_not_sound_is_not_repeated_for_ever(
+    tmp_path: Path, mesh: Mesh
+) -> None:
+    trainer = build(job_config(tmp_path, "checkpoint.every_steps=2"), mesh)
+    drive(trainer, callback := callback_of(trainer), 3)
+    break_state(trainer, "master", *FINITE_BUT_WRONG)
+    trainer.position.step += 1
+    callback.secure({"step": 3, "loss": 1.0})
+    callback.saver.wait()
+    trainer.lock.release()
+    for expected in (4, 2):
+        trainer = build(job_config(tmp_path, "health.on_nonfinite=stop"), mesh)
+        trainer.lock.release()
+        assert trainer.position.step == expected
+        if expected == 4:
+            with pytest.raises(UnhealthyStep):
+                run_steps(trainer, 1)
+    run_steps(trainer, 1)

@@ -1,0 +1,116 @@
+"""A bit that is flipped in one copy of a weight is found before the next update, by rank and tensor."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from engine.parallel.mesh import build_mesh
+from engine.resilience.judge import UnhealthyStep
+from engine.trainer import Trainer
+from tests.checkpoint.jobs import build, job_config, run_steps, save
+from tests.distributed import run_distributed
+
+
+def flip(trainer: Trainer, name: str, *, owned: bool) -> None:
+    """The lowest exponent bit of one element of this rank's copy: of its own shard, or of another rank's."""
+    for part in trainer.towers.parts:
+        for local, parameter in part.ddp.module.named_parameters():
+            if part.logical[local].name == name:
+                flat = parameter.data.view(-1)
+                word = flat.view(torch.int32 if flat.element_size() == 4 else torch.int16)
+                word[0 if owned else -1] ^= 1 << (23 if flat.element_size() == 4 else 7)
+
+
+def flip_during_a_step(trainer: Trainer, name: str) -> None:
+    """After the forward passes: before them the weights of another rank's shard are gathered anew."""
+    update = trainer.training_step.update
+    reduce = update.reduce
+
+    def flipping() -> None:
+        reduce()
+        flip(trainer, name, owned=False)
+        update.reduce = reduce  # type: ignore[method-assign]
+
+    update.reduce = flipping  # type: ignore[method-assign]
+
+
+def names_of(trainer: Trainer) -> dict[str, bool]:
+    return {t.name: t.split_dim is None for t, _ in trainer.towers.logical_parameters()}
+
+
+def step_of_all(trainer: Trainer) -> str:
+    try:
+        run_steps(trainer, 1)
+        return ""
+    except UnhealthyStep as error:
+        return str(error)
+
+
+LAYOUTS = {"dp3": (), "bf16": ("train.precision=bf16",)}
+
+
+def audited(folder: str) -> dict[str, Any]:
+    """On three replicas: what is found after a flip on rank 1, by policy."""
+    mesh, found = build_mesh(1, 1, dist.group.WORLD), {}
+    for layout, overrides in LAYOUTS.items():
+        for policy in ("stop", "repair", "rewind"):
+            options = (f"health.on_divergence={policy}", "health.audit_every_steps=1", "train.global_batch_size=24")
+            trainer = build(job_config(f"{folder}/{layout}-{policy}", *options, *overrides), mesh)
+            run_steps(trainer, 1)
+            save(trainer)
+            quiet = step_of_all(trainer)
+            if mesh.world.rank == 1:
+                name = next(n for n in names_of(trainer) if n.startswith("text.") and n.endswith("weight"))
+                flip_during_a_step(trainer, name)
+            said = step_of_all(trainer)
+            after = step_of_all(trainer) if policy != "stop" else ""
+            position = trainer.position
+            found[f"{layout}-{policy}"] = [
+                quiet,
+                said,
+                after,
+                position.skipped_steps,
+                position.rewinds,
+                trainer.audit(),
+            ]
+            if trainer.lock is not None:
+                trainer.lock.release()
+    return found
+
+
+@pytest.mark.dist
+def test_the_rank_is_named_and_the_policy_followed(tmp_path) -> None:
+    ranks = run_distributed(audited, 3, folder=str(tmp_path))
+    assert ranks[0] == ranks[1] == ranks[2]
+    for layout in LAYOUTS:
+        quiet, said, _, skipped, rewinds, _ = ranks[0][f"{layout}-stop"]
+        assert quiet == "" and (skipped, rewinds) == (0, 0)
+        assert "copies of weights are not equal: text." in said and "of rank 1 on " in said
+        assert "differs from 2 other copies" in said and "take the host out" in said
+        assert ranks[0][f"{layout}-repair"] == ["", "", "", 1, 0, ""]
+        assert ranks[0][f"{layout}-rewind"] == ["", "", "", 0, 1, ""]
+
+
+def tensor_copies(folder: str) -> list[str]:
+    """A weight that both tensor ranks hold whole, flipped on one of them: no all-gather would ever mend it."""
+    mesh = build_mesh(2, 1, dist.group.WORLD)
+    options = ("parallel.tensor=2", "health.on_divergence=repair", "health.audit_every_steps=2")
+    trainer = build(job_config(folder, *options), mesh)
+    run_steps(trainer, 1)
+    save(trainer)
+    whole = next(n for n, whole in names_of(trainer).items() if whole and n.startswith("vision."))
+    if mesh.world.rank == 1:
+        flip(trainer, whole, owned=True)
+    said = [trainer.audit(), step_of_all(trainer)]
+    return [whole, *said, trainer.audit(), str(trainer.position.rewinds)]
+
+
+@pytest.mark.dist
+def test_a_tensor_that_every_tensor_rank_holds_whole(tmp_path) -> None:
+    ranks = run_distributed(tensor_copies, 2, folder=str(tmp_path))
+    assert ranks[0] == ranks[1]
+    whole, said, raised, after, rewinds = ranks[0]
+    assert said.startswith(f"{whole} differs between rank 0 on ") and "and rank 1 on" in said
+    assert (raised, after, rewinds) == ("", "", "1")  # it cannot be known which is right: back to the checkpoint
