@@ -50,10 +50,17 @@ class Audit:
     @torch.no_grad()
     def __call__(self) -> str:
         """What differs, in words, the same on every rank; empty if nothing does. Between backward and update."""
-        self.towers.wait_for_weights()
+        self._wait_for_gathers_under_way()
         if not self._compare(self._whole_parts):
             return ""
         return self._compare(self._tensors) or self._compare(self._whole_parts)
+
+    def _wait_for_gathers_under_way(self) -> None:
+        """Without starting new ones (as waiting for weights would), which would mend what is looked for."""
+        for part in self.towers.parts:
+            for group in part.ddp.bucket_groups:
+                if group.param_gather_handle is not None:
+                    group.finish_param_sync(skip_next_bucket_dispatch=True)
 
     def _compare(self, copies_of: Callable[[], list[_Copy]]) -> str:
         ranks = everyone((socket.gethostname(), copies_of()), self.mesh.control)
