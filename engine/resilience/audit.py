@@ -3,7 +3,7 @@
 Every rank sums the bits of its weight buffers as integers, just before an update, and all ranks compare the sums on the
 host: of a part of the model over its data-parallel owners, and of tensors that every tensor rank holds whole over the
 tensor axis. Where fp32 masters exist beside the weights, their rounding is compared with the weights as well. Only
-where sums differ the tensors are looked at one by one. The copies of most ranks are taken to be right; of two, either.
+where sums differ the tensors are looked at one by one. Parts whose weights are sharded have no copies to compare. The copies of most ranks are taken to be right; of two, either.
 
 Cost: one pass over the weights and one exchange of a few integers (docs/reliability.md).
 """
@@ -41,6 +41,11 @@ class Audit:
     def __init__(self, towers: Towers, optimizer: ShardedOptimizer, mesh: Mesh, *, every_steps: tuple[int, ...]):
         """every_steps: due in each of these rhythms; 0 is none."""
         self.towers, self.optimizer, self.mesh = towers, optimizer, mesh
+        self._parts = [
+            (number, part)
+            for number, part in enumerate(towers.parts)
+            if part.sharded is None or part.sharded.axes is None
+        ]
         self._every_steps = [steps for steps in every_steps if steps]
 
     def due(self, step: int) -> bool:
@@ -57,7 +62,7 @@ class Audit:
 
     def _wait_for_gathers_under_way(self) -> None:
         """Without starting new ones (as waiting for weights would), which would mend what is looked for."""
-        for part in self.towers.parts:
+        for _, part in self._parts:
             for group in part.ddp.bucket_groups:
                 if group.param_gather_handle is not None:
                     group.finish_param_sync(skip_next_bucket_dispatch=True)
@@ -75,15 +80,20 @@ class Audit:
     def _whole_parts(self) -> list[_Copy]:
         copies = [
             _Copy(self._name(number), self._owners_of(number), sum(_bits(b.param_data) for b in part.ddp.buffers))
-            for number, part in enumerate(self.towers.parts)
+            for number, part in self._parts
         ]
-        whole = [_bits(p) for tensor, p in self.towers.logical_parameters() if tensor.split_dim is None]
+        whole = [
+            _bits(parameter)
+            for _, part in self._parts
+            for local, parameter in part.ddp.module.named_parameters()
+            if part.logical[local].split_dim is None
+        ]
         copies.append(_Copy("tensors that are not cut", self._tensor_copies(), sum(whole)))
         return [*copies, *self._masters()]
 
     def _tensors(self) -> list[_Copy]:
         copies = []
-        for number, part in enumerate(self.towers.parts):
+        for number, part in self._parts:
             for local, parameter in part.ddp.module.named_parameters():
                 tensor = part.logical[local]
                 bits = _bits(parameter)
