@@ -3,7 +3,8 @@
 Every rank sums the bits of its weight buffers as integers, just before an update, and all ranks compare the sums on the
 host: of a part of the model over its data-parallel owners, and of tensors that every tensor rank holds whole over the
 tensor axis. Where fp32 masters exist beside the weights, their rounding is compared with the weights as well. Only
-where sums differ the tensors are looked at one by one. Parts whose weights are sharded have no copies to compare. The copies of most ranks are taken to be right; of two, either.
+where sums differ the tensors are looked at one by one. The copies of most ranks are taken to be right; of two, either.
+Parts whose weights are sharded have no copies to compare.
 
 Cost: one pass over the weights and one exchange of a few integers (docs/reliability.md).
 """
