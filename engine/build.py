@@ -16,7 +16,7 @@ from engine.config.read import Config
 from engine.config.stages import stage_layers
 from engine.objectives.registry import objective_of
 from engine.optim.groups import tensor_group
-from engine.optim.lamb import ShardedOptimizer
+from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.mesh import Axis, Mesh
 from engine.parallel.sharded import ShardedPart
 from engine.parallel.shards import TowerShards

@@ -6,14 +6,14 @@ an interpolated second moment can be negative.
 """
 
 from engine.build import Towers
-from engine.checkpoint.format.manifest import AVERAGE, MOMENT1, MOMENT2, WEIGHT, Position
+from engine.checkpoint.format.manifest import AVERAGE, WEIGHT, Position
 from engine.checkpoint.format.matching import match
 from engine.checkpoint.initial import Resized
 from engine.checkpoint.load import fill, model_shapes, publish, same_run, training_position, updates_of
 from engine.checkpoint.reader import Checkpoint
 from engine.config.read import Config
 from engine.optim.average import restart_average
-from engine.optim.lamb import ShardedOptimizer
+from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.mesh import Mesh
 
 
@@ -43,7 +43,7 @@ def cross_border(
         lines.append("moments start at 0")
     else:
         same_shape = {name for name in names if stored[name] == source.shapes()[name]}
-        fill(optimizer, mesh, same_shape, checkpoint.read, (MOMENT1, MOMENT2))
+        fill(optimizer, mesh, same_shape, checkpoint.read, optimizer.rule.moments)
         lines += [f"moments of {name} start at 0" for name in sorted(names - same_shape)]
     publish(optimizer, towers)
     restart_average(optimizer)

@@ -22,7 +22,7 @@ from engine.checkpoint.load import TensorSource, load_weights_for_training, mode
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.state_dicts.files import State, open_state
 from engine.config.read import Config, to_dict
-from engine.optim.lamb import ShardedOptimizer
+from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.mesh import Mesh
 from models.config import ModelConfig, completed
 from models.formats.authors import AUTHORS

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from engine.build import Towers
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.flat_slice import FlatSlice
-from engine.checkpoint.format.manifest import AVERAGE, MOMENT1, MOMENT2, WEIGHT, Position
+from engine.checkpoint.format.manifest import AVERAGE, WEIGHT, Position
 from engine.checkpoint.format.matching import Match, Shapes, match
 from engine.checkpoint.reader import Checkpoint
-from engine.checkpoint.state import KINDS, owned_slice
+from engine.checkpoint.state import owned_slice
 from engine.config.read import Config, to_dict
 from engine.optim.average import restart_average
-from engine.optim.lamb import ShardedOptimizer
+from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.agree import everyone
 from engine.parallel.mesh import Mesh
 from models.config import completed
@@ -57,11 +57,11 @@ def resume_training(
     manifest, position = checkpoint.manifest, training_position(checkpoint)
     same_run(checkpoint, config)
     chosen = match(manifest.shapes(), model_shapes(towers, mesh), checkpoint.exceptions, str(checkpoint.folder))
-    for kind in (MOMENT1, MOMENT2):
+    for kind in optimizer.rule.moments:
         lacking = sorted(set(chosen.load) - manifest.shapes(kind).keys())
         if lacking:
             raise CheckpointError(f"{checkpoint.folder} has no {kind} of {len(lacking)} tensors, first {lacking[0]}")
-    fill(optimizer, mesh, set(chosen.load), checkpoint.read, (WEIGHT, MOMENT1, MOMENT2))
+    fill(optimizer, mesh, set(chosen.load), checkpoint.read, (WEIGHT, *optimizer.rule.moments))
     publish(optimizer, towers)
     restart_average(optimizer)
     if optimizer.optim.ema_decay:  # what the checkpoint has no average of begins one with its weights
@@ -130,7 +130,7 @@ def fill(optimizer: ShardedOptimizer, mesh: Mesh, names: set[str], read, kinds: 
                 continue
             where = owned_slice(tower.shards, piece, mesh)
             for kind in kinds:
-                getattr(tower, KINDS[kind])[s][piece.start : piece.stop].copy_(read(name, where, kind))
+                tower.kinds()[kind][s][piece.start : piece.stop].copy_(read(name, where, kind))
 
 
 def load_weights_for_training(

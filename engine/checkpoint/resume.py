@@ -27,7 +27,7 @@ from engine.checkpoint.load import resume_training, training_position
 from engine.checkpoint.reader import Checkpoint
 from engine.config.phases import Phase
 from engine.config.read import Config, to_dict
-from engine.optim.lamb import ShardedOptimizer
+from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.agree import everyone, raise_together
 from engine.parallel.mesh import Mesh
 

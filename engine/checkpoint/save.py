@@ -49,7 +49,7 @@ from engine.checkpoint.format.manifest import (
 from engine.checkpoint.format.tensor_file import FileRecord, TensorSpec, write_tensor_file
 from engine.checkpoint.state import Snapshot, SnapshotPart
 from engine.config.read import Config, to_dict
-from engine.optim.lamb import ShardedOptimizer
+from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.agree import everyone, raise_together
 from engine.parallel.mesh import Mesh
 

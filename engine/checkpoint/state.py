@@ -7,14 +7,9 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.format.flat_slice import FlatSlice
-from engine.checkpoint.format.manifest import AVERAGE, MOMENT1, MOMENT2, WEIGHT
-from engine.optim.lamb import ShardedOptimizer
+from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.mesh import Mesh
 from engine.parallel.shards import Piece, TowerShards
-
-KINDS = {WEIGHT: "master", MOMENT1: "first", MOMENT2: "second", AVERAGE: "average"}
-"""Kind in a checkpoint -> attribute of the optimizer's tower state (1-D fp32 tensors, one a shard; no average, no
-tensors)."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +45,9 @@ class Snapshot:
         for t, tower in enumerate(self.optimizer.towers):
             # Of tensors that every tensor rank holds whole, only the counted copy is written.
             writes = (tower.shards.counted > 0).tolist()
-            for kind, attribute in KINDS.items():
-                host = [self._copy((t, kind, s), flat) for s, flat in enumerate(getattr(tower, attribute))]
-                for s, piece in tower.shards.owned() if host else ():
+            for kind, flats in tower.kinds().items():
+                host = [self._copy((t, kind, s), flat) for s, flat in enumerate(flats)]
+                for s, piece in tower.shards.owned():
                     if writes[piece.tensor]:
                         name = tower.shards.tensors[piece.tensor].name
                         where = owned_slice(tower.shards, piece, self.mesh)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from engine.build import Towers
     from engine.feed import LocalBatch
     from engine.objectives.update import StepOutcome, Update
-    from engine.optim.lamb import ShardedOptimizer
+    from engine.optim.optimizer import ShardedOptimizer
     from engine.parallel.mesh import Mesh
     from engine.pipeline.clock import Phases
     from models.tensors.init import Rule

@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.build import Towers
 from engine.config.read import HealthConfig
 from engine.optim.average import move_average
-from engine.optim.lamb import ShardedOptimizer
+from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.mesh import Mesh
 from engine.pipeline.clock import Phases
 from engine.resilience.judge import Health

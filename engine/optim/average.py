@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from engine.build import Towers
-from engine.optim.lamb import ShardedOptimizer
+from engine.optim.optimizer import ShardedOptimizer
 
 
 @torch.no_grad()

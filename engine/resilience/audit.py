@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.build import Towers
-from engine.optim.lamb import ShardedOptimizer
+from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.agree import everyone
 from engine.parallel.mesh import Mesh
 

@@ -18,7 +18,7 @@ from engine.checkpoint.load import publish
 from engine.checkpoint.resume import first_good, load_state
 from engine.checkpoint.save import CheckpointSaver
 from engine.config.phases import Phase
-from engine.optim.lamb import ShardedOptimizer
+from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.agree import everyone
 from engine.parallel.mesh import Mesh
 from engine.resilience.audit import Audit

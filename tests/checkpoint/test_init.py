@@ -94,7 +94,9 @@ def test_towers_start_from_another_run_and_the_rest_afresh(tmp_path: Path, mesh:
     found, old = weights(run), stored(trained)
     for name, value in found.items():
         assert value.equal((fresh if name.startswith("text.") else old)[name]), name
-    assert run.position.step == 0 and all(not m.any() for tower in run.optimizer.towers for m in tower.second)
+    assert run.position.step == 0 and all(
+        not m.any() for tower in run.optimizer.towers for m in tower.moments["moment2"]
+    )
     assert "init.vision from" in capfd.readouterr().err
     # Its own checkpoint goes before the initial weights.
     run_steps(run, 1)

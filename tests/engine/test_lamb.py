@@ -4,7 +4,6 @@ The fixture runs go through the real step: schedule, reductions, sharded optimiz
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +13,9 @@ from torch import Tensor
 
 from engine.config.read import Config, ConfigError, OptimConfig, ParallelConfig, preset_model, resolve
 from engine.optim.groups import TensorGroup, base_rate, tensor_group
+from engine.optim.lamb import Lamb
 from engine.optim.rates import warmup_cosine
+from engine.optim.state import OwnedState
 from engine.parallel.device import prepare
 from engine.parallel.launch import job
 from engine.parallel.mesh import Mesh, build_mesh
@@ -87,14 +88,16 @@ def train(config: Config, mesh: Mesh) -> dict[str, Any]:
 def _record_ratios(trainer: Trainer) -> dict[str, float]:
     """Logical tensor -> its trust ratio in the latest step, on this rank."""
     latest: dict[str, float] = {}
-    for tower in trainer.optimizer.towers:
+    rule = trainer.optimizer.rule
+    assert isinstance(rule, Lamb)
+    original = rule.trust_ratios
 
-        def recorded(*args: Any, tower=tower, original: Callable = tower.trust_ratios) -> list[float]:
-            ratios = original(*args)
-            latest.update((t.name, ratio) for t, ratio in zip(tower.shards.tensors, ratios, strict=True))
-            return ratios
+    def recorded(state: OwnedState, *rest: Any) -> list[float]:
+        ratios = original(state, *rest)
+        latest.update((t.name, ratio) for t, ratio in zip(state.shards.tensors, ratios, strict=True))
+        return ratios
 
-        tower.trust_ratios = recorded  # type: ignore[method-assign]
+    rule.trust_ratios = recorded  # type: ignore[method-assign]
     return latest
 
 

@@ -25,7 +25,7 @@ from engine.objectives.contrastive.tiles import DEFAULT_TILE_CUDA
 from engine.objectives.mim.step import MimStep
 from engine.objectives.mim.teacher import teacher_tower
 from engine.objectives.registry import objective_of
-from engine.optim.lamb import ShardedOptimizer
+from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.device import prepare
 from engine.parallel.mesh import Group, Mesh, build_mesh
 from tools.dryrun.absent import Absent

@@ -124,7 +124,7 @@ def _adopt(recorder: Recorder, step: TrainingStep, batch: LocalBatch) -> None:
         _book(recorder, tower + "gradients", [buffer.grad_data for buffer in part.ddp.buffers])
         if part.sharded is not None:
             _adopt_sharded(recorder, part.sharded, tower)
-        _book(recorder, tower + "optimizer", [*state.master, *state.first, *state.second, *state.average])
+        _book(recorder, tower + "optimizer", [flat for flats in state.kinds().values() for flat in flats])
     _book(recorder, "buffers", parallel_state.get_global_memory_buffer().buffer.values())
     _book(recorder, "batch", [tensor for tensor in (batch.images, batch.tokens) if tensor is not None])
 

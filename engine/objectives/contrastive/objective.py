@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from engine.build import Towers
     from engine.objectives.contrastive.step import ContrastiveStep
-    from engine.optim.lamb import ShardedOptimizer
+    from engine.optim.optimizer import ShardedOptimizer
     from engine.parallel.mesh import Mesh
     from models.tensors.init import Rule
     from models.towers.vision import VisionTower

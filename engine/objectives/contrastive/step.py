@@ -15,7 +15,7 @@ from engine.objectives.contrastive.sigmoid import sigmoid_loss
 from engine.objectives.contrastive.softmax import contrastive_loss
 from engine.objectives.contrastive.towers import TextRunner, VisionRunner
 from engine.objectives.update import StepOutcome, Update
-from engine.optim.lamb import ShardedOptimizer
+from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.mesh import Mesh
 from engine.parallel.rows import own_rows, rows_of_every_rank
 from engine.pipeline.clock import Phases

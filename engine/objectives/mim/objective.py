@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from engine.build import Towers
     from engine.objectives.mim.step import MimStep
-    from engine.optim.lamb import ShardedOptimizer
+    from engine.optim.optimizer import ShardedOptimizer
     from engine.parallel.mesh import Mesh
     from models.tensors.init import Rule
     from models.towers.vision import VisionTower

@@ -15,7 +15,7 @@ from engine.objectives.mim.objective import block_masks
 from engine.objectives.mim.student import MaskedBatch, StudentRunner
 from engine.objectives.mim.teacher import Teacher, load_teacher, teacher_model
 from engine.objectives.update import StepOutcome, Update
-from engine.optim.lamb import ShardedOptimizer
+from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.mesh import Mesh
 from engine.parallel.rows import own_rows, split_rows
 from engine.pipeline.clock import Phases

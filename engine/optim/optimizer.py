@@ -1,0 +1,95 @@
+"""The optimizer of a job: shared clipping, per-tower shards, per-tensor rates (docs/optimizer.md).
+
+State (fp32 master weight, moments) exists for the owned elements only (engine/optim/state.py). How a tower's elements
+move is a rule's matter: `RULES` has one a name of `optim.name`.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+
+from engine.config.read import OptimConfig
+from engine.optim.adamw import AdamW
+from engine.optim.groups import TensorGroup, base_rate
+from engine.optim.lamb import Lamb
+from engine.optim.rates import warmup_cosine
+from engine.optim.state import OwnedState, Rule
+from engine.parallel.mesh import Axis
+from engine.parallel.shards import TowerShards
+
+RULES: dict[str, type[Rule]] = {"lamb": Lamb, "adamw": AdamW}
+
+
+class ShardedOptimizer:
+    """One optimizer over several towers: shared clipping, per-tower shards, per-tensor rates and ratios."""
+
+    def __init__(
+        self, towers: list[tuple[TowerShards, list[TensorGroup]]], optim: OptimConfig, total_steps: int, world: Axis
+    ):
+        self.optim = optim
+        self.total_steps = total_steps
+        self.world = world
+        self.rule = RULES[optim.name]()
+        self.towers = [OwnedState(shards, groups, self.rule.moments) for shards, groups in towers]
+        self.step_count = 0
+        """Steps of the schedule of rates, skipped ones included."""
+        self.update_count = 0
+        """Updates that the moments have seen; the bias corrections follow it."""
+
+    def rates(self) -> dict[str, float]:
+        """Learning rate of each tower (before layer decay) at the next step."""
+        factor = warmup_cosine(
+            self.step_count,
+            warmup_steps=self.optim.warmup_steps,
+            total_steps=self.total_steps,
+            min_ratio=self.optim.min_lr_ratio,
+        )
+        return {tower: factor * base_rate(tower, self.optim) for tower in ("vision", "text", "other")}
+
+    @torch.no_grad()
+    def step(self) -> float:
+        """Update the owned weights from the reduced gradients; returns the global gradient norm before clipping."""
+        norm = self.gradient_norm()
+        self.apply(norm)
+        return norm
+
+    @torch.no_grad()
+    def apply(self, norm: float) -> None:
+        """Update as `step` does, where the gradient norm is known."""
+        clip = self.optim.clip_grad_norm
+        scale = clip / norm if 0 < clip < norm else 1.0
+        rates = self.rates()
+        self.step_count += 1
+        self.update_count += 1
+        for tower in self.towers:
+            self.rule.update(tower, self.optim, gradient_scale=scale, rates=rates, t=self.update_count)
+
+    @torch.no_grad()
+    def reset_moments(self) -> None:
+        """Let the moments of every tensor start at 0."""
+        for tower in self.towers:
+            torch._foreach_zero_([flat for flats in tower.moments.values() for flat in flats])
+
+    def skip(self) -> None:
+        """A step without an update: weights, moments and update_count stay, the schedule goes on."""
+        self.step_count += 1
+
+    @torch.no_grad()
+    def clamp(self, name: str, low: float, high: float) -> None:
+        """Keep the owned elements of logical tensor `name`, if there is one, within bounds."""
+        for tower in self.towers:
+            for i, piece in tower.shards.owned():
+                if tower.shards.tensors[piece.tensor].name == name:
+                    part = slice(piece.start, piece.stop)
+                    tower.master[i][part].clamp_(low, high)
+                    tower.shards.shards[i].weight[part].copy_(tower.master[i][part])
+
+    def gradient_norm(self) -> float:
+        """Norm over every tensor of every tower, each element once."""
+        device = self.towers[0].shards.counted.device
+        total = torch.zeros(1, dtype=torch.float64, device=device)
+        for tower in self.towers:
+            total += tower.shards.squares([shard.gradient for shard in tower.shards.shards]).sum()
+        dist.all_reduce(total, group=self.world.group)
+        return math.sqrt(total.item())
