@@ -88,7 +88,9 @@ class DataConfig:
     remote_timeout_s: float = 300.0
     """One attempt to fetch one remote shard may take so long."""
     remote_retries: int = 5
-    """Further attempts, with growing waits in between, before the run stops."""
+    """Further attempts, with growing waits in between, that are made in any case before the run stops."""
+    remote_patience_s: float = 600.0
+    """A store that fails is asked again for so long before the run stops; below stall_timeout_s."""
 
     def check(self) -> None:
         """Raises DataError for values that cannot be used, or not together."""
@@ -114,7 +116,7 @@ class DataConfig:
             _require(getattr(self, name) >= 1, f"data.{name} is {getattr(self, name)}: it must be at least 1")
         for name in ("cache_gb", "remote_timeout_s"):
             _require(getattr(self, name) > 0, f"data.{name} is {getattr(self, name)}: it must be above 0")
-        for name in ("stall_timeout_s", "remote_retries"):
+        for name in ("stall_timeout_s", "remote_retries", "remote_patience_s"):
             _require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}: it must be 0 or more")
 
     def _check_mixture(self) -> None:

@@ -88,7 +88,11 @@ def differences(was: dict[str, Any], now: dict[str, Any], *, position: int) -> l
     """
     if was.get("version") != now["version"]:
         return [f"fingerprint of the data: version {was.get('version')} was, {now['version']} is: they do not compare"]
-    lines = [f"{name}: {was[key]!r} was, {now[key]!r} is" for key, name in _SETTINGS.items() if was[key] != now[key]]
+    lines = [
+        f"{name}: {was[key]!r} was, {now[key]!r} is"
+        for key, name in _SETTINGS.items()
+        if was.get(key, now[key]) != now[key]
+    ]
     seen = position - was["first_position"]
     before, after = (_weights_before(print_["weights"], seen) for print_ in (was, now))
     if before != after:

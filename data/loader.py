@@ -2,8 +2,11 @@
 
 import ctypes
 import logging
+import multiprocessing
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -14,6 +17,7 @@ from data.errors import DataError
 
 Batch = TypeVar("Batch")
 _PR_SET_PDEATHSIG = 1
+_MOST_SLACK_S = 30.0  # torch's own time-out comes first where it works
 _READER_LOST = ("exited unexpectedly", "killed by signal", "timed out")  # of torch's messages
 
 
@@ -64,7 +68,10 @@ class PrefetchLoader(Generic[Batch]):
             multiprocessing_context="fork" if workers else None,
             timeout=stall_timeout_s if workers else 0,
         )
+        others = set(multiprocessing.active_children())
         self._iterator: Iterator[Batch | DataError] | None = iter(loader)
+        self._readers = [child for child in multiprocessing.active_children() if child not in others]
+        self._stall_timeout_s = stall_timeout_s if workers else 0
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -73,9 +80,10 @@ class PrefetchLoader(Generic[Batch]):
         if self._iterator is None:
             raise StopIteration
         try:
-            batch = next(self._iterator)
-        except RuntimeError as error:
-            if not any(words in str(error) for words in _READER_LOST):
+            with self._readers_end_if_stalled() as stalled:
+                batch = next(self._iterator)
+        except (RuntimeError, OSError, EOFError) as error:
+            if not (stalled.is_set() or any(words in str(error) for words in _READER_LOST)):
                 raise
             self.close()
             raise DataError(
@@ -86,6 +94,30 @@ class PrefetchLoader(Generic[Batch]):
             self.close()
             raise batch
         return batch
+
+    @contextmanager
+    def _readers_end_if_stalled(self) -> Iterator[threading.Event]:
+        """Kills the readers when the block takes longer than the time-out and torch has not noticed: a reader that is
+        stopped after its batch was queued leaves this process waiting in the hand-over of the batch's memory, which has
+        no time-out of its own. Yields whether that was done.
+        """
+        stalled = threading.Event()
+
+        def end() -> None:
+            stalled.set()
+            for reader in self._readers:
+                reader.kill()
+
+        if not self._stall_timeout_s:
+            yield stalled
+            return
+        timer = threading.Timer(self._stall_timeout_s + min(self._stall_timeout_s, _MOST_SLACK_S), end)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield stalled
+        finally:
+            timer.cancel()
 
     def close(self) -> None:
         """Ends the readers; prepared batches are dropped. May be called twice."""

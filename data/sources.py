@@ -14,6 +14,7 @@ from data.order.order import SampleOrder
 from data.shards.index import ShardIndex
 from data.shards.index_store import IndexStore
 from data.shards.listing import ShardFiles, expand_shards
+from data.shards.remote import is_remote
 from data.shards.storage import Storage
 
 PLAIN_SOURCE = "data.shards"
@@ -51,6 +52,7 @@ class Sources:
         """
         storage = Storage.of(config)
         lists = _shard_lists(config, storage)
+        _check_patience(config, lists)
         self.names = [source.name for source in config.sources]
         """Of the sources of a mixture; empty for plain data.shards."""
         self._shard_counts = [len(shards) for shards in lists]
@@ -165,6 +167,17 @@ def _shard_lists(config: DataConfig, storage: Storage) -> list[list[str]]:
     """Paths and URLs of the shards of each source."""
     sources = config.sources or [SourceConfig(shards=config.shards)]
     return [expand_shards(source.shards, storage) for source in sources]
+
+
+def _check_patience(config: DataConfig, lists: list[list[str]]) -> None:
+    """The readers must not be taken for lost while they wait for a store."""
+    remote = next((shard for shards in lists for shard in shards if is_remote(shard)), None)
+    if remote is not None and 0 < config.stall_timeout_s <= config.remote_patience_s:
+        raise DataError(
+            f"{remote} is remote and data.remote_patience_s={config.remote_patience_s:g} is not below "
+            f"data.stall_timeout_s={config.stall_timeout_s:g}: readers that wait would be taken for lost; lower the one "
+            "or raise the other"
+        )
 
 
 def weight_switches(config: DataConfig) -> list[tuple[int, dict[str, int]]]:

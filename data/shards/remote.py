@@ -13,11 +13,13 @@ import contextlib
 import fcntl
 import logging
 import os
+import random
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from data.errors import DataError
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 _HTTP_OK_TO_RETRY = (408, 429)  # timeout, too many requests: the only client errors that pass by themselves
+_LONGEST_WAIT_S = 60.0
 _STALE_PART_S = 24 * 3600
 
 _log = logging.getLogger(__name__)
@@ -41,13 +44,30 @@ class Absent(Exception):
 
 
 class Remote:
-    """Reads of whole remote files with retries and a timeout."""
+    """Reads of whole remote files with retries and a timeout.
 
-    def __init__(self, *, timeout_s: float, retries: int, first_wait_s: float = 0.5) -> None:
-        """timeout_s: of one attempt. first_wait_s: before the first retry; doubles with each further one."""
+    A store that is busy or away is asked again until `retries` further attempts were made and `patience_s` have passed
+    since the first failure, so that a short outage does not end a run. The waits double up to a minute, each shortened
+    at random so that the readers of a job do not come back all at once, and are at least what the server asks for in
+    Retry-After.
+    """
+
+    def __init__(
+        self,
+        *,
+        timeout_s: float,
+        retries: int,
+        patience_s: float = 0.0,
+        first_wait_s: float = 0.5,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """timeout_s: of one attempt. first_wait_s: before the first retry."""
         self._timeout_s = timeout_s
         self._retries = retries
+        self._patience_s = patience_s
         self._first_wait_s = first_wait_s
+        self._sleep, self._clock = sleep, clock
         self._systems: dict[tuple[int, str], Any] = {}
 
     def fetch(self, url: str, target: Path) -> None:
@@ -69,9 +89,10 @@ class Remote:
         return sorted(system.unstrip_protocol(name) for name in found)
 
     def _attempts(self, url: str, action: Callable[[], Any]) -> Any:
-        for attempt in range(self._retries + 1):
-            if attempt:
-                time.sleep(self._first_wait_s * 2 ** (attempt - 1))
+        first_failure_s: float | None = None
+        attempt = 0
+        while True:
+            attempt += 1
             try:
                 return action()
             except (FileNotFoundError, PermissionError) as error:
@@ -82,11 +103,20 @@ class Remote:
                 status = getattr(error, "status", None)
                 if isinstance(status, int) and 400 <= status < 500 and status not in _HTTP_OK_TO_RETRY:
                     raise Absent(f"{url}: {error}") from error
-                problem = f"{type(error).__name__}: {error}".rstrip(": ")
-                _log.warning("%s: attempt %d of %d failed (%s)", url, attempt + 1, self._retries + 1, problem)
+                problem, asked_s = f"{type(error).__name__}: {error}".rstrip(": "), _retry_after_s(error)
+            now = self._clock()
+            first_failure_s = now if first_failure_s is None else first_failure_s
+            tried_s = now - first_failure_s
+            if attempt > self._retries and tried_s >= self._patience_s:
+                break
+            wait_s = min(self._first_wait_s * 2 ** min(attempt - 1, 16), _LONGEST_WAIT_S) * random.uniform(0.5, 1)
+            wait_s = max(wait_s, min(asked_s, _LONGEST_WAIT_S))
+            _log.warning("%s: attempt %d failed (%s), the next in %.1f s", url, attempt, problem, wait_s)
+            self._sleep(wait_s)
         raise DataError(
-            f"{url} could not be read in {self._retries + 1} attempts of at most {self._timeout_s:g} s (the last: "
-            f"{problem}): check the network, or raise data.remote_retries or data.remote_timeout_s"
+            f"{url} could not be read in {attempt} attempts of at most {self._timeout_s:g} s within {tried_s:.0f} s "
+            f"(the last: {problem}): check the network, or raise data.remote_patience_s, data.remote_retries or "
+            "data.remote_timeout_s"
         )
 
     def _copy(self, url: str, part: Path) -> None:
@@ -119,6 +149,19 @@ class Remote:
                 f"{url} is remote and needs more packages ({error}): pip install 'eva-megatron[remote]', for s3:// "
                 "also s3fs, for gs:// gcsfs"
             ) from error
+
+
+def _retry_after_s(error: Exception) -> float:
+    """Seconds that the server asks to wait (RFC 9110, section 10.2.3: seconds or a date); 0 if it does not."""
+    headers = getattr(error, "headers", None)
+    asked = headers.get("Retry-After") if isinstance(headers, Mapping) else None
+    if asked is None:
+        return 0.0
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(asked))
+    with contextlib.suppress(TypeError, ValueError):
+        return max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
+    return 0.0
 
 
 class ShardCache:

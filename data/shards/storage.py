@@ -21,10 +21,11 @@ class Storage:
         cache_gb: float = DataConfig.cache_gb,
         timeout_s: float = DataConfig.remote_timeout_s,
         retries: int = DataConfig.remote_retries,
+        patience_s: float = DataConfig.remote_patience_s,
     ) -> None:
         """The settings are those of `data.*`; without cache_dir only local shards can be read."""
         self._folder = Path(cache_dir) if cache_dir else None
-        self.remote = Remote(timeout_s=timeout_s, retries=retries)
+        self.remote = Remote(timeout_s=timeout_s, retries=retries, patience_s=patience_s)
         self._cache: ShardCache | None = None
         if self._folder is not None:
             self._cache = ShardCache(self._folder / "shards", max_bytes=int(cache_gb * 1e9), remote=self.remote)
@@ -37,6 +38,7 @@ class Storage:
             cache_gb=config.cache_gb,
             timeout_s=config.remote_timeout_s,
             retries=config.remote_retries,
+            patience_s=config.remote_patience_s,
         )
 
     def open(self, shard: str) -> int:

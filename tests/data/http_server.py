@@ -23,6 +23,8 @@ class Server(ThreadingHTTPServer):
         """How many of the next bodies of a path break off in the middle."""
         self.shorts: Counter[str] = Counter()
         """How many of the next bodies of a path are half as long, and say so themselves."""
+        self.refusals: dict[str, list[tuple[int, dict[str, str]]]] = {}
+        """Status and headers of the next answers of a path, without a body."""
         self.hangs: Counter[str] = Counter()
         """How many of the next requests of a path are never answered."""
         self.released = threading.Event()
@@ -39,7 +41,15 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.gets[self.path] += 1
-        if self.server.hangs[self.path] > 0:
+        refusals = self.server.refusals.get(self.path)
+        if refusals:
+            status, headers = refusals.pop(0)
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif self.server.hangs[self.path] > 0:
             self.server.hangs[self.path] -= 1
             self.server.released.wait()
             self.close_connection = True

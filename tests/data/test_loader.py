@@ -136,3 +136,16 @@ def test_a_reader_that_dies_or_stalls_is_an_error(read: Callable[[np.ndarray], S
     ):
         next(loader)
     assert multiprocessing.active_children() == []
+
+
+def test_a_reader_that_is_stopped_after_its_batch_was_queued_is_an_error(tmp_path: Path) -> None:
+    with PrefetchLoader(_reader(make_shards(tmp_path, [9])).read, _batches(), workers=1, stall_timeout_s=2) as loader:
+        (reader,) = multiprocessing.active_children()
+        queue = loader._iterator._worker_result_queue  # type: ignore[union-attr]
+        assert queue._reader.poll(60)  # the batch is there, the memory that it names is still the reader's
+        os.kill(reader.pid or 0, signal.SIGSTOP)
+        os.waitid(os.P_PID, reader.pid or 0, os.WSTOPPED | os.WNOWAIT)
+        with pytest.raises(DataError, match=r"the readers gave no batch .*data\.stall_timeout_s"):
+            for _ in range(3):
+                next(loader)
+    assert multiprocessing.active_children() == []

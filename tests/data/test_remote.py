@@ -89,7 +89,7 @@ def test_a_body_that_breaks_off_is_fetched_again(
     with caplog.at_level(logging.WARNING, logger="data.remote"):
         _remote().fetch(f"{server.url}/00000.tar", target)
     assert target.read_bytes() == Path(shards[0]).read_bytes()
-    assert "attempt 2 of 3 failed" in caplog.text
+    assert "attempt 2 failed" in caplog.text
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -105,6 +105,49 @@ def test_a_body_that_always_breaks_off_ends_the_run(server: Server, tmp_path: Pa
         _remote().fetch(f"{server.url}/00000.tar", tmp_path / "copy")
     assert server.gets["/00000.tar"] == 3
     assert not list(tmp_path.glob("copy*"))
+
+
+class _Clock:
+    """Time that passes only in waits."""
+
+    def __init__(self) -> None:
+        self.waits: list[float] = []
+
+    def __call__(self) -> float:
+        return sum(self.waits)
+
+
+def test_a_store_that_is_away_is_asked_until_patience_ends(server: Server, tmp_path: Path) -> None:
+    clock = _Clock()
+    remote = Remote(timeout_s=30, retries=2, patience_s=300, sleep=clock.waits.append, clock=clock)
+    server.refusals["/00000.tar"] = [(500, {})] * 1000
+    with pytest.raises(DataError, match=r"00000\.tar could not be read in \d+ attempts .*data\.remote_patience_s"):
+        remote.fetch(f"{server.url}/00000.tar", tmp_path / "copy")
+    assert 300 <= clock() < 360 and server.gets["/00000.tar"] == len(clock.waits) + 1 > 3
+    ceilings = [min(0.5 * 2**attempt, 60) for attempt in range(len(clock.waits))]
+    assert all(ceiling / 2 <= wait <= ceiling for wait, ceiling in zip(clock.waits, ceilings, strict=True))
+    assert len({wait / ceiling for wait, ceiling in zip(clock.waits, ceilings, strict=True)}) > 1  # at random
+    server.refusals["/00000.tar"] = [(503, {})] * 8
+    clock.waits.clear()
+    remote.fetch(f"{server.url}/00000.tar", tmp_path / "copy")
+    assert len(clock.waits) == 8
+
+
+def test_a_busy_store_says_how_long_to_wait(server: Server, tmp_path: Path) -> None:
+    clock = _Clock()
+    remote = Remote(timeout_s=30, retries=2, patience_s=300, sleep=clock.waits.append, clock=clock)
+    past, future = "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 21 Oct 2215 07:28:00 GMT"
+    asked = ["7", "100000", past, future, "soon"]
+    server.refusals["/00000.tar"] = [(429, {"Retry-After": value}) for value in asked]
+    remote.fetch(f"{server.url}/00000.tar", tmp_path / "copy")
+    assert clock.waits[0] == 7 and clock.waits[1] == 60 and clock.waits[3] == 60
+    assert clock.waits[2] <= 2 and clock.waits[4] <= 8
+
+
+def test_patience_must_end_before_the_readers_are_taken_for_lost(server: Server, tmp_path: Path) -> None:
+    config = _config([f"{server.url}/00000.tar"], tmp_path / "cache", stall_timeout_s=60)
+    with pytest.raises(DataError, match=r"data\.remote_patience_s=600 is not below data\.stall_timeout_s=60"):
+        _reader(config)
 
 
 def test_a_server_that_does_not_answer_is_given_up_and_asked_again(server: Server, tmp_path: Path) -> None:
