@@ -122,6 +122,10 @@ class PrefetchLoader(Generic[Batch]):
     def close(self) -> None:
         """Ends the readers; prepared batches are dropped. May be called twice."""
         self._iterator = None  # the iterator's finaliser stops and joins its processes
+        for reader in self._readers:
+            if reader.is_alive():  # it hangs, and readers ignore what torch ends them with
+                reader.kill()
+                reader.join()
 
     def __enter__(self) -> "PrefetchLoader[Batch]":
         return self

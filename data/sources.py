@@ -175,7 +175,7 @@ def _check_patience(config: DataConfig, lists: list[list[str]]) -> None:
     if remote is not None and 0 < config.stall_timeout_s <= config.remote_patience_s:
         raise DataError(
             f"{remote} is remote and data.remote_patience_s={config.remote_patience_s:g} is not below "
-            f"data.stall_timeout_s={config.stall_timeout_s:g}: readers that wait would be taken for lost; lower the one "
+            f"data.stall_timeout_s={config.stall_timeout_s:g}: waiting readers would be taken for lost; lower the one "
             "or raise the other"
         )
 
