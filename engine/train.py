@@ -85,8 +85,12 @@ def _callbacks(config: Config, trainer: "Trainer") -> list["Callback"]:
     """Of a phase that is about to begin: the job's folder is taken, its checkpoint is loaded."""
     from engine.callbacks.checkpoint import CheckpointCallback
     from engine.callbacks.evaluation import Evaluation
+    from engine.callbacks.suite import SuiteEvaluation
 
-    evaluation: list[Callback] = [Evaluation(trainer)] if config.evaluate.every_steps else []
+    evaluation: list[Callback] = []
+    if config.evaluate.every_steps:
+        evaluation += [Evaluation(trainer)] if config.evaluate.shards else []
+        evaluation += [SuiteEvaluation(trainer)] if config.evaluate.suite else []
     if trainer.mesh.world.rank != 0:
         return [*evaluation, CheckpointCallback(trainer)]
     _write_config(config)

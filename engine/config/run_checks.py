@@ -54,7 +54,18 @@ def _check_evaluate(config: Config) -> None:
     evaluate = config.evaluate
     require(objective_of(config).reads_captions, "evaluate is zero-shot: it needs captions, so objective=contrastive")
     require(evaluate.every_steps >= 1, "evaluate.every_steps must be 0 (never) or more")
-    require(bool(evaluate.shards), "evaluate.every_steps is set, but evaluate.shards is empty: give held-out shards")
+    require(
+        bool(evaluate.shards or evaluate.suite),
+        "evaluate.every_steps is set, but evaluate.shards is empty: give held-out shards, or evaluate.suite",
+    )
+    require(
+        bool(evaluate.suite) == bool(evaluate.data),
+        f"evaluate.suite {evaluate.suite!r} and evaluate.data {evaluate.data!r} go together: the suite and its folder",
+    )
+    require(
+        bool(evaluate.shards) or not (evaluate.classes or evaluate.max_samples),
+        "evaluate.classes and evaluate.max_samples are about evaluate.shards, which is empty",
+    )
     require(evaluate.max_samples >= 0, "evaluate.max_samples must be 0 (all) or more")
     require(
         bool(evaluate.templates) and all("{}" in template for template in evaluate.templates),
@@ -68,7 +79,7 @@ def _check_evaluate(config: Config) -> None:
 
 
 def _refuse_idle(evaluate: EvaluateConfig) -> None:
-    idle = [key for key in ("shards", "classes", "max_samples", "ema") if getattr(evaluate, key)]
+    idle = [key for key in ("shards", "classes", "max_samples", "ema", "suite", "data") if getattr(evaluate, key)]
     require(not idle, f"evaluate.{idle[0] if idle else ''} has no effect without evaluate.every_steps")
 
 

@@ -216,7 +216,7 @@ class HealthConfig:
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
-    """Zero-shot evaluation between steps, on shards that training does not see."""
+    """Zero-shot evaluation between steps, on shards that training does not see, or on a suite of sets."""
 
     every_steps: int = 0
     """0: never. Otherwise also after the last step of every phase."""
@@ -230,6 +230,10 @@ class EvaluateConfig:
     """The first n samples only; 0: all."""
     ema: bool = False
     """Evaluate the averaged weights (optim.ema_decay)."""
+    suite: str = ""
+    """A suite of sets (docs/evaluation.md): paper, datacomp, video, quick or FILE.yaml; besides shards or instead."""
+    data: str = ""
+    """The folder that holds the sets of the suite."""
 
 
 @dataclass(kw_only=True)

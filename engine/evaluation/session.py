@@ -16,7 +16,7 @@ from engine.checkpoint.format.manifest import AVERAGE, WEIGHT
 from engine.checkpoint.reader import Checkpoint
 from engine.config.read import Config
 from engine.evaluation.embedder import Embedder, inference_config, load_encoders, verify_together
-from engine.evaluation.inputs import ShardInput
+from engine.evaluation.inputs import READERS, ShardInput
 from engine.parallel.launch import job
 from engine.parallel.mesh import Mesh
 
@@ -79,19 +79,15 @@ def load(session: Session, *, images: bool, texts: bool, verify_hashes: bool, em
     return Embedder(encoders, session.mesh, session.device, config.train.micro_batch_size, config.data.frames)
 
 
-def shard_input(shards: list[str], session: Session) -> ShardInput:
+def shard_input(shards: list[str], session: Session, readers: int = READERS) -> ShardInput:
     """Tar shards as input of the session's model; data.frames=… of the overrides reads clips."""
     frames = session.config.data.frames
-    return ShardInput(shards, session.config, session.mesh, session.dtype, session.device, frames=frames)
+    return ShardInput(
+        shards, session.config, session.mesh, session.dtype, session.device, frames=frames, readers=readers
+    )
 
 
 def block_size(session: Session) -> int:
     """Samples of one block: enough micro-batches for every replica to fill the pipeline."""
     mesh = session.mesh
     return session.config.train.micro_batch_size * mesh.data.size * 4 * mesh.pipeline.size
-
-
-def fail(error: Exception) -> int:
-    """Report on this rank; the exit status."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    return 1

@@ -42,6 +42,9 @@ class Contrastive:
             directions = ("", "image_to_text_", "text_to_image_")
             names = (f"eval_{direction}recall_at_{k}" for direction in directions for k in (1, 5))
             missing |= dict.fromkeys(names, "recall is measured without evaluate.classes")
+        if config.evaluate.suite and not config.evaluate.shards:
+            held_out = ("zero_shot_top1", "zero_shot_top5", "recall_at_1", "recall_at_5")
+            missing |= dict.fromkeys((f"eval_{name}" for name in held_out), "evaluate.shards is empty")
         return missing
 
     def vision_tower(self, config: Config) -> "Callable[..., VisionTower]":

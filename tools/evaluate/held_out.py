@@ -1,15 +1,4 @@
-"""Zero-shot and retrieval on held-out shards.
-
-`torchrun --nproc-per-node N -m tools.evaluate CHECKPOINT SHARDS… [--out FILE.json] [--predictions FILE.json]
-[parallel.tensor=2 …]`
-
-CHECKPOINT is a run folder (its newest checkpoint) or a checkpoint folder, trained or converted; the layout is the one
-it was written at unless overrides say otherwise. Every different caption of the shards (one a line of a sample's
-.txt) is a candidate for every different picture, and right for all pictures that have it; top-1 chance is 1 / number
-of different captions where a picture has one. Samples without a readable picture and caption are left out and counted.
-Images are resized to the model's square ("squash", as the paper evaluates retrieval).
-With data.frames=8 clips are embedded as in training, by 8 frames each; without it, by their middle frame.
-"""
+"""Zero-shot and retrieval on held-out shards."""
 
 import argparse
 import base64
@@ -30,45 +19,14 @@ from engine.evaluation.inputs import ShardInput, picture_identity
 from engine.evaluation.progress import Progress
 from engine.evaluation.retrieval import predictions
 from engine.evaluation.scores import CaptionScores
-from engine.evaluation.session import Session, block_size, load, open_session, shard_input, split_overrides
+from engine.evaluation.session import Session, block_size, load, shard_input
 from engine.evaluation.text_files import write_whole
-from engine.parallel.mesh import LayoutError
-from engine.resilience.exit import leave
-from tools.cli import answer, check_file, command_parser
 
 
-def main(argv: list[str]) -> int:
-    """Run the command on this rank; the exit status."""
-    rest, overrides = split_overrides(argv)
-    parser = command_parser(
-        "evaluate",
-        __doc__,
-        ["python -m tools.evaluate runs/quickstart runs/quickstart/shards/heldout --out runs/quickstart/result.json"],
-    )
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("shards", nargs="+")
-    parser.add_argument("--out", type=Path, help="scores as JSON")
-    parser.add_argument("--predictions", type=Path, help="pictures with their three best captions as JSON")
-    parser.add_argument("--pictures", type=int, default=24, help="how many pictures go into --predictions")
-    parser.add_argument("--micro-batch", type=int, default=64)
-    parser.add_argument("--ema", action="store_true", help="the averaged weights (optim.ema_decay)")
-    parser.add_argument("--skip-hashes", action="store_true", help="check the sizes of the checkpoint's files only")
-    arguments = parser.parse_args(rest)
-    return answer(lambda: _run(arguments, overrides), LayoutError)
-
-
-def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    for path in (arguments.out, arguments.predictions):
-        if path is not None:
-            check_file(path)
-    with open_session(arguments.checkpoint, overrides, arguments.micro_batch) as session:
-        _evaluate(arguments, session)
-    return 0
-
-
-def _evaluate(arguments: argparse.Namespace, session: Session) -> None:
+def score_shards(arguments: argparse.Namespace, session: Session) -> None:
+    """Score, print and write. Collective over the mesh."""
     started = time.perf_counter()
-    source = shard_input(arguments.shards, session)
+    source = shard_input(arguments.shards, session, arguments.readers)
     if not source.has_images or not source.has_tokens:
         missing = "caption" if source.has_images else "picture"
         raise DataError(f"{', '.join(arguments.shards)}: no sample has a {missing}, so there is nothing to compare")
@@ -136,7 +94,3 @@ def _png_base64(pixels: Tensor) -> str:
     file = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, format="PNG")
     return base64.b64encode(file.getvalue()).decode()
-
-
-if __name__ == "__main__":
-    leave(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""A suite of evaluation sets on one checkpoint: features once, measures, tables, a page."""

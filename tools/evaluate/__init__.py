@@ -1,0 +1,1 @@
+"""Scores of a checkpoint: held-out shards, or a suite of sets."""
