@@ -3,7 +3,8 @@
 #   need VARIABLE…                  stop unless these are set
 #   knob VARIABLE KEY               an environment variable, if set, becomes the setting KEY
 #   yaml_text TEXT                  TEXT as one value inside a YAML list or mapping, whatever characters it has
-#   launch CONFIG [KEY=VALUE …]     start the job's part on this node, with the knobs and these settings
+#   launch CONFIG [KEY=VALUE …]     start the job's part on this node, with the knobs and these settings; the module is
+#                                   engine.train, or MODULE
 #
 # NODES             nodes of the job (each recipe has the paper's number)
 # GPUS_PER_NODE     8
@@ -61,7 +62,7 @@ launch() {
     else
       command+=(--standalone --local-addr 127.0.0.1)  # a host name that does not resolve would be waited for
     fi
-    command+=(-m engine.train "$config")
+    command+=(-m "${MODULE:-engine.train}" "$config")
   fi
   command+=("${knobs[@]}" "$@")
   if is_dry; then

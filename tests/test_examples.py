@@ -28,7 +28,7 @@ SCRIPTS = sorted(
     for path in (ROOT / folder).rglob("*.sh")
 )
 BATCH_SCRIPTS = sorted(path.relative_to(ROOT) for path in (ROOT / "examples").rglob("*.sbatch"))
-RECIPES = [path for path in SCRIPTS if path.parent.name in ("18b", "8b")]
+RECIPES = [path for path in SCRIPTS if path.parent.name in ("18b", "8b") and path.stem != "6_evaluate"]
 KNOBS = {
     "SHARDS": "/data/{00000..00009}.tar",
     "LAION_COCO": "/coco/{0..9}.tar",
@@ -166,6 +166,19 @@ def test_a_dry_run_prints_what_would_be_started(recipe: Path) -> None:
     clip = [KNOBS["VISION"], KNOBS["TEXT"], None]
     expected = {"1_mim": [None, None, KNOBS["TEACHER"]], "2_clip": clip, "2_3_4_phases": clip}
     assert starts == expected.get(recipe.stem, [KNOBS["CLIP"], KNOBS["CLIP"], None])
+
+
+def test_the_evaluation_of_the_18b_is_printed() -> None:
+    recipe = "examples/18b/6_evaluate.sh"
+    done = _run(["bash", recipe, "--any-size"], DRY_RUN="1", DATA="/sets", CLIP="/weights/my clip", NODES="2")
+    assert (done.returncode, done.stderr) == (0, "")
+    words = shlex.split(done.stdout)
+    assert words[words.index("-m") + 1 :] == [
+        "tools.evaluate", "/weights/my clip", "--suite", "paper", "--data", "/sets", "--out", "runs/18b/evaluation",
+        "--transform", "both", "--frames", "1", "8", "16", "parallel.tensor=2", "parallel.pipeline=4", "--any-size",
+    ]  # fmt: skip
+    assert _option(words, "--nnodes") == "2"
+    assert "set DATA" in _run(["bash", recipe]).stderr
 
 
 def test_what_is_not_set_is_named() -> None:

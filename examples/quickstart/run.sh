@@ -7,11 +7,12 @@
 #   DRY_RUN=1 bash examples/quickstart/run.sh  prints the commands and starts nothing
 #
 # Pictures: OpenMoji (openmoji.org), CC BY-SA 4.0. Result: runs/quickstart/{result.json,report.html,report.png}.
+# Last, a suite of one real set, scans of handwritten digits (scikit-learn): runs/quickstart/digits/index.html.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$0")/../.."
 . examples/common.sh
 . examples/setup.sh
-is_dry || ensure_environment emoji
+is_dry || ensure_environment emoji eval
 
 overrides=()
 case "${1:-}" in
@@ -27,4 +28,7 @@ start rm -rf "$run/checkpoints" "$run/metrics.jsonl"
 start "${ranks[@]}" -m engine.train examples/quickstart/train.yaml "${overrides[@]}"
 start "${ranks[@]}" -m tools.evaluate "$run" "$run/shards/heldout" \
   --out "$run/result.json" --predictions "$run/predictions.json"
+start python examples/quickstart/digits.py "$run/sets"
+start "${ranks[@]}" -m tools.evaluate "$run" --suite examples/quickstart/digits.yaml --data "$run/sets" \
+  --out "$run/digits" --transform both --probe linear knn
 start python -m tools.report "$run" --png "$run/report.png"
