@@ -15,6 +15,7 @@ from engine.evaluation.embedder import Embedder, Encoders
 from engine.evaluation.inputs import ShardInput, agree
 from engine.evaluation.scores import ClassPrompts, score_captions, score_classes
 from engine.evaluation.text_files import caption_lines, read_lines
+from engine.evaluation.vocabulary import tokenizer_of
 from engine.optim.average import averaged_weights
 from engine.record import Callback, Record, RunInfo
 from engine.trainer import Trainer
@@ -65,7 +66,7 @@ class Evaluation(Callback):
 
     def _prompts(self) -> ClassPrompts:
         names = read_lines(Path(self.settings.classes), "evaluate.classes: a class name")
-        return ClassPrompts(names, self.settings.templates, self.trainer.config.model.text.context_length)
+        return ClassPrompts(names, self.settings.templates, tokenizer_of(self.trainer.config.model.text))
 
     def _check_samples(self) -> None:
         """What the first evaluation would stumble over. Collective over the mesh."""
@@ -109,5 +110,5 @@ class Evaluation(Callback):
     def _scores(self) -> dict[str, float]:
         if self.prompts is not None:
             return score_classes(self.embedder, self.source, self.block_size, self.prompts)
-        context_length = self.trainer.config.model.text.context_length
-        return score_captions(self.embedder, self.source, self.block_size, context_length).scores()
+        tokenizer = tokenizer_of(self.trainer.config.model.text)
+        return score_captions(self.embedder, self.source, self.block_size, tokenizer).scores()

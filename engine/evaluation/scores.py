@@ -117,8 +117,8 @@ def worded(block: Block, row: int) -> list[str]:
 class CaptionScores:
     """Collects embedded blocks; every different caption is a candidate for every different picture."""
 
-    def __init__(self, embedder: Embedder, context_length: int):
-        self._embedder, self._tokenizer = embedder, Tokenizer(context_length)
+    def __init__(self, embedder: Embedder, tokenizer: Tokenizer):
+        self._embedder, self._tokenizer = embedder, tokenizer
         self.images, self.texts = Distinct(), Distinct()
         self.captions: list[str] = []
         """The different captions, in the order of their embeddings."""
@@ -184,9 +184,9 @@ def caption_scores(image: Tensor, text: Tensor, pairs: Tensor) -> dict[str, floa
     return top | {"chance": len(pairs) / len(image) / len(text)} | means | both
 
 
-def score_captions(embedder: Embedder, source: ShardInput, size: int, context_length: int) -> CaptionScores:
+def score_captions(embedder: Embedder, source: ShardInput, size: int, tokenizer: Tokenizer) -> CaptionScores:
     """All samples of the input. Collective over the mesh; every rank gets the same."""
-    collected = CaptionScores(embedder, context_length)
+    collected = CaptionScores(embedder, tokenizer)
     for block in source.blocks(size):
         collected.add(block)
     return collected
@@ -195,7 +195,7 @@ def score_captions(embedder: Embedder, source: ShardInput, size: int, context_le
 class ClassPrompts:
     """The prompts of every class, and the class of a sample: its caption. Equal names are one class."""
 
-    def __init__(self, names: Sequence[str], templates: Sequence[str], context_length: int):
+    def __init__(self, names: Sequence[str], templates: Sequence[str], tokenizer: Tokenizer):
         """templates: {} stands for the name. Raises DataError for no name."""
         if not names:
             raise DataError("there are no class names: give one a line")
@@ -203,7 +203,7 @@ class ClassPrompts:
         for name in names:
             self._labels.setdefault(clean(name), len(self._labels))
         prompts = [template.replace("{}", name) for name in self._labels for template in templates]
-        self.tokens = torch.from_numpy(Tokenizer(context_length).encode(prompts))
+        self.tokens = torch.from_numpy(tokenizer.encode(prompts))
         """int64 [different classes x templates, context], the prompts of class 0 first."""
         self.templates = len(templates)
 

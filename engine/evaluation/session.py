@@ -17,6 +17,7 @@ from engine.checkpoint.reader import Checkpoint
 from engine.config.read import Config
 from engine.evaluation.embedder import Embedder, inference_config, load_encoders, verify_together
 from engine.evaluation.inputs import READERS, ShardInput
+from engine.evaluation.vocabulary import remark_on
 from engine.parallel.launch import job
 from engine.parallel.mesh import Mesh
 
@@ -60,8 +61,13 @@ def open_session(path: Path, overrides: list[str], micro_batch: int) -> Iterator
     checkpoint.close()
 
 
-def load(session: Session, *, images: bool, texts: bool, verify_hashes: bool, ema: bool = False) -> Embedder:
-    """The towers that the input needs; ema: averaged weights. Collective over the mesh; raises CheckpointError."""
+def load(
+    session: Session, *, images: bool, texts: bool, verify_hashes: bool, ema: bool = False, encodes: bool = True
+) -> Embedder:
+    """The towers that the input needs. Collective over the mesh; raises CheckpointError.
+
+    ema: averaged weights. encodes: texts will be tokenized, so a tokenizer that does not fit is said.
+    """
     verify_together(session.checkpoint, session.mesh, verify_hashes)
     encoders, remarks = load_encoders(
         session.checkpoint,
@@ -73,7 +79,7 @@ def load(session: Session, *, images: bool, texts: bool, verify_hashes: bool, em
         kind=AVERAGE if ema else WEIGHT,
     )
     if session.is_first:
-        for remark in remarks:
+        for remark in [*remarks, *filter(None, [remark_on(session.config.model.text) if texts and encodes else ""])]:
             print(remark, file=sys.stderr, flush=True)
     config = session.config
     return Embedder(encoders, session.mesh, session.device, config.train.micro_batch_size, config.data.frames)

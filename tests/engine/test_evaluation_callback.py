@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from data.errors import DataError
 from data.shards.write import write_shard
+from data.tokenizer import Tokenizer
 from engine.callbacks.checkpoint import CheckpointCallback
 from engine.callbacks.evaluation import Evaluation
 from engine.callbacks.metrics import MetricsFile, read_metrics
@@ -146,12 +147,12 @@ def test_held_out_shards_may_lie_elsewhere(folder: Path, tmp_path: Path) -> None
 
 
 def test_class_names_must_be_those_of_the_samples() -> None:
-    prompts = ClassPrompts(["cat", "dog"], ["{}", "a {}"], 8)
+    prompts = ClassPrompts(["cat", "dog"], ["{}", "a {}"], Tokenizer(8))
     assert prompts.tokens.shape == torch.Size([4, 8]) and prompts.label("dog") == 1
     with pytest.raises(DataError, match=r"'bird'.* none of the 2 classes"):
         prompts.label("bird")
     with pytest.raises(DataError, match="no class names"):
-        ClassPrompts([], ["{}"], 8)
+        ClassPrompts([], ["{}"], Tokenizer(8))
 
 
 def test_mistakes_in_evaluation_data_are_found_at_the_start(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +17,8 @@ from data.tokenizer import Tokenizer
 from engine.evaluation.inputs import Block
 from engine.evaluation.scores import CaptionScores, ClassPrompts, caption_scores
 from engine.evaluation.text_files import caption_lines, read_lines
+from engine.evaluation.vocabulary import remark_on, tokenizer_of
+from models.config import TextConfig
 
 CONTEXT, WIDTH = 12, 24
 NAMES = ["a cat", "a dog", "a red car", "two birds", "the sea", "a house", "snow", "bread"]
@@ -69,7 +72,7 @@ def blocks(samples: list[Sample], size: int) -> list[Block]:
 
 
 def scores_of(samples: list[Sample], size: int = 7, perfect: bool = False) -> dict[str, float]:
-    collected = CaptionScores(Towers(perfect), CONTEXT)  # type: ignore[arg-type]
+    collected = CaptionScores(Towers(perfect), Tokenizer(CONTEXT))  # type: ignore[arg-type]
     for block in blocks(samples, size):
         collected.add(block)
     return collected.scores()
@@ -132,7 +135,7 @@ def test_every_line_is_a_caption() -> None:
 
 
 def test_equal_class_names_are_one_class() -> None:
-    prompts = ClassPrompts(["missile", "sunglasses", "Missile", "cat"], ["{}", "a {}"], CONTEXT)
+    prompts = ClassPrompts(["missile", "sunglasses", "Missile", "cat"], ["{}", "a {}"], Tokenizer(CONTEXT))
     assert prompts.tokens.shape == torch.Size([6, CONTEXT])
     assert [prompts.label(name) for name in ("missile", "MISSILE", "sunglasses", "cat")] == [0, 0, 1, 2]
 
@@ -149,3 +152,14 @@ def test_class_files_as_editors_save_them(tmp_path: Path) -> None:
         read_lines(path, "a name")
     with pytest.raises(DataError, match=r"none\.txt does not exist: a name, one a line"):
         read_lines(tmp_path / "none.txt", "a name")
+
+
+def test_a_toy_vocabulary_is_folded_and_said() -> None:
+    text = TextConfig(context_length=CONTEXT, vocab_size=320, width=8, depth=1, heads=1)
+    ids, full = (
+        tokenizer_of(text).encode(["a photo of a cat", "a dog"]),
+        Tokenizer(CONTEXT).encode(["a photo of a cat", "a dog"]),
+    )
+    assert ids.max() == 319 and (ids.argmax(axis=1) == full.argmax(axis=1)).all() and (ids[:, 0] == 318).all()
+    assert "320 token ids" in remark_on(text) and remark_on(TextConfig()) == ""
+    assert np.array_equal(tokenizer_of(TextConfig(context_length=CONTEXT)).encode(["a dog"]), full[1:])

@@ -82,6 +82,7 @@ def _embed(arguments: argparse.Namespace, session: Session) -> None:
         texts=source.has_tokens,
         verify_hashes=not arguments.skip_hashes,
         ema=arguments.ema,
+        encodes=isinstance(source, ShardInput),
     )
     rows = (
         ShardRows(source, embedder, session.config, keep=arguments.unreadable == "nan")

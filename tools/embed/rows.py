@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 
-from data.tokenizer import Tokenizer
 from engine.config.read import Config
 from engine.evaluation.embedder import Embedder
 from engine.evaluation.inputs import Block, SampleInput
 from engine.evaluation.scores import LeftOut
+from engine.evaluation.vocabulary import tokenizer_of
 
 _ABSENT = ("missing_image", "missing_caption", "empty_caption")
 """Reasons that say of one side that it is not there; any other says that something is there and cannot be read."""
@@ -19,7 +19,7 @@ class ShardRows:
     def __init__(self, source: SampleInput, embedder: Embedder, config: Config, *, keep: bool):
         """keep: unreadable samples become rows of NaN with a mark, instead of being left out."""
         self._source, self._embedder, self._keep = source, embedder, keep
-        self._tokenizer = Tokenizer(config.model.text.context_length)
+        self._tokenizer = tokenizer_of(config.model.text)
         self.left_out = LeftOut(kept=keep)
         self.samples = 0
 

@@ -21,6 +21,7 @@ from engine.evaluation.retrieval import predictions
 from engine.evaluation.scores import CaptionScores
 from engine.evaluation.session import Session, block_size, load, shard_input
 from engine.evaluation.text_files import write_whole
+from engine.evaluation.vocabulary import tokenizer_of
 
 
 def score_shards(arguments: argparse.Namespace, session: Session) -> None:
@@ -32,7 +33,7 @@ def score_shards(arguments: argparse.Namespace, session: Session) -> None:
         raise DataError(f"{', '.join(arguments.shards)}: no sample has a {missing}, so there is nothing to compare")
     verify = not arguments.skip_hashes
     embedder = load(session, images=True, texts=True, verify_hashes=verify, ema=arguments.ema)
-    collected = CaptionScores(embedder, session.config.model.text.context_length)
+    collected = CaptionScores(embedder, tokenizer_of(session.config.model.text))
     progress = Progress("evaluate", len(source), shown=session.is_first)
     for block in source.blocks(block_size(session)):
         collected.add(block)

@@ -29,6 +29,7 @@ from engine.evaluation.suite.score import (
 )
 from engine.evaluation.suite.texts import DistinctClasses, TextCache
 from engine.evaluation.text_files import write_whole
+from engine.evaluation.vocabulary import tokenizer_of
 from engine.parallel.agree import everyone
 from engine.parallel.mesh import Mesh
 
@@ -158,13 +159,13 @@ class SuiteRun:
         return row
 
     def _measures(self, listing: Listing, features: Features, embedder: Embedder) -> dict[str, float]:
-        width, context = embedder.encoders.embed_dim, self.towers.config.model.text.context_length
+        width, tokenizer = embedder.encoders.embed_dim, tokenizer_of(self.towers.config.model.text)
         cache = self._texts()
         if listing.spec.scored_as == "retrieval":
-            captions = distinct_captions(listing, context)
+            captions = distinct_captions(listing, tokenizer)
             text = cache.captions(embedder, captions.tokens, captions.texts)
             return self._on_first(lambda: score_retrieval(features, features.rows(width), captions, text))
-        classes = DistinctClasses(listing.classes, listing.templates, context)
+        classes = DistinctClasses(listing.classes, listing.templates, tokenizer)
         weights = cache.classes(embedder, classes)
         measure = score_multilabel if listing.spec.scored_as == "multilabel" else score_classification
         return self._on_first(lambda: measure(listing, features, features.rows(width), classes, weights))
@@ -244,8 +245,8 @@ class SuiteRun:
 
     def class_weights(self, listing: Listing, embedder: Embedder) -> Tensor:
         """fp32 [classes, D] by label; from the cache after `run`. Collective over the mesh."""
-        context = self.towers.config.model.text.context_length
-        classes = DistinctClasses(listing.classes, listing.templates, context)
+        tokenizer = tokenizer_of(self.towers.config.model.text)
+        classes = DistinctClasses(listing.classes, listing.templates, tokenizer)
         return self._texts().classes(embedder, classes)[classes.numbers]
 
     def _texts(self) -> TextCache:

@@ -29,9 +29,8 @@ class Captions:
     """Numbers of the captions of every sample."""
 
 
-def distinct_captions(listing: Listing, context_length: int) -> Captions:
+def distinct_captions(listing: Listing, tokenizer: Tokenizer) -> Captions:
     """Captions with the same tokens are one. Raises DataError if there is none."""
-    tokenizer = Tokenizer(context_length)
     number: dict[bytes, int] = {}
     rows, texts = [], []
     of_sample = []

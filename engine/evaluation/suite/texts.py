@@ -21,9 +21,8 @@ _PROMPTS_AT_ONCE = 8192
 class DistinctClasses:
     """Classes as the model tells them apart: those whose prompts have the same tokens are one."""
 
-    def __init__(self, names: Sequence[str], templates: Sequence[str], context_length: int):
+    def __init__(self, names: Sequence[str], templates: Sequence[str], tokenizer: Tokenizer):
         """templates: {c} stands for the name."""
-        tokenizer = Tokenizer(context_length)
         first: dict[bytes, int] = {}
         rows, numbers = [], []
         for name in names:
