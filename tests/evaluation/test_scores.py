@@ -156,10 +156,8 @@ def test_class_files_as_editors_save_them(tmp_path: Path) -> None:
 
 def test_a_toy_vocabulary_is_folded_and_said() -> None:
     text = TextConfig(context_length=CONTEXT, vocab_size=320, width=8, depth=1, heads=1)
-    ids, full = (
-        tokenizer_of(text).encode(["a photo of a cat", "a dog"]),
-        Tokenizer(CONTEXT).encode(["a photo of a cat", "a dog"]),
-    )
+    words = ["a photo of a cat", "a dog"]
+    ids, full = tokenizer_of(text).encode(words), Tokenizer(CONTEXT).encode(words)
     assert ids.max() == 319 and (ids.argmax(axis=1) == full.argmax(axis=1)).all() and (ids[:, 0] == 318).all()
     assert "320 token ids" in remark_on(text) and remark_on(TextConfig()) == ""
     assert np.array_equal(tokenizer_of(TextConfig(context_length=CONTEXT)).encode(["a dog"]), full[1:])
