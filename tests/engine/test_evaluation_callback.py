@@ -26,7 +26,7 @@ from engine.trainer import Trainer
 from tests.data.http_server import serve
 from tests.data.shard_factory import encode, make_shards, picture
 from tests.distributed import run_distributed
-from tools.evaluate import main as evaluate
+from tools.evaluate.__main__ import main as evaluate
 
 pytestmark = pytest.mark.dist
 

@@ -32,9 +32,9 @@ from tests.checkpoint.jobs import (
 from tests.data.shard_factory import encode, make_shards, picture
 from tests.distributed import run_distributed
 from tests.golden import ARCHITECTURES, FOLDER, load_io, pixels
-from tools import evaluate
 from tools.convert import __main__ as convert
 from tools.embed import __main__ as embed
+from tools.evaluate import __main__ as evaluate
 
 TOLERANCE = 1e-5
 LAYOUTS = {

@@ -12,8 +12,8 @@ from data.shards.write import write_shard
 from tests.checkpoint.jobs import alone, build, job_config, save
 from tests.data.shard_factory import encode, picture
 from tests.tools.test_embed import TOLERANCE
-from tools import evaluate
 from tools.embed import __main__ as embed
+from tools.evaluate import __main__ as evaluate
 
 KINDS = ("good", "no caption", "no picture", "blank caption", "broken picture", "latin caption", "two captions")
 
