@@ -29,6 +29,6 @@ start "${ranks[@]}" -m engine.train examples/quickstart/train.yaml "${overrides[
 start "${ranks[@]}" -m tools.evaluate "$run" "$run/shards/heldout" \
   --out "$run/result.json" --predictions "$run/predictions.json"
 start python examples/quickstart/digits.py "$run/sets"
-start "${ranks[@]}" -m tools.evaluate "$run" --suite examples/quickstart/digits.yaml --data "$run/sets" \
+start "${ranks[@]}" -m tools.evaluate "$run" --suite "$run/sets/suite.yaml" --data "$run/sets" \
   --out "$run/digits" --transform both --probe linear knn
 start python -m tools.report "$run" --png "$run/report.png"
