@@ -140,6 +140,7 @@ class _Step:
     def encode(self) -> tuple[Tensor, Tensor]:
         """(image rows, text rows) of this rank, [·, D] fp32 without graph."""
         inbox = self.pipeline.forward_inbox(self.units)
+        self._ask_for_text()
         embeddings = []
         # Captions are encoded where the stage would otherwise wait.
         for turn, then in _turns(self.units, text=self.text, text_first=not self.mesh.is_first_stage):
@@ -204,7 +205,13 @@ class _Step:
 
     def expect(self) -> None:
         """Before the loss, behind which backprop begins."""
+        self._ask_for_text()
         self.work.turns.expect(self._backward_turns()[0][0].part)
+
+    def _ask_for_text(self) -> None:
+        """Of all ranks: on a pipeline some have the captions' turn first, and others last."""
+        if self.mesh.pipeline.size > 1:
+            self.work.turns.ask_for(self.text)
 
     def _backprop_unit(self, unit: Unit, inbox, embedding_gradient: Tensor) -> None:
         hidden, output = self.kept.pop(unit) if unit in self.kept else self._replay(unit)
@@ -229,7 +236,6 @@ class _Step:
     def _backprop_text(self, gradient: Tensor) -> None:
         parts = self.work.text_rows
         first = parts[0].start if parts else 0
-        self.work.turns.settle()
         with self.phases.time("backward_text"):
             for part in reversed(range(len(parts))):
                 rows = slice(parts[part].start - first, parts[part].stop - first)

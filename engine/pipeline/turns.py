@@ -1,7 +1,11 @@
 """Turns of the parts of a rank: chunks of the vision tower and the captions' side, one after the other.
 
 A part's weights are gathered while the part before it works and leave behind its turn; its gradients are reduced while
-the part after it works. So at most two parts are whole at any time. Parts that are not sharded are always there.
+the part after it works. So at most two chunks are whole at any time. Parts that are not sharded are always there.
+
+The captions, the last part, are shared by all ranks, whose stages take their turn at different times: no rank may wait
+for the others there. On a pipeline their weights are asked for by every rank at once, ahead of both phases, and their
+gradients are whole until the step's end.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +38,7 @@ class Turns:
             mine.open_gradients()
         yield
         self._end(part)
-        if mine is not None:
+        if mine is not None and part != len(self.parts) - 1:
             self.settle()
             self._reducing = mine
 
@@ -46,9 +50,14 @@ class Turns:
 
     def expect(self, part: int) -> None:
         """Something else runs now, and then it is the turn of `part`."""
-        following = self.parts[part]
-        if following is not None and self.ahead:
-            following.gather()
+        if self.ahead:
+            self.ask_for(part)
+
+    def ask_for(self, part: int) -> None:
+        """Start to gather a part."""
+        asked = self.parts[part]
+        if asked is not None:
+            asked.gather()
 
     def _begin(self, part: int, then: int | None) -> None:
         mine = self.parts[part]
