@@ -69,7 +69,7 @@ class Part:
     def whole_weights(self) -> Iterator[None]:
         """The part's weights can be read in the block, outside a step. Collective over the owners."""
         self.wait_for_weights()
-        if self.sharded is None:
+        if self.sharded is None or self.sharded.is_whole:
             yield
             return
         self.sharded.wait()

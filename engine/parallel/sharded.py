@@ -74,7 +74,9 @@ class ShardedPart:
         self._outer: list[Tensor] = []
         """Slices of the ranks that have this rank's place in other groups of gathering ranks, where there are any."""
         self._gathering: list[tuple[dist.Work, Tensor | None]] | None = None
-        self._is_whole = self._is_reducing = False
+        self.is_whole = axes is None
+        """Whether every weight can be read."""
+        self._is_reducing = False
         for store in (*self.weight_stores, *self.gradient_stores):
             store.drop()
         self.publish()
@@ -103,7 +105,7 @@ class ShardedPart:
 
     def gather(self) -> None:
         """Start to bring the weights here; nothing where they are or are on their way."""
-        if self.axes is None or self._is_whole or self._gathering is not None:
+        if self.axes is None or self.is_whole or self._gathering is not None:
             return
         for store in self.weight_stores:
             store.take()
@@ -125,7 +127,7 @@ class ShardedPart:
             if loose is not None:
                 self._in_order(loose, bucket.param_data)
         if self._gathering is not None:
-            self._gathering, self._is_whole = None, True
+            self._gathering, self.is_whole = None, True
             for parameter in self._resident:
                 parameter.read()
 
@@ -137,10 +139,10 @@ class ShardedPart:
 
     def release(self) -> None:
         """Keep the own slices only."""
-        if self._is_whole:
+        if self.is_whole and self.axes is not None:
             for store in self.weight_stores:
                 store.drop()
-            self._is_whole = False
+            self.is_whole = False
 
     # --- gradients -----------------------------------------------------------------------------------------------
 

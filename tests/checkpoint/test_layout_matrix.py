@@ -24,15 +24,18 @@ LAYOUTS = {
     "pp2-by-hand": ["parallel.pipeline=2", "parallel.layers=[4,1]"],
     "dp4": [],
     "tp2-pp2": ["parallel.tensor=2", "parallel.pipeline=2"],
+    "dp4-sharded": ["parallel.virtual=2", "parallel.shard=weights"],
+    "tp2-dp2-node": ["parallel.tensor=2", "parallel.shard=weights", "parallel.shard_ranks=1"],
     "tp2-dp2": ["parallel.tensor=2", "parallel.bucket_size=500"],
 }
 QUICK = [
     ("one", "tp4"), ("one", "pp4"), ("one", "dp4"), ("tp4", "one"), ("pp4", "one"), ("dp4", "one"), ("one", "one"),
     ("tp4", "tp4"), ("tp4", "pp2-virtual2"), ("pp4", "tp2-pp2"), ("dp4", "tp4-no-sp"),
+    ("one", "dp4-sharded"), ("dp4-sharded", "one"), ("dp4-sharded", "tp2-dp2-node"),
 ]  # fmt: skip
 ALL = [
     (source, target)
-    for source in ("one", "tp4", "pp4", "dp4", "pp2-virtual2", "tp2-dp2")
+    for source in ("one", "tp4", "pp4", "dp4", "pp2-virtual2", "tp2-dp2", "dp4-sharded")
     for target in ("one", *LAYOUTS)
 ]
 

@@ -52,8 +52,13 @@ def test_the_formula(averaged: tuple[Path, dict[str, Tensor]]) -> None:
     assert deviations(stored(folder, WEIGHT), expected, 1e-3)
 
 
-ACCEPT = "checkpoint.accept=[train.precision]"
-LAYOUTS = [("parallel.tensor=2",), ("parallel.pipeline=2",), ("train.precision=bf16", ACCEPT)]
+OTHERWISE = (
+    "train.precision=bf16",
+    "checkpoint.accept=[train.precision]",
+    "parallel.shard=weights",
+    "parallel.virtual=2",
+)
+LAYOUTS = [("parallel.tensor=2",), ("parallel.pipeline=2",), OTHERWISE]
 """Each hands its checkpoint to the next; the last is DP 2."""
 
 

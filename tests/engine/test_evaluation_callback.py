@@ -111,6 +111,8 @@ def test_the_offline_numbers(folder: Path, alone: list[Record], ema: bool) -> No
 
 LAYOUTS = {
     "tp2": ("parallel.tensor=2",),
+    "dp2-sharded": ("parallel.virtual=2", "parallel.shard=weights"),
+    "dp2-sharded-average": ("parallel.virtual=2", "parallel.shard=weights", "parallel.shard_ranks=1"),
     "pp2-virtual": ("parallel.pipeline=2", "parallel.virtual=2"),
     "dp2": (),
 }
