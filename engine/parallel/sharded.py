@@ -68,9 +68,16 @@ class ShardedPart:
         """Own slice of every bucket."""
         self.gradients = [torch.zeros_like(own) for own in gradients]
         """The same of the gradients, complete after `finish`."""
-        self._resident = [_Resident(parameter, with_value=axes is not None) for parameter in resident]
-        self.weight_stores = [] if axes is None else [Store(buffer.param_data) for buffer in ddp.buffers]
-        self.gradient_stores = [Store(buffer.grad_data) for buffer in ddp.buffers]
+        # In bf16 the learned scalars, which are fp32, have a buffer of their own, and it stays.
+        self._staying = [buffer for buffer in ddp.buffers if set(buffer.params) <= set(resident)]
+        coming = [buffer for buffer in ddp.buffers if buffer not in self._staying]
+        self._resident = [
+            _Resident(parameter, with_value=axes is not None)
+            for parameter in resident
+            if any(parameter in buffer.param_index_map for buffer in coming)
+        ]
+        self.weight_stores = [] if axes is None else [Store(buffer.param_data) for buffer in coming]
+        self.gradient_stores = [Store(buffer.grad_data) for buffer in coming]
         self._outer: list[Tensor] = []
         """Slices of the ranks that have this rank's place in other groups of gathering ranks, where there are any."""
         self._gathering: list[tuple[dist.Work, Tensor | None]] | None = None
@@ -154,6 +161,8 @@ class ShardedPart:
             group.reset()
         for resident in self._resident:
             resident.gradient.zero_()
+        for buffer in self._staying:
+            buffer.grad_data.zero_()
 
     def open_gradients(self) -> None:
         """Before the part's first backward of a step."""

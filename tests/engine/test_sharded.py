@@ -237,11 +237,13 @@ def test_states_are_a_share_of_the_owners(ranks: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("name", MEASURED)
-def test_at_most_two_parts_are_whole(name: str, ranks: list[dict[str, Any]]) -> None:
+def test_at_most_two_chunks_are_whole(name: str, ranks: list[dict[str, Any]]) -> None:
     for results in ranks:
         most = results[name]["measured"]["most"]
-        assert most["gradients"] == 2
-        assert most.get("weights", 2) == 2
+        # On a pipeline the captions, whose turn is not the same on every stage, are whole besides.
+        limit = 3 if name.startswith("pp") else 2
+        assert most["gradients"] == limit
+        assert most.get("weights", limit) == limit
 
 
 def test_a_chunk_is_gathered_twice_and_reduced_once(ranks: list[dict[str, Any]]) -> None:
