@@ -242,8 +242,8 @@ def test_at_most_two_chunks_are_whole(name: str, ranks: list[dict[str, Any]]) ->
         most = results[name]["measured"]["most"]
         # On a pipeline the captions, whose turn is not the same on every stage, are whole besides.
         limit = 3 if name.startswith("pp") else 2
-        assert most["gradients"] == limit
-        assert most.get("weights", limit) == limit
+        assert 2 <= most["gradients"] <= limit
+        assert 2 <= most.get("weights", 2) <= limit
 
 
 def test_a_chunk_is_gathered_twice_and_reduced_once(ranks: list[dict[str, Any]]) -> None:
