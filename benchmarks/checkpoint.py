@@ -31,6 +31,7 @@ from benchmarks.common import RESULTS, Spread, child_environment, machine, write
 from engine.callbacks.checkpoint import CheckpointCallback
 from engine.checkpoint.load import resume_training
 from engine.checkpoint.reader import Checkpoint
+from engine.config.phases import first_phase
 from engine.config.read import resolve
 from engine.feed import LocalBatch
 from engine.parallel.device import prepare
@@ -54,7 +55,7 @@ def alone() -> Iterator[Mesh]:
         dist.destroy_process_group()
 
 
-def trainer_of(folder: Path, size: str, mesh: Mesh, image_size: int = 28) -> Trainer:
+def trainer_of(folder: Path, size: str, mesh: Mesh, *overrides: str, image_size: int = 28) -> Trainer:
     """A job with a small text tower and small pictures: state, not arithmetic, is what is measured."""
     width, depth = WIDTHS[size]
     vision = {"image_size": image_size, "patch_size": 14, "depth": depth, "width": width, "head_width": 64}
@@ -69,7 +70,7 @@ def trainer_of(folder: Path, size: str, mesh: Mesh, image_size: int = 28) -> Tra
         "train": {"steps": 1000, "global_batch_size": 32, "micro_batch_size": 32},
         "checkpoint": {"every_steps": SAVE_EVERY, "keep_last": 1},
     }
-    return Trainer(resolve(tree, []), mesh, prepare())
+    return Trainer(first_phase(resolve(tree, list(overrides))), mesh, prepare())
 
 
 def step(trainer: Trainer) -> None:
@@ -153,8 +154,7 @@ def stall(folder: Path, size: str) -> dict[str, Any]:
     out: dict[str, Any] = {"save_every_steps": SAVE_EVERY, "steps": STALL_STEPS}
     with alone() as mesh:
         for name in ("background", "waiting"):
-            trainer = trainer_of(folder / name, size, mesh)
-            trainer.config.checkpoint.async_save = name == "background"
+            trainer = trainer_of(folder / name, size, mesh, f"checkpoint.async_save={name == 'background'}")
             callback = CheckpointCallback(trainer)
             callback.total_steps = 10**9
             step(trainer)  # the first one allocates

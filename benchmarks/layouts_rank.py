@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.step_sides import DROPOUT, FULL, QUICK, SCALE, Batch, Workload
+from engine.config.phases import first_phase
 from engine.config.read import Config, check_layout, resolve
 from engine.feed import LocalBatch
 from engine.parallel.launch import job
@@ -33,7 +34,7 @@ def local_batch(workload: Workload, step: int, mesh: Mesh) -> LocalBatch:
 def measure(config: Config, workload: Workload, steps: int) -> dict[str, Any]:
     """Seconds and losses of each step, and bytes that all ranks sent in one more step, by axis."""
     with job(config.parallel) as (mesh, device):
-        trainer = Trainer(config, mesh, device)
+        trainer = Trainer(first_phase(config), mesh, device)
         losses, seconds = [], []
         for step in range(1 + steps):
             batch = local_batch(workload, step, mesh)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from benchmarks.common import reset_peak, resident_bytes
 from benchmarks.layouts_rank import config_of, local_batch
 from benchmarks.step_sides import FULL, QUICK, Workload
+from engine.config.phases import first_phase
 from engine.config.read import Config, check_layout
 from engine.parallel.launch import job
 from engine.trainer import Trainer
@@ -15,7 +16,7 @@ from engine.trainer import Trainer
 def measure(config: Config, workload: Workload) -> dict[str, float]:
     """Peak of two steps on one rank, in GB above what is resident once the model is built; k; what was promised."""
     with job(config.parallel) as (mesh, device):
-        trainer = Trainer(config, mesh, device)
+        trainer = Trainer(first_phase(config), mesh, device)
         promised = trainer.training_step.activation_bytes()
         captions = trainer.training_step.text_activation_bytes()
         before = reset_peak()

@@ -124,6 +124,7 @@ class Ours:
         norms: str = "auto",
         outputs: str = "none",
     ):
+        from engine.config.phases import first_phase
         from engine.config.read import ParallelConfig, resolve
         from engine.parallel.launch import job
         from engine.trainer import Trainer
@@ -147,7 +148,7 @@ class Ours:
         config = resolve({"model": model, "data": {"shards": ["-"]}, "train": train, "optim": optim}, [])
         self.job = job(ParallelConfig())
         mesh, device = self.job.__enter__()
-        self.trainer = Trainer(config, mesh, device)
+        self.trainer = Trainer(first_phase(config), mesh, device)
 
     def step(self, batch: Batch) -> float:
         """Through Trainer.step."""

@@ -11,7 +11,7 @@ DECODERS = ("auto", "pillow", "dali")
 MIXES = ("within_batch", "one_per_batch")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """One source of a mixture."""
 
@@ -23,7 +23,7 @@ class SourceConfig:
     """Its share relative to the other sources (1.6 and 0.4 give 4 : 1); 0 leaves it out until a switch."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class MixtureSwitch:
     """From one position on, other weights."""
 
@@ -33,7 +33,7 @@ class MixtureSwitch:
     """Weight by source name; a source that is not named has weight 0."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where samples come from and how they are read."""
 

@@ -10,8 +10,7 @@ from data.sources import check_shards
 from engine.checkpoint.load import training_position
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.resume import choose, lock_run, newest_good
-from engine.config.phases import Phase, phase_plan
-from engine.config.read import Config
+from engine.config.phases import Job, Phase
 from engine.parallel.agree import raise_together, together
 from engine.parallel.device import Device
 from engine.parallel.mesh import Mesh
@@ -24,13 +23,13 @@ Callbacks = Callable[[Trainer], list[Callback]]
 """What watches a phase, in the order in which they are asked."""
 
 
-def run_phases(config: Config, mesh: Mesh, device: Device, callbacks: Callbacks, wishes: Wishes | None = None) -> bool:
+def train_job(job: Job, mesh: Mesh, device: Device, callbacks: Callbacks, wishes: Wishes | None = None) -> bool:
     """Train what is left of the job; whether it is done, or was asked to stop before. Collective over the mesh.
 
     A phase begins with the checkpoint that the one before left at the border; a run that was stopped there begins it in
     the same way. wishes: what this process is asked for by signals.
     """
-    plan, run_dir = phase_plan(config), Path(config.run_dir)
+    config, plan, run_dir = job.config, job.phases, Path(job.config.run_dir)
     begin: Callable[[], Checkpoint | None] = lambda: choose(config, mesh)  # noqa: E731
     while True:
         phase, stopped = _run_next(plan, run_dir, mesh, device, begin, callbacks, wishes)
@@ -52,7 +51,7 @@ def _check_later_shards(phases: Sequence[Phase], mesh: Mesh) -> None:
 
 
 def _run_next(
-    plan: list[Phase],
+    plan: Sequence[Phase],
     run_dir: Path,
     mesh: Mesh,
     device: Device,
@@ -67,7 +66,7 @@ def _run_next(
     done = training_position(checkpoint).step if checkpoint is not None else 0
     phase = next((phase for phase in plan if done < phase.last_step), plan[-1])
     _check_later_shards(plan[plan.index(phase) + 1 :], mesh)
-    trainer = Trainer(phase.config, mesh, device, phase)
+    trainer = Trainer(phase, mesh, device)
     trainer.begin(checkpoint, lock)
     with together(mesh.control):
         watching = callbacks(trainer)

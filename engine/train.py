@@ -12,18 +12,10 @@ from typing import TYPE_CHECKING
 import yaml
 
 from data.errors import DataError
-from engine.config.origin import origin
-from engine.config.phases import phase_plan
-from engine.config.read import (
-    Config,
-    ConfigError,
-    check_layout,
-    check_vocabulary,
-    read_given,
-    resolve_given,
-    to_dict,
-)
-from engine.resilience.exit import STOPPED, leave
+from engine.config.phases import Job
+from engine.config.read import Config, ConfigError, check_layout, check_vocabulary, read_job, to_dict
+from engine.paths import check_paths
+from engine.resilience.exit import STOPPED, leave, refuse
 
 if TYPE_CHECKING:
     from engine.record import Callback
@@ -36,22 +28,22 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 2
     try:
-        given = read_given(arguments[0], arguments[1:])
-        config = resolve_given(given)
-        for phase in phase_plan(config):
+        job = read_job(arguments[0], arguments[1:])
+        for phase in job.phases:
             check_layout(phase.config, int(os.environ.get("WORLD_SIZE", "1")))
             check_vocabulary(phase.config)
+        check_paths(job)
     except (ConfigError, DataError) as error:
-        return _fail(error)
-    return _train(config, origin(given))
+        return refuse(error)
+    return _train(job)
 
 
-def _train(config: Config, remarks: list[str]) -> int:
+def _train(job: Job) -> int:
     # Importing torch and megatron-core takes seconds: after the checks, so that a typing mistake answers at once.
     from engine.build import DTYPES
     from engine.checkpoint.format.errors import CheckpointError
-    from engine.job import run_phases
-    from engine.parallel.launch import job
+    from engine.job import train_job
+    from engine.parallel import launch
     from engine.parallel.mesh import LayoutError
     from engine.parallel.rendezvous import NotEveryoneCame
     from engine.resilience.agreement import RanksDiffer, facts_of
@@ -62,18 +54,22 @@ def _train(config: Config, remarks: list[str]) -> int:
     from models.blocks.kernels import require_kernels
     from models.config import ModelConfigError
 
+    config = job.config
     if stopped_in_this_start(Path(config.run_dir)):
         return STOPPED
+    try:
+        models = [(phase.config.model, DTYPES[phase.config.train.precision]) for phase in job.phases]
+        kernels = dict.fromkeys(str(require_kernels(model, dtype)) for model, dtype in models)
+    except ModelConfigError as error:
+        return refuse(error)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
     ours = (LayoutError, NotEveryoneCame, RanksDiffer)
     try:
-        configs = [phase.config for phase in phase_plan(config)]
-        kernels = dict.fromkeys(str(require_kernels(c.model, DTYPES[c.train.precision])) for c in configs)
-        with Wishes() as wishes, job(config.parallel, facts_of(to_dict(config))) as (mesh, device):
+        with Wishes() as wishes, launch.job(config.parallel, facts_of(to_dict(config))) as (mesh, device):
             if mesh.world.rank == 0:
-                print("\n".join([*remarks, "; then ".join(kernels)]), flush=True)
-            done = run_phases(config, mesh, device, partial(_callbacks, config), wishes)
+                print("\n".join([*job.origin, "; then ".join(kernels)]), flush=True)
+            done = train_job(job, mesh, device, partial(_callbacks, config), wishes)
     except (*ours, DataError, CheckpointError, ModelConfigError, UnhealthyStep) as error:
         return tell_line(error)
     except Exception as error:
@@ -82,7 +78,7 @@ def _train(config: Config, remarks: list[str]) -> int:
 
 
 def _callbacks(config: Config, trainer: "Trainer") -> list["Callback"]:
-    """Of a phase that is about to begin: the job's folder is taken, its checkpoint is loaded."""
+    """What watches a phase that is about to begin: the job's folder is taken, its checkpoint is loaded."""
     from engine.callbacks.checkpoint import CheckpointCallback
     from engine.callbacks.evaluation import Evaluation
     from engine.callbacks.suite import SuiteEvaluation
@@ -98,7 +94,7 @@ def _callbacks(config: Config, trainer: "Trainer") -> list["Callback"]:
 
 
 def _logging_callbacks(config: Config) -> list["Callback"]:
-    """Of world rank 0."""
+    """What world rank 0 alone has."""
     from engine.callbacks.console import ConsoleProgress
     from engine.callbacks.metrics import MetricsFile
     from engine.callbacks.tensorboard import TensorBoard
@@ -111,11 +107,6 @@ def _write_config(config: Config) -> None:
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-
-
-def _fail(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    return 1
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from engine.checkpoint.format.manifest import Position
 from engine.checkpoint.reader import WHOLE, Checkpoint
 from engine.checkpoint.resume import Start, choose, lock_run, start
 from engine.config.origin import model_in_words
-from engine.config.phases import Phase, phase_plan
-from engine.config.read import Config, to_dict
+from engine.config.phases import Phase
+from engine.config.read import to_dict
 from engine.feed import Feed, LocalBatch
 from engine.objectives.registry import objective_of
 from engine.objectives.update import StepOutcome
@@ -42,10 +42,10 @@ from engine.resilience.signals import Wishes
 class Trainer:
     """One training job, or one phase of it, on this rank."""
 
-    def __init__(self, config: Config, mesh: Mesh, device: Device, phase: Phase | None = None):
-        """Build everything. Collective over the mesh. phase: whose config it is; None: the first of the job."""
-        self.phase = phase or phase_plan(config)[0]
-        self.config = config = self.phase.config
+    def __init__(self, phase: Phase, mesh: Mesh, device: Device):
+        """Build everything. Collective over the mesh."""
+        self.phase = phase
+        self.config = config = phase.config
         self.mesh, self.device = mesh, device
         self.towers = build_towers(config, mesh, device.torch_device)
         self.optimizer = build_optimizer(config, self.towers, self.phase.schedule_steps)

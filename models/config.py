@@ -33,7 +33,7 @@ class ModelConfigError(Exception):
     """A model that cannot be built; the message names the value and the fix."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """The image tower (class EVAVisionTransformer of the authors)."""
 
@@ -130,7 +130,7 @@ class VisionConfig:
         return self.prefix_tokens + self.kept_patches(patch_dropout)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """The caption tower: pre-norm blocks with LayerNorm, every linear with a bias."""
 
@@ -157,7 +157,7 @@ class TextConfig:
         return 4 * self.width if self.mlp_hidden is None else self.mlp_hidden
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A CLIP dual encoder and how its kernels are chosen."""
 

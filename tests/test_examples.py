@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.config.phases import phase_plan
+from engine.config.phases import plan_job
 from engine.config.read import check_layout, load_config, preset_model, to_dict
 from tools.cost.cluster import Cluster
 from tools.cost.estimate import estimate
@@ -123,7 +123,7 @@ def test_the_phases_of_one_job_are_the_stages() -> None:
     files = [folder / f"{stage}.yaml" for stage in ("2_clip", "3_clip_full", "4_video")]
     whole_h, *stage_h = (int(re.search(r"(\d+) hours", _header(file))[1]) for file in (whole, *files))
     assert whole_h == sum(stage_h)
-    stages, plan = [load_config(file) for file in files], phase_plan(job)
+    stages, plan = [load_config(file) for file in files], plan_job(job).phases
     assert [phase.config.train.steps for phase in plan] == [stage.train.steps for stage in stages]
     for phase, stage in zip(plan, stages, strict=True):
         own, alone = phase.config, stage

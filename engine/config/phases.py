@@ -1,4 +1,4 @@
-"""The phases of a job: each a whole config, resolved and checked at the start (docs/phases.md).
+"""A job and its phases: each a whole config, resolved and checked at the start (docs/phases.md).
 
 Steps and samples are counted over the whole job. A phase has its own data order, which begins at the phase's sample 0;
 crops and dropped patches follow the position in the whole job.
@@ -6,6 +6,7 @@ crops and dropped patches follow the position in the whole job.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,9 +28,9 @@ class Phase:
     """One part of a job, resolved."""
 
     config: Config
-    """Of this phase alone: no phases in it; train.steps is the phase's length."""
+    """The settings of this phase alone: no phases in it; train.steps is the phase's length."""
     name: str
-    """Empty for a job without phases."""
+    """The phase's name; empty for a job without phases."""
     first_step: int
     """Steps of the job before it."""
     last_step: int
@@ -39,62 +40,78 @@ class Phase:
     schedule_first_step: int
     """Step of the job at which its warm-up and cosine began."""
     schedule_steps: int
-    """Their length, over all phases that share them."""
+    """Steps of that warm-up and cosine, over all phases that share them."""
     total_steps: int
-    """Of the job."""
+    """Steps of the whole job."""
     reset_optimizer: bool
-    """The moments start at 0."""
+    """Whether the optimizer's moments start at 0."""
 
 
-def phase_plan(config: Config) -> list[Phase]:
-    """All phases in order, checked; one without a name for a job that has none. Raises ConfigError."""
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run, read and checked once: nothing in it changes any more."""
+
+    config: Config
+    """What run_dir/config.yaml holds; train.steps counts the steps of all phases."""
+    phases: tuple[Phase, ...]
+    """All phases in order, each with a complete config; one without a name for a job that has none."""
+    origin: tuple[str, ...] = ()
+    """Where the settings come from, in lines for people."""
+
+    def phase(self, name: str = "") -> Phase:
+        """The phase of this name; empty: the first. Raises ConfigError that lists the names."""
+        names = [phase.name for phase in self.phases]
+        require(
+            not name or name in names, f"phase {name!r} is not one of the config's: {', '.join(names) or 'it has none'}"
+        )
+        return self.phases[names.index(name) if name else 0]
+
+
+def plan_job(config: Config, *, given_steps: int | None = None, origin: Sequence[str] = ()) -> Job:
+    """The job of a config, with every phase checked. Raises ConfigError for the first thing that cannot be run.
+
+    given_steps: train.steps as somebody wrote it; None: the phases alone say how long they are.
+    """
     if not config.phases:
-        _settle(config)
+        config = _settled(config)
         steps = config.train.steps
-        return [_phase(config, "", 0, 0, schedule=(0, steps), total_steps=steps, reset_optimizer=False)]
+        phase = _phase(config, "", 0, 0, schedule=(0, steps), total_steps=steps, reset_optimizer=False)
+        return Job(config=config, phases=(phase,), origin=tuple(origin))
     configs = [_resolved(config, phase) for phase in config.phases]
     _check_together(config, configs)
-    lengths = [c.train.steps for c in configs]
-    for own in configs:
-        _settle(own)
+    phases = _in_order(config.phases, [_settled(own) for own in configs])
+    total = phases[-1].total_steps
+    require(
+        given_steps in (None, total),
+        f"train.steps is {given_steps}, but the phases add up to {total} steps: leave train.steps out",
+    )
+    whole = replace(config, train=replace(config.train, steps=total))
+    return Job(config=whole, phases=phases, origin=tuple(origin))
+
+
+def first_phase(config: Config) -> Phase:
+    """The first phase of a config that a program made: all of it, where it has no phases. Raises ConfigError."""
+    return plan_job(config).phases[0]
+
+
+def _in_order(phases: Sequence[PhaseConfig], configs: Sequence[Config]) -> tuple[Phase, ...]:
+    lengths = [config.train.steps for config in configs]
     first_step, first_sample, plan = 0, 0, []
-    for i, (phase, own) in enumerate(zip(config.phases, configs, strict=True)):
-        schedule = _schedule(config.phases, lengths, i)
+    for i, (phase, own) in enumerate(zip(phases, configs, strict=True)):
         plan.append(
             _phase(
                 own,
                 phase.name,
                 first_step,
                 first_sample,
-                schedule=schedule,
+                schedule=_schedule(phases, lengths, i),
                 total_steps=sum(lengths),
                 reset_optimizer=phase.optimizer == "reset",
             )
         )
         first_step += own.train.steps
         first_sample += own.train.steps * own.train.global_batch_size
-    return plan
-
-
-def phase_named(plan: list[Phase], name: str) -> Phase:
-    """The phase of this name; empty: the first. Raises ConfigError that lists the names."""
-    names = [phase.name for phase in plan]
-    require(
-        not name or name in names, f"phase {name!r} is not one of the config's: {', '.join(names) or 'it has none'}"
-    )
-    return plan[names.index(name) if name else 0]
-
-
-def check_job(config: Config, given_steps: int | None) -> None:
-    """Raise ConfigError for the first thing of any phase that cannot be run. given_steps: train.steps as written."""
-    plan = phase_plan(config)
-    if config.phases:
-        total = plan[-1].total_steps
-        require(
-            given_steps in (None, total),
-            f"train.steps is {given_steps}, but the phases add up to {total} steps: leave train.steps out",
-        )
-        config.train.steps = total
+    return tuple(plan)
 
 
 def _phase(
@@ -120,18 +137,20 @@ def _phase(
     )
 
 
-def _settle(config: Config) -> None:
-    """Check, and write the list that parallel.layers=balanced stands for: what a run does is in its config.yaml."""
+def _settled(config: Config) -> Config:
+    """The config, checked, with the list that parallel.layers=balanced stands for: config.yaml says what a run does."""
     check(config)
     objective_of(config).check(config)
     check_run(config)
     parallel, model = config.parallel, config.model
-    if parallel.layers == "balanced":
-        tokens = model.vision.kept_tokens(config.train.patch_dropout)
-        parallel.layers = balanced_layers(model, stages=parallel.pipeline, virtual=parallel.virtual, tokens=tokens)
+    if parallel.layers != "balanced":
+        return config
+    tokens = model.vision.kept_tokens(config.train.patch_dropout)
+    layers = balanced_layers(model, stages=parallel.pipeline, virtual=parallel.virtual, tokens=tokens)
+    return replace(config, parallel=replace(parallel, layers=layers))
 
 
-def _schedule(phases: list[PhaseConfig], lengths: list[int], i: int) -> tuple[int, int]:
+def _schedule(phases: Sequence[PhaseConfig], lengths: Sequence[int], i: int) -> tuple[int, int]:
     """(first step of the job, steps) of the warm-up and cosine that phase i is part of."""
     begins = [j == 0 or phase.schedule == "restart" for j, phase in enumerate(phases)]
     first = max(j for j in range(i + 1) if begins[j])
@@ -163,8 +182,7 @@ def _resolved(job: Config, phase: PhaseConfig) -> Config:
         kernels = {key: tree["model"][key] for key in LOCAL_KERNELS}
         tree["model"] = merged(kernels, load_preset(preset))
     config = built(Config, merged(tree, own))
-    config.train.steps = _length(phase, config.train.global_batch_size)
-    return config
+    return replace(config, train=replace(config.train, steps=_length(phase, config.train.global_batch_size)))
 
 
 def _length(phase: PhaseConfig, global_batch_size: int) -> int:

@@ -13,7 +13,8 @@ from typing import Any
 
 from engine.config.errors import ConfigError
 from engine.config.layout import check_layout, check_vocabulary
-from engine.config.phases import check_job
+from engine.config.origin import origin
+from engine.config.phases import Job, plan_job
 from engine.config.schema import (
     CheckpointConfig,
     Config,
@@ -41,6 +42,7 @@ __all__ = [
     "Given",
     "HealthConfig",
     "InitConfig",
+    "Job",
     "LogConfig",
     "MimConfig",
     "OptimConfig",
@@ -52,16 +54,21 @@ __all__ = [
     "load_preset",
     "preset_model",
     "read_given",
+    "read_job",
     "refuse_repeats",
     "resolve",
-    "resolve_given",
     "to_dict",
 ]
 
 
+def read_job(path: str | Path, overrides: list[str] | None = None) -> Job:
+    """The job of a YAML file and a command line, checked as far as no process group is needed. Raises ConfigError."""
+    return _job(read_given(path, overrides or []))
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file, apply overrides, resolve the preset and check everything that needs no process group."""
-    return resolve_given(read_given(path, overrides or []))
+    """The whole config of such a job."""
+    return read_job(path, overrides).config
 
 
 def read_given(path: str | Path, overrides: list[str]) -> Given:
@@ -73,11 +80,10 @@ def read_given(path: str | Path, overrides: list[str]) -> Given:
 
 def resolve(tree: dict[str, Any], overrides: list[str], source: str = "config") -> Config:
     """The same from a mapping instead of a file; of equal overrides the last holds."""
-    return resolve_given(given_settings(tree, overrides, source))
+    return _job(given_settings(tree, overrides, source)).config
 
 
-def resolve_given(given: Given) -> Config:
-    """The whole config, checked."""
+def _job(given: Given) -> Job:
     tree = given.tree()
     mim = tree.get("mim", {})
     objective = OBJECTIVES.get(str(tree.get("objective")))
@@ -88,9 +94,7 @@ def resolve_given(given: Given) -> Config:
         and mim.get("teacher") is not None
     ):
         tree = merged(tree, {"mim": {"teacher_model": _model_of_checkpoint(Path(mim["teacher"]))}})
-    config = built(Config, tree)
-    check_job(config, given_steps=tree.get("train", {}).get("steps"))
-    return config
+    return plan_job(built(Config, tree), given_steps=tree.get("train", {}).get("steps"), origin=origin(given))
 
 
 def _model_of_checkpoint(path: Path) -> dict[str, Any]:

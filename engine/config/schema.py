@@ -8,7 +8,7 @@ from engine.config.typed import Unbounded
 from models.config import ModelConfig
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How the vision tower is cut; DP is what is left of the ranks."""
 
@@ -42,7 +42,7 @@ class ParallelConfig:
     """A collective that waits longer for another rank ends the job; longer than the slowest load of a checkpoint."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One phase of contrastive training."""
 
@@ -85,7 +85,7 @@ class TrainConfig:
     """Largest side of a tile of the logit matrix, in rows; null: chosen for the device."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """LAMB or AdamW with layer decay (paper, Tables 12 and 13)."""
 
@@ -120,7 +120,7 @@ class OptimConfig:
     class); at the paper's weight decay of 0 the mode is Adam without it."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When to save, and what to go on from (docs/checkpoints.md)."""
 
@@ -148,7 +148,7 @@ class CheckpointConfig:
     """Settings that may differ from those of the checkpoint although they change the result (`optim.lr_*`)."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class InitConfig:
     """Weights that a fresh run starts from; a checkpoint of its own comes first (checkpoint.resume)."""
 
@@ -166,7 +166,7 @@ class InitConfig:
     """Interpolate a patch kernel of another size; positions are interpolated anyway."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
     """One part of a job with settings of its own (docs/phases.md)."""
 
@@ -190,7 +190,7 @@ class PhaseConfig:
     """The same for `optim`."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class HealthConfig:
     """What happens to a step that went wrong (docs/phases.md)."""
 
@@ -214,7 +214,7 @@ class HealthConfig:
     """So many rewinds in the whole run are borne; one more stops it."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Zero-shot evaluation between steps, on shards that training does not see, or on a suite of sets."""
 
@@ -236,7 +236,7 @@ class EvaluateConfig:
     """The folder that holds the sets of the suite."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class MimConfig:
     """Masked-feature distillation (objective: mim, docs/mim.md): who teaches, and what the student does not see."""
 
@@ -258,7 +258,7 @@ class MimConfig:
     """Factor on the gradient of the patch projection (0.1: stop_grad_conv1 of the EVA-02 recipes)."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """What the callbacks write."""
 
@@ -269,7 +269,7 @@ class LogConfig:
     """Steps (0-based) whose spans are written to run_dir/timeline; draw them with python -m tools.timeline."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A training job."""
 

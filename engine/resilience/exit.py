@@ -2,10 +2,32 @@
 
 import logging
 import os
+import socket
 import sys
+import threading
 
 STOPPED = 75
 """Exit status of a run that was asked to stop and can go on (EX_TEMPFAIL of sysexits.h)."""
+
+
+_PATIENCE_S = 30.0
+"""How long the other ranks of a start leave the word to the first one, which torchrun ends them for."""
+
+
+def refuse(error: Exception) -> int:
+    """Tell a mistake that was found before any process group exists; the exit status.
+
+    Every rank reads the same config and looks at the same paths, so every rank is here: the first one tells it and
+    ends, and torchrun ends the others, which wait for that in silence. Where the mistake is one host's alone (a folder
+    that is not mounted there), nobody ends them: the first rank of that host tells it then.
+    """
+    rank, host_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    if rank != 0:
+        threading.Event().wait(_PATIENCE_S)
+    if rank == 0 or host_rank == 0:
+        where = "" if rank == 0 else f"rank {rank} on {socket.gethostname()}: "
+        print(f"error: {where}{error}", file=sys.stderr, flush=True)
+    return 1
 
 
 def leave(status: int) -> None:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from engine.callbacks.checkpoint import CheckpointCallback
 from engine.checkpoint.reader import Checkpoint
+from engine.config.phases import first_phase
 from engine.config.read import Config, resolve
 from engine.parallel.device import prepare
 from engine.parallel.mesh import Mesh, build_mesh
@@ -50,7 +51,7 @@ def world_mesh(config: Config) -> Mesh:
 
 def build(config: Config, mesh: Mesh) -> Trainer:
     """A trainer that has resumed, or started, as its config says."""
-    trainer = Trainer(config, mesh, prepare())
+    trainer = Trainer(first_phase(config), mesh, prepare())
     trainer.resume()
     return trainer
 

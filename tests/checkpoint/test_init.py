@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.matching import Exceptions, match
 from engine.checkpoint.reader import Checkpoint
+from engine.config.phases import first_phase
 from engine.config.read import Config, resolve
 from engine.parallel.mesh import Mesh
 from engine.trainer import Trainer
@@ -90,7 +91,7 @@ def test_another_model_or_seed_is_no_resume(tmp_path: Path, mesh: Mesh, trained:
 
 def test_towers_start_from_another_run_and_the_rest_afresh(tmp_path: Path, mesh: Mesh, trained: Path, capfd) -> None:
     run = build(job_config(tmp_path, f"init.vision={trained}", f"init.logit_scale={trained}", "train.seed=5"), mesh)
-    fresh = weights(Trainer(job_config(tmp_path, "train.seed=5"), mesh, run.device))
+    fresh = weights(Trainer(first_phase(job_config(tmp_path, "train.seed=5")), mesh, run.device))
     found, old = weights(run), stored(trained)
     for name, value in found.items():
         assert value.equal((fresh if name.startswith("text.") else old)[name]), name
@@ -135,7 +136,7 @@ def test_the_text_tower_of_a_clip_with_another_embedding_width(tmp_path: Path, m
         build(job_config(tmp_path / "a", *other), mesh)
     run = build(job_config(tmp_path / "b", *other, "init.reinit=[text.projection.weight]"), mesh)
     assert weights(run)["text.token_embedding"].equal(stored(trained)["text.token_embedding"])
-    fresh = weights(Trainer(job_config(tmp_path, "model.embed_dim=24"), mesh, run.device))
+    fresh = weights(Trainer(first_phase(job_config(tmp_path, "model.embed_dim=24")), mesh, run.device))
     assert weights(run)["text.projection.weight"].equal(fresh["text.projection.weight"])
 
 

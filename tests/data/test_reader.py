@@ -1,6 +1,7 @@
 """Bad samples are counted by reason and replaced in order; too many of them end the run."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,6 @@ def test_too_large_a_share_of_bad_samples_ends_the_run(tmp_path: Path) -> None:
     [(DataConfig(decoder="magic"), "data.decoder"), (DataConfig(crop_scale=[0.9]), "must be two areas")],
 )
 def test_wrong_settings_are_refused_at_the_start(tmp_path: Path, config: DataConfig, words: str) -> None:
-    config.shards = make_shards(tmp_path, [1])
+    config = replace(config, shards=make_shards(tmp_path, [1]))
     with pytest.raises(DataError, match=words):
         SampleReader(config, image_size=24, context_length=12, seed=0, train=True)

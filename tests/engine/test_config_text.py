@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config.origin import model_in_words, origin
+from engine.config.phases import plan_job
 from engine.config.read import (
     Config,
     ConfigError,
@@ -17,7 +18,6 @@ from engine.config.read import (
     load_preset,
     read_given,
     resolve,
-    resolve_given,
     to_dict,
 )
 from engine.config.text import read_text
@@ -279,8 +279,7 @@ def test_a_preset_as_override_replaces_the_whole_model(preset: str, tmp_path: Pa
         file.write_text(text)
         for spelt in (f"model={preset}", f"model.preset={preset}", f"model={{preset: {preset}}}"):
             assert load_config(file, [spelt]).model == resolve(GOOD | {"model": preset}, []).model
-    given = read_given(file, [f"model={preset}", "model.vision.image_size=560", "model.backend=local"])
-    model = resolve_given(given).model
+    model = load_config(file, [f"model={preset}", "model.vision.image_size=560", "model.backend=local"]).model
     assert (model.preset, model.vision.image_size, model.backend) == (preset, 560, "local")
 
 
@@ -305,9 +304,7 @@ def test_a_phase_takes_a_whole_preset() -> None:
     phases = [{"name": "a", "steps": 2}, {"name": "b", "steps": 2, "model": "tiny-18b"}]
     tree = GOOD | {"model": {"preset": "tiny-18b", "vision": {"image_size": 28}}, "phases": phases}
     config = resolve(tree | {"checkpoint": {"every_steps": 1}}, [])
-    from engine.config.phases import phase_plan
-
-    assert [phase.config.model.vision.image_size for phase in phase_plan(config)] == [28, 56]
+    assert [phase.config.model.vision.image_size for phase in plan_job(config).phases] == [28, 56]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from engine.callbacks.checkpoint import CheckpointCallback
 from engine.callbacks.evaluation import Evaluation
 from engine.callbacks.metrics import MetricsFile, read_metrics
 from engine.checkpoint.format.manifest import step_record
+from engine.config.phases import first_phase
 from engine.config.read import Config, ConfigError, ParallelConfig, resolve
 from engine.evaluation.inputs import ShardInput
 from engine.evaluation.scores import ClassPrompts
@@ -65,7 +66,7 @@ class _Records(Callback):
 def fit(config: Config) -> list[Record]:
     """The evaluation's part of every record. Collective over all ranks."""
     mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, dist.distributed_c10d._get_default_group())
-    trainer = Trainer(config, mesh, prepare())
+    trainer = Trainer(first_phase(config), mesh, prepare())
     recorder = _Records()
     metrics: list[Callback] = [MetricsFile()] if mesh.world.rank == 0 else []
     trainer.resume()
@@ -172,7 +173,7 @@ def test_mistakes_in_evaluation_data_are_found_at_the_start(folder: Path, tmp_pa
     }
     with job(ParallelConfig()) as (mesh, device):
         for override, message in cases.items():
-            trainer = Trainer(config_of(str(folder), "mistake", override), mesh, device)
+            trainer = Trainer(first_phase(config_of(str(folder), "mistake", override)), mesh, device)
             with pytest.raises(DataError, match=message):
                 Evaluation(trainer).on_start(trainer._run_info())
 

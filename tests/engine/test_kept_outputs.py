@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.config.phases import first_phase
 from engine.config.read import Config, ConfigError, ParallelConfig, check_layout, resolve
 from engine.objectives.contrastive.step import ContrastiveStep
 from engine.objectives.mim.step import MimStep
@@ -48,7 +49,7 @@ def contrastive(model: str, *options: str) -> Config:
 def gradients(config: Config) -> tuple[dict[str, torch.Tensor], int]:
     """Whole gradients of a batch, and the bytes that were kept at the loss."""
     with job(ParallelConfig()) as (mesh, device):
-        trainer = Trainer(config, mesh, device)
+        trainer = Trainer(first_phase(config), mesh, device)
         step = trainer.training_step
         assert isinstance(step, ContrastiveStep)
         kept = []
@@ -133,7 +134,7 @@ def test_a_students_recomputation_takes_them_too(level: str) -> None:
     layout = Layout(micro_batch=2, batch=4, options=("train.recompute=full", f"train.keep_outputs={level}"))
     config = mim_config(layout)
     with job(ParallelConfig()) as (mesh, device):
-        trainer = Trainer(config, mesh, device)
+        trainer = Trainer(first_phase(config), mesh, device)
         step = trainer.training_step
         assert isinstance(step, MimStep)
         with _Products() as products:
@@ -142,7 +143,7 @@ def test_a_students_recomputation_takes_them_too(level: str) -> None:
         found = whole_gradients(trainer)
     plain = mim_config(Layout(micro_batch=2, batch=4))
     with job(ParallelConfig()) as (mesh, device):
-        trainer = Trainer(plain, mesh, device)
+        trainer = Trainer(first_phase(plain), mesh, device)
         assert isinstance(trainer.training_step, MimStep)
         trainer.training_step.gradients(pictures_of_step(plain, mesh, 0), Phases())
         trainer.training_step.update.reduce()
@@ -201,7 +202,7 @@ def test_a_student_repeats_nothing_else(options: tuple[str, ...]) -> None:
 
 def test_linears_that_cannot_answer_are_refused() -> None:
     with job(ParallelConfig()) as (mesh, device):
-        layers = Trainer(contrastive("18b-fp32"), mesh, device).towers.vision[0].block.layers
+        layers = Trainer(first_phase(contrastive("18b-fp32")), mesh, device).towers.vision[0].block.layers
     layers[0].mlp.linear_fc2 = torch.nn.Linear(1, 1)
     with pytest.raises(ConfigError, match=r"model\.backend=local"):
         KeptOutputs(layers, "fc2")

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.config.phases import first_phase
 from engine.config.read import Config, ConfigError, OptimConfig, ParallelConfig, preset_model, resolve
 from engine.optim.groups import TensorGroup, base_rate, tensor_group
 from engine.optim.lamb import Lamb
@@ -67,7 +68,7 @@ def config_for(variant: str, tensor: int = 1, pipeline: int = 1) -> Config:
 def train(config: Config, mesh: Mesh) -> dict[str, Any]:
     """Five steps on the fixture's batches; what they reported and the weights after the first and the last."""
     batches = load_tensors("g5-optim/batches")
-    trainer = Trainer(config, mesh, prepare())
+    trainer = Trainer(first_phase(config), mesh, prepare())
     load_weights(trainer.towers, logical("tiny-18b", "weights"))
     ratios = _record_ratios(trainer)
     seen: dict[str, Any] = {"loss": [], "grad_norm": [], "log_scale": [], "logit_scale": [], "ratios": []}
@@ -275,7 +276,7 @@ def test_adamw_equals_torch(decay: float, clip: float) -> None:
 
 
 def _fresh(config: Config, mesh: Mesh) -> Trainer:
-    trainer = Trainer(config, mesh, prepare())
+    trainer = Trainer(first_phase(config), mesh, prepare())
     load_weights(trainer.towers, logical("tiny-18b", "weights"))
     return trainer
 

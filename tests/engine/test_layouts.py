@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.config.phases import first_phase
 from engine.config.read import Config, ParallelConfig, check_layout, resolve
 from engine.parallel.device import prepare
 from engine.parallel.launch import job
@@ -159,7 +160,7 @@ def run(case: Case, mesh: Mesh) -> dict[str, Any]:
     """Five steps: losses; on rank 0 also the weights after them and a digest of the fresh ones."""
     config = case.config()
     assert check_layout(config, case.ranks) == case.data
-    trainer = Trainer(config, mesh, prepare())
+    trainer = Trainer(first_phase(config), mesh, prepare())
     fresh = _digest(whole_weights(trainer))
     losses = []
     for step in range(STEPS):
@@ -265,9 +266,9 @@ def fit_on_shards(case: Case, mesh: Mesh, folder: str) -> list[float]:
     """
     run_dir, shards = f"run_dir={folder}/{case}", f"data.shards={folder}/shards"
     recorder = _Losses()
-    Trainer(case.config(run_dir, shards, "data.workers=0", "model.text.vocab_size=49408"), mesh, prepare()).fit(
-        [recorder]
-    )
+    Trainer(
+        first_phase(case.config(run_dir, shards, "data.workers=0", "model.text.vocab_size=49408")), mesh, prepare()
+    ).fit([recorder])
     return recorder.losses
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from data.pixels.masks import BlockMasks
+from engine.config.phases import first_phase
 from engine.config.read import Config, ParallelConfig, check_layout
 from engine.objectives.mim.step import MimStep
 from engine.parallel.device import prepare
@@ -86,7 +87,7 @@ class _FixtureMasks(BlockMasks):
 
 def one_pass(case: Golden, mesh: Mesh) -> dict[str, Any]:
     """Teacher, 1F1B and reductions on the fixture's batch: loss; on rank 0 also whole gradients."""
-    trainer = Trainer(case.config(), mesh, prepare())
+    trainer = Trainer(first_phase(case.config()), mesh, prepare())
     load_weights(trainer.towers, student_tensors(case.student, "weights"))
     step = trainer.training_step
     assert isinstance(step, MimStep)
@@ -141,7 +142,7 @@ def run(layout: Layout, mesh: Mesh) -> dict[str, Any]:
     """Five steps from weights that are nowhere 0 (fresh gains are: all blocks would begin as the identity)."""
     config = mim_config(layout, model=depth_of(layout.depth))
     assert check_layout(config, layout.ranks) == layout.data
-    trainer = Trainer(config, mesh, prepare())
+    trainer = Trainer(first_phase(config), mesh, prepare())
     load_weights(trainer.towers, noise(trainer.towers))
     losses, norms, masked = [], [], []
     for step in range(STEPS):
@@ -172,7 +173,7 @@ def curve(trainer: Trainer, upto: int) -> list[float]:
 
 def fresh_curve(layout: Layout, mesh: Mesh) -> list[float]:
     """Losses from the student's own initial weights."""
-    return curve(Trainer(mim_config(layout), mesh, prepare()), STEPS)
+    return curve(Trainer(first_phase(mim_config(layout)), mesh, prepare()), STEPS)
 
 
 def resumed_curve(before: Layout, after: Layout, mesh, folder: str) -> list[float]:

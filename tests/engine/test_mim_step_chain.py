@@ -12,6 +12,7 @@ from data.shards.write import write_shard
 from engine import train
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.reader import Checkpoint
+from engine.config.phases import first_phase
 from engine.config.read import Config, resolve
 from engine.parallel.device import prepare
 from engine.trainer import Trainer
@@ -98,7 +99,7 @@ def _next_clip(runs: Path, *overrides: str) -> Config:
 def test_the_student_becomes_the_image_tower_of_a_clip(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     init = (f"init.vision={runs}/mim", "init.reinit=[vision.head.projection.*]")
     with alone() as mesh:
-        trainer = Trainer(_next_clip(runs, *init), mesh, prepare())
+        trainer = Trainer(first_phase(_next_clip(runs, *init)), mesh, prepare())
         trainer.resume()
         held = {tensor.name: parameter.detach().clone() for tensor, parameter in trainer.towers.logical_parameters()}
     student = Checkpoint(sorted((runs / "mim" / "checkpoints").glob("step_*"))[-1])
@@ -113,4 +114,4 @@ def test_a_student_is_no_teacher(runs: Path) -> None:
     mim = {"teacher": str(runs / "mim"), "teacher_model": STUDENT, "masked_patches": 2, "min_block": 1}
     config = mim_config(Layout(), model=student, **mim)
     with alone() as mesh, pytest.raises(CheckpointError, match=r"(?s)not a MIM student.*missing.*vision\.head\.proj"):
-        Trainer(config, mesh, prepare())
+        Trainer(first_phase(config), mesh, prepare())

@@ -18,9 +18,9 @@ from engine.callbacks.evaluation import Evaluation
 from engine.callbacks.metrics import MetricsFile, read_metrics
 from engine.checkpoint.format.manifest import AVERAGE
 from engine.checkpoint.reader import Checkpoint
-from engine.config.phases import phase_plan
+from engine.config.phases import plan_job
 from engine.config.read import Config, ParallelConfig, check_layout, resolve
-from engine.job import run_phases
+from engine.job import train_job
 from engine.parallel.device import prepare
 from engine.parallel.launch import job
 from engine.parallel.mesh import build_mesh, meet
@@ -127,7 +127,7 @@ class _Events(Callback):
 def run_job(config: Config, stop_at: int | None = None) -> None:
     """What is left of the job. Collective over all ranks."""
     mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, dist.distributed_c10d._get_default_group())
-    for phase in phase_plan(config):
+    for phase in plan_job(config).phases:
         check_layout(phase.config, mesh.world.size)
 
     def callbacks(trainer: Trainer) -> list[Callback]:
@@ -136,7 +136,7 @@ def run_job(config: Config, stop_at: int | None = None) -> None:
         return [*evaluation, *metrics, CheckpointCallback(trainer), _Events(trainer, stop_at)]
 
     try:
-        run_phases(config, mesh, prepare(), callbacks)
+        train_job(plan_job(config), mesh, prepare(), callbacks)
     except _Stopped:
         meet(mesh.world, torch.device("cpu"))
 

@@ -1,5 +1,6 @@
 """A job of three phases: stopped anywhere, also at a border, and gone on with at another layout, it is the same job."""
 
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from engine.callbacks.metrics import MetricsFile, read_metrics
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.matching import Exceptions
 from engine.checkpoint.reader import Checkpoint
-from engine.config.phases import phase_plan
+from engine.config.phases import plan_job
 from engine.config.read import Config, ParallelConfig, resolve
-from engine.job import run_phases
+from engine.job import train_job
 from engine.parallel.device import prepare
 from engine.parallel.launch import job
 from engine.parallel.mesh import build_mesh, meet
@@ -89,7 +90,7 @@ def run_job(folder: str, run: str, *overrides: str, stop_at: int | None = None) 
         return [*metrics, CheckpointCallback(trainer), *stop]
 
     try:
-        run_phases(config, mesh, prepare(), callbacks)
+        train_job(plan_job(config), mesh, prepare(), callbacks)
     except _Stopped:
         meet(mesh.world, torch.device("cpu"))
         return
@@ -141,8 +142,8 @@ def test_what_crosses_a_border(whole: Path) -> None:
     config = config_of(str(whole), "whole")
     before = checkpoint(whole, "whole", 5)
     with job(ParallelConfig()) as (mesh, device):
-        phase = phase_plan(config)[2]
-        trainer = Trainer(phase.config, mesh, device, phase)
+        phase = plan_job(config).phases[2]
+        trainer = Trainer(phase, mesh, device)
         trainer.begin(before, None)
         assert (trainer.position.step, trainer.position.samples_seen, trainer.position.phase) == (5, 32, "large")
         assert (trainer.optimizer.step_count, trainer.optimizer.update_count) == (0, 0)
@@ -158,11 +159,11 @@ def test_what_crosses_a_border(whole: Path) -> None:
 
 def test_kept_moments_cross_a_border_but_for_an_interpolated_table(whole: Path) -> None:
     config = config_of(str(whole), "whole")
-    config.phases[2].optimizer = "keep"
+    config.phases[2] = replace(config.phases[2], optimizer="keep")
     before = checkpoint(whole, "whole", 5)
     with job(ParallelConfig()) as (mesh, device):
-        phase = phase_plan(config)[2]
-        trainer = Trainer(phase.config, mesh, device, phase)
+        phase = plan_job(config).phases[2]
+        trainer = Trainer(phase, mesh, device)
         trainer.begin(before, None)
         assert trainer.optimizer.update_count == 5
         for tower in trainer.optimizer.towers:
@@ -210,8 +211,8 @@ def test_a_border_crossed_again_takes_back_the_steps_behind_it(whole: Path) -> N
     """As a rewind does: the moments of the steps behind the border go, too."""
     before = checkpoint(whole, "whole", 5)
     with job(ParallelConfig()) as (mesh, device):
-        phase = phase_plan(config_of(str(whole), "whole"))[2]
-        trainer = Trainer(phase.config, mesh, device, phase)
+        phase = plan_job(config_of(str(whole), "whole")).phases[2]
+        trainer = Trainer(phase, mesh, device)
         trainer.begin(before, None)
         trainer.step(local_batch(*random_pairs(phase.config, 0), mesh, start_position=32))
         towers = trainer.optimizer.towers
@@ -225,8 +226,8 @@ def test_a_border_leaves_out_what_the_checkpoint_is_told_to(whole: Path) -> None
     name = "text.projection.weight"
     before = Checkpoint(checkpoint(whole, "whole", 5).folder, Exceptions(reinit=[name]))
     with job(ParallelConfig()) as (mesh, device):
-        phase = phase_plan(config_of(str(whole), "whole"))[2]
-        trainer = Trainer(phase.config, mesh, device, phase)
+        phase = plan_job(config_of(str(whole), "whole")).phases[2]
+        trainer = Trainer(phase, mesh, device)
         fresh = whole_weights(trainer)
         trainer.begin(before, None)
         kept = [key for key, value in whole_weights(trainer).items() if value.equal(fresh[key])]
@@ -237,23 +238,22 @@ def test_a_border_leaves_out_what_the_checkpoint_is_told_to(whole: Path) -> None
 def test_shards_of_phases_to_come_are_looked_for_at_the_start(whole: Path) -> None:
     def begin(config: Config) -> None:
         with job(ParallelConfig()) as (mesh, device):
-            run_phases(config, mesh, device, lambda trainer: [CheckpointCallback(trainer)])
+            train_job(plan_job(config), mesh, device, lambda trainer: [CheckpointCallback(trainer)])
 
     config = config_of(str(whole), "fresh")
     config.phases[1].data["sources"][0]["shards"] = [f"{whole}/gone.tar"]
     with pytest.raises(CheckpointError, match=r"phase 'whole': shard .*gone\.tar .* does not exist"):
         begin(config)
     assert not (whole / "fresh" / "checkpoints").exists()
-    config.run_dir = f"{whole}/whole"
-    begin(config)  # what lies behind the run is not needed any more
+    begin(replace(config, run_dir=f"{whole}/whole"))  # what lies behind the run is not needed any more
 
 
 @pytest.mark.slow
 def test_a_rewind_right_behind_a_border_crosses_it_again(whole: Path) -> None:
     with job(ParallelConfig()) as (mesh, device):
         run_job(str(whole), "rewind", stop_at=5)
-        phase = phase_plan(config_of(str(whole), "rewind", "health.on_nonfinite=rewind"))[2]
-        trainer = Trainer(phase.config, mesh, device, phase)
+        phase = plan_job(config_of(str(whole), "rewind", "health.on_nonfinite=rewind")).phases[2]
+        trainer = Trainer(phase, mesh, device)
         trainer.begin(checkpoint(whole, "rewind", 5), None)
         before = whole_weights(trainer)
         trainer.towers.text_side.tower.projection.weight.data.fill_(torch.nan)
@@ -268,9 +268,9 @@ def test_a_rewind_right_behind_a_border_crosses_it_again(whole: Path) -> None:
 def test_a_past_that_changed_is_refused(whole: Path) -> None:
     config = config_of(str(whole), "whole")
     config.phases[0].train["global_batch_size"] = 4
-    phase = phase_plan(config)[2]
+    phase = plan_job(config).phases[2]
     with job(ParallelConfig()) as (mesh, device):
-        trainer = Trainer(phase.config, mesh, device, phase)
+        trainer = Trainer(phase, mesh, device)
         with pytest.raises(CheckpointError, match="has seen 32 samples at step 5, the phases of this config say 20"):
             trainer.begin(checkpoint(whole, "whole", 5), None)
 

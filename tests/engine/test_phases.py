@@ -8,7 +8,7 @@ import pytest
 
 from data.config import DataConfig, MixtureSwitch, SourceConfig
 from data.reader import SampleReader
-from engine.config.phases import Phase, phase_plan
+from engine.config.phases import Phase, plan_job
 from engine.config.read import Config, ConfigError, resolve
 from tests.data.shard_factory import make_shards
 
@@ -40,7 +40,7 @@ def borders(phase: Phase) -> tuple[int, ...]:
 
 
 def test_lengths_borders_and_schedules_of_the_paper() -> None:
-    plan = phase_plan(job(PAPER))
+    plan = plan_job(job(PAPER)).phases
     video_samples = 5_400_000_000 + 5741 * 108_000
     last = video_samples + 223 * 108_000
     assert [borders(phase) for phase in plan] == [
@@ -55,7 +55,7 @@ def test_lengths_borders_and_schedules_of_the_paper() -> None:
 
 def test_a_phase_changes_what_it_names_and_nothing_else() -> None:
     config = job(PAPER)
-    drop, full, video, last = (phase.config for phase in phase_plan(config))
+    drop, full, video, last = (phase.config for phase in plan_job(config).phases)
     assert [c.train.patch_dropout for c in (drop, full, video, last)] == [0.5, 0.0, 0.5, 0.0]
     assert (full.data.shards, video.data.shards, video.data.frames) == (["images.tar"], ["videos.tar"], 8)
     assert last.model == dataclasses.replace(
@@ -67,7 +67,7 @@ def test_a_phase_changes_what_it_names_and_nothing_else() -> None:
 
 def test_sources_of_a_phase_replace_the_shards_of_the_job() -> None:
     sources = [{"name": "a", "shards": "a.tar"}, {"name": "b", "shards": ["b.tar"], "weight": 2}]
-    (phase,) = phase_plan(job([{"name": "mixed", "steps": 3, "data": {"sources": sources}}]))
+    (phase,) = plan_job(job([{"name": "mixed", "steps": 3, "data": {"sources": sources}}])).phases
     assert not phase.config.data.shards
     assert [source.shards for source in phase.config.data.sources] == [["a.tar"], ["b.tar"]]
 
@@ -75,12 +75,12 @@ def test_sources_of_a_phase_replace_the_shards_of_the_job() -> None:
 def test_the_written_config_is_the_same_job() -> None:
     config = job(PAPER)
     again = resolve(dataclasses.asdict(config), [])
-    assert phase_plan(again) == phase_plan(config)
+    assert plan_job(again).phases == plan_job(config).phases
 
 
 def test_a_job_without_phases_is_one() -> None:
     config = resolve({"model": "tiny-18b", "data": {"shards": "-"}}, ["train.steps=7"])
-    (phase,) = phase_plan(config)
+    (phase,) = plan_job(config).phases
     assert phase.config is config and phase.name == "" and borders(phase) == (0, 7, 0, 0, 7)
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.config.phases import first_phase
 from engine.config.read import Config, ConfigError, check_layout, resolve
 from engine.optim.average import averaged_weights
 from engine.parallel.device import prepare
@@ -102,7 +103,7 @@ MEASURED = ("dp4-blocks", "dp4-gradients", "pp2-dp2", "dp4-node")
 def run(config: Config, mesh: Mesh) -> dict[str, Any]:
     """Losses of the steps and of the batch after them, and the weights on rank 0 (with averages: those, too)."""
     check_layout(config, RANKS)
-    trainer = Trainer(config, mesh, prepare())
+    trainer = Trainer(first_phase(config), mesh, prepare())
     out: dict[str, Any] = {"losses": [_step(trainer, step) for step in range(STEPS)]}
     out["weights"] = whole_weights(trainer)
     if config.optim.ema_decay:
@@ -137,7 +138,7 @@ def _measured(case: Case, mesh: Mesh) -> dict[str, Any]:
 
 def measure(config: Config, mesh: Mesh) -> dict[str, Any]:
     """Of a second step: bytes between steps, most parts whole at once, bytes sent; sizes that formulas start from."""
-    trainer = Trainer(config, mesh, prepare())
+    trainer = Trainer(first_phase(config), mesh, prepare())
     _step(trainer, 0)
     trainer.meet()
     towers = trainer.towers

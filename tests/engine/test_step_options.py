@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from engine.config.phases import first_phase
 from engine.config.read import Config, ParallelConfig, check_layout, resolve
 from engine.parallel.device import Device, prepare
 from engine.parallel.launch import job
@@ -151,7 +152,7 @@ CASES = [
 
 def _curve(config: Config, mesh: Mesh, device: Device, *, spans_to: str = "", measure: bool = False) -> dict[str, Any]:
     """Losses of all steps; with spans_to, the last step's spans are written below that folder."""
-    trainer = Trainer(config, mesh, device)
+    trainer = Trainer(first_phase(config), mesh, device)
     losses = []
     for step in range(STEPS):
         phases = Phases(record_spans=bool(spans_to) and step == STEPS - 1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data.order.stateless import kept_patches
 from data.pixels.transforms import normalise
+from engine.config.phases import first_phase
 from engine.config.read import Config, ConfigError, ParallelConfig, check_layout, resolve
 from engine.parallel.device import prepare
 from engine.parallel.launch import job
@@ -53,7 +54,7 @@ def random_clips(config: Config, step: int) -> tuple[Tensor, Tensor]:
 def run(config: Config, mesh: Mesh) -> dict[str, Any]:
     """Losses of a few steps, and the weights after them on rank 0."""
     check_layout(config, mesh.world.size)
-    trainer = Trainer(config, mesh, prepare())
+    trainer = Trainer(first_phase(config), mesh, prepare())
     losses = []
     for step in range(STEPS):
         batch = local_batch(*random_clips(config, step), mesh, start_position=step * BATCH)
@@ -97,7 +98,7 @@ def plain_loss(trainer: Trainer, clips: Tensor, tokens: Tensor) -> Tensor:
 
 def test_a_clip_is_the_mean_of_its_frames() -> None:
     with job(ParallelConfig()) as (mesh, _):
-        trainer = Trainer(config_of("train.micro_batch_size=4"), mesh, prepare())
+        trainer = Trainer(first_phase(config_of("train.micro_batch_size=4")), mesh, prepare())
         clips, tokens = random_clips(trainer.config, 0)
         trainer.towers.zero_gradients()
         loss = plain_loss(trainer, clips, tokens)

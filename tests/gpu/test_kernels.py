@@ -3,6 +3,7 @@
 The first test is the one to look at first: everything else compares with what it has checked.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -104,8 +105,7 @@ def test_fp8_is_near_bf16_and_a_replay_repeats_it(recipe: str, mesh: Mesh) -> No
 
 def _wide_tower(choice: dict[str, Any], mesh: Mesh) -> VisionTower:
     model = cases.kernels(model_of("tiny-18b"), TE | choice)
-    for name, value in WIDE.items():
-        setattr(model.vision, name, value)
+    model = replace(model, vision=replace(model.vision, **WIDE))
     with torch.device("cuda"):
         tower = VisionTower(model, groups=mesh.vision_groups(), dtype=torch.bfloat16)
     torch.manual_seed(0)

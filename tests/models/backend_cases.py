@@ -7,6 +7,7 @@ Transformer Engine changes what megatron-core is at its import, so this is never
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,9 @@ BF16_CURVES: dict[str, tuple[str, ...]] = {
 
 def kernels(model: ModelConfig, choice: dict[str, Any]) -> ModelConfig:
     """The model on other kernels."""
-    for name, value in choice.items():
-        setattr(model, name, value)
-    model.check()
-    return model
+    chosen = replace(model, **choice)
+    chosen.check()
+    return chosen
 
 
 def build(fixture: str, choice: dict[str, Any], mesh: Mesh, **tower: Any) -> VisionTower:

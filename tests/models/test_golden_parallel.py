@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.config.phases import first_phase
 from engine.config.read import Config, ConfigError, ParallelConfig
 from engine.objectives.contrastive.step import ContrastiveStep
 from engine.objectives.contrastive.towers import VisionRunner
@@ -113,7 +114,7 @@ class _FixturePatches(VisionRunner):
 def one_pass(case: Case, mesh: Mesh) -> dict[str, Any]:
     """Schedule and reductions on the fixture's batch: loss; on rank 0 also all embeddings and whole gradients."""
     io = load_io(case.fixture)
-    trainer = Trainer(case.config(), mesh, prepare())
+    trainer = Trainer(first_phase(case.config()), mesh, prepare())
     load_weights(trainer.towers, noise(trainer.towers) if case.width else logical(case.fixture, "weights"))
     step = trainer.training_step
     if case.dropout:

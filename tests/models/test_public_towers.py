@@ -20,6 +20,7 @@ from torch import Tensor
 from engine.checkpoint.foreign import ForeignWeights
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.state_dicts.files import open_state
+from engine.config.phases import first_phase
 from engine.config.read import Config, resolve
 from engine.parallel.device import prepare
 from engine.parallel.mesh import Mesh, build_mesh
@@ -161,7 +162,7 @@ def config_of(name: str, tensor: int, pipeline: int, sequence: bool, micro_batch
 
 def one_pass(name: str, layout: tuple[int, int, bool, int], mesh: Mesh) -> dict[str, Any]:
     """Features' directions, loss and whole gradients on rank 0."""
-    trainer = Trainer(config_of(name, *layout), mesh, prepare())
+    trainer = Trainer(first_phase(config_of(name, *layout)), mesh, prepare())
     load_weights(trainer.towers, logical(name, "weights"))
     step, io = trainer.training_step, load_tensors(f"public-{name}/io")
     rows: list[tuple[Tensor, Tensor]] = []

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from engine.config.phases import first_phase
 from engine.config.read import Config
 from engine.feed import LocalBatch
 from engine.parallel.device import prepare
@@ -79,7 +80,7 @@ def real_steps(names: list[str]) -> list[dict[str, Any]]:
     seen = []
     for name in names:
         config = config_of(name)
-        trainer = Trainer(config, mesh(config.parallel.tensor, config.parallel.pipeline), prepare())
+        trainer = Trainer(first_phase(config), mesh(config.parallel.tensor, config.parallel.pipeline), prepare())
         step, batch = trainer.training_step, real_batch(config, trainer.mesh)
         trainer.step(batch)
         recorder = record_step(step, batch, every=True)

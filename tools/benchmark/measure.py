@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from engine.config.phases import first_phase
 from engine.config.read import Config, to_dict
 from engine.feed import Feed, LocalBatch
 from engine.objectives.contrastive.step import ContrastiveStep
@@ -48,7 +49,7 @@ def measure(config: Config, mesh: Mesh, device: Device, options: Options) -> Res
     if mesh.world.rank == 0:
         shutil.rmtree(options.out / "timeline", ignore_errors=True)  # spans of an earlier, perhaps larger, job
     peak, peak_source = peak_flops_per_s(config.train.precision, mesh, device, options.gemm_side)
-    trainer = Trainer(config, mesh, device)
+    trainer = Trainer(first_phase(config), mesh, device)
     feed = _open_feed(config, mesh, device, options)
     try:
         steps = [_step(trainer, feed, device) for _ in range(options.total_steps)]

@@ -3,8 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine.config.phases import phase_named, phase_plan
-from engine.config.read import Config, check_layout, check_vocabulary, load_config
+from engine.config.read import Config, check_layout, check_vocabulary, read_job
 
 TRACED_STEPS = 2
 """After the timed ones, with a clock that waits for the device: their phases are reported, their spans drawn."""
@@ -40,8 +39,7 @@ def read_config(path: Path, overrides: list[str], options: Options) -> Config:
     if options.data == "synthetic":
         replaced = tuple(f"{key.partition('=')[0]}=" for key in _NO_SHARDS)
         overrides = [*(o for o in overrides if not o.startswith(replaced)), *_NO_SHARDS]
-    plan = phase_plan(load_config(path, overrides))
-    return phase_named(plan, options.phase).config
+    return read_job(path, overrides).phase(options.phase).config
 
 
 def benchmark_config(path: Path, overrides: list[str], options: Options, world_size: int) -> Config:

@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.config.phases import phase_named, phase_plan
-from engine.config.read import Config, ConfigError, check_layout, check_vocabulary, load_config
+from engine.config.read import Config, ConfigError, check_layout, check_vocabulary, read_job
 from engine.config.stages import stage_layers
 from engine.objectives.registry import objective_of
 from engine.resilience.exit import leave
@@ -40,7 +39,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    phase = phase_named(phase_plan(load_config(options.config, options.overrides)), options.phase)
+    phase = read_job(options.config, options.overrides).phase(options.phase)
     config = phase.config
     data = check_layout(config, options.world_size)
     check_vocabulary(config)

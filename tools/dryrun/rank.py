@@ -5,11 +5,10 @@ needed; where the engine asks for the device, the GPU's way is taken: the side o
 fused kernel on both devices, which keeps the same tensors. Captions are taken to be as long as the context.
 """
 
-import copy
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -28,8 +27,8 @@ from engine.objectives.registry import objective_of
 from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.device import prepare
 from engine.parallel.mesh import Group, Mesh, build_mesh
+from models.config import ModelConfig
 from tools.dryrun.absent import Absent
-from tools.dryrun.countable import models_of
 from tools.dryrun.memory import Usage
 from tools.dryrun.record import (
     TrainingStep,
@@ -117,13 +116,19 @@ def dry_run(config: Config, world_size: int, rank: int, *, every_micro_batch: bo
 
 
 def _as_on_a_gpu(config: Config) -> Config:
-    config = copy.deepcopy(config)
-    if config.train.loss_tile is None:
-        config.train.loss_tile = DEFAULT_TILE_CUDA
-    for model in models_of(config).values():
-        if model.attention == "auto":
-            model.attention = "sdpa"
-    return config
+    """The config with what would be chosen for a GPU."""
+    tile = DEFAULT_TILE_CUDA if config.train.loss_tile is None else config.train.loss_tile
+    teacher = config.mim.teacher_model
+    return replace(
+        config,
+        model=_sdpa(config.model),
+        train=replace(config.train, loss_tile=tile),
+        mim=replace(config.mim, teacher_model=None if teacher is None else _sdpa(teacher)),
+    )
+
+
+def _sdpa(model: ModelConfig) -> ModelConfig:
+    return replace(model, attention="sdpa") if model.attention == "auto" else model
 
 
 @contextmanager

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from engine.config.phases import phase_named, phase_plan
-from engine.config.read import load_config
+from engine.config.read import read_job
 from tools.cli import CommandError, answer, check_file, command_parser
 from tools.cost.cluster import Cluster
 from tools.cost.hardware import load_hardware, profile_names
@@ -101,14 +100,15 @@ def _chunks(stage_ms: float, schedule: Schedule) -> tuple[float, ...]:
 def _from_config(arguments: argparse.Namespace) -> Simulation:
     if arguments.world_size < 1 or not arguments.gpu:
         raise CommandError("a config needs --world-size and --gpu")
-    plan = phase_plan(load_config(arguments.config, arguments.overrides))
-    phase = phase_named(plan, arguments.phase)
+    job = read_job(arguments.config, arguments.overrides)
+    phase = job.phase(arguments.phase)
     if phase.name:
-        print(f"phase {phase.name} of {', '.join(each.name for each in plan)}")
+        print(f"phase {phase.name} of {', '.join(each.name for each in job.phases)}")
     config = phase.config
     layout, hardware = layout_of(config, arguments.world_size), load_hardware(arguments.gpu)
-    job = (config.model, layout, Cluster(hardware=hardware, gpus=arguments.world_size, per_node=arguments.nodes_of))
-    return simulate(planned_schedule(*job), durations_of(planned_stages(*job), planned_collectives(*job)))
+    cluster = Cluster(hardware=hardware, gpus=arguments.world_size, per_node=arguments.nodes_of)
+    planned = (config.model, layout, cluster)
+    return simulate(planned_schedule(*planned), durations_of(planned_stages(*planned), planned_collectives(*planned)))
 
 
 def report(simulation: Simulation) -> str:

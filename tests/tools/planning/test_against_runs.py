@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.config.phases import first_phase
 from engine.config.read import Config, resolve
 from engine.parallel.device import prepare
 from engine.parallel.mesh import Mesh, build_mesh
@@ -103,7 +104,7 @@ def _all_cases(cases: list[Case]) -> dict[str, Any]:
 
 
 def _measured(config: Config, mesh: Mesh, device: Any) -> dict[str, Any]:
-    trainer = Trainer(config, mesh, device)
+    trainer = Trainer(first_phase(config), mesh, device)
     saved = trainer.training_step.activation_bytes()
     parts = trainer.towers.parts
     padding = [

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from engine.config.phases import first_phase
 from engine.config.read import Config, resolve
 from engine.parallel.device import prepare
 from engine.parallel.mesh import build_mesh
@@ -50,7 +51,7 @@ def _record(folder: str, cases: list[Case]) -> None:
     for number, case in enumerate(cases):
         config, device = case.config(Path(folder) / str(number)), prepare()
         mesh = build_mesh(case.tensor, case.pipeline, dist.group.WORLD)
-        trainer = Trainer(config, mesh, device)
+        trainer = Trainer(first_phase(config), mesh, device)
         place = {"tensor": mesh.tensor.rank, "pipeline": mesh.pipeline.rank, "data": mesh.data.rank}
         for step, batch in zip(range(2), SyntheticFeed(config, mesh, device.torch_device), strict=False):
             phases = Phases(record_spans=True)
