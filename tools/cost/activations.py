@@ -80,9 +80,10 @@ def _split_norm_bytes(whole: float, tokens: int, tensor: int) -> list[float]:
 
 
 def embedding_saved_bytes(vision: VisionConfig, layout: Layout) -> float:
-    """Patch embedding of one micro-batch: the chosen pixels and the places of their positions."""
+    """Patch embedding of one micro-batch: the chosen pixels, the places of their positions, its norm."""
     rows = layout.packed_tokens(vision) / (layout.tensor if layout.splits_tokens else 1)
-    return rows * (3 * vision.patch_size**2 * layout.element_bytes + INDEX)
+    norm = norm_saved_bytes(vision, rows, layout.element_bytes) if vision.embed_norm else 0
+    return rows * (3 * vision.patch_size**2 * layout.element_bytes + INDEX) + norm
 
 
 def head_saved_bytes(model: ModelConfig, layout: Layout) -> float:
@@ -92,7 +93,7 @@ def head_saved_bytes(model: ModelConfig, layout: Layout) -> float:
     kept = norm_saved_bytes(vision, rows, element) + images * vision.width * element * vision.projection
     if vision.pool == "attention":  # the tokens, k and v; behind them the probe's path
         kept += 3 * rows * vision.width * element + norm_saved_bytes(vision, images, element)
-        kept += images * (4 * vision.width + 2 * vision.mlp_hidden) * element
+        kept += images * 2 * (vision.width + vision.mlp_hidden) * element
     return kept + images // layout.frames * model.embed_dim * FP32
 
 

@@ -62,6 +62,10 @@ class Case:
 
 
 WIDE = "model.vision.width=64"  # three heads do not divide by two tensor ranks
+LAYER = ("model.vision.norm=layer", "model.vision.qkv_bias=true", "model.vision.key_bias=true")
+CLIP = (*LAYER, "model.vision.embed_norm=true", "model.vision.patch_bias=false", "model.vision.mlp=quick_gelu")
+SIGLIP = (*LAYER, "model.vision.class_token=false", "model.vision.pool=attention", "model.text.causal=false",
+          "model.text.pool=last", "model.text.head_bias=true", "model.text.mlp=gelu_tanh")  # fmt: skip
 FAST = [
     Case("18b-clips-full", (2, 2), ("data.frames=2", "train.recompute=full", "train.keep_activations=1")),
     Case("18b-no-sequence-keep", (2, 2), ("parallel.sequence=false", "train.keep_activations=2")),
@@ -69,6 +73,9 @@ FAST = [
     Case("18b-virtual", (1, 2), ("parallel.virtual=2", "train.micro_batch_size=2", "train.keep_activations=1")),
     Case("8b-uneven-keep-all", (1, 2), ("parallel.layers=[1,3]", "train.keep_activations=-1"), model="tiny-8b"),
     Case("b16-tp2", (2, 1), (WIDE, "train.keep_activations=2"), model="tiny-b16"),
+    Case("clip-tp2", (2, 2), (*CLIP, "train.keep_activations=2"), model="tiny-8b"),
+    Case("siglip-tp2", (2, 2), (*SIGLIP, "train.keep_activations=2"), model="tiny-8b"),
+    Case("mean-no-sequence", (2, 1), (*CLIP, "model.vision.pool=mean", "parallel.sequence=false"), model="tiny-8b"),
 ]
 SLOW = [
     Case("18b-tp2-pp2", (2, 2)),
