@@ -18,6 +18,8 @@ _VISION_SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
 )  # fmt: skip
 _TEXT_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+AUTO_MAP = {"AutoConfig": "configuration_eva_clip.EvaClipConfig", "AutoModel": "modeling_eva_clip.EvaClipModel"}
+"""Where transformers finds the classes of a folder, with trust_remote_code."""
 _SILENT = {"post_layernorm": False, "use_rope": False, "layer_norm_eps": 1e-6}
 _BLOCK = "vision_model.encoder.layers.0."
 
@@ -96,6 +98,7 @@ def hf_from_model(model: ModelConfig, log_scale: float | None) -> Json:
     }  # fmt: skip
     scale = LEARNED_SCALE_INIT if log_scale is None else log_scale
     return {
-        "architectures": ["EvaCLIPModel"], "model_type": "clip", "projection_dim": model.embed_dim,
-        "logit_scale_init_value": scale, "vision_config": vision, "text_config": text,
+        "architectures": ["EvaClipModel"], "auto_map": AUTO_MAP, "model_type": "clip",
+        "projection_dim": model.embed_dim, "logit_scale_init_value": scale, "vision_config": vision,
+        "text_config": text,
     }  # fmt: skip

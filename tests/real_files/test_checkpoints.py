@@ -29,7 +29,7 @@ from models.formats.eva_names import LayoutMismatch
 from tests.golden import FOLDER, load_tensors, logical, model_of
 from tools.convert import __main__ as convert
 
-FIXTURE = "tiny-18b"
+FIXTURE, PATCHES = "tiny-18b", "embeddings.patch_embedding.weight"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 36700000000\n"
 
 
@@ -247,7 +247,7 @@ REFUSED = {
     "int8": (lambda t: saved(t, weights() | {"visual.cls_token": torch.ones(64).char()}), "visual.cls_token is int8"),
     "ZeRO-3": (lambda t: saved(t, {"module": {k: torch.empty(0) for k in weights()}}), "zero_to_fp32.py"),
     "flat FSDP": (lambda t: saved(t, {"_fsdp_wrapped_module._flat_param": torch.ones(2)}), "FULL_STATE_DICT"),
-    "another layout": (lambda t: saved(t, {"vision_model.embeddings.class_embedding": torch.ones(2)}), "--from hf"),
+    "another layout": (lambda t: saved(t, {f"vision_model.{PATCHES}": torch.ones(2)}), "--from hf"),
     "another model": (lambda t: saved(t, {"fc.weight": torch.ones(2), "fc.bias": torch.ones(2)}), "it holds"),
 }  # fmt: skip
 

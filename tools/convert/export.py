@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.pixels.transforms import CLIP_MEAN, CLIP_STD
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.folders import resolve_checkpoint
 from engine.checkpoint.format.manifest import WEIGHT, write_synced
@@ -136,6 +137,9 @@ def export_huggingface(path: Path, out: Path, dtype: str | None, kind: str = WEI
     write_synced(out / "model.safetensors.index.json", json.dumps(content, indent=1).encode())
     config = _hf_json(weights)
     write_synced(out / "config.json", json.dumps(config, indent=1).encode())
+    hub = _hub_files(weights.model)
+    for name, file in hub.items():
+        write_synced(out / name, file)
     summary = f"{out}: {len(index)} tensors in {len(groups)} files"
     return Report(_report(weights, table, lambda key: key), summary, [*left_out, *weights.remarks()])
 
@@ -145,6 +149,22 @@ def _hf_json(weights: _Weights) -> dict[str, Any]:
     if kind == "eva":
         return hf_from_model(weights.model, log_scale)
     return transformers_from_model(weights.model, kind, log_scale)
+
+
+def _hub_files(model: ModelConfig) -> dict[str, bytes]:
+    """What transformers needs beside config and weights: EVA's classes, how pictures are prepared."""
+    side = {"height": model.vision.image_size, "width": model.vision.image_size}
+    processor = {
+        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "do_center_crop": True, "do_normalize": True,
+        "size": {"shortest_edge": model.vision.image_size}, "crop_size": side, "resample": 3,
+        "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD),
+    }  # fmt: skip
+    files = {"preprocessor_config.json": json.dumps(processor, indent=1).encode()}
+    if family(model) == "eva":
+        folder = Path(__file__).parent / "hub"
+        names = ("configuration_eva_clip.py", "modeling_eva_clip.py")
+        files |= {name: (folder / name).read_bytes() for name in names}
+    return files
 
 
 def _open_clip_json(model: ModelConfig) -> dict[str, Any]:
