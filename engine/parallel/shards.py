@@ -76,6 +76,8 @@ class TowerShards:
             Shard(weight, gradient, _pieces(buffer, bucket, owners, parameter_index))
             for (buffer, bucket), (weight, gradient) in zip(buckets, slices, strict=True)
         ]
+        numbers = [piece.tensor for _, piece in self.owned()]
+        self._tensor_of_piece = torch.tensor(numbers, dtype=torch.int64, device=self.shards[0].weight.device)
         # A tensor that every tensor rank holds whole counts once in sums over holders.
         counted = [tensor.split_dim is not None or tensor_rank == 0 for tensor in self.tensors]
         self.counted = torch.tensor(counted, dtype=torch.float64, device=self.shards[0].weight.device)
@@ -86,13 +88,14 @@ class TowerShards:
         Local: `over_holders` adds the other ranks.
         """
         total = torch.zeros(len(self.tensors), dtype=torch.float64, device=self.counted.device)
-        views, indices = [], []
-        for flat, shard in zip(flats, self.shards, strict=True):
-            views += [flat[piece.start : piece.stop] for piece in shard.pieces]
-            indices += [piece.tensor for piece in shard.pieces]
+        views = [
+            flat[piece.start : piece.stop]
+            for flat, shard in zip(flats, self.shards, strict=True)
+            for piece in shard.pieces
+        ]
         if views:
             norms = torch.stack(torch._foreach_norm(views)).double()
-            total.index_add_(0, torch.tensor(indices, device=total.device), norms.square())
+            total.index_add_(0, self._tensor_of_piece, norms.square())
         return total * self.counted
 
     def over_holders(self, sums: Tensor) -> Tensor:

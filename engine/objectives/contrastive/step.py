@@ -13,7 +13,7 @@ from engine.config.read import Config
 from engine.feed import LocalBatch
 from engine.objectives.contrastive.sigmoid import sigmoid_loss
 from engine.objectives.contrastive.softmax import contrastive_loss
-from engine.objectives.contrastive.towers import TextRunner, VisionRunner
+from engine.objectives.contrastive.towers import KeptPatches, TextRunner, VisionRunner
 from engine.objectives.update import StepOutcome, Update
 from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.mesh import Mesh
@@ -44,16 +44,15 @@ class ContrastiveStep:
         self.update = Update(towers, optimizer, mesh, config.health)
         train = config.train
         self.local_batch = train.global_batch_size // mesh.data.size
+        kept = KeptPatches(
+            config.model.vision,
+            patch_dropout=train.patch_dropout,
+            seed=train.seed,
+            frames=config.data.frames,
+            device=device,
+        )
         self.vision = [
-            VisionRunner(
-                chunk,
-                micro_batch=train.micro_batch_size,
-                patch_dropout=train.patch_dropout,
-                seed=train.seed,
-                device=device,
-                frames=config.data.frames,
-            )
-            for chunk in towers.vision
+            VisionRunner(chunk, kept, micro_batch=train.micro_batch_size, device=device) for chunk in towers.vision
         ]
         rows = own_rows(self.local_batch, mesh)
         self.row_counts = rows_of_every_rank(self.local_batch, mesh)

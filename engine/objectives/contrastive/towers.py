@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,30 +9,41 @@ from data.order.stateless import kept_patches
 from data.pixels.transforms import normalise
 from engine.feed import LocalBatch
 from models.clip import embedding
+from models.config import VisionConfig
 from models.towers.text import TextTower
 from models.towers.vision import VisionTower
 
 
-class VisionRunner:
-    """(chunk input, micro-batch) -> chunk output, with the pixels and kept patches of the current batch.
+class KeptPatches:
+    """Patches that survive dropout, of every image of a rank's batch: drawn and moved to the device once a step.
 
-    Kept patches follow from (seed, sample position, frame), so every stage, the replay included, sees the same ones.
+    They follow from (seed, sample position, frame), so every stage, chunk and pass sees the same ones.
     """
 
-    def __init__(
-        self,
-        tower: VisionTower,
-        *,
-        micro_batch: int,
-        patch_dropout: float,
-        seed: int,
-        device: torch.device,
-        frames: int = 1,
-    ):
-        """micro_batch: images, a multiple of the `frames` of each sample."""
-        self.tower, self.micro_batch, self.seed, self.device = tower, micro_batch, seed, device
-        self.frames = frames
-        self.kept_count = tower.vision.kept_patches(patch_dropout)
+    def __init__(self, vision: VisionConfig, *, patch_dropout: float, seed: int, frames: int, device: torch.device):
+        self.patches, self.count = vision.patches, vision.kept_patches(patch_dropout)
+        self.seed, self.frames, self.device = seed, frames, device
+        self._batch: LocalBatch | None = None
+        self._kept: Tensor | None = None
+
+    def of(self, batch: LocalBatch, samples: slice) -> Tensor | None:
+        """int64 [M, k] of the images of these samples; None where none is dropped."""
+        if self.count == self.patches:
+            return None
+        if batch is not self._batch:
+            kept = kept_patches(self.seed, batch.positions, self.patches, self.count, self.frames)
+            self._batch, self._kept = batch, torch.from_numpy(kept).to(self.device, non_blocking=True)
+        assert self._kept is not None
+        return self._kept[samples.start * self.frames : samples.stop * self.frames]
+
+
+class VisionRunner:
+    """(chunk input, micro-batch) -> chunk output, with the pixels and kept patches of the current batch."""
+
+    def __init__(self, tower: VisionTower, kept: KeptPatches, *, micro_batch: int, device: torch.device):
+        """kept: shared by the chunks. micro_batch: images, a multiple of the frames of each sample."""
+        self.tower, self.kept, self.micro_batch, self.device = tower, kept, micro_batch, device
+        self.frames = kept.frames
         self.batch: LocalBatch | None = None
 
     def __call__(self, hidden: Tensor | None, i: int) -> Tensor:
@@ -46,15 +56,8 @@ class VisionRunner:
             assert self.batch.images is not None
             pixels = self.batch.images[rows].to(self.device, non_blocking=True)
             inputs = normalise(pixels.view(-1, *pixels.shape[-3:]), self.tower.config.params_dtype)
-        output = self.tower(inputs, self._kept(self.batch.positions[rows]), samples=self.micro_batch)
+        output = self.tower(inputs, self.kept.of(self.batch, rows), samples=self.micro_batch)
         return embedding(output, self.frames) if self.tower.is_last else output
-
-    def _kept(self, positions: np.ndarray) -> Tensor | None:
-        patches = self.tower.vision.patches
-        if self.kept_count == patches:
-            return None
-        kept = kept_patches(self.seed, positions, patches, self.kept_count, self.frames)
-        return torch.from_numpy(kept).to(self.device, non_blocking=True)
 
 
 class TextRunner:
