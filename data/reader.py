@@ -24,7 +24,7 @@ from data.pixels.decode import make_decoder
 from data.pixels.transforms import RandomResizedCrop, Transform, eval_transform
 from data.pixels.video import ClipDecoder, check_available, frame_numbers, is_clip
 from data.shards.index import Place, ShardIndex, Span
-from data.sources import Sources
+from data.sources import Listing, Sources
 from data.tokenizer import EOT, Tokenizer
 
 __all__ = ["BadSample", "SampleBatch", "SampleReader"]
@@ -43,7 +43,8 @@ class SampleReader:
     through `evaluation` ("squash" or "crop"). captions: false neither reads nor judges them, and samples need
     none; tokens are zeros. global_batch_size: needed for data.mix=one_per_batch.
     first_position: where in the run the order begins (crops still follow the position in the run). device: where
-    DALI decodes. Building it reads (or builds) the index of every shard. Raises DataError for unusable
+    DALI decodes. listing: of the config's shards; without it, building the reader asks for every shard and reads (or
+    builds) its index. Raises DataError for unusable
     shards or settings.
     """
 
@@ -60,13 +61,19 @@ class SampleReader:
         global_batch_size: int = 1,
         first_position: int = 0,
         device: torch.device = _CPU,
+        listing: Listing | None = None,
     ) -> None:
         config.check()
         self._config = config
         self._train = train
         self._image_size = image_size
         self.sources = Sources(
-            config, seed=seed, train=train, global_batch_size=global_batch_size, first_position=first_position
+            config,
+            seed=seed,
+            train=train,
+            global_batch_size=global_batch_size,
+            first_position=first_position,
+            listing=listing,
         )
         self._order = self.sources.order
         low, high = config.crop_scale

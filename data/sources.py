@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,7 +13,7 @@ from data.errors import DataError
 from data.order.mixture import Mixture, MixtureLaw, Switch, integer_weights
 from data.order.order import SampleOrder
 from data.shards.index import ShardIndex
-from data.shards.index_store import IndexStore
+from data.shards.index_store import IndexStore, Tally
 from data.shards.listing import ShardFiles, expand_shards
 from data.shards.remote import is_remote
 from data.shards.storage import Storage
@@ -37,6 +38,16 @@ class SourceSize:
     """Epochs of it between two positions of the run."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """The shards of a data config, found once for all who read them."""
+
+    lists: list[list[str]]
+    """Paths and URLs of each source's shards."""
+    tallies: Sequence[Tally]
+    """Samples and digest of all shards, source after source."""
+
+
 class Sources:
     """One joint list of shards, in the order of the config, and the order of its samples.
 
@@ -45,13 +56,20 @@ class Sources:
     """
 
     def __init__(
-        self, config: DataConfig, *, seed: int, train: bool, global_batch_size: int, first_position: int = 0
+        self,
+        config: DataConfig,
+        *,
+        seed: int,
+        train: bool,
+        global_batch_size: int,
+        first_position: int = 0,
+        listing: Listing | None = None,
     ) -> None:
-        """first_position: where in the run the order begins. Raises DataError for an unusable shard, or a source
-        without samples.
+        """first_position: where in the run the order begins. listing: of the config's shards, if it is known. Raises
+        DataError for an unusable shard, or a source without samples.
         """
         storage = Storage.of(config)
-        lists = _shard_lists(config, storage)
+        lists = listing.lists if listing else _shard_lists(config, storage)
         _check_patience(config, lists)
         self.names = [source.name for source in config.sources]
         """Of the sources of a mixture; empty for plain data.shards."""
@@ -61,7 +79,9 @@ class Sources:
         in_use = 2 * config.shuffle_group_shards * len(lists)
         self.files = ShardFiles(self.shards, max_open=in_use, storage=storage)
         self._borders = np.cumsum([0, *map(len, lists)]).tolist()
-        self._indices = IndexStore(self.shards, max_loaded=in_use, storage=storage)
+        self._indices = IndexStore(
+            self.shards, max_loaded=in_use, storage=storage, tallies=listing.tallies if listing else None
+        )
         self.order = (
             Mixture(
                 _law(config, global_batch_size),
@@ -160,7 +180,17 @@ def called(name: str) -> str:
 
 def check_shards(config: DataConfig) -> None:
     """Raise DataError for shards that are not there; opens none of them."""
-    _shard_lists(config, Storage.of(config))
+    shard_lists(config)
+
+
+def shard_lists(config: DataConfig) -> list[list[str]]:
+    """Paths and URLs of the shards of each source. Raises DataError for shards that are not there."""
+    return _shard_lists(config, Storage.of(config))
+
+
+def tally_shards(config: DataConfig, shards: Sequence[str]) -> list[Tally]:
+    """Samples and digest of the shards, from their indices, which are built where there are none. Raises DataError."""
+    return list(IndexStore(shards, max_loaded=1, storage=Storage.of(config)).tallies)
 
 
 def _shard_lists(config: DataConfig, storage: Storage) -> list[list[str]]:

@@ -23,13 +23,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.batch import BadSample, EncodedBatch, SampleBatch
+from data.config import DataConfig
 from data.errors import DataError
 from data.fingerprint import fingerprint
 from data.loader import PrefetchLoader
 from data.reader import SampleReader
-from data.sources import SourceSize
+from data.shards.index_store import Tally
+from data.sources import Listing, SourceSize, shard_lists, tally_shards
 from engine.config.read import Config
 from engine.objectives.registry import objective_of
+from engine.parallel.agree import everyone, together
 from engine.parallel.mesh import Mesh
 from engine.parallel.rows import gather_rows, own_rows, split_rows
 
@@ -54,6 +57,36 @@ class LocalBatch:
     """On the first stage: samples of each named source in the run up to this step's end."""
 
 
+def list_together(config: DataConfig, mesh: Mesh) -> Listing:
+    """The shards of the config, listed by one rank and asked for their samples by the reading ranks in turn: each shard
+    is touched once a job, not once a rank. Collective; raises on every rank.
+    """
+    axis = mesh.control
+    asked = [source.shards for source in config.sources] or [config.shards]
+    told = everyone((mesh.is_first_stage, asked), axis)
+    readers = [rank for rank, (reads, _) in enumerate(told) if reads]
+    for rank, (_, others) in enumerate(told):
+        if others != told[0][1]:
+            raise DataError(
+                f"rank {rank} was given the shards {others}, rank 0 {told[0][1]}: start all with one config"
+            )
+    found: list[Any] = [None]
+    with together(axis):
+        if axis.rank == 0:
+            found = [shard_lists(config)]
+    dist.broadcast_object_list(found, src=dist.get_global_rank(axis.group, 0), group=axis.group)
+    shards = [shard for shards in found[0] for shard in shards]
+    own: list[Tally] = []
+    with together(axis):
+        if mesh.is_first_stage:
+            own = tally_shards(config, shards[readers.index(axis.rank) :: len(readers)])
+    tallies = [Tally(0, 0)] * len(shards)
+    of_ranks = everyone(own, axis)
+    for turn, rank in enumerate(readers):
+        tallies[turn :: len(readers)] = of_ranks[rank]
+    return Listing(lists=found[0], tallies=tallies)
+
+
 class Feed:
     """Iterates over LocalBatch from `start_position` for `steps` steps. Collective over the replica."""
 
@@ -66,8 +99,11 @@ class Feed:
         start_position: int,
         steps: int,
         first_position: int = 0,
+        listing: Listing | None = None,
     ):
-        """first_position: where in the run the order of samples begins (a phase has its own)."""
+        """first_position: where in the run the order of samples begins (a phase has its own). listing: from
+        `list_together`; without it this rank asks for every shard itself.
+        """
         self.config, self.mesh, self.device, self.first_position = config, mesh, device, first_position
         self.global_batch = config.train.global_batch_size
         self.local_batch = self.global_batch // mesh.data.size
@@ -89,6 +125,7 @@ class Feed:
                 global_batch_size=self.global_batch,
                 first_position=first_position,
                 device=device,
+                listing=listing,
             )
             if self.captions and mesh.world.rank == 0:
                 for line in self.reader.sources.copies_within(self.global_batch):

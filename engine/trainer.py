@@ -21,7 +21,7 @@ from engine.checkpoint.resume import Start, choose, lock_run, start
 from engine.config.origin import model_in_words
 from engine.config.phases import Phase
 from engine.config.read import to_dict
-from engine.feed import Feed, LocalBatch
+from engine.feed import Feed, LocalBatch, list_together
 from engine.objectives.registry import objective_of
 from engine.objectives.update import StepOutcome
 from engine.optim.average import restart_average
@@ -121,6 +121,7 @@ class Trainer:
 
     def _open_feed(self) -> Feed:
         """From the current position to the end of the phase. Collective; raises on every rank."""
+        listing = list_together(self.config.data, self.mesh)
         with together(self.mesh.control):
             feed = Feed(
                 self.config,
@@ -129,6 +130,7 @@ class Trainer:
                 start_position=self.position.samples_seen,
                 steps=self.phase.last_step - self.position.step,
                 first_position=self.phase.first_sample,
+                listing=listing,
             )
         self._check_data(feed)
         self.quarantine = Quarantine(

@@ -43,15 +43,19 @@ class Tally(NamedTuple):
 class IndexStore:
     """Indices of a list of shards: all sample counts up front, the indices themselves loaded when needed."""
 
-    def __init__(self, shards: Sequence[str], *, max_loaded: int, storage: Storage) -> None:
+    def __init__(
+        self, shards: Sequence[str], *, max_loaded: int, storage: Storage, tallies: Sequence[Tally] | None = None
+    ) -> None:
+        """tallies: of the shards, where another process has asked for them (no shard is looked at then)."""
         self._shards = shards
         self._storage = storage
         self._loaded: Lru[int, ShardIndex] = Lru(max_loaded, self._load)
-        self._expected: np.ndarray | None = None  # known once all are counted
-        tallies = self._tally_all()
-        self.counts = self._expected = np.array([tally.samples for tally in tallies], dtype=np.int64)
+        self._expected: Sequence[Tally] | None = None  # known once all are counted
+        self.tallies = self._expected = self._tally_all() if tallies is None else tallies
+        """Of each shard."""
+        self.counts = np.array([tally.samples for tally in self.tallies], dtype=np.int64)
         """int64 [shards]: samples of each shard."""
-        self.digests = np.array([tally.digest for tally in tallies], dtype=np.uint64)
+        self.digests = np.array([tally.digest for tally in self.tallies], dtype=np.uint64)
         """uint64 [shards]: `ShardIndex.digest` of each shard."""
 
     def _tally_all(self) -> list[Tally]:
@@ -78,10 +82,16 @@ class IndexStore:
 
     def _load(self, number: int) -> ShardIndex:
         index = load_index(self._shards[number], self._storage)
-        if self._expected is not None and len(index) != self._expected[number]:
+        if self._expected is not None and (len(index), index.digest) != self._expected[number]:
+            was = self._expected[number].samples
+            what = (
+                f"{len(index)} samples, but {was}"
+                if len(index) != was
+                else f"{was} samples, but not those that it held"
+            )
             raise DataError(
-                f"{self._shards[number]} holds {len(index)} samples, but {self._expected[number]} when the run started "
-                f"or in {COUNTS_FILE}: shards must not change during a run; run tools.index_shards after a change"
+                f"{self._shards[number]} holds {what} when the run started or in {COUNTS_FILE}: shards must not change "
+                "during a run; run tools.index_shards after a change"
             )
         return index
 

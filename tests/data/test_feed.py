@@ -1,6 +1,7 @@
 """The same global batches at every layout, after a resume at another one, with bad samples listed once."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import torch.distributed as dist
 from data.config import DataConfig, SourceConfig
 from data.errors import DataError
 from data.reader import SampleReader
+from data.shards.storage import Storage
 from data.shards.write import write_shard
 from engine.config.read import Config, ConfigError, resolve
-from engine.feed import Feed
+from engine.feed import Feed, list_together
+from engine.parallel.agree import everyone
 from engine.parallel.mesh import Mesh, build_mesh
 from engine.resilience.quarantine import QUARANTINE_FILE, Quarantine
 from engine.resilience.roll_call import RollCall
@@ -72,7 +75,14 @@ def _feed_all(folder: str, run_dir: str) -> list[dict[str, Any]]:
 def _feed_steps(folder: str, run_dir: Path, mesh: Mesh, *, first: int) -> dict[str, Any]:
     cpu = torch.device("cpu")
     config = _config(folder, mesh.tensor.size, mesh.pipeline.size, workers=0)
-    feed = Feed(config, mesh, cpu, start_position=first * BATCH, steps=STEPS // 2)
+    asked: Counter[str] = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        stamp = Storage.stamp
+        patch.setattr(Storage, "stamp", lambda self, shard: asked.update([shard]) or stamp(self, shard))
+        listing = list_together(config.data, mesh)
+        feed = Feed(config, mesh, cpu, start_position=first * BATCH, steps=STEPS // 2, listing=listing)
+        of_all = everyone(asked, mesh.control)
+    assert set(sum(of_all, Counter()).values()) == {1}  # each shard once, whatever the number of ranks
     quarantine = Quarantine(run_dir, mesh, start_position=first * BATCH, max_bad_fraction=0.5)
     roll_call = RollCall(run_dir, mesh, None)
     result: dict[str, Any] = {"place": (mesh.data.rank, mesh.pipeline.rank, mesh.tensor.rank), "steps": []}

@@ -93,6 +93,9 @@ def test_a_shard_that_changes_during_a_run_is_an_error(tmp_path: Path) -> None:
     write_shard(shards[0], [good_sample(0)])
     with pytest.raises(DataError, match=r"00000\.tar holds 1 samples, but 3 when the run started"):
         store[0]
+    write_shard(shards[0], [good_sample(number) for number in (7, 8, 9)])
+    with pytest.raises(DataError, match=r"00000\.tar holds 3 samples, but not those that it held when the run started"):
+        store[0]
 
 
 def test_counts_of_a_folder_are_those_of_its_unchanged_shards(tmp_path: Path) -> None:
