@@ -1,6 +1,7 @@
 """Several sources under one position: exact proportions, exact switches, and nothing to replay."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -105,9 +106,10 @@ def _reader(config: DataConfig, batch: int = 10) -> SampleReader:
 
 @pytest.fixture
 def sources(tmp_path: Path) -> list[SourceConfig]:
-    laion, coyo, video = (_named(tmp_path, name, count) for name, count in (("laion", 30), ("coyo", 6), ("video", 4)))
-    laion.weight, coyo.weight, video.weight = 1.6, 0.4, 0.0
-    return [laion, coyo, video]
+    return [
+        replace(_named(tmp_path, name, count), weight=weight)
+        for name, count, weight in (("laion", 30, 1.6), ("coyo", 6, 0.4), ("video", 4, 0.0))
+    ]
 
 
 def _of(keys: list[str]) -> Counter[str]:
