@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str]) -> int:
     """Run a training job on this rank; the exit status."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return 2
+    if not arguments or arguments[0].startswith("-"):
+        return _help(arguments)
     try:
         job = read_job(arguments[0], arguments[1:])
         for phase in job.phases:
@@ -36,6 +35,17 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, DataError) as error:
         return refuse(error)
     return _train(job)
+
+
+def _help(arguments: list[str]) -> int:
+    """What is asked about the command and its settings; the exit status."""
+    from engine.config.help.command import answer
+
+    try:
+        print(answer(arguments))
+    except ConfigError as error:
+        return refuse(error)
+    return 0 if arguments else 2
 
 
 def _train(job: Job) -> int:

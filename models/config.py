@@ -135,15 +135,21 @@ class TextConfig:
     """The caption tower: pre-norm blocks with LayerNorm, every linear with a bias."""
 
     context_length: int = 77
+    """Token ids of a caption, start and end included."""
     vocab_size: int = 49408
+    """Rows of the token table; the tokenizer's 49,408 ids."""
     width: int = 512
+    """Hidden width."""
     depth: int = 12
+    """Transformer blocks."""
     heads: int = 8
+    """Attention heads; they divide the width."""
     mlp: str = "gelu"
     """gelu (exact) | quick_gelu | gelu_tanh."""
     mlp_hidden: int | None = None
     """Hidden width of the MLP; null: 4 x width."""
     norm_eps: float = 1e-5
+    """Epsilon of every LayerNorm of this tower."""
     causal: bool = True
     """A token sees its caption up to itself (CLIP); otherwise all of it, padding included (SigLIP)."""
     pool: str = "end"

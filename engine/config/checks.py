@@ -159,6 +159,11 @@ def _check_train(train: TrainConfig) -> None:
         train.logit_scale is None or train.logit_scale > 0,
         f"train.logit_scale is {train.logit_scale}: a positive number, or null to learn it",
     )
+    require(
+        train.logit_scale is None or train.logit_scale >= 1,
+        f"train.logit_scale is {train.logit_scale}, which looks like a temperature: the scale is its inverse, "
+        f"{1 / (train.logit_scale or 1):.4g}",
+    )
 
 
 def _check_kernels(config: Config) -> None:

@@ -15,7 +15,7 @@ from engine.config.errors import require
 from engine.config.run_checks import check_run
 from engine.config.schema import Config, PhaseConfig
 from engine.config.stages import balanced_layers
-from engine.config.tree import load_preset
+from engine.config.tree import whole_model
 from engine.config.typed import built, merged
 from engine.objectives.registry import objective_of
 from models.config import LOCAL_KERNELS, ModelConfig
@@ -180,7 +180,7 @@ def _resolved(job: Config, phase: PhaseConfig) -> Config:
     preset = phase.model.get("preset")
     if preset is not None:  # another model as a whole, on the job's kernels
         kernels = {key: tree["model"][key] for key in LOCAL_KERNELS}
-        tree["model"] = merged(kernels, load_preset(preset))
+        tree["model"], own["model"] = kernels, whole_model(phase.model)
     config = built(Config, merged(tree, own))
     return replace(config, train=replace(config.train, steps=_length(phase, config.train.global_batch_size)))
 

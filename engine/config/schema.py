@@ -95,16 +95,23 @@ class OptimConfig:
     """LAMB variant: paper (DeepSpeed's rule, per logical tensor, ratio within bounds) | nvlamb (bias-corrected update,
     unbounded ratio, only where weight decay applies unless nvlamb_always_adapt)."""
     lr_vision: float = 4e-4
+    """Base rate of the image tower; layer decay and schedule multiply it."""
     lr_text: float = 4e-5
+    """Base rate of the text tower."""
     lr_other: float = 5e-4
-    """Learned logit scale (the authors' --lr)."""
+    """Base rate of the learned logit scale (the authors' --lr)."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay of the mean and of the mean square of the gradients."""
     eps: float = 1e-6
+    """Added to the root of the mean square."""
     weight_decay: float = 0.0
     """Not applied to tensors of one dimension, biases, class token and position tables."""
     layer_decay_vision: float = 0.9
+    """Factor on the rate of each block of the image tower towards the input; 1: none."""
     layer_decay_text: float = 0.75
+    """Factor on the rate of each block of the text tower towards the input; 1: none."""
     warmup_steps: int = 2000
+    """Steps over which the rates rise from 0; the cosine follows."""
     min_lr_ratio: float = 0.0
     """The cosine ends at this share of each base rate."""
     clip_grad_norm: float = 5.0
@@ -112,7 +119,9 @@ class OptimConfig:
     ema_decay: float = 0.0
     """Keeps an exponential moving average of the weights, a <- decay a + (1 - decay) w a step; 0 keeps none."""
     trust_min: float = 0.01
+    """Smallest trust ratio of LAMB's mode paper."""
     trust_max: float = field(default=10.0, metadata={"given": Unbounded})
+    """Largest trust ratio of LAMB's mode paper; inf: no bound."""
     trust_exclude_1d: bool = False
     """Ratio 1 for tensors of one dimension (not the paper's setting)."""
     nvlamb_always_adapt: bool = False
@@ -265,6 +274,7 @@ class LogConfig:
     every_steps: int = 10
     """Lines on a console that is not a terminal."""
     tensorboard: bool = True
+    """Whether run_dir/tensorboard is written."""
     timeline_steps: list[int] = field(default_factory=list)
     """Steps (0-based) whose spans are written to run_dir/timeline; draw them with python -m tools.timeline."""
 

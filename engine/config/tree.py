@@ -36,11 +36,12 @@ class Given:
         given = merged(self.file, self.arguments)
         objective = OBJECTIVES.get(str(given.get("objective")))
         layers: list[Mapping[str, Any]] = [objective.defaults] if objective is not None else []
+        whole = merged(*layers, given)
         for path in _MODELS:
-            preset = _at(given, (*path, "preset"))
-            if preset is not None:
-                layers.append(nested(path, load_preset(preset)))
-        return merged(*layers, given)
+            model = _at(given, path)
+            if model is not None:
+                whole = merged(_without(whole, path), nested(path, whole_model(model)))
+        return whole
 
 
 def given_settings(tree: Mapping[str, Any], overrides: Sequence[str], source: str) -> Given:
@@ -72,15 +73,36 @@ def refuse_repeats(overrides: Sequence[str]) -> None:
             raise ConfigError(f"command line: {key} is given beside {above}={seen[above][0]}: give one of them")
 
 
+def whole_model(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The model with what its preset says below the keys that are given.
+
+    One from a file of one's own has no preset any more: it is whole without the file, which may move or change.
+    """
+    preset = model.get("preset")
+    if preset is None:
+        return dict(model)
+    whole = merged(load_preset(preset), model)
+    return whole | {"preset": None} if _is_file(preset) else whole
+
+
+def _is_file(preset: str) -> bool:
+    return preset.endswith((".yaml", ".yml"))
+
+
 def load_preset(name: str) -> dict[str, Any]:
-    """What models/presets/NAME.yaml says, typed; name may also be a public one (models/names.py)."""
+    """What models/presets/NAME.yaml says, typed; name may also be a public one (models/names.py), or FILE.yaml: a
+    model of one's own, by itself or as the `model` of a config.
+    """
+    if _is_file(name):
+        tree = read_file(Path(name))
+        return whole_model(typed(tree.get("model", tree), ModelConfig, f"{name}: model"))
     known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
     public = preset_of(name) if name not in known else None
     stem, changes = public or (name, {})
     if stem not in known:
         raise ConfigError(
             f"model {name!r} is not a preset; there are: {', '.join(known)}, and open_clip's, timm's and the hub's "
-            "names of them"
+            "names of them; or a FILE.yaml of your own"
         )
     return merged(typed(read_file(PRESETS / f"{stem}.yaml"), ModelConfig, "model"), changes)
 

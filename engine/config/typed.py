@@ -190,7 +190,9 @@ def _wrong(value: Any, kind: type, key: str) -> ConfigError:
 
 
 def _unknown(path: str, name: str, kinds: Mapping[str, Any], section: str) -> str:
-    return f"{path} is not a setting; {section or 'a config'} has {', '.join(kinds)}"
+    from engine.config.help.names import hint  # it knows the schema, which is made of this
+
+    return f"{path} is not a setting{hint(path)}; {section or 'a config'} has {', '.join(kinds)}"
 
 
 def _joined(section: str, name: str) -> str:

@@ -117,7 +117,7 @@ def test_names_of_sources_and_other_texts(tmp_path: Path) -> None:
         ("train.steps= 12 ", 12),
         ("train.seed=-3", -3),
         ("train.logit_scale=1e2", 100.0),
-        ("train.logit_scale=.5", 0.5),
+        ("optim.lr_vision=.5", 0.5),
         ("train.logit_scale=null", None),
         ("train.logit_scale=~", None),
         ("train.logit_scale=", None),
