@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from data.errors import DataError
@@ -17,6 +17,7 @@ from engine.parallel.mesh import Mesh
 from engine.record import Callback
 from engine.resilience.signals import Wishes
 from engine.resilience.status import FAILED, FINISHED, RUNNING, STOPPED_IN_ORDER, write_status
+from engine.resilience.watch import Watch
 from engine.trainer import Trainer
 
 Callbacks = Callable[[Trainer], list[Callback]]
@@ -73,6 +74,14 @@ def _run_next(
     return phase, _train(trainer, watching, wishes)
 
 
+def _watch(trainer: Trainer, wishes: Wishes | None) -> AbstractContextManager[object]:
+    """Watches the ranks of a job; those that a test or a tool drives are watched by it."""
+    limit_s, world = 60 * trainer.config.parallel.hang_minutes, trainer.mesh.world
+    if wishes is None or not limit_s:
+        return nullcontext()
+    return Watch(trainer.pulse, Path(trainer.config.run_dir), world.rank, world.size, limit_s=limit_s)
+
+
 def _train(trainer: Trainer, callbacks: list[Callback], wishes: Wishes | None) -> str:
     """Train a phase, with its outcome in run_dir/status.json; why it was stopped, if it was."""
     run_dir, first = Path(trainer.config.run_dir), trainer.mesh.world.rank == 0
@@ -80,7 +89,7 @@ def _train(trainer: Trainer, callbacks: list[Callback], wishes: Wishes | None) -
     if first:
         write_status(run_dir, RUNNING, step=trainer.position.step)
     try:
-        with wishes.wait_for_steps() if wishes is not None else nullcontext():
+        with wishes.wait_for_steps() if wishes is not None else nullcontext(), _watch(trainer, wishes):
             stop = trainer.fit(callbacks, wishes)
         outcome = STOPPED_IN_ORDER if stop else FINISHED
     except Exception as error:

@@ -37,6 +37,7 @@ from engine.resilience.quarantine import Quarantine
 from engine.resilience.rewind import Recovery
 from engine.resilience.roll_call import CARRY_ON, Orders, RollCall
 from engine.resilience.signals import Wishes
+from engine.resilience.watch import Pulse
 
 
 class Trainer:
@@ -61,6 +62,7 @@ class Trainer:
         self.position = Position(step=0, samples_seen=0, phase=self.phase.name)
         self.lock: RunLock | None = None
         self.callbacks: list[Callback] = []
+        self.pulse = Pulse()
         self.checkpoint_stall_s = 0.0
         """Seconds that training has waited for checkpoints since the last record."""
         self._resumed_states: dict[str, Any] = {}
@@ -92,10 +94,12 @@ class Trainer:
                         callback.save_now(record, orders.stop)
                 if orders.stop:
                     break
+                self.pulse.at("share")
                 batch = feed.share()
                 fetched = time.perf_counter()
                 outcome, phases = self.traced_step(batch)
                 record = self._record(outcome, phases, batch, started, fetched)
+                self.pulse.at("callbacks")
                 for callback in callbacks:
                     callback.secure(record)
                 for callback in callbacks:
@@ -112,7 +116,9 @@ class Trainer:
 
     def _call_the_roll(self, roll_call: RollCall, feed: Feed) -> Orders:
         """Read this rank's part of the next step and hear what the others met. Collective; raises on every rank."""
+        self.pulse.at("data")
         error = feed.read() or self.recovery.writer_failure()
+        self.pulse.at("roll call")
         orders, bad = roll_call(error, self.quarantine.counts(feed.bad, feed.caption_fallbacks))
         if not orders.stop:  # a run that goes on reads them again
             seen = self.position.samples_seen + self.config.train.global_batch_size
@@ -176,9 +182,9 @@ class Trainer:
         """A step whose spans are written if log.timeline_steps asks for it."""
         step = self.position.step
         if step not in self.config.log.timeline_steps:
-            phases = Phases()
+            phases = Phases(begins=self.pulse.at)
             return self.step(batch, phases), phases
-        phases = Phases(clock=self.device.clock_s, record_spans=True)
+        phases = Phases(clock=self.device.clock_s, record_spans=True, begins=self.pulse.at)
         self.meet()
         zero_s = self.device.clock_s()
         outcome = self.step(batch, phases)
@@ -192,6 +198,7 @@ class Trainer:
         self, outcome: StepOutcome, phases: Phases, batch: LocalBatch, started: float, fetched: float
     ) -> dict[str, Any]:
         rates = outcome.rates
+        self.pulse.step_done(self.position.step - 1, phases.seconds)
         record = {
             "step": self.position.step - 1,
             **({"phase": self.phase.name} if self.phase.name else {}),
@@ -211,6 +218,9 @@ class Trainer:
             **{f"samples_{source}": count for source, count in batch.source_counts.items()},
             **{f"phase_{name}_s": seconds for name, seconds in phases.seconds.items()},
         }
+        if self.pulse.slow:
+            record["slowest_rank"] = max(self.pulse.slow, key=self.pulse.slow.__getitem__)
+            record["slowest_over_median"] = max(self.pulse.slow.values())
         self.checkpoint_stall_s = 0.0
         return record
 

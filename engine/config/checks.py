@@ -132,6 +132,8 @@ def _check_stages(parallel: ParallelConfig, depth: int) -> None:
             f"(it gives {sum(given)} to {len(given)})",
         )
     require(parallel.bucket_size is None or parallel.bucket_size >= 1, "parallel.bucket_size must be at least 1")
+    for name in ("hang_minutes", "start_timeout_minutes"):
+        require(getattr(parallel, name) >= 0, f"parallel.{name} is {getattr(parallel, name)}: 0 or more")
     require(parallel.timeout_minutes > 0, f"parallel.timeout_minutes is {parallel.timeout_minutes}: more than 0")
 
 

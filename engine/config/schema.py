@@ -38,6 +38,9 @@ class ParallelConfig:
     """Elements of one bucket of gradients; null: megatron-core's choice (at least 40 million)."""
     start_timeout_minutes: float = 10.0
     """A start whose ranks have not all come by then ends with the names of those that are missing."""
+    hang_minutes: float = 10.0
+    """A job in which nothing moves for so long names who is late, leaves all stacks in run_dir/hang and ends; 0: never.
+    """
     timeout_minutes: float = 30.0
     """A collective that waits longer for another rank ends the job; longer than the slowest load of a checkpoint."""
 

@@ -23,10 +23,14 @@ class Phases:
     record_spans: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     spans: list[dict[str, Any]] = field(default_factory=list)
+    begins: Callable[[str, Any], None] | None = None
+    """Told of every phase that begins, with its unit (engine/resilience/watch.py)."""
 
     @contextmanager
     def time(self, name: str, unit: Any = None) -> Iterator[None]:
         """Add the block's time to phase `name`; `unit` (micro_batch, chunk) is kept with its span."""
+        if self.begins is not None:
+            self.begins(name, unit)
         start = self.clock()
         try:
             yield

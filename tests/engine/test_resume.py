@@ -20,11 +20,11 @@ PATIENCE_S = 240
 pytestmark = pytest.mark.dist
 
 
-def start(shards: list[str], run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
+def start(shards: list[str], run_dir: Path, *overrides: str, torchrun: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     """The job of two stages under torchrun; each step is a line of its output."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"),
-        *("--nproc-per-node", "2"),
+        *("--nproc-per-node", "2", *torchrun),
         *("-m", "engine.train", "examples/quickstart/train.yaml"),
         f"data.shards=[{','.join(shards)}]",
         f"run_dir={run_dir}",
@@ -33,9 +33,9 @@ def start(shards: list[str], run_dir: Path, *overrides: str) -> subprocess.Popen
         "train.global_batch_size=8",
         "train.micro_batch_size=4",
         "train.keep_activations=1",
-        f"train.steps={STEPS}",
+        *([] if any(o.startswith("train.steps") for o in overrides) else [f"train.steps={STEPS}"]),
         "optim.warmup_steps=2",
-        f"checkpoint.every_steps={EVERY}",
+        *([] if any(o.startswith("checkpoint.every") for o in overrides) else [f"checkpoint.every_steps={EVERY}"]),
         "log.every_steps=1",
         "log.tensorboard=false",
         *overrides,

@@ -1,0 +1,200 @@
+"""A job that stands still says so, names who is late, leaves every rank's Python stack, and ends.
+
+A thread a rank writes where its rank is (step, part of the step, micro-batch, since when) to the store of this start;
+two ranks judge, so that one of them may be the culprit. A rank whose thread is silent too is stopped or gone; where all
+threads speak and nobody moves, those are late that are not waiting for others. A rank that waits inside a layer for its
+tensor partners cannot be told from one that computes: both are named. The judge's line goes to standard error, the
+stacks to run_dir/hang/, the place of each rank to run_dir/heartbeats/ for watchers outside.
+
+The same thread notices when torchrun is gone, and which ranks take longer than most to compute a step.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import statistics
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from engine.resilience.exit import leave
+
+HUNG = 86
+"""Exit status of a job that stood still."""
+_BEAT_S = 1.0
+_FILE_EVERY_S = 15.0
+_ORPHAN_S = 60.0
+"""How long a rank whose torchrun is gone may take to finish its step."""
+_WAITS = ("wait", "exchange", "reduce", "gather_weights", "loss", "optimizer", "roll call", "share")
+"""Parts of a step in which a rank depends on others."""
+_LONG = ("start", "callbacks")
+"""Loading, saving and evaluation take as long as they take, as long as they give signs of life."""
+_SLOW, _SLOW_STEPS = 1.5, 5
+
+
+@dataclass
+class Pulse:
+    """Where this rank is; written by the training thread, read by the watch."""
+
+    step: int = -1
+    part: str = "start"
+    micro_batch: int | None = None
+    since_s: float = field(default_factory=time.monotonic)
+    busy_s: float = 0.0
+    """Seconds of the last step in which this rank did not wait for others."""
+    slow: dict[int, float] = field(default_factory=dict)
+    """On the judges: ranks that compute longer than most, by how much."""
+
+    def at(self, part: str, unit: Any = None) -> None:
+        """This rank begins a part of a step; unit: with its micro-batch."""
+        self.part, self.since_s = part, time.monotonic()
+        self.micro_batch = unit.micro_batch if unit is not None else None
+
+    def step_done(self, step: int, seconds: dict[str, float]) -> None:
+        """seconds: of the parts of the step."""
+        self.step, self.busy_s = step, sum(s for part, s in seconds.items() if part not in _WAITS)
+
+
+class Watch:
+    """Watches this rank and, on two ranks, all others. Entered when training begins."""
+
+    def __init__(self, pulse: Pulse, run_dir: Path, rank: int, size: int, *, limit_s: float):
+        self.pulse, self.run_dir, self.rank, self.size, self.limit_s = pulse, run_dir, rank, size, limit_s
+        self._parent, self._orphan_s = os.getppid(), 0.0
+        self._seen: dict[int, tuple[int, float]] = {}
+        self._slow_for: dict[int, tuple[int, int]] = {}
+        self._filed_s = -_FILE_EVERY_S
+        self._ended = threading.Event()
+
+    def __enter__(self) -> "Watch":
+        if self.size > 1:
+            # A connection of its own: the training thread may be inside a call of the other for minutes.
+            store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+            self._store = dist.PrefixStore("watch", store)
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        beat = 0
+        while not self._ended.wait(_BEAT_S):
+            beat += 1
+            self._notice_lost_parent()
+            try:
+                self._file()
+                if self.size > 1:
+                    self._tell(beat)
+                    self._hear()
+            except RuntimeError:  # the store went with its host: collectives will fail, too, or the parent goes
+                continue
+
+    def _place(self) -> dict[str, Any]:
+        pulse = self.pulse
+        return {
+            "step": pulse.step + 1, "part": pulse.part, "micro_batch": pulse.micro_batch,
+            "for_s": round(time.monotonic() - pulse.since_s, 1), "busy_s": pulse.busy_s, "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }  # fmt: skip
+
+    def _file(self) -> None:
+        if time.monotonic() - self._filed_s < _FILE_EVERY_S:
+            return
+        self._filed_s = time.monotonic()
+        with contextlib.suppress(OSError):
+            folder = self.run_dir / "heartbeats"
+            folder.mkdir(exist_ok=True)
+            hidden = folder / f".rank_{self.rank:05d}.json"
+            hidden.write_text(json.dumps({**self._place(), "time": time.time()}) + "\n", encoding="utf-8")
+            hidden.replace(folder / f"rank_{self.rank:05d}.json")
+
+    def _tell(self, beat: int) -> None:
+        self._store.set(f"{self.rank}", json.dumps({"beat": beat, **self._place()}))
+        if self._store.check(["verdict"]):
+            self._end()
+
+    def _hear(self) -> None:
+        keys = [str(rank) for rank in range(self.size)]
+        if self.rank > 1 or not self._store.check(keys):
+            return
+        places = {rank: json.loads(value) for rank, value in enumerate(self._store.multi_get(keys))}
+        self._judge_pace(places)
+        verdict = self._judge(places)
+        if verdict and self._store.add("told", 1) == 1:
+            print(f"error: {verdict}; Python stacks in {self.run_dir / 'hang'}", file=sys.stderr, flush=True)
+            self._store.set("verdict", verdict)
+
+    def _judge(self, places: dict[int, dict[str, Any]]) -> str:
+        now = time.monotonic()
+        for rank, place in places.items():
+            if rank not in self._seen or self._seen[rank][0] != place["beat"]:
+                self._seen[rank] = place["beat"], now
+        silent = [rank for rank in places if now - self._seen[rank][1] > self.limit_s]
+        if silent:
+            return f"no sign of life from {_named(silent, places)} for {self.limit_s:.0f} s"
+        if min(place["for_s"] for place in places.values()) < self.limit_s:
+            return ""
+        if any(place["part"] in _LONG for place in places.values()):
+            return ""
+        late = [rank for rank, place in places.items() if place["part"] not in _WAITS] or list(places)
+        return f"nothing has moved for {self.limit_s:.0f} s, the others wait for {_named(late, places)}"
+
+    def _judge_pace(self, places: dict[int, dict[str, Any]]) -> None:
+        """Name a rank that computed longer than most in several steps in a row."""
+        usual = statistics.median(place["busy_s"] for place in places.values())
+        for rank, place in places.items():
+            step, count = self._slow_for.get(rank, (-1, 0))
+            if place["step"] == step or usual <= 0:
+                continue
+            slow = place["busy_s"] > _SLOW * usual
+            self._slow_for[rank] = place["step"], count + 1 if slow else 0
+            if not slow:
+                self.pulse.slow.pop(rank, None)
+            elif count + 1 == _SLOW_STEPS:
+                self.pulse.slow[rank] = place["busy_s"] / usual
+                if self._store.add(f"slow/{rank}", 1) == 1:
+                    print(
+                        f"WARNING: rank {rank} on {place['host']} computes {place['busy_s']:.2f} s a step, most ranks "
+                        f"{usual:.2f} s",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+
+    def _end(self) -> None:
+        folder = self.run_dir / "hang"
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / f"rank_{self.rank:05d}.txt").open("w", encoding="utf-8") as file:
+                file.write(json.dumps(self._place()) + "\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        time.sleep(2 * _BEAT_S)  # the others hear of it as well before the store may go
+        leave(HUNG)
+
+    def _notice_lost_parent(self) -> None:
+        """End a rank that torchrun's end has not ended: its step will never be whole."""
+        if os.getppid() == self._parent:
+            return
+        self._orphan_s = self._orphan_s or time.monotonic()
+        if time.monotonic() - self._orphan_s > _ORPHAN_S:
+            print(f"error: rank {self.rank}: torchrun is gone and the step does not end", file=sys.stderr, flush=True)
+            leave(HUNG)
+
+
+def _named(ranks: list[int], places: dict[int, dict[str, Any]]) -> str:
+    def name(rank: int) -> str:
+        place = places[rank]
+        unit = f", micro-batch {place['micro_batch']}" if place["micro_batch"] is not None else ""
+        return f"rank {rank} on {place['host']} (pid {place['pid']}) in '{place['part']}'{unit} of step {place['step']}"
+
+    return "; ".join(name(rank) for rank in ranks[:8]) + (f"; and {len(ranks) - 8} more" if len(ranks) > 8 else "")

@@ -1,0 +1,65 @@
+"""Who is late when a job stands still, judged from what the ranks say of themselves."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.resilience.watch import Pulse, Watch
+
+LIMIT_S = 60.0
+
+
+def place(part: str, for_s: float, *, beat: int = 1, step: int = 7, busy_s: float = 1.0, **more: Any) -> dict[str, Any]:
+    values = {"beat": beat, "step": step, "part": part, "micro_batch": None, "for_s": for_s, "busy_s": busy_s}
+    return values | {"host": "node", "pid": 1, **more}
+
+
+def watch() -> Watch:
+    return Watch(Pulse(), Path("run"), 0, 4, limit_s=LIMIT_S)
+
+
+def test_a_rank_that_gives_no_sign_of_life_is_named_whatever_the_others_do() -> None:
+    judge = watch()
+    places = {rank: place("wait", 0.1) for rank in range(4)}
+    assert judge._judge(places) == ""
+    judge._seen[2] = (1, time.monotonic() - 2 * LIMIT_S)
+    places = {rank: place("wait", 0.1, beat=1 if rank == 2 else 9, host=f"node{rank}") for rank in range(4)}
+    assert judge._judge(places) == "no sign of life from rank 2 on node2 (pid 1) in 'wait' of step 7 for 60 s"
+
+
+def test_of_ranks_that_stand_still_those_that_wait_for_nobody_are_late() -> None:
+    places = {rank: place("wait" if rank else "roll call", 90) for rank in range(4)}
+    places[3] = place("encode", 95, micro_batch=2)
+    said = watch()._judge(places)
+    assert said.startswith(
+        "nothing has moved for 60 s, the others wait for rank 3 on node (pid 1) in 'encode', micro-batch"
+    )
+    places[1] = place("wait", 3)
+    assert watch()._judge(places) == ""
+
+
+@pytest.mark.parametrize("part", ["start", "callbacks"])
+def test_loading_saving_and_evaluation_take_as_long_as_they_take(part: str) -> None:
+    assert watch()._judge({rank: place(part if rank == 0 else "roll call", 900) for rank in range(4)}) == ""
+
+
+def test_the_pulse_says_where_a_rank_is_and_how_long_it_computed() -> None:
+    pulse = Pulse()
+    pulse.at("encode", type("Unit", (), {"micro_batch": 3}))
+    assert (pulse.part, pulse.micro_batch) == ("encode", 3)
+    pulse.step_done(4, {"encode": 1.0, "backward": 2.0, "wait": 50.0, "reduce": 9.0})
+    assert (pulse.step, pulse.busy_s) == (4, 3.0)
+
+
+def test_a_rank_that_computes_longer_step_after_step_is_named_once(capfd) -> None:
+    judge = watch()
+    added: list[str] = []
+    judge._store = type("Store", (), {"add": lambda self, key, one: added.append(key) or len(added)})()  # type: ignore
+    for step in range(8):
+        judge._judge_pace({rank: place("wait", 0, step=step, busy_s=2.0 if rank == 1 else 1.0) for rank in range(4)})
+    assert capfd.readouterr().err == "WARNING: rank 1 on node computes 2.00 s a step, most ranks 1.00 s\n"
+    assert judge.pulse.slow == {1: 2.0}
+    judge._judge_pace({rank: place("wait", 0, step=9) for rank in range(4)})
+    assert not judge.pulse.slow
