@@ -10,6 +10,8 @@
 # GPUS_PER_NODE     8
 # HEAD_NODE, PORT   host name of the first node, and a free port there (29500)
 # JOB_ID            name of the rendezvous, the same on all nodes and new for every start
+# RESTARTS          times that torchrun starts the ranks again after a failure (0)
+# GRACE_S           seconds that a step and its checkpoint may take once the job is told to stop (300)
 # DRY_RUN=1         print the command and start nothing; what is not set stays as the YAML has it (yes, true, on: too)
 # DRY_RUN=rank      run one rank of it at full size without a GPU: memory, FLOPs, traffic (tools.dryrun)
 
@@ -62,6 +64,7 @@ launch() {
     else
       command+=(--standalone --local-addr 127.0.0.1)  # a host name that does not resolve would be waited for
     fi
+    if [ -n "${RESTARTS:-}" ]; then command+=(--max-restarts "$RESTARTS"); fi
     command+=(-m "${MODULE:-engine.train}" "$config")
   fi
   command+=("${knobs[@]}" "$@")
@@ -74,5 +77,31 @@ launch() {
   # Captions of changing length fragment the allocator's fixed segments.
   export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
-  exec "${command[@]}"
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${GRACE_S:-300}"
+  _run_and_forward "$(_run_dir_of "$config" "${knobs[@]}" "$@")" "${command[@]}"
+}
+
+# Run a command that is told to stop in order by TERM, INT or USR1; 75 if the run has stopped so (torchrun says 1).
+_run_and_forward() {
+  local run_dir=$1 child status=0
+  shift
+  trap '' USR1  # torchrun would end by it at once and leave its ranks behind: it inherits that it is ignored
+  "$@" &
+  child=$!
+  trap 'pkill -USR1 -P "$child" || true' USR1
+  trap 'kill -TERM "$child" || true' TERM INT
+  while wait "$child" || status=$?; kill -0 "$child" 2>/dev/null; do status=0; done
+  trap - USR1 TERM INT
+  if [ "$status" != 0 ] && grep -qs '"outcome": "stopped"' "$run_dir/status.json"; then status=75; fi
+  return "$status"
+}
+
+_run_dir_of() {
+  local config=$1 setting run_dir
+  shift
+  run_dir=$(sed -n 's/^run_dir: *//p' "$config" | head -n 1)
+  for setting in "$@"; do
+    case $setting in run_dir=*) run_dir=${setting#run_dir=} ;; esac
+  done
+  echo "$run_dir"
 }
