@@ -67,7 +67,8 @@ class CheckpointCallback(Callback):
             final = step_folder(self.run_dir, done)
             if not self.saver.saved or self.saver.saved[-1] != final:
                 self._save(record, wait=bool(stop))
-            where = f"saved in {final}"
+            saved = bool(self.saver.saved) and self.saver.saved[-1] == final
+            where = f"saved in {final}" if saved else "not saved"
         if stop and self.saver.saved:
             self.saver.finish()
         if self.trainer.mesh.world.rank == 0:

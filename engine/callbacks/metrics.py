@@ -8,8 +8,10 @@ has no NaN, so a non-finite number is written as null.
 import json
 import math
 import os
+import sys
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from engine.record import Callback, Record, RunInfo
 
@@ -56,7 +58,10 @@ class MetricsFile(Callback):
     """Writes the metrics file. World rank 0 only."""
 
     def __init__(self) -> None:
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
+        self._path = Path()
+        self._pending = b""
+        self._refused = False
 
     def on_start(self, run: RunInfo) -> None:
         """Open for appending after the steps before `start_step`.
@@ -69,14 +74,38 @@ class MetricsFile(Callback):
                 path.replace(path.with_name("metrics.previous.jsonl"))
             else:
                 _keep_steps_before(path, run.start_step, _last_record(run))
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("ab", buffering=0)
         facts = {name: getattr(run, name) for name in ("layout", "world_size", "parameters", "global_batch_size")}
         (run.run_dir / RUN_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
     def on_step(self, record: Record) -> None:
+        """Write the line; a disk that refuses it does not end the training: it is written with a later one."""
         assert self._file is not None, "on_start comes first"
-        self._file.write(_to_line(record))
-        self._file.flush()
+        self._pending += _to_line(record).encode()
+        try:
+            if os.fstat(self._file.fileno()).st_nlink == 0:
+                self._begin_anew(record)
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            if not self._refused:
+                self._warn(f"{self._path} cannot be written ({error.strerror}): steps are kept until it can")
+            self._refused = True
+            return
+        if self._refused:
+            self._warn(f"{self._path} is written again, nothing is missing")
+            self._refused = False
+
+    def _begin_anew(self, record: Record) -> None:
+        assert self._file is not None
+        self._file.close()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("ab", buffering=0)
+        self._warn(f"{self._path} was removed while the run was writing it: a new one begins at step {record['step']}")
+
+    @staticmethod
+    def _warn(line: str) -> None:
+        print(f"WARNING: {line}", file=sys.stderr, flush=True)
 
     def on_end(self, record: Record) -> None:
         if self._file is not None:

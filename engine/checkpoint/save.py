@@ -18,6 +18,7 @@ import shutil
 import socket
 import sys
 import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ from engine.parallel.agree import everyone, raise_together
 from engine.parallel.mesh import Mesh
 
 _POLL_S = 0.02
+_WAIT_S = 10.0
+"""Between two looks for room (checkpoint.on_full=wait)."""
 _MARGIN_BYTES = 64 * 2**20
 """Left free for the manifest, the metrics and whatever else the run writes."""
 
@@ -89,7 +92,8 @@ class CheckpointSaver:
         self.wait()
         parts = self._snapshot.take()
         final = step_folder(self.run_dir, position.step)
-        self._make_room(final, sum(part.values.nbytes for part in parts))
+        if not self._make_room(final, sum(part.values.nbytes for part in parts)):
+            return
         rank = self.mesh.world.rank
         self.rejected = ""
         self._writing = _BackgroundTask(lambda: _write_rank(saving_folder(final), rank, parts))
@@ -120,8 +124,9 @@ class CheckpointSaver:
 
     def add_metrics(self, metrics: dict[str, float]) -> None:
         """Complete the record of the checkpoint under way, once it is in its place. Local."""
-        commit, final = self._committing, self.saved[-1]
+        commit = self._committing
         if commit is not None:
+            final = self.saved[-1]
             self._completing = _BackgroundTask(lambda: self._complete(commit, final, metrics))
 
     def _complete(self, commit: "_BackgroundTask", final: Path, metrics: dict[str, float]) -> None:
@@ -133,7 +138,7 @@ class CheckpointSaver:
     def failure(self) -> CheckpointError | None:
         """What a writer of this rank ran into. Local; for every step, so that all ranks can stop together."""
         for task in (self._writing, self._committing, self._completing):
-            if task is not None and task.error is not None:
+            if task is not None and task.error is not None and self.config.checkpoint.on_full == "stop":
                 self._cancelled.set()
                 return task.error
         return None
@@ -150,7 +155,8 @@ class CheckpointSaver:
             self._cancelled.set()  # rank 0 would wait for a file that never comes
         commit = next((p for task in (self._committing, self._completing) if task and (p := task.join())), None)
         self._writing = self._committing = self._completing = None
-        raise_together(failed[0] if failed else commit, self.mesh.world)
+        if not self._settle(failed[0] if failed else commit) and self.mesh.world.rank == 0:
+            shutil.rmtree(saving_folder(self.saved[-1]), ignore_errors=True)  # it would take room from the next one
         self.rejected = everyone(self.rejected, self.mesh.world)[0]
 
     def abandon(self, patience_s: float = 20.0) -> str | None:
@@ -168,16 +174,30 @@ class CheckpointSaver:
         self._writing = self._committing = self._completing = None
         return problem
 
-    def _make_room(self, final: Path, own_bytes: int) -> None:
-        """An empty saving folder on a disk that can hold all ranks' parts."""
-        total = sum(everyone(own_bytes, self.mesh.world))
-        error = None
-        if self.mesh.world.rank == 0:
-            try:
-                _prepare(saving_folder(final), total)
-            except (CheckpointError, OSError) as problem:
-                error = f"cannot save {final}: {problem}"
-        raise_together(error, self.mesh.world)
+    def _settle(self, error: str | None) -> bool:
+        """Whether all ranks are well; where they are not, raise or warn, as checkpoint.on_full says. Collective."""
+        if self.config.checkpoint.on_full == "stop":
+            raise_together(error, self.mesh.control)
+            return True
+        found = next((e for e in everyone(error, self.mesh.control) if e), None)
+        if found is not None and self.mesh.world.rank == 0:
+            print(f"WARNING: {found}; training goes on", file=sys.stderr, flush=True)
+        self._cancelled.clear()
+        return found is None
+
+    def _make_room(self, final: Path, own_bytes: int) -> bool:
+        """An empty saving folder on a disk that can hold all ranks' parts; whether there is one. Collective."""
+        total = sum(everyone(own_bytes, self.mesh.control))
+        while True:
+            error = None
+            if self.mesh.world.rank == 0:
+                try:
+                    _prepare(saving_folder(final), total)
+                except (CheckpointError, OSError) as problem:
+                    error = f"cannot save {final}: {problem}"
+            if self._settle(error) or self.config.checkpoint.on_full != "wait":
+                return not everyone(error, self.mesh.control)[0]
+            time.sleep(_WAIT_S)
 
     def _manifest(
         self, position: Position, callbacks: dict[str, Any], metrics: dict[str, float], data: dict[str, Any]

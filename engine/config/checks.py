@@ -241,6 +241,10 @@ def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
         "whole",
     )
     require(
+        checkpoint.on_full in ("stop", "skip", "wait"),
+        f"checkpoint.on_full is {checkpoint.on_full!r}: choose stop, skip or wait",
+    )
+    require(
         checkpoint.keep_best_is in ("min", "max"),
         f"checkpoint.keep_best_is is {checkpoint.keep_best_is!r}: choose min or max",
     )

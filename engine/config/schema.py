@@ -152,6 +152,9 @@ class CheckpointConfig:
     """auto (the newest good one of run_dir, if any) | none | path of a checkpoint or run folder; any layout."""
     verify_hashes: bool = True
     """Check the hash of every file before loading (each by one rank); false: sizes only."""
+    on_full: str = "stop"
+    """A checkpoint that cannot be written, for want of space for example: stop | skip (try again when the next one is
+    due) | wait (until there is room)."""
     skip: list[str] = field(default_factory=list)
     """Patterns of tensors of the checkpoint that are not loaded (`logit_scale.*`); everything else must fit."""
     reinit: list[str] = field(default_factory=list)

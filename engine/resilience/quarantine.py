@@ -5,8 +5,10 @@ metrics, the file is cut back to the checkpoint's position on resume, so that it
 """
 
 import json
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -66,9 +68,18 @@ class Quarantine:
             group=world.group,
         )
         if world.rank == 0:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
+            with _warned(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(entry) + "\n" for part in parts for entry in part)
+
+
+@contextmanager
+def _warned(path: Path) -> Iterator[None]:
+    """A list that cannot be written does not end the training; the counts are in the metrics and checkpoints."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        print(f"WARNING: {path} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
 
 
 def _keep_before(path: Path, start_position: int) -> Counter[str]:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +19,7 @@ from engine.checkpoint.format.lock import LOCK_FILE, RunLock
 from engine.checkpoint.reader import Checkpoint
 from engine.parallel.mesh import Mesh
 from tests.checkpoint.children import child, hear, hold_lock, save_for_ever, save_with_file_limit
-from tests.checkpoint.jobs import alone, build, job_config, run_steps, save
+from tests.checkpoint.jobs import alone, build, callback_of, drive, job_config, run_steps, save
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +193,32 @@ def test_too_little_space_is_seen_before_anything_is_written(tmp_path: Path, mes
         with pytest.raises(CheckpointError, match=r"it needs .* GB and .* GB are free: free some space"):
             save(trainer)
         assert not list(checkpoints_folder(disk / "run").iterdir())
+        trainer.lock.release()
+
+
+@pytest.mark.parametrize("policy", ["skip", "wait"])
+def test_a_disk_without_room_need_not_end_the_run(
+    policy: str, tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    with tmpfs(tmp_path / "disk", "size=1m") as disk:
+
+        def make_room(seconds: float) -> None:
+            subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+
+        settings = (f"checkpoint.on_full={policy}", "checkpoint.every_steps=1")
+        trainer = build(job_config(disk / "run", *settings), mesh)
+        callback = callback_of(trainer)
+        if policy == "wait":
+            monkeypatch.setattr("engine.checkpoint.save.time", SimpleNamespace(sleep=make_room))
+        drive(trainer, callback, 1)
+        callback.saver.wait()
+        assert bool(all_checkpoints(disk / "run")) == (policy == "wait")
+        make_room(0)
+        drive(trainer, callback, 1)
+        callback.saver.wait()
+        assert all_checkpoints(disk / "run")[-1].name == "step_00000002"
+        said = capfd.readouterr().err
+        assert said.count("GB are free: free some space") == 1 and "; training goes on" in said
         trainer.lock.release()
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,35 @@ def write_steps(run_dir: Path, start: int, stop: int, **changes: float) -> None:
 
 def steps_of(run_dir: Path) -> list[int]:
     return [entry["step"] for entry in read_metrics(run_dir / "metrics.jsonl")]
+
+
+def test_a_disk_that_refuses_a_line_does_not_end_the_run_and_no_line_is_lost(tmp_path, capfd) -> None:
+    metrics = MetricsFile()
+    metrics.on_start(run_info(tmp_path))
+    with open("/dev/full", "ab", buffering=0) as full:
+        os.dup2(full.fileno(), metrics._file.fileno())
+    for step in range(2):
+        metrics.on_step(record(step))
+    with (tmp_path / "room.jsonl").open("ab") as room:
+        os.dup2(room.fileno(), metrics._file.fileno())
+    metrics.on_step(record(2))
+    metrics.on_end({})
+    assert [entry["step"] for entry in read_metrics(tmp_path / "room.jsonl")] == [0, 1, 2]
+    said = capfd.readouterr().err
+    assert said.count("cannot be written (No space left on device)") == 1 and "is written again" in said
+
+
+def test_a_folder_that_is_removed_while_the_run_writes_is_said_and_made_anew(tmp_path, capfd) -> None:
+    metrics = MetricsFile()
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    metrics.on_start(run_info(run_dir))
+    metrics.on_step(record(0))
+    shutil.rmtree(run_dir)
+    metrics.on_step(record(1))
+    metrics.on_end({})
+    assert steps_of(run_dir) == [1]
+    assert "was removed while the run was writing it: a new one begins at step 1" in capfd.readouterr().err
 
 
 def test_every_step_is_in_the_file_at_once(tmp_path):
