@@ -72,6 +72,8 @@ class CheckpointSaver:
         """Those of them after which a step was sound: what a rewind goes to."""
         self.rejected = ""
         """Why the last save is no checkpoint although nothing failed: its state is not finite. Known after `wait`."""
+        self._sound: Path | None = None
+        """A save under way after which a step was sound already."""
         self._snapshot = Snapshot(optimizer, mesh)
         self._writing: _BackgroundTask | None = None
         self._committing: _BackgroundTask | None = None
@@ -105,7 +107,10 @@ class CheckpointSaver:
     def certify(self) -> None:
         """The step after the last save was sound: what it replaces may go. Local; for every sound step."""
         commit = self._committing
-        if not self.saved or self.saved[-1] in self.certified or (commit is not None and not commit.done):
+        if not self.saved or self.saved[-1] in self.certified:
+            return
+        if commit is not None and not commit.done:
+            self._sound = self.saved[-1]  # it is certified as soon as it is there
             return
         self.certified.append(self.saved[-1])
         if self.mesh.world.rank == 0 and self._completing is None:
@@ -157,6 +162,8 @@ class CheckpointSaver:
         self._writing = self._committing = self._completing = None
         if not self._settle(failed[0] if failed else commit) and self.mesh.world.rank == 0:
             shutil.rmtree(saving_folder(self.saved[-1]), ignore_errors=True)  # it would take room from the next one
+        if self.saved[-1] == self._sound and self._sound not in self.certified:
+            self.certified.append(self._sound)
         self.rejected = everyone(self.rejected, self.mesh.world)[0]
 
     def abandon(self, patience_s: float = 20.0) -> str | None:
