@@ -196,7 +196,7 @@ def test_a_disturbed_job_says_so_in_one_line_and_goes_on_to_the_bit(
     assert not list((run_dir / "checkpoints").glob(".*"))
     stacks = run_dir / "hang" / "rank_00000.txt"
     assert stacks.exists() == ("SIGSTOP" in case.name)
-    said = own[0].split(" after")[0].split(" (pid")[0].replace(str(run_dir), "run_dir").strip()[:70]
+    said = own[0].split(" after")[0].split(" (")[0].replace(str(run_dir), "run_dir").strip()[:70]
     table.append(f"| {case.name} | {outcome}: `{said}` | {seconds:.0f} | {again} | equal to the bit |\n")
 
 

@@ -30,10 +30,10 @@ def break_state(trainer: Trainer, kind: str, value: float, tensor: str = "text.p
     for tower in trainer.optimizer.towers:
         for i, piece in tower.shards.owned():
             if tower.shards.tensors[piece.tensor].name == tensor:
-                getattr(tower, kind)[i][piece.start] = value
+                tower.kinds()[kind][i][piece.start] = value
 
 
-@pytest.mark.parametrize("kind", ["master", "first", "second"])
+@pytest.mark.parametrize("kind", ["weight", "moment1", "moment2"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_state_that_is_not_finite_is_not_committed(kind: str, value: float, tmp_path, mesh: Mesh, capfd) -> None:
     trainer = build(job_config(tmp_path, "checkpoint.every_steps=1", "checkpoint.keep_last=1"), mesh)
@@ -70,7 +70,7 @@ def test_a_rewind_goes_past_a_checkpoint_after_which_nothing_was_sound(tmp_path:
     callback.saver.wait()
     good = whole_weights(trainer)
     drive(trainer, callback, 1)
-    break_state(trainer, "master", *FINITE_BUT_WRONG)
+    break_state(trainer, "weight", *FINITE_BUT_WRONG)
     trainer.position.step += 1
     callback.secure({"step": 3, "loss": 1.0})  # saved as it is: every number of it is finite
     run_steps(trainer, 1)
@@ -87,7 +87,7 @@ def test_a_start_from_a_checkpoint_whose_next_step_is_not_sound_is_not_repeated_
 ) -> None:
     trainer = build(job_config(tmp_path, "checkpoint.every_steps=2"), mesh)
     drive(trainer, callback := callback_of(trainer), 3)
-    break_state(trainer, "master", *FINITE_BUT_WRONG)
+    break_state(trainer, "weight", *FINITE_BUT_WRONG)
     trainer.position.step += 1
     callback.secure({"step": 3, "loss": 1.0})
     callback.saver.wait()
