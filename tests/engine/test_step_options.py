@@ -102,7 +102,7 @@ OUTPUTS = [
     Case("outputs-offload-keep-1", TP2_PP2, _train(keep_outputs="all", offload_outputs=True, keep_activations=2)),
     Case("outputs-budget", TP2_PP2, _train(outputs_budget_gb=OUTPUTS_BUDGET_GB)),
     Case("outputs-full", TP2_PP2, _train(keep_outputs="all", recompute="full", keep_activations=-1)),
-    Case("outputs-selective", TP2_PP2, _train(keep_outputs="fc2+proj", recompute="selective", text_micro_batch_size=1)),
+    Case("outputs-selective", TP2_PP2, _train(keep_outputs="fc2+proj", recompute="selective")),
 ]
 BUDGET = Case("budget", PP2_DP2, _train(activation_budget_gb=BUDGET_GB))
 TRACED = Case("virtual-pp2", PP2_DP2, _parallel(virtual=2))
@@ -133,6 +133,7 @@ CASES = [
     Case("small-buckets-dp4", DP4, _parallel(bucket_size=5000)),
     Case("small-buckets-virtual", PP2_DP2, _parallel(bucket_size=5000, virtual=2) + _train(keep_activations=1)),
     Case("small-buckets-no-overlap", DP4, _parallel(bucket_size=5000, overlap=False)),
+    Case("outputs-captions-in-parts", PP2_DP2, _train(keep_outputs="all", text_micro_batch_size=1)),
     Case("outputs-no-sp", TP2_PP2, _train(keep_outputs="all") + _parallel(sequence=False)),
     Case("outputs-virtual", PP2_DP2, _train(keep_outputs="all", offload_outputs=True) + _parallel(virtual=2)),
     Case("outputs-eva-02-tp2", TP2_PP2, _train(keep_outputs="all"), model="eva-02"),
