@@ -157,6 +157,48 @@ def backward_temporary_bytes(
     return max(in_norm, in_mlp - norm_saved_bytes(block, rows, element))
 
 
+def forward_temporary_bytes(
+    block: VisionConfig, tokens: int, *, element: int, tensor: int, splits_tokens: bool, pooled: int | None = None
+) -> float:
+    """Live in a forward with grad through the last block of a chunk, beyond what autograd keeps of the whole chunk.
+
+    In the norm behind the MLP, when all is kept already: two fp32 copies of RMSNorm, or the streams around LayerNorm.
+    While keys are turned: five fp32 copies, when what comes behind is not kept yet; of a tower's last block that is
+    little (pooled).
+    """
+    rows = (tokens if pooled is None else pooled) / (tensor if splits_tokens else 1)
+    in_norm = rows * block.width * (2 * FP32 + element if block.norm == "rms" else 4 * element)
+    if not block.rope:
+        return in_norm
+    turning = tokens * block.width * (5 * FP32 + 2 * element) / tensor
+    behind = tokens if pooled is None else pooled
+    later = sum(_mlp_bytes(block, behind, element, tensor, splits_tokens)) + behind * block.width * element / tensor
+    return max(in_norm, turning - later)
+
+
+def text_forward_temporary_bytes(model: ModelConfig, captions: int, element: int) -> float:
+    """Live in a block of the caption tower without grad: fc1's output before and behind its bias, and the streams."""
+    hidden = captions * model.text.context_length * 2 * 4 * model.text.width * element
+    return hidden + text_stream_bytes(model, captions, element)
+
+
+def text_stream_bytes(model: ModelConfig, captions: int, element: int) -> float:
+    """Embedded tokens, residual, norm and branch of a block of the caption tower."""
+    return 4 * captions * model.text.context_length * model.text.width * element
+
+
+def vision_forward_temporary_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
+    """`forward_temporary_bytes` of a stage."""
+    return forward_temporary_bytes(
+        model.vision,
+        layout.packed_tokens(model.vision),
+        element=layout.element_bytes,
+        tensor=layout.tensor,
+        splits_tokens=layout.splits_tokens,
+        pooled=layout.pooled_rows if stage.has_head else None,
+    )
+
+
 def vision_temporary_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
     """The same for a stage; with full recomputation one block's activations come on top, pixels on the first stage."""
     vision = model.vision

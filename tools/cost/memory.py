@@ -2,10 +2,12 @@
 
 What lies there all the time: weights, their fp32 gradients (whole on each rank: megatron-core's buffers), and the
 optimizer's fp32 master, m and v of the owned elements (vision over DP, text over all ranks). On top, by phase:
+- encode: the stash, k kept micro-batches, what the forward of the last one needs; then, on the first stage, what the
+  captions' encoding needs: the others encode theirs before the first image;
 - loss: the stash, k kept micro-batches, the gathered embeddings of one tower;
 - captions' backward, before the first gradient arrives: the stash, k kept, the captions of one pass; the last stage
   has it at the end, when stash and kept activations are gone;
-- backprop: the stash, k kept or the chunk that is replayed if that is more, what a block's backward needs.
+- backprop: the stash, k kept or the chunk that is replayed if that is more, what a block's forward or backward needs.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -22,7 +24,10 @@ from tools.cost.activations import (
     FP32,
     backward_temporary_bytes,
     micro_batch_saved_bytes,
+    text_forward_temporary_bytes,
     text_saved_bytes,
+    text_stream_bytes,
+    vision_forward_temporary_bytes,
     vision_temporary_bytes,
 )
 from tools.cost.counts import text_parameters, vision_parameters
@@ -31,6 +36,12 @@ from tools.cost.layout import Layout, Stage, stages_of, telling_stages, text_blo
 GPU_TILE = 8192
 KEPT_LOGITS = 64 * 2**20
 OFFLOADED_INPUTS_HERE = 2
+_WITHOUT_STASH = {
+    (has_head, has_embedding): {*(("text",) if has_head else ()), *(() if has_embedding else ("encode_text",))}
+    for has_head in (False, True)
+    for has_embedding in (False, True)
+}
+"""(ends the tower, begins it) -> phases of a stage in which the stash is empty: captions come last, or first."""
 MESSAGES_UNDER_WAY = 4
 """A receive posted ahead, the gradient at work, two sends that have not left (engine/pipeline/p2p.py)."""
 
@@ -124,7 +135,7 @@ def stage_memory(model: ModelConfig, layout: Layout, stage: Stage) -> Memory:
 
 
 def phase_memory(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, Memory]:
-    """The peak of each phase that can be the step's: loss, text, backprop."""
+    """The peak of each phase that can be the step's: encode, encode_text, loss, text, backprop."""
     weights, gradients, optimizer = state_bytes(layout, stage_parameters(model, layout, stage), layout.data)
     text_states = sum(state_bytes(layout, text_parameters(model), layout.ranks))
     keeps_all = layout.keep >= layout.micro_batches
@@ -133,10 +144,20 @@ def phase_memory(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, 
     kept = layout.keep * own_saved_bytes(model, layout, stage)
     # Replays go chunk by chunk, and the kept have freed a chunk of theirs before that of another is replayed.
     live = max(kept, *(own_saved_bytes(model, layout, chunk) for chunk in _single_chunks(stage)))
+    forward = vision_forward_temporary_bytes(model, layout, stage)
+    captions = layout.captions_at_once, layout.element_bytes
+    encoding = max(text_kept + text_stream_bytes(model, *captions), text_forward_temporary_bytes(model, *captions))
+    dealt = layout.local_batch * model.embed_dim * FP32 if stage.has_head else 0
     phases = {
+        "encode": (kept + forward if kept else 0, 0 if stage.has_embedding else text_kept, dealt),
+        "encode_text": (kept if stage.has_embedding else 0, encoding, dealt),
         "loss": (kept, text_kept, loss_bytes(model, layout)),
         "text": (0 if stage.has_head else kept, text_kept + _text_pass_bytes(model, layout), gradients_of_rows),
-        "backprop": (live + vision_temporary_bytes(model, layout, stage), text_kept, gradients_of_rows),
+        "backprop": (
+            live + max(forward, vision_temporary_bytes(model, layout, stage)),
+            text_kept,
+            gradients_of_rows,
+        ),
     }
     stash, buffers = stash_bytes(model, layout, stage), buffer_bytes(model, layout, stage)
     return {
@@ -144,7 +165,7 @@ def phase_memory(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, 
             weights=weights,
             gradients=gradients,
             optimizer=optimizer,
-            stash=0 if phase == "text" and stage.has_head else stash,
+            stash=0 if phase in _WITHOUT_STASH[stage.has_head, stage.has_embedding] else stash,
             activations=activations,
             text=text_states + text,
             loss=loss,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -47,7 +48,13 @@ IDLE, OTHER = "#f0f2f5", "#c9b8e8"
 _WIDTH_IN, _LEFT_IN, _RIGHT_IN, _TOP_IN, _BOTTOM_IN = 13.0, 1.75, 0.85, 0.95, 1.15
 _ROWS_IN, _ROW_IN, _LEAST_ROW_IN = 24.0, 0.42, 0.03
 _BAR = 0.8
+_NUMBER = "number"
+"""Group of the texts in the boxes."""
 _DIGIT_IN = 0.075
+_DPI = 150
+_COLUMNS = round((_WIDTH_IN - _LEFT_IN - _RIGHT_IN) * _DPI)
+"""Pixels of the time axis."""
+_BLENDED_IN, _EDGED_IN, _EDGE_POINTS = 2.5 / _DPI, 0.04, 0.6
 _MARGIN_IN = 0.285
 _RANK_X = -(_LEFT_IN - _MARGIN_IN) / (_WIDTH_IN - _LEFT_IN - _RIGHT_IN)
 
@@ -71,7 +78,7 @@ def save_picture(timeline: StepTimeline, title: str, path: Path | IO[bytes]) -> 
         _draw_margins(axes, timeline, row_in)
         _draw_header(figure, timeline, title, height_in)
         _draw_legend(figure, rows)
-        figure.savefig(path, format="png", dpi=150)
+        figure.savefig(path, format="png", dpi=_DPI)
 
 
 def _draw_rows(axes: Axes, timeline: StepTimeline, row_in: float) -> None:
@@ -85,11 +92,36 @@ def _draw_rows(axes: Axes, timeline: StepTimeline, row_in: float) -> None:
         axes.broken_barh([(0, total_ms)], (low, _BAR), facecolors=IDLE)
         drawn = [span for span in row.spans if span.phase != WAIT]
         boxes = [_box(span, timeline.start_s) for span in drawn]
-        # A white edge parts neighbours; thinner than a box would be, it would swallow dense ones.
-        edge = 0.6 if row_in > 0.15 else 0.0
-        axes.broken_barh(boxes, (low, _BAR), facecolors=[_colour(s) for s in drawn], edgecolors="white", linewidth=edge)
+        widths_in = [width * inches_per_ms for _, width in boxes]
+        if boxes and float(np.median(widths_in)) < _BLENDED_IN:
+            _blend(axes, low, drawn, boxes, total_ms)
+            continue
+        # A white edge parts neighbours; around a box that is hardly wider than the edge it would swallow the box.
+        edges = [_EDGE_POINTS if row_in > 0.15 and width > _EDGED_IN else 0.0 for width in widths_in]
+        axes.broken_barh(
+            boxes, (low, _BAR), facecolors=[_colour(s) for s in drawn], edgecolors="white", linewidth=edges
+        )
         if row_in > 0.15:
             _number(axes, y, drawn, boxes, inches_per_ms)
+
+
+def _blend(
+    axes: Axes, low: float, spans: Sequence[Span], boxes: Sequence[tuple[float, float]], total_ms: float
+) -> None:
+    """Spans finer than the picture: each column of pixels has the mean colour of its time, as drawn boxes have not.
+
+    Boxes below a pixel would be drawn over each other, each as if the rest of the pixel were idle.
+    """
+    borders = np.array([(start, start + width) for start, width in boxes])
+    inked = np.array([_colour(span) for span in spans]) - to_rgb(IDLE)
+    order = borders[:, 0].argsort()
+    times = np.maximum.accumulate(borders[order].ravel())  # clocks may say that a span began before the last one ended
+    ink = np.repeat((inked[order] * np.diff(borders[order], axis=1)).cumsum(axis=0), 2, axis=0)
+    ink[::2] -= inked[order] * np.diff(borders[order], axis=1)
+    columns = np.linspace(0, total_ms, _COLUMNS + 1)
+    mean = np.stack([np.diff(np.interp(columns, times, channel)) for channel in ink.T], axis=1) / (total_ms / _COLUMNS)
+    image = np.clip(mean + to_rgb(IDLE), 0, 1)[None]
+    axes.imshow(image, extent=(0, total_ms, low + _BAR, low), aspect="auto", interpolation="nearest")
 
 
 def _box(span: Span, zero_s: float) -> tuple[float, float]:
@@ -101,9 +133,8 @@ def _number(
 ) -> None:
     for span, (start, width) in zip(spans, boxes, strict=True):
         if span.label and width * inches_per_ms > _DIGIT_IN * (len(span.label) + 0.6):
-            axes.text(
-                start + width / 2, y, span.label, ha="center", va="center_baseline", fontsize=7.5, color=_ink_on(span)
-            )
+            place: Any = {"ha": "center", "va": "center_baseline", "fontsize": 7.5, "gid": _NUMBER}
+            axes.text(start + width / 2, y, span.label, color=_ink_on(span), **place)
 
 
 def _colour(span: Span) -> tuple[float, float, float]:
@@ -159,5 +190,7 @@ def _draw_legend(figure: Figure, rows: Sequence[Row]) -> None:
     figure.legend(
         handles=handles, loc="lower left", bbox_to_anchor=(0.0145, 0.005), ncols=6, handlelength=1.2, handleheight=0.9
     )
+    if not any(text.get_gid() == _NUMBER for axes in figure.axes for text in axes.texts):
+        return
     note = "numbers: micro-batch" + ("; letters and paler shades: later chunks" if any(s.chunk for s in spans) else "")
     figure.text(1 - _RIGHT_IN / _WIDTH_IN, 0.02, note, ha="right", fontsize=8.5, color=MUTED)
