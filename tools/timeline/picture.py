@@ -82,16 +82,14 @@ def save_picture(timeline: StepTimeline, title: str, path: Path | IO[bytes]) -> 
 
 
 def _draw_rows(axes: Axes, timeline: StepTimeline, row_in: float) -> None:
-    total_ms = timeline.seconds * 1e3
-    axes.set_xlim(0, total_ms)
-    axes.set_ylim(len(timeline.rows) - 0.5, -0.5)
+    total_ms, start_s = timeline.seconds * 1e3, timeline.start_s
     axes.grid(False)
     inches_per_ms = (_WIDTH_IN - _LEFT_IN - _RIGHT_IN) / total_ms
     for y, row in enumerate(timeline.rows):
         low = y - _BAR / 2
         axes.broken_barh([(0, total_ms)], (low, _BAR), facecolors=IDLE)
         drawn = [span for span in row.spans if span.phase != WAIT]
-        boxes = [_box(span, timeline.start_s) for span in drawn]
+        boxes = [_box(span, start_s) for span in drawn]
         widths_in = [width * inches_per_ms for _, width in boxes]
         if boxes and float(np.median(widths_in)) < _BLENDED_IN:
             _blend(axes, low, drawn, boxes, total_ms)
@@ -103,6 +101,8 @@ def _draw_rows(axes: Axes, timeline: StepTimeline, row_in: float) -> None:
         )
         if row_in > 0.15:
             _number(axes, y, drawn, boxes, inches_per_ms)
+    axes.set_xlim(0, total_ms)
+    axes.set_ylim(len(timeline.rows) - 0.5, -0.5)
 
 
 def _blend(
@@ -121,7 +121,7 @@ def _blend(
     columns = np.linspace(0, total_ms, _COLUMNS + 1)
     mean = np.stack([np.diff(np.interp(columns, times, channel)) for channel in ink.T], axis=1) / (total_ms / _COLUMNS)
     image = np.clip(mean + to_rgb(IDLE), 0, 1)[None]
-    axes.imshow(image, extent=(0, total_ms, low + _BAR, low), aspect="auto", interpolation="nearest")
+    axes.imshow(image, extent=(0, total_ms, low + _BAR, low), aspect="auto", interpolation="nearest", zorder=2)
 
 
 def _box(span: Span, zero_s: float) -> tuple[float, float]:
@@ -190,7 +190,12 @@ def _draw_legend(figure: Figure, rows: Sequence[Row]) -> None:
     figure.legend(
         handles=handles, loc="lower left", bbox_to_anchor=(0.0145, 0.005), ncols=6, handlelength=1.2, handleheight=0.9
     )
-    if not any(text.get_gid() == _NUMBER for axes in figure.axes for text in axes.texts):
-        return
-    note = "numbers: micro-batch" + ("; letters and paler shades: later chunks" if any(s.chunk for s in spans) else "")
+    remarks = []
+    if any(text.get_gid() == _NUMBER for axes in figure.axes for text in axes.texts):
+        remarks.append("numbers: micro-batch")
+    if any(span.chunk for span in spans):
+        remarks.append(("letters and " if remarks else "") + "paler shades: later chunks")
+    if any(axes.images for axes in figure.axes):
+        remarks.append("blends: spans finer than the picture")
+    note = "; ".join(remarks)
     figure.text(1 - _RIGHT_IN / _WIDTH_IN, 0.02, note, ha="right", fontsize=8.5, color=MUTED)

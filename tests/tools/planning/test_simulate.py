@@ -3,7 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from engine.config.read import load_config
@@ -14,6 +16,7 @@ from tools.cost.time import step_time
 from tools.simulate.__main__ import main
 from tools.simulate.events import CollectiveCosts, StageCosts, bubble_bound, durations_of, simulate
 from tools.simulate.step_program import Schedule
+from tools.timeline.picture import COLOURS, IDLE
 
 FORWARD, BACKWARD = 3.0, 7.0
 
@@ -207,3 +210,20 @@ def test_mistakes_are_one_clear_line(
     assert main([str(tmp_path / "job.yaml") if argument == "@job" else argument for argument in arguments]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("micro_batches", [1, 8, 64, 512, 4096])
+def test_the_picture_has_the_colours_of_the_step_at_any_number_of_micro_batches(
+    micro_batches: int, tmp_path: Path
+) -> None:
+    """One stage: a fifth encode, a fifth replay, three fifths backward, as shares of the row's pixels."""
+    numbers = ["--stages", "1", "--micro-batches", str(micro_batches), "--encode-ms", "1", "--backward-ms", "3"]
+    assert main([*numbers, "--png", str(tmp_path / "step.png")]) == 0
+    pixels = np.asarray(Image.open(tmp_path / "step.png").convert("RGB"), dtype=float) / 255
+    row = pixels[178, 266:1818]  # the time axis, below the numbers in the boxes
+    drawn = row[np.abs(row - 1).sum(axis=1) > 0.3]  # without the white edges between boxes
+    assert len(drawn) > 0.95 * len(row)
+    shares = {"encode": 0.2, "replay": 0.2, "backward": 0.6}
+    expected = sum(share * np.array(to_rgb(COLOURS[phase])) for phase, share in shares.items())
+    assert np.abs(drawn.mean(axis=0) - expected).max() < 0.03
+    assert np.abs(drawn - to_rgb(IDLE)).sum(axis=1).min() > 0.2, "nothing of a busy stage looks idle"
