@@ -29,6 +29,7 @@ SCRIPTS = sorted(
 )
 BATCH_SCRIPTS = sorted(path.relative_to(ROOT) for path in (ROOT / "examples").rglob("*.sbatch"))
 RECIPES = [path for path in SCRIPTS if path.parent.name in ("18b", "8b") and path.stem != "6_evaluate"]
+SIZES = [path for path in SCRIPTS if path.with_suffix(".yaml") in YAMLS and path.parent.name == "examples"]
 KNOBS = {
     "SHARDS": "/data/{00000..00009}.tar",
     "LAION_COCO": "/coco/{0..9}.tar",
@@ -181,6 +182,29 @@ def test_the_evaluation_of_the_18b_is_printed() -> None:
     assert "set DATA" in _run(["bash", recipe]).stderr
 
 
+@pytest.mark.parametrize("recipe", SIZES, ids=str)
+def test_what_a_size_expects_on_one_node_and_on_eight_is_what_the_planner_says(recipe: Path) -> None:
+    text = (ROOT / recipe).read_text()
+    row = r"#   (NODES=.*?) +batch ([\d,]+), ([\d,]+) samples/s, (\d+) GB a GPU, ([\d.]+) days for ([\d.]+) B samples\n"
+    found = re.findall(row, text)
+    assert {"NODES=1", "NODES=8"} <= {given for given, *_ in found}
+    for given, *numbers in found:
+        batch, rate, gigabytes, days, billions = (float(number.replace(",", "")) for number in numbers)
+        variables = dict(word.split("=") for word in given.split())
+        options, (config, *overrides) = _dry(recipe, **variables)
+        job = load_config(ROOT / config, overrides)
+        gpus = int(_option(options, "--nnodes")) * int(_option(options, "--nproc-per-node"))
+        assert gpus == 8 * int(variables["NODES"]) and job.train.global_batch_size == batch
+        plan = estimate(
+            job.model, layout_of(job, gpus), Cluster(hardware=load_hardware("a100-40"), gpus=gpus, per_node=8)
+        )
+        assert plan.fits and plan.samples_s == pytest.approx(rate, rel=0.01)
+        assert plan.memory.total / 1e9 == pytest.approx(gigabytes, abs=0.6)
+        samples = job.train.steps * batch
+        assert samples / 1e9 == pytest.approx(billions, abs=0.006)
+        assert plan.days(samples) == pytest.approx(days, abs=0.06)
+
+
 def test_what_is_not_set_is_named() -> None:
     recipe = "examples/18b/2_clip.sh"
     for given, missing in (({}, "SHARDS"), ({"SHARDS": "x"}, "TEXT"), ({"SHARDS": "x", "TEXT": "y"}, "HEAD_NODE")):
@@ -193,6 +217,7 @@ def test_one_node_needs_no_rendezvous() -> None:
     assert options == ["--nnodes", "1", "--nproc-per-node", "4", "--standalone", "--local-addr", "127.0.0.1"]
 
 
+HELPED = [path.name for path in [*RECIPES, *SIZES]] + ["run.sh"]
 PLANNED = ("1", "yes", "Y", "TRUE", "t", "on")
 STARTED = ("", "0", "no", "False", "off")
 
