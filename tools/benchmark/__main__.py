@@ -25,7 +25,7 @@ from tools.cli import CommandError, amount, answer, check_file, check_folder, co
 
 _EXAMPLES = (
     "python -m tools.benchmark examples/quickstart/train.yaml parallel.tensor=1 parallel.pipeline=1",
-    "torchrun --nproc-per-node 8 -m tools.benchmark examples/b16.yaml --steps 20 --out runs/b16-bench",
+    "torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 8 -m tools.benchmark examples/b16.yaml --steps 20",
 )
 _SWEEP_EXAMPLES = (
     "python -m tools.benchmark sweep examples/quickstart/train.yaml --ranks 1,2,4",

@@ -220,7 +220,7 @@ def test_the_picture_has_the_colours_of_the_step_at_any_number_of_micro_batches(
     numbers = ["--stages", "1", "--micro-batches", str(micro_batches), "--encode-ms", "1", "--backward-ms", "3"]
     assert main([*numbers, "--png", str(tmp_path / "step.png")]) == 0
     pixels = np.asarray(Image.open(tmp_path / "step.png").convert("RGB"), dtype=float) / 255
-    row = pixels[178, 266:1818]  # the time axis, below the numbers in the boxes
+    row = pixels[192, 266:1818]  # the time axis, below the numbers in the boxes
     drawn = row[np.abs(row - 1).sum(axis=1) > 0.3]  # without the white edges between boxes
     assert len(drawn) > 0.95 * len(row)
     shares = {"encode": 0.2, "replay": 0.2, "backward": 0.6}
