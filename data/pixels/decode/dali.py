@@ -25,7 +25,8 @@ from data.pixels.transforms import Window
 _MOST_IMAGES = 64  # of one pipeline run: decoded images of a run are held at full size
 _JPEG_END = b"\xff\xd9"
 _OLDEST, _NEWEST = (2, 3), (2, 4)
-_RANGE = "2.3 to 2.4"
+RANGE = "2.3 to 2.4"
+"""Versions of DALI that this was written for."""
 
 _log = logging.getLogger(__name__)
 
@@ -142,11 +143,11 @@ def _import_dali() -> Any:
     version = tuple(map(int, re.findall(r"\d+", dali.__version__)[:2]))
     if version < _OLDEST:
         raise DataError(
-            f"data.decoder=dali needs NVIDIA DALI {_RANGE}, not {dali.__version__}: "
+            f"data.decoder=dali needs NVIDIA DALI {RANGE}, not {dali.__version__}: "
             "pip install 'nvidia-dali-cuda130>=2.3,<2.5', or set data.decoder=pillow"
         )
     if version > _NEWEST:
-        _log.warning("NVIDIA DALI %s is newer than %s, which this was run with", dali.__version__, _RANGE)
+        _log.warning("NVIDIA DALI %s is newer than %s, which this was run with", dali.__version__, RANGE)
     return dali
 
 

@@ -1,0 +1,94 @@
+"""Look a machine over before training on it: versions and their ranges, devices, the kernels that would be chosen and
+why, shared memory, open files, names and ports, then one matrix product and one collective on every rank.
+
+Run it first on a new cluster, with the launcher of the job, and paste what it prints into a bug report. The exit status
+is 1 if anything is wrong.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from engine.config.read import load_config
+from engine.resilience.exit import leave
+from models.config import ModelConfig
+from tools.cli import answer, check_file, command_parser, complain
+from tools.doctor.rows import OK, WRONG, Row, failure
+
+_EXAMPLES = (
+    "python -m tools.doctor",
+    "torchrun --standalone --nproc-per-node 8 -m tools.doctor --config examples/18b/2_clip.yaml --out doctor.json",
+)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = command_parser("doctor", __doc__, _EXAMPLES)
+    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="name the kernels of this job, not of `auto`")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="the report as JSON")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command on this rank; the exit status."""
+    arguments = _arguments(argv)
+    return answer(lambda: _examine(arguments))
+
+
+def _examine(arguments: argparse.Namespace) -> int:
+    if arguments.out:
+        check_file(arguments.out)
+    model = load_config(str(arguments.config), []).model if arguments.config else ModelConfig(backend="auto")
+    rows = _rows(model)
+    wrong = [row for row in rows if row.verdict == WRONG]
+    if os.environ.get("RANK", "0") != "0":
+        return 1 if wrong else 0
+    for row in rows:
+        print(_line(row))
+    if arguments.out:
+        arguments.out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if wrong:
+        return complain(f"{len(wrong)} of {len(rows)} are wrong: {', '.join(row.what for row in wrong)}")
+    print(f"nothing is wrong among {len(rows)} things looked at")
+    return 0
+
+
+def _rows(model: ModelConfig) -> list[Row]:
+    """A check that raises is a row as well: what comes after it is still of use."""
+    from tools.doctor.libraries import kernel_rows, library_rows
+    from tools.doctor.machine import machine_rows
+
+    rows: list[Row] = []
+    parts: list[tuple[str, Callable[[], list[Row]]]] = [
+        ("libraries", library_rows),
+        ("machine", machine_rows),
+        ("kernels", lambda: kernel_rows(model)),
+        ("ranks", _on_every_rank),
+    ]
+    for name, part in parts:
+        try:
+            rows += part()
+        except Exception as error:  # whatever a library does on a machine that nobody has seen
+            rows.append(failure(name, error))
+    return rows
+
+
+def _on_every_rank() -> list[Row]:
+    from engine.config.schema import ParallelConfig
+    from engine.parallel.launch import job
+    from tools.doctor.ranks import rank_rows
+
+    with job(ParallelConfig(timeout_minutes=2)) as (mesh, device):
+        return rank_rows(mesh, device)
+
+
+def _line(row: Row) -> str:
+    mark = "" if row.verdict == OK else f"  [{row.verdict}]"
+    return f"{row.what:<28} {row.found}{mark}" + (f" {row.advice}" if row.advice else "")
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))
