@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# megatron-core 0.19.2 (0.16.1 does not do it).
+# megatron-core 0.19.2 (since 0.18; 0.16 and 0.17 do not do it).
 # Guess: megatron.core.__version__ is a property of the package. Behaviour: at import it runs `git rev-parse` in its own
 # folder, so an environment inside any repository (.venv in a project) reports that repository's commit as its own:
 # 0.19.2+<commit of your project>. NO_VCS_VERSION=1 stops it. Needs git, and no other package.

@@ -59,14 +59,12 @@ def _run(name: str, arguments: argparse.Namespace, mesh: Any, device: Any) -> bo
         record = {"part": name, "status": status, "seconds": round(time.perf_counter() - start, 2)}
         file.write_text(json.dumps(record | {"wrong": wrong or [], "found": found}, indent=1) + "\n")
 
-    part = Part(mesh=mesh, device=device, toy=arguments.cpu, save=save)
+    part = Part(mesh=mesh, device=device, toy=arguments.cpu, folder=arguments.out, save=save)
     part.save({})
     try:
         if name == "profile":
             part.found = dict(profile.write(arguments.out, arguments.out / PROFILE))
         else:
-            if name == "curve":  # its reference comes from a process that saw no GPU
-                part.found = json.loads((arguments.out / "curve-cpu.json").read_text())["found"]
             PARTS[name](part)
     except Exception as error:
         part.wrong.append(" ".join(f"{type(error).__name__}: {error}".split())[:600])

@@ -1,8 +1,10 @@
 """What every part shares: the sizes, the clock, the numbers it leaves."""
 
+import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ class Part:
     device: Device
     toy: bool
     """Sizes that a CPU does in seconds, in place of the 18B's."""
+    folder: Path
+    """Where the parts before this one, in other processes too, left their numbers."""
     save: Callable[[dict[str, Any]], None]
     """Writes what is known by now."""
     found: dict[str, Any] = field(default_factory=dict)
@@ -31,6 +35,10 @@ class Part:
         """Keep a number and write everything known, so that a later death costs nothing."""
         self.found[name] = value
         self.save(self.found)
+
+    def earlier(self, name: str) -> dict[str, Any]:
+        """Numbers of a part that ran before; FileNotFoundError where it did not."""
+        return json.loads((self.folder / f"{name}.json").read_text())["found"]
 
     def require(self, name: str, value: float, limit: float) -> None:
         """Keep a deviation that must stay below `limit`."""

@@ -117,12 +117,14 @@ def _stage(part: Part, layers: int, samples: int, choice: dict[str, Any], backen
     tokens = samples * (vision.prefix_tokens + patches)
     inputs = part.empty(tokens, 1, vision.width, dtype=torch.bfloat16).requires_grad_()
     gradient = torch.ones_like(inputs)
+    flops = samples * layers * block_flops(vision, vision.prefix_tokens + patches)
+    peak = part.earlier("gemm")["peak_flops_per_s"]
     with _attending(backend):
-        return _measure(part, tower, lambda: tower(inputs, kept, samples=samples), inputs, gradient) | {
-            "tokens": tokens,
-            "planned_saved_bytes": layers * block_saved_bytes(vision, tokens, element=2),
-            "forward_flops": samples * layers * block_flops(vision, vision.prefix_tokens + patches),
-        }
+        found = _measure(part, tower, lambda: tower(inputs, kept, samples=samples), inputs, gradient)
+    for name, times in (("forward", 1), ("backward", 2)):
+        rate = times * flops / found[f"{name}_ms"] * 1e3
+        found |= {f"{name}_tflops": rate / 1e12, f"{name}_share_of_gemm_peak": rate / peak}
+    return found | {"tokens": tokens, "planned_saved_bytes": layers * block_saved_bytes(vision, tokens, element=2)}
 
 
 def _measure(

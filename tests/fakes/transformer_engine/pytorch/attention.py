@@ -24,6 +24,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         attn_mask_type: str = "causal",
         window_size: tuple[int, int] | None = None,
         bottom_right_diagonal: bool | None = None,
+        softcap: float = 0.0,
         sequence_parallel: bool = False,
         tp_size: int = 1,
         get_rng_state_tracker: Callable | None = None,
@@ -37,7 +38,6 @@ class DotProductAttention(TransformerEngineBaseModule):
         softmax_scale: float | None = None,
         softmax_type: str = "vanilla",
         return_max_logit: bool = False,
-        softcap: float = 0.0,
         name: str | None = None,
     ):
         super().__init__()
@@ -60,6 +60,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         attn_mask_type: str | None = None,
         window_size: tuple[int, int] | None = None,
         bottom_right_diagonal: bool | None = None,
+        softcap: float | None = None,
         checkpoint_core_attention: bool = False,
         core_attention_bias_type: str = "no_bias",
         core_attention_bias: Tensor | None = None,
@@ -68,6 +69,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         inference_params: Any = None,
         pad_between_seqs: bool | None = None,
         fp8_output: bool | None = False,
+        bf16_backward: bool | None = None,
         num_splits: int | None = 1,
         **_: Any,
     ) -> Tensor:
