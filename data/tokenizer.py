@@ -1,23 +1,21 @@
 """Captions to CLIP token ids.
 
-The byte-pair encoding and its vocabulary come from the package instant-clip-tokenizer; the cleaning before it
-is that of EVA-CLIP's tokenizer.py: repair of mis-decoded text (ftfy), HTML entities (twice: web captions are
-often escaped twice), whitespace, lower case. A literal "<end_of_text>" in a caption becomes the special id,
-as there.
+The byte-pair encoding is that of data/bpe.py; the cleaning before it is that of EVA-CLIP's tokenizer.py: repair of
+mis-decoded text (ftfy), HTML entities (twice: web captions are often escaped twice), whitespace, lower case. A literal
+"<end_of_text>" in a caption becomes the special id, as there.
 """
 
 import html
 from collections.abc import Sequence
 
 import ftfy
-import instant_clip_tokenizer
 import numpy as np
 
+from data.bpe import SPECIAL, encoder
 from data.errors import DataError
 
 VOCAB_SIZE = 49_408
-SOT = 49_406
-EOT = 49_407
+SOT, EOT = SPECIAL["<start_of_text>"], SPECIAL["<end_of_text>"]
 PAD = 0
 
 
@@ -34,7 +32,7 @@ class Tokenizer:
         if context_length < 2:
             raise DataError(f"context length {context_length}: start and end of text alone need 2")
         self.context_length = context_length
-        self._bpe = instant_clip_tokenizer.Tokenizer()
+        self._bpe = encoder()
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """int64 [len(texts), context_length]: SOT, ids, EOT, zeros; over-length rows are cut and end with
@@ -42,6 +40,6 @@ class Tokenizer:
         """
         rows = np.full((len(texts), self.context_length), PAD, dtype=np.int64)
         for row, text in zip(rows, texts, strict=True):
-            ids = [SOT, *self._bpe.encode(clean(text))[: self.context_length - 2], EOT]
+            ids = [SOT, *self._bpe(clean(text))[: self.context_length - 2], EOT]
             row[: len(ids)] = ids
         return rows

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from data import bpe
+from data.bpe import encoder
 from data.errors import DataError
 from data.tokenizer import EOT, PAD, SOT, VOCAB_SIZE, Tokenizer, clean
 
@@ -36,3 +38,30 @@ def test_entities_are_unescaped_twice_where_ftfy_keeps_out() -> None:
 def test_a_context_without_room_is_an_error() -> None:
     with pytest.raises(DataError, match="context length 1"):
         Tokenizer(1)
+
+
+def test_special_tokens_are_found_as_the_pattern_goes_from_left_to_right() -> None:
+    """By the authors' pattern: a run of punctuation takes the "<" along, and what follows is plain letters."""
+    encode = encoder()
+    assert encode("<end_of_text>") == [EOT]
+    assert encode("a <start_of_text>1<end_of_text>") == [*encode("a"), SOT, *encode("1"), EOT]
+    pieces = ("!<", "end", "_", "of", "_", "text", ">")
+    assert encode("!<end_of_text>") == [number for piece in pieces for number in encode(piece)]
+
+
+def test_the_merges_are_those_of_the_vocabulary() -> None:
+    merges = bpe._merges()
+    assert len(merges) == VOCAB_SIZE - 2 - 2 * 256
+    assert (merges[0], merges[-1]) == ("i n", "jeky ll</w>")
+    assert len(set(merges)) == len(merges)
+
+
+@pytest.mark.parametrize("package", ["tokenizers", "instant_clip_tokenizer"])
+def test_ids_do_not_depend_on_the_package(package: str) -> None:
+    """The fixture's captions, and contractions, numbers, scripts and pictograms."""
+    module = pytest.importorskip(package)
+    encode = bpe._encoder(module) if package == "tokenizers" else module.Tokenizer().encode
+    texts = [clean(row["text"]) for row in ROWS]
+    assert [encode(text) for text in texts] == [encoder()(text) for text in texts]
+    for text in ("it's they'll i'd 'tis", "2026 ½ ²", "日本語 हिन्दी עברית", "👩‍🚀🏽", "x" * 300, "a_b-c/d", ""):
+        assert encode(text) == encoder()(text)

@@ -1,0 +1,65 @@
+"""CLIP's byte-pair encoding on the package `tokenizers`: cleaned text to ids, without start and end.
+
+The merges are a file of ours (data/vocabulary); nothing is downloaded. CLIP's pattern is looked for from left to right,
+the two special tokens first in it. So they are part of the pattern here too, and not what `tokenizers` calls added
+tokens: those are cut out before any pattern, also of the middle of a run of punctuation ("!<end_of_text>").
+
+An environment that was made for an earlier release has instant-clip-tokenizer in the place of `tokenizers`, and keeps
+working: its ids are the same but for letters that are newer than its Unicode tables.
+"""
+
+import gzip
+from collections.abc import Callable
+from functools import cache
+from importlib.resources import files
+from itertools import chain
+from typing import Any
+
+SPECIAL = {"<start_of_text>": 49_406, "<end_of_text>": 49_407}
+_PATTERN = r"(?i:<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+)"
+_WORD_END = "</w>"
+
+
+@cache
+def encoder() -> Callable[[str], list[int]]:
+    """The function that encodes, made once a process."""
+    try:
+        import tokenizers
+    except ModuleNotFoundError:
+        import instant_clip_tokenizer
+
+        return instant_clip_tokenizer.Tokenizer().encode
+    return _encoder(tokenizers)
+
+
+def _encoder(tokenizers: Any) -> Callable[[str], list[int]]:
+    merges = [(left, right) for left, right in (line.split(" ") for line in _merges())]
+    # Ids of CLIP: the 256 bytes, the same at the end of a word, then a token a merge.
+    tokens = _bytes_in_order()
+    tokens += [token + _WORD_END for token in tokens]
+    tokens += [left + right for left, right in merges]
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_PATTERN), "removed", invert=True)
+    as_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix=_WORD_END))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, as_bytes])
+
+    def encode(text: str) -> list[int]:
+        if not any(token in text for token in SPECIAL):
+            return bpe.encode(text).ids
+        pieces = [piece for piece, _ in split.pre_tokenize_str(text)]
+        parts = ([SPECIAL[piece]] if piece in SPECIAL else bpe.encode(piece).ids for piece in pieces)
+        return list(chain.from_iterable(parts))
+
+    return encode
+
+
+def _merges() -> list[str]:
+    packed = files("data.vocabulary").joinpath("clip_merges.txt.gz").read_bytes()
+    return gzip.decompress(packed).decode("utf-8").splitlines()
+
+
+def _bytes_in_order() -> list[str]:
+    """The character that stands for each byte, printable ones first, as CLIP's vocabulary numbers them."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(byte) for byte in printable] + [chr(256 + number) for number in range(256 - len(printable))]
