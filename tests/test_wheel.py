@@ -24,7 +24,7 @@ def _files() -> list[Path]:
 def test_every_folder_is_a_package_and_every_data_file_is_declared() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    declared = {room: globs.split() for room, globs in setup["options.package_data"].items()}
+    declared = {room: globs.replace(",", " ").split() for room, globs in setup["options.package_data"].items()}
     for path in _files():
         room, inside = path.parts[0], path.relative_to(path.parts[0]).as_posix()
         if path.suffix == ".py":
