@@ -18,7 +18,7 @@ ROOMS = ("engine", "models", "data", "tools")
 def _files() -> list[Path]:
     """Files of the four rooms that belong into a wheel."""
     found = (path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*") if path.is_file())
-    return sorted(path for path in found if "__pycache__" not in path.parts)
+    return sorted(path for path in found if "__pycache__" not in path.parts and path.suffix != ".sh")
 
 
 def test_every_folder_is_a_package_and_every_data_file_is_declared() -> None:
