@@ -33,7 +33,7 @@ FP8_TOLERANCE = 0.4
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the towers gave in a process that finds the stand-ins."""
     result = tmp_path_factory.mktemp("backends") / "result.pt"
-    path = os.pathsep.join([str(cases.FAKES), str(ROOT)])
+    path = os.pathsep.join([str(cases.FAKES), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     subprocess.run(
         [sys.executable, "-m", "tests.models.backend_cases", str(result)],
         check=True,
