@@ -177,7 +177,7 @@ def _resident_bytes(trainer: Trainer) -> int:
     tensors: list[Tensor] = []
     for part, state in zip(trainer.towers.parts, trainer.optimizer.towers, strict=True):
         tensors += [flat for buffer in part.ddp.buffers for flat in (buffer.param_data, buffer.grad_data)]
-        tensors += [*state.master, *state.first, *state.second]
+        tensors += [flat for flats in state.kinds().values() for flat in flats]
         if part.sharded is not None:
             tensors += [*part.sharded.kept_weights(), *part.sharded.gradients]
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
