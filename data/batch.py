@@ -15,7 +15,7 @@ class BadSample:
     shard: str
     """Path of its tar file."""
     key: str
-    """Its key within the tar."""
+    """Key of the sample within its tar."""
     reason: str
     """One of data.bad.REASONS."""
     position: int
@@ -69,7 +69,7 @@ class EncodedSample:
     tokens: np.ndarray
     """int64 [context_length]."""
     caption: str
-    """Before cleaning."""
+    """Caption as it stands in the shard, before cleaning."""
     fell_back: bool
     """The caption stands in for the text that was chosen (data.captions)."""
     key: str
@@ -87,6 +87,6 @@ class EncodedBatch:
     positions: np.ndarray
     """int64 [n]: global positions."""
     samples: list[EncodedSample]
-    """In the order of the positions."""
+    """Samples in the order of the positions."""
     bad: list[BadSample]
     """What was replaced so far."""

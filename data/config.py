@@ -16,16 +16,16 @@ class SourceConfig:
     """One source of a mixture."""
 
     name: str = ""
-    """Its name in the schedule, the metrics and the log."""
+    """Name of the source in the schedule, the metrics and the log."""
     shards: list[str] = field(default_factory=list)
     """As data.shards."""
     weight: float = 1.0
-    """Its share relative to the other sources (1.6 and 0.4 give 4 : 1); 0 leaves it out until a switch."""
+    """Share relative to the other sources (1.6 and 0.4 give 4 : 1); 0 leaves the source out until a switch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureSwitch:
-    """From one position on, other weights."""
+    """Other weights of the sources from one position on."""
 
     at_samples: int = 0
     """Position of the run (samples seen) from which these weights hold."""
@@ -42,7 +42,7 @@ class DataConfig:
     a list of one.
     """
     sources: list[SourceConfig] = field(default_factory=list)
-    """In place of `shards`: several weighted sources."""
+    """Several weighted sources in place of `shards`."""
     mix: str = "within_batch"
     """within_batch (every batch holds the sources in their proportion) | one_per_batch (a global batch comes
     from one source, as in the paper's code).

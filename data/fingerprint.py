@@ -63,7 +63,7 @@ def fingerprint(
 
 
 def _source(shards: Sequence[str], counts: np.ndarray, digests: np.ndarray) -> dict[str, Any]:
-    """Of one source: digests of at most 64 ranges of its shards, so that a change can be placed."""
+    """Digests of one source, of at most 64 ranges of its shards, so that a change can be placed."""
     borders = np.linspace(0, len(shards), min(len(shards), _RANGES) + 1).astype(int).tolist()
     ranges = [slice(first, last) for first, last in pairwise(borders)]
     names = [shard.rpartition("/")[2] for shard in shards]

@@ -72,7 +72,7 @@ class Sources:
         lists = listing.lists if listing else _shard_lists(config, storage)
         _check_patience(config, lists)
         self.names = [source.name for source in config.sources]
-        """Of the sources of a mixture; empty for plain data.shards."""
+        """Names of a mixture's sources; empty for plain data.shards."""
         self._shard_counts = [len(shards) for shards in lists]
         self.shards = [shard for shards in lists for shard in shards]
         """Paths and URLs by shard id."""
@@ -120,7 +120,7 @@ class Sources:
         return self._indices[shard]
 
     def epochs_begun(self, first: int, last: int) -> list[str]:
-        """In words: which sources start an epoch after their first one at positions [first, last)."""
+        """Say in words which sources start an epoch after their first one at positions [first, last)."""
         names = self.names or [PLAIN_SOURCE]
         before, after = self.order.counts(first), self.order.counts(last)
         lines = []
@@ -141,7 +141,7 @@ class Sources:
         ]
 
     def copies_within(self, samples: int) -> list[str]:
-        """In words: which sources are so small that `samples` positions in a row hold a pair twice."""
+        """Say in words which sources are so small that `samples` positions in a row hold a pair twice."""
         taken = self.order.most_in_a_row(samples)
         return [
             f"{called(name)} has {total:,} samples, but a global batch takes {most:,} of it: copies of a pair meet as "

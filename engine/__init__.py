@@ -35,7 +35,7 @@ _refuse_shadowed_rooms()
 
 
 def _refuse_other_versions() -> None:
-    """Before torch and megatron-core are imported: what an old one lacks would end in an error that names neither."""
+    """Refuse them before torch and megatron-core are imported: what an old one lacks would end in a worse error."""
     from models.versions import required
 
     for supported, found in required():

@@ -1,4 +1,4 @@
-"""From a config and a mesh to this rank's parts of the model, their flat buffers and the optimizer over them.
+"""This rank's parts of the model, their flat buffers and the optimizer over them, from a config and a mesh.
 
 A rank holds one or more chunks of the vision tower (more than one with virtual stages) and the whole text side. Each is
 wrapped in megatron-core's DistributedDataParallel on its own: flat fp32 gradient buckets, reduce-scatter, all-gather.
@@ -115,7 +115,7 @@ class Towers:
         ]
 
     def zero_gradients(self) -> None:
-        """Before a step."""
+        """Set the gradient sums to zero, as every step begins."""
         for part in self.parts:
             if part.sharded is not None:
                 part.sharded.reset()
@@ -123,7 +123,7 @@ class Towers:
                 part.ddp.zero_grad_buffer()
 
     def finish_reduction(self) -> None:
-        """After the last backward: gradients of the owned elements are complete. Collective."""
+        """Wait until the gradients of the owned elements are complete, after the last backward. Collective."""
         for part in self._shared_parts():
             if part.sharded is not None:
                 part.sharded.finish()
@@ -131,7 +131,7 @@ class Towers:
                 part.ddp.finish_grad_sync()
 
     def gather_weights(self, wait: bool = False) -> None:
-        """After the update: start (overlapped) or do the all-gather of the new weights. Collective.
+        """Start (overlapped) or do the all-gather of the new weights, after the update. Collective.
 
         Of parts whose weights are sharded the ranks that gather them learn of the new ones.
         """
@@ -154,7 +154,7 @@ class Towers:
         return [part for part in self.parts if part.owners.size > 1]
 
     def wait_for_weights(self) -> None:
-        """Before weights are read outside a forward pass, by a checkpoint for example."""
+        """Wait for the new weights, before they are read outside a forward pass (by a checkpoint for example)."""
         for part in self.parts:
             part.wait_for_weights()
 

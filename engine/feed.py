@@ -1,4 +1,4 @@
-"""From the global order of samples to this rank's part of each global batch.
+"""This rank's part of each global batch, from the global order of samples.
 
 Position p of the run's sample order belongs to row p mod B of its step; replica d owns rows [d b, (d + 1) b). The first
 stage's tensor ranks split the reading and decoding, then share pixels among themselves and captions with the stages
@@ -54,7 +54,7 @@ class LocalBatch:
     bad: Sequence[BadSample] = ()
     """Samples that this rank read and replaced."""
     source_counts: Mapping[str, int] = field(default_factory=dict)
-    """On the first stage: samples of each named source in the run up to this step's end."""
+    """Samples of each named source in the run up to this step's end, on the first stage."""
 
 
 def list_together(config: DataConfig, mesh: Mesh) -> Listing:
@@ -210,7 +210,7 @@ class Feed:
             self.loader.close()
 
     def sources(self, first_step: int, last_step: int) -> list[SourceSize]:
-        """On the first stage: what there is of each source, and its epochs in these steps of the phase."""
+        """Say what there is of each source, and its epochs in these steps of the phase, on the first stage."""
         if self.loader is None:
             return []
         last = self._first_position + (last_step - first_step) * self.global_batch

@@ -66,14 +66,14 @@ class Callback:
         """Once, after a checkpoint is loaded and before the first step."""
 
     def secure(self, record: Record) -> None:
-        """After every optimizer step, before anything else that may fail at it: what must not be lost."""
+        """Save what must not be lost, after an optimizer step and before anything else that may fail at it."""
 
     def measure(self, record: Record) -> dict[str, float]:
-        """After every optimizer step, before any callback sees its record: numbers to add to it."""
+        """Give numbers to add to the record of an optimizer step, before any callback sees it."""
         return {}
 
     def on_step(self, record: Record) -> None:
-        """After every optimizer step."""
+        """See the record of every optimizer step."""
 
     def save_now(self, record: Record, stop: str) -> None:
         """Between two steps, when a checkpoint was asked for. `record` is the last step's, empty before the first of

@@ -126,7 +126,7 @@ class Trainer:
         return orders
 
     def _open_feed(self) -> Feed:
-        """From the current position to the end of the phase. Collective; raises on every rank."""
+        """Open the feed from the current position to the end of the phase. Collective; raises on every rank."""
         listing = list_together(self.config.data, self.mesh)
         with together(self.mesh.control):
             feed = Feed(

@@ -177,12 +177,12 @@ class ModelConfig:
     """Linears of the image tower's blocks: local (torch) | transformer_engine | auto (the latter where a CUDA device,
     the package and bf16 are there; what was picked is logged)."""
     attention: str = "auto"
-    """Their core attention: auto (the backend's own: sdpa or te; matmul in bf16 on a CPU) | sdpa (torch) | matmul
-    (plain products, keeps S x S) | flash (flash-attn 2) | flash3 (flash-attn 3, Hopper) | flash4 (flash-attn 4, Hopper
-    and later) | te (Transformer Engine)."""
+    """Core attention of its blocks: auto (the backend's own: sdpa or te; matmul in bf16 on a CPU) | sdpa (torch) |
+    matmul (plain products, keeps S x S) | flash (flash-attn 2) | flash3 (flash-attn 3, Hopper) | flash4 (flash-attn 4,
+    Hopper and later) | te (Transformer Engine)."""
     norm_kernel: str = "auto"
-    """Their norms: auto (the backend's own) | torch | compiled (RMSNorm fused by torch.compile) | apex (fused RMSNorm)
-    | te."""
+    """Norms of its blocks: auto (the backend's own) | torch | compiled (RMSNorm fused by torch.compile) | apex (fused
+    RMSNorm) | te."""
     fp8: str = "none"
     """GEMMs of the image tower's blocks: none | current (scaled per tensor; Ada, Hopper) | blockwise (128 x 128
     blocks; Hopper) | mxfp8 (32 elements; Blackwell). models/blocks/te.py says what stays bf16, and why no delayed

@@ -5,10 +5,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("engine", "models", "data", "tools")
 FILES = sorted(path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 MODULES = {str(path.with_suffix("")).replace("/", ".").removesuffix(".__init__"): path for path in FILES}
+FRAGMENT = re.compile(r"(Of|After|Before|With|Without|In|On|By|From|That|Their|Its) ")
 FLOOR = 12
 """Files in one folder: what can be taken in at a glance."""
 GROUND = {"data": 0, "models": 0, "engine": 1, "tools": 2}
@@ -93,3 +96,18 @@ def test_megatron_is_imported_where_it_is_wrapped() -> None:
     }
     assert users, "the test looks for nothing"
     assert [path for path in sorted(users) if not path.startswith(KNOW_MEGATRON)] == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_docstrings_can_be_read_alone(room: str) -> None:
+    fragments = [
+        f"{path}:{node.lineno}: {text.splitlines()[0]}"
+        for path in FILES
+        if path.parts[0] == room
+        for node in ast.walk(ast.parse((ROOT / path).read_text()))
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(text := node.value.value, str)
+        if FRAGMENT.match(text)
+    ]
+    assert fragments == []

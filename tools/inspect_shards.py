@@ -42,11 +42,11 @@ class SampleFacts:
     """What is reported of one good sample."""
 
     image_bytes: int
-    """Of the encoded image, clip or frames."""
+    """Size of the encoded image, clip or frames."""
     caption: str
-    """Before cleaning."""
+    """Caption as it stands in the shard, before cleaning."""
     width: int
-    """Of the decoded image, in pixels."""
+    """Width of the decoded image, in pixels."""
     height: int
     """The same."""
     thumbnail: np.ndarray | None

@@ -98,7 +98,7 @@ class ClipDecoder:
         return None
 
     def _look(self, encoded: bytes, window: Window, count: int) -> tuple[list[int], dict[int, np.ndarray], int]:
-        """Of a clip of `count` frames: which are wanted, the pixels of those that there are, and `count`, or how many
+        """Wanted frames of a clip of `count`: which they are, pixels of those that there are, and `count`, or how many
         frames there are if the clip ends before the last wanted one. Raises Rejected for a clip without a frame.
         """
         if not count:

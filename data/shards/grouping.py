@@ -120,7 +120,7 @@ class _Names:
         self._samples = self._clips | {key for key in self._pictures if self._is_own(key)}
 
     def is_first_picture(self, entry: _Entry) -> bool:
-        """Of several pictures under one key, this is the one that is read."""
+        """Whether this one of several pictures under one key is read."""
         return self._pictures[entry.key] is entry.member
 
     def goes_behind_picture(self, key: str) -> bool:

@@ -52,7 +52,7 @@ class IndexStore:
         self._loaded: Lru[int, ShardIndex] = Lru(max_loaded, self._load)
         self._expected: Sequence[Tally] | None = None  # known once all are counted
         self.tallies = self._expected = self._tally_all() if tallies is None else tallies
-        """Of each shard."""
+        """Samples of each shard."""
         self.counts = np.array([tally.samples for tally in self.tallies], dtype=np.int64)
         """int64 [shards]: samples of each shard."""
         self.digests = np.array([tally.digest for tally in self.tallies], dtype=np.uint64)

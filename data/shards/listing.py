@@ -1,4 +1,4 @@
-"""From the shard list of a config to an ordered list of tar files, and bytes out of them.
+"""An ordered list of tar files from the shard list of a config, and bytes out of them.
 
 An entry is a file, a folder (its `*.tar`, sorted), a glob (sorted) or a brace pattern: `{00000..00031}`
 counts with the zero padding of its first number, `{a,b}` lists; all of them also as URLs (a remote folder

@@ -53,7 +53,7 @@ class Member:
     size: int
     """Bytes of the file."""
     extents: tuple[Extent, ...] | None = None
-    """Of a sparse file: the stretches that the tar holds, one behind the other; the rest is zeros."""
+    """Stretches of a sparse file that the tar holds, one behind the other; the rest is zeros."""
 
 
 @dataclass(kw_only=True)

@@ -89,7 +89,7 @@ class CheckpointCallback(Callback):
         self.trainer.checkpoint_stall_s += time.perf_counter() - began
 
     def on_end(self, record: Record) -> None:
-        """After an error, a save under way is still brought to its end if all ranks' files arrive."""
+        """Bring a save under way to its end, after an error too, if all ranks' files arrive."""
         problem = self.saver.abandon()
         if problem:
             print(f"WARNING: the last checkpoint was not completed: {problem}", file=sys.stderr, flush=True)

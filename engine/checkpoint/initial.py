@@ -65,11 +65,11 @@ class Resized:
             self._shapes[name] = wanted
 
     def shapes(self) -> Shapes:
-        """After interpolation."""
+        """Shapes of the tensors after interpolation."""
         return self._shapes
 
     def read(self, name: str, where: FlatSlice) -> Tensor:
-        """After interpolation."""
+        """Read a slice of a tensor as it is after interpolation."""
         stored = tuple(self.source.shapes()[name])
         if self._shapes[name] == stored:
             return self.source.read(name, where)

@@ -144,7 +144,7 @@ def load_weights_for_training(
 
 @torch.no_grad()
 def publish(optimizer: ShardedOptimizer, towers: Towers) -> None:
-    """From the owned masters to every rank's weights. Collective over the owners of each part."""
+    """Copy the owned masters to every rank's weights. Collective over the owners of each part."""
     for tower in optimizer.towers:
         for shard, master in zip(tower.shards.shards, tower.master, strict=True):
             if master is not shard.weight:

@@ -42,7 +42,7 @@ class Start:
     data: dict[str, Any] = field(default_factory=dict)
     """Fingerprint of the data that the checkpoint has seen; empty if it does not say."""
     record: dict[str, float] = field(default_factory=dict)
-    """Of the last step, as the checkpoint holds it."""
+    """Record of the last step, as the checkpoint holds it."""
     folder: Path | None = None
     """The checkpoint; None for a fresh run."""
     at_border: bool = False

@@ -27,7 +27,7 @@ class ParallelConfig:
     """What the data-parallel ranks share: optimizer (its state) | gradients (also the fp32 gradients, whole during
     a chunk's backward only) | weights (also the weights, gathered for a chunk's turn); the same losses to the bit."""
     shard_ranks: int | None = None
-    """With shard=weights: neighbouring data-parallel ranks (of one node) that gather weights among themselves at every
+    """Neighbouring data-parallel ranks, with shard=weights, (of one node) that gather weights among themselves at every
     turn, each holding 1 / shard_ranks of them; null: all data-parallel ranks."""
     layers: Any = field(default=None, metadata={"given": list[int] | str | None})
     """Blocks of each stage (of each of the pipeline x virtual chunks, in tower order): a list; null: even; balanced: by
@@ -186,7 +186,7 @@ class PhaseConfig:
     """One part of a job with settings of its own (docs/phases.md)."""
 
     name: str = ""
-    """In the metrics, the log and the checkpoints."""
+    """Name of the phase in the metrics, the log and the checkpoints."""
     samples: int = 0
     """Length in samples, rounded up to whole steps."""
     steps: int = 0
@@ -258,7 +258,7 @@ class MimConfig:
     teacher: str | None = None
     """A CLIP whose vision tower teaches: checkpoint or run folder, or a file in the authors' layout."""
     teacher_model: ModelConfig | None = None
-    """Its model (a preset's name, or a mapping); null: what its checkpoint says. A file does not say it."""
+    """Model of the teacher (a preset's name, or a mapping); null: what its checkpoint says. A file does not say it."""
     teacher_precision: str | None = None
     """fp32 | bf16; null: train.precision."""
     masked_patches: int = 105

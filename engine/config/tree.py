@@ -1,4 +1,4 @@
-"""From what was given to one tree: presets, the config file, the command line, in this order."""
+"""One tree of what was given: presets, the config file, the command line, in this order."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

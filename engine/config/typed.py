@@ -1,4 +1,4 @@
-"""From text to typed settings: the field decides what a text means, and a key that no field has is refused.
+"""Typed settings from text: the field decides what a text means, and a key that no field has is refused.
 
 `typed` turns a tree of containers and text into one of values (partial: only what was given), `built` a whole tree into
 dataclasses. A list of one may be given as its only entry; a model as the name of its preset.

@@ -46,7 +46,7 @@ class Block:
     has_image: Tensor | None = None
     """bool [rows]; None: every row has one."""
     captions: list[str | None] = field(default_factory=list)
-    """Of every row, line breaks kept; None where there is none that can be used."""
+    """Caption of every row, line breaks kept; None where there is none that can be used."""
     pictures: list[bytes] = field(default_factory=list)
     """Digest of the pixels of every row: equal ones are the same picture to the model."""
     bad: list[BadSample] = field(default_factory=list)
@@ -117,7 +117,7 @@ class SampleInput:
             yield self._share(first, last, part)
 
     def _own_rows(self, rows: int) -> tuple[slice, slice]:
-        """Of a block: (this replica's, this rank's within them, counted from the block's first row)."""
+        """Rows of a block: (this replica's, this rank's within them, counted from the block's first row)."""
         replica = split_rows(rows, self.mesh.data.size)[self.mesh.data.rank]
         own = split_rows(replica.stop - replica.start, self.mesh.replica.size)[self.mesh.replica.rank]
         return replica, slice(replica.start + own.start, replica.start + own.stop)

@@ -84,7 +84,7 @@ class Distinct:
         self._parts.append(embeddings)
 
     def number(self, identity: bytes) -> int:
-        """Its row in `embeddings`."""
+        """Row of a caption in `embeddings`."""
         return self._number[identity]
 
     def knows(self, identity: bytes) -> bool:

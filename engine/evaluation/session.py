@@ -1,4 +1,4 @@
-"""From a checkpoint path and a layout to embeddings: what tools.embed and tools.evaluate share."""
+"""Embeddings from a checkpoint path and a layout: what tools.embed and tools.evaluate share."""
 
 import os
 import re
@@ -35,7 +35,7 @@ class Session:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of pixels and weights."""
+        """Dtype of pixels and weights."""
         return DTYPES[self.config.train.precision]
 
     @property

@@ -25,7 +25,7 @@ class StepOutcome:
     metrics: Mapping[str, Tensor]
     """Further 0-d numbers of the step record, by name."""
     gradient_norm: float
-    """Before clipping."""
+    """Norm of the whole gradient before clipping."""
     rates: Mapping[str, float]
     """Base rates of this step by tower, before layer decay."""
 
@@ -66,7 +66,7 @@ class Update:
         move_average(self.optimizer)
 
     def reduce(self) -> None:
-        """After it the gradients are complete on the ranks that own them."""
+        """Complete the gradients on the ranks that own them."""
         self.towers.finish_reduction()
         self._reduce_over_tensor_ranks()
 

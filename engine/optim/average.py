@@ -23,7 +23,7 @@ def restart_average(optimizer: ShardedOptimizer) -> None:
 
 @torch.no_grad()
 def move_average(optimizer: ShardedOptimizer) -> None:
-    """After an update."""
+    """Move the averaged weights by one update."""
     decay = optimizer.optim.ema_decay
     for tower in optimizer.towers if decay else ():
         torch._foreach_lerp_(tower.average, tower.master, 1 - decay)

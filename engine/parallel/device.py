@@ -49,7 +49,7 @@ class Device:
 
 
 def order_kernels_by_launch() -> None:
-    """Before CUDA starts: one hardware queue, unless the environment says otherwise.
+    """Ask for one hardware queue before CUDA starts, unless the environment says otherwise.
 
     megatron-core launches a tensor-parallel collective before the GEMM that hides it; with several queues the GEMM may
     take every SM first. Its linears warn without this setting.

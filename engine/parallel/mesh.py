@@ -72,12 +72,12 @@ class Mesh:
     alone: Axis
     """This rank only."""
     links: Links
-    """Of the pipeline axis."""
+    """Links of the pipeline axis."""
     control: Axis
     """All ranks over gloo, for what concerns the hosts: errors, wishes, agreement. Its collectives wait for no device,
     and none of them is ever under way when another starts."""
     timeout: timedelta | None = None
-    """Of collectives in groups that are made later."""
+    """Time-out of collectives in groups that are made later."""
     gathering: dict[tuple[str, int], GatherAxes] = field(default_factory=dict)
     """Made so far: (axis of the owners, ranks that gather together) -> groups for it."""
 

@@ -102,7 +102,7 @@ class ShardedPart:
     # --- weights -------------------------------------------------------------------------------------------------
 
     def publish(self) -> None:
-        """After the own slices have changed: what is kept of others follows."""
+        """Let what is kept of others' slices follow, after the own ones have changed."""
         if self.axes is None or self.axes.outer is None:
             return
         if not self._outer:
@@ -154,7 +154,7 @@ class ShardedPart:
     # --- gradients -----------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Before a step."""
+        """Forget the gradients of the last step."""
         for parameter in self.ddp.params_with_grad:
             parameter.grad_added_to_main_grad = False
         for group in self.ddp.bucket_groups:
@@ -165,7 +165,7 @@ class ShardedPart:
             buffer.grad_data.zero_()
 
     def open_gradients(self) -> None:
-        """Before the part's first backward of a step."""
+        """Make room for the part's gradients, before its first backward of a step."""
         for store in self.gradient_stores:
             store.take()
             store.flat.zero_()

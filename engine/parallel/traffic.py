@@ -42,7 +42,7 @@ class Transfer:
     kind: str
     """all-reduce | reduce-scatter | all-gather | broadcast | scatter | gather | send | receive."""
     tensor_bytes: int
-    """Of the tensors that go in, or that come out of a receive and of a broadcast from elsewhere."""
+    """Bytes of the tensors that go in, or that come out of a receive and of a broadcast from elsewhere."""
     puts_in: bool
     """Whether this rank puts those bytes in, or only gets them."""
 

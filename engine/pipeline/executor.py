@@ -51,7 +51,7 @@ class StepShape:
     hidden: tuple[int, ...]
     """Shape of a message between stages."""
     dtype: torch.dtype
-    """Its dtype."""
+    """Dtype of the hidden tokens."""
     keep: int
     """k, micro-batches of this stage that keep their activations; ranks may differ."""
     keep_text: bool = False
@@ -77,7 +77,7 @@ class Work:
     text_outputs: KeptOutputs
     loss: Loss
     turns: Turns
-    """Of the chunks, in tower order, and of the captions, who come last."""
+    """Turns of the chunks, in tower order, and of the captions, who come last."""
 
 
 @dataclass(frozen=True)
@@ -204,12 +204,12 @@ class _Step:
         return _turns(self.units[::-1], text=self.text, text_first=not self.mesh.is_last_stage)
 
     def expect(self) -> None:
-        """Before the loss, behind which backprop begins."""
+        """Ask for what backprop needs first, before the loss."""
         self._ask_for_text()
         self.work.turns.expect(self._backward_turns()[0][0].part)
 
     def _ask_for_text(self) -> None:
-        """Of all ranks: on a pipeline some have the captions' turn first, and others last."""
+        """Ask on all ranks: on a pipeline some have the captions' turn first, and others last."""
         if self.mesh.pipeline.size > 1:
             self.work.turns.ask_for(self.text)
 

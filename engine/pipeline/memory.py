@@ -25,7 +25,7 @@ def saved_bytes(forward: Callable[[], Tensor], weights: Sequence[Tensor]) -> int
 
 
 def _identity(tensor: Tensor) -> int:
-    """Of its storage, while it is alive; the address of the data would not do for tensors without data (dry runs)."""
+    """Identity of a live tensor's storage; the data's address would not do for tensors without data (dry runs)."""
     return tensor.untyped_storage()._cdata
 
 

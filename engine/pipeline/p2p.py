@@ -19,9 +19,9 @@ class Link(Protocol):
     """Both directions between this stage and one neighbour."""
 
     shape: tuple[int, ...]
-    """Of every message."""
+    """Shape of every message."""
     dtype: torch.dtype
-    """Of every message."""
+    """Shape of every message."""
 
     def post_receive(self) -> None:
         """Ask for the next message."""

@@ -1,4 +1,4 @@
-"""Before any group exists: do all ranks run the same job with the same code? One that differs is named.
+"""Whether all ranks run the same job with the same code, before any group exists. One that differs is named.
 
 Each rank leaves its facts (config, digest of our source files, versions) in the store of this start, rank 0 compares
 them and leaves the verdict. A rank with other settings would train on in silence, or end all of them in a collective
@@ -56,7 +56,7 @@ def agree(store: dist.Store, rank: int, size: int, facts: Mapping[str, str], tim
 
 
 def compare(ranks: list[dict[str, str]]) -> str:
-    """In words, what differs from what most ranks have (of two, from what rank 0 has); empty if nothing does."""
+    """Say in words what differs from what most ranks have (of two, from what rank 0 has); empty if nothing does."""
     names = sorted({name for facts in ranks for name in facts} - {"host", *_OF_ONE_HOST})
     lines = []
     for name in names:

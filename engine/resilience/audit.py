@@ -62,7 +62,7 @@ class Audit:
         return self._compare(self._tensors) or self._compare(self._whole_parts)
 
     def _wait_for_gathers_under_way(self) -> None:
-        """Without starting new ones (as waiting for weights would), which would mend what is looked for."""
+        """Wait without starting new ones (as waiting for weights would), which would mend what is looked for."""
         for _, part in self._parts:
             for group in part.ddp.bucket_groups:
                 if group.param_gather_handle is not None:

@@ -24,7 +24,7 @@ class Verdict:
     """What is wrong with a step and what to do about it."""
 
     problem: str
-    """In words, with the numbers; empty for a sound step."""
+    """Problem in words, with the numbers; empty for a sound step."""
     action: str
     """apply | stop | skip | repair | rewind."""
     state_at_fault: bool = False
@@ -45,7 +45,7 @@ class Health:
     def __init__(self, config: HealthConfig):
         self.config = config
         self.verdict = SOUND
-        """Of the last step."""
+        """Verdict on the last step."""
         self.skips_in_a_row = 0
         self._losses: deque[float] = deque(maxlen=config.window_steps)
         self._norms: deque[float] = deque(maxlen=config.window_steps)
@@ -63,7 +63,7 @@ class Health:
         return self.verdict
 
     def diverged(self, problem: str) -> Verdict:
-        """In place of `judge` where copies of weights differ."""
+        """Judge, in place of `judge`, where copies of weights differ."""
         self.verdict = Verdict(
             problem=f"copies of weights are not equal: {problem}",
             action=self.config.on_divergence,

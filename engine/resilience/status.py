@@ -22,7 +22,7 @@ def write_status(run_dir: Path, outcome: str, *, step: int | None = None, reason
 
 
 def read_status(run_dir: Path) -> dict:
-    """Its content; empty where there is none."""
+    """Content of the status file; empty where there is none."""
     try:
         status = json.loads((run_dir / STATUS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -50,7 +50,7 @@ class Pulse:
     busy_s: float = 0.0
     """Seconds of the last step in which this rank did not wait for others."""
     slow: dict[int, float] = field(default_factory=dict)
-    """On the judges: ranks that compute longer than most, by how much."""
+    """Ranks that compute longer than most, by how much; on the judges."""
 
     def at(self, part: str, unit: Any = None) -> None:
         """This rank begins a part of a step; unit: with its micro-batch."""

@@ -121,7 +121,7 @@ def flash_2_serves_te() -> bool:
 
 
 def te_takes_flash(te: str | None, flash: str | None) -> bool:
-    """By the two versions; True where one has no metadata."""
+    """Whether the two versions go together; True where one has no metadata."""
     try:
         engine, kernel = Version(te or "2.20"), Version(flash or "2.8.3")
     except InvalidVersion:

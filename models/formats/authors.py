@@ -42,7 +42,7 @@ class _Authors(Layout):
         return is_derived(name)
 
     def derived(self, model: ModelConfig) -> dict[str, Tensor]:
-        """Their rope tables, which are saved once for the tower and again in every block."""
+        """Rope tables of the authors, which are saved once for the tower and again in every block."""
         if not model.vision.rope:
             return {}
         owners = ["visual", *(f"visual.blocks.{i}.attn" for i in range(model.vision.depth))]

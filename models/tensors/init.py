@@ -31,7 +31,7 @@ def _normal(std: float) -> Fill:
 
 
 def _truncated_normal(std: float) -> Fill:
-    """Of a normal with this std, only what lies within one std."""
+    """Fill from a normal with this std, only what lies within one std."""
     return lambda t, g: nn.init.trunc_normal_(t, 0.0, std, -std, std, generator=g)
 
 

@@ -10,7 +10,7 @@ from models.config import ModelConfig, TextConfig, VisionConfig
 
 Shapes = dict[str, tuple[int, ...]]
 MIM_TENSORS = ("vision.embed.mask_token", "vision.head.prediction.weight", "vision.head.prediction.bias")
-"""Of masked-image-modelling students (models/towers/mim.py), beside the vision tower without its projection."""
+"""Tensors of masked-image-modelling students (models/towers/mim.py), beside the tower without its projection."""
 
 # Dimension that tensor parallelism splits, by the end of the logical name; all others are whole on every rank.
 _SPLIT_DIM = {

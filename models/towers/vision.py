@@ -88,7 +88,7 @@ class PatchEmbedding(nn.Module):
 
 
 def chosen_patches(patches: Tensor, chosen: Tensor, shown: Tensor) -> Tensor:
-    """Of patches [M, n, 3 p^2], number chosen[t] of the M x n in each row t where `shown`; zeros in the other rows."""
+    """Patch number chosen[t] of the M x n of patches [M, n, 3 p^2] in each row t where `shown`; zeros elsewhere."""
     pixels = patches.flatten(0, 1).index_select(0, chosen.clamp_min(0))
     return pixels.masked_fill_(~shown.unsqueeze(1), 0)
 
@@ -133,7 +133,7 @@ class VisionTower(nn.Module):
         if self.is_last:
             self.head = head(model, self.config, groups.tp)
         self.pooled_multiple = groups.tp.size() if self.config.sequence_parallel else 1
-        """Of the rows behind the pooling: each tensor rank has as many of them, and fp8 products want multiples."""
+        """Refuse rows behind the pooling that fp8 products cannot take: each tensor rank has as many of them."""
         if model.fp8 != "none":
             self.pooled_multiple *= FP8_ROWS
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from engine.config.read import Config, check_layout, check_vocabulary, read_job
 
 TRACED_STEPS = 2
-"""After the timed ones, with a clock that waits for the device: their phases are reported, their spans drawn."""
+"""Steps after the timed ones, with a clock that waits for the device: their phases are reported, their spans drawn."""
 GEMM_SIDE = 2048
 _NO_SHARDS = ["data.shards=['-']", "data.sources=[]", "data.mixture_schedule=[]"]
 
@@ -24,9 +24,9 @@ class Options:
     out: Path = Path("runs/benchmark")
     """Folder of result.json, result.png and timeline/."""
     phase: str = ""
-    """Of a config with phases; empty: the first."""
+    """Phase of a config that has several; empty: the first."""
     gemm_side: int = GEMM_SIDE
-    """Of the matrix product that stands for the peak where no data sheet does."""
+    """Side of the matrix product that stands for the peak where no data sheet does."""
 
     @property
     def total_steps(self) -> int:

@@ -30,7 +30,7 @@ class Result:
     """A configuration's throughput; docs/benchmarking.md defines every quantity."""
 
     machine: dict[str, Any]
-    """Of rank 0, with the device that a rank computes on."""
+    """Machine of rank 0, with the device that a rank computes on."""
     config: dict[str, Any]
     """The resolved config."""
     world_size: int
@@ -42,10 +42,10 @@ class Result:
     """synthetic | real."""
     warmup_steps: int
     step_s: Spread
-    """Of the timed steps, each as long as on its slowest rank."""
+    """Seconds of the timed steps, each as long as on its slowest rank."""
     step_times_s: list[float]
     data_s: float
-    """Of the median step: waiting for data, on the slowest rank."""
+    """Seconds of the median step spent waiting for data, on the slowest rank."""
     samples_per_s: float
     """Global batch / median step time."""
     tokens_per_s: float
@@ -53,7 +53,7 @@ class Result:
     model_flops_per_sample: float
     executed_flops_per_sample: float
     peak_flops_per_s: float
-    """Of all ranks together."""
+    """Peak of all ranks together."""
     peak_source: str
     mfu: float
     """samples_per_s x model_flops_per_sample / peak_flops_per_s."""
@@ -62,18 +62,18 @@ class Result:
     phases_s: dict[str, float]
     """Seconds a step by phase, mean over ranks, of steps timed with a clock that waits for the device."""
     peak_memory_gb: list[float]
-    """Of each rank: allocated on a GPU, resident on the CPU."""
+    """Peak of each rank: allocated on a GPU, resident on the CPU."""
     losses: list[float]
-    """Of the first and the last step."""
+    """Losses of the first and the last step."""
 
     @property
     def micro_batch_size(self) -> int:
-        """Of its config."""
+        """Micro-batch of the point's config."""
         return int(self.config["train"]["micro_batch_size"])
 
     @property
     def global_batch_size(self) -> int:
-        """Of its config."""
+        """Global batch of the point's config."""
         return int(self.config["train"]["global_batch_size"])
 
     @property

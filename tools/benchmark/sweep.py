@@ -55,7 +55,7 @@ class Sweep:
     overrides: list[str]
     """Dotted, below those of a point."""
     options: Options
-    """Of every point; `out` is the folder of their folders."""
+    """Options of every point; `out` is the folder of their folders."""
     threads: int | None
     """CPU threads of a rank; None: OMP_NUM_THREADS if it is set, else the cores shared out."""
     timeout_s: float

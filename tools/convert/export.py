@@ -1,4 +1,4 @@
-"""From a checkpoint's weights to other layouts."""
+"""Export of a checkpoint's weights to other formats."""
 
 import json
 import math

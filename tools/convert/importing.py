@@ -1,4 +1,4 @@
-"""From other layouts to a checkpoint with weights only."""
+"""Import of other formats as a checkpoint with weights only."""
 
 from dataclasses import replace
 from pathlib import Path

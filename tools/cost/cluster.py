@@ -17,7 +17,7 @@ class Cluster:
 
     @property
     def nodes(self) -> int:
-        """That are rented."""
+        """Nodes that are rented."""
         return -(-self.gpus // self.per_node)
 
     def members_per_node(self, layout: Layout, axis: str) -> int:

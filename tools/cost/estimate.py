@@ -12,7 +12,7 @@ from tools.cost.time import StepTime, step_time
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Of one layout, or of ZeRO-3."""
+    """Estimate of one layout, or of ZeRO-3."""
 
     name: str
     """For people."""
@@ -21,9 +21,9 @@ class Estimate:
     cluster: Cluster
     global_batch: int
     model_flops: float
-    """Of a pair: 3 forwards."""
+    """FLOPs of a pair: 3 forwards."""
     executed_flops: float
-    """Of a pair: replays counted."""
+    """FLOPs of a pair, replays counted."""
     images_per_node_s: float
     """Images that the CPUs of a decoding node must deliver."""
     layout: Layout | None = None
@@ -62,7 +62,7 @@ class Estimate:
 
 
 def estimate(model: ModelConfig, layout: Layout, cluster: Cluster) -> Estimate:
-    """Of a layout that divides."""
+    """Estimate of a layout that divides."""
     return priced(model, layout, cluster, peak_memory(model, layout))
 
 

@@ -19,7 +19,7 @@ class Hardware:
     memory_gb: float
     """What a process can allocate."""
     reserved_gb: float
-    """Of it, left to the context, the communication library and fragments of the allocator."""
+    """Part of it left to the context, the communication library and fragments of the allocator."""
     bf16_tflops: float
     """Peak of dense matrix products, the denominator of MFU."""
     fp32_tflops: float
@@ -43,7 +43,7 @@ class Hardware:
     network_efficiency: float
     """Share of the line rate that collectives reach."""
     latency_us: float
-    """Of one hop of a collective between nodes."""
+    """Latency of one hop of a collective between nodes."""
     pcie_gb_s: float
     """Host to device."""
     decode_images_s: float

@@ -58,7 +58,7 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        """Of the job."""
+        """Ranks of the job."""
         return self.replica * self.data
 
     @property
@@ -99,7 +99,7 @@ class Layout:
 
     @property
     def element_bytes(self) -> int:
-        """Of weights and activations."""
+        """Bytes of an element of weights and activations."""
         return BYTES[self.precision]
 
     def packed_tokens(self, vision: VisionConfig) -> int:
@@ -117,7 +117,7 @@ class Layout:
 
 
 def layout_of(config: Config, ranks: int) -> Layout:
-    """Of a training config without phases. Raises ConfigError if it does not admit these ranks, PlanError for another
+    """Layout of a config without phases. Raises ConfigError if it does not admit these ranks, PlanError for another
     objective and for a memory budget, which only a rank can turn into micro-batches.
     """
     train, parallel = config.train, config.parallel
@@ -163,7 +163,7 @@ class Stage:
 
     @cached_property
     def blocks(self) -> int:
-        """In all."""
+        """Blocks of all chunks together."""
         return sum(self.chunks)
 
     @property

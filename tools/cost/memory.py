@@ -208,7 +208,7 @@ def _text_pass_bytes(model: ModelConfig, layout: Layout) -> float:
 
 
 def peak_memory(model: ModelConfig, layout: Layout) -> Memory:
-    """Of the fullest rank of the job."""
+    """Memory of the fullest rank of the job."""
     stages = telling_stages(stages_of(model, layout))
     return max((stage_memory(model, layout, stage) for stage in stages), key=lambda memory: memory.total)
 

@@ -85,7 +85,7 @@ class UnitTime:
 
 
 def unit_time(model: ModelConfig, layout: Layout, stage: Stage, cluster: Cluster) -> UnitTime:
-    """Of one micro-batch through all chunks of `stage`; full recomputation is part of the backward."""
+    """Time of one micro-batch through all chunks of `stage`; full recomputation is part of the backward."""
     forward, backward = stage_seconds(model, layout, stage, cluster.hardware)
     tensor_forward, tensor_backward = (
         _tensor_seconds(layout, stage_collectives(of_block, model.vision, layout, stage), cluster)

@@ -69,7 +69,7 @@ def axis_size(layout: Layout, axis: str) -> int:
 
 
 def step_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffic]:
-    """Of a rank of this stage; axes of one rank are left out."""
+    """Traffic of a rank of this stage; axes of one rank are left out."""
     everything = [
         *tensor_traffic(model, layout, stage),
         *stage_messages(model, layout, stage),
@@ -108,7 +108,7 @@ Collectives = dict[str, tuple[int, float]]
 def stage_collectives(
     of_block: Callable[[VisionConfig, Layout, bool], Collectives], vision: VisionConfig, layout: Layout, stage: Stage
 ) -> Collectives:
-    """Of one micro-batch through the blocks of a stage. of_block: one of the two functions below."""
+    """Collectives of one micro-batch through the blocks of a stage. of_block: one of the two functions below."""
     total: Collectives = {}
     for is_last, times in ((False, stage.whole_blocks), (vision.reads_one_token, int(stage.has_head))):
         for kind, (count, sent) in of_block(vision, layout, is_last).items():
@@ -118,7 +118,7 @@ def stage_collectives(
 
 
 def block_forward_collectives(vision: VisionConfig, layout: Layout, is_last: bool) -> Collectives:
-    """Of one block's forward of one micro-batch; is_last: of the tower."""
+    """Collectives of one block's forward of one micro-batch; is_last: of the tower."""
     before, behind = _stream_bytes(vision, layout, is_last)
     norms, normed = _sub_norms(vision, layout, is_last)
     if not layout.splits_tokens:

@@ -24,7 +24,7 @@ class Usage:
 
     total: int = 0
     parts: Counter[str] = field(default_factory=Counter)
-    """By category; they add up to the total."""
+    """Bytes by category; they add up to the total."""
 
     def copy(self) -> "Usage":
         """A copy with parts of its own."""
@@ -88,7 +88,7 @@ class MemoryTracker:
         self._offer(self.live)
 
     def resized(self, tensor: Tensor) -> None:
-        """Its storage has grown or shrunk in its place."""
+        """Count a storage that has grown or shrunk in its place."""
         storage = tensor.untyped_storage()
         known = self._alive.get(storage._cdata)
         if known is None:
@@ -100,7 +100,7 @@ class MemoryTracker:
         self._offer(self.live)
 
     def move(self, tensor: Tensor, category: str) -> None:
-        """Its storage belongs to another category from now on."""
+        """Count a tensor's storage under another category from now on."""
         known = self._alive[tensor.untyped_storage()._cdata]
         self.live.add(known.category, -known.size)
         self.live.add(category, known.size)

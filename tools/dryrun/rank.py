@@ -51,7 +51,7 @@ class RankReport:
     stage: int
     """Coordinates on the mesh."""
     blocks: list[range]
-    """Of the image tower, by chunk."""
+    """Blocks of the image tower, by chunk."""
     parameters: dict[str, int]
     """Tower -> elements of this rank's slices."""
     micro_batches: int
@@ -68,7 +68,7 @@ class RankReport:
     phases: dict[str, Tally]
     """Phase of the step -> FLOPs and transfers."""
     seconds: float
-    """That the dry run of this rank took."""
+    """Seconds that the dry run of this rank took."""
 
     @property
     def peak_phase(self) -> str:

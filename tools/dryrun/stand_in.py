@@ -11,7 +11,7 @@ from tools.dryrun.recorder import Recorder
 
 
 class FoldedChunk:
-    """In place of a chunk in the schedule's work; see Folding."""
+    """Stand-in for a chunk in the schedule's work; see Folding."""
 
     def __init__(self, chunk: VisionChunk, number: int, recorder: Recorder):
         """number: of the chunk on this rank."""

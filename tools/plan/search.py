@@ -18,7 +18,7 @@ from tools.cost.memory import Memory, peak_memory
 
 MOST_CHUNKS = 8
 MOST_IMAGES = 1024
-"""Of a micro-batch."""
+"""Sizes of a micro-batch that are tried."""
 
 
 @dataclass(frozen=True, kw_only=True)

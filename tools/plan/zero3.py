@@ -44,7 +44,7 @@ class Zero3:
     """How a GPU works through its pairs."""
 
     pairs: int
-    """Of a GPU."""
+    """Pairs of a GPU."""
     chunks: int = 1
     checkpoints: bool = True
     """Keep block inputs only, and compute each block again in the backward."""

@@ -17,7 +17,7 @@ from tools.cli import CommandError
 
 T = TypeVar("T")
 EVALUATION_PREFIX = "eval_"
-"""Of the results of an evaluation between steps, in the metrics file."""
+"""Prefix of the results of an evaluation between steps, in the metrics file."""
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 

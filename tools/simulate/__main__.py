@@ -130,7 +130,7 @@ def report(simulation: Simulation) -> str:
 
 
 def drawable(timeline: StepTimeline) -> StepTimeline:
-    """Without what took no time."""
+    """Timeline without what took no time."""
     rows = [replace(row, spans=[s for s in row.spans if s.stop_s > s.start_s]) for row in timeline.rows]
     return replace(timeline, rows=rows)
 

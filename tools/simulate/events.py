@@ -81,7 +81,7 @@ class Simulation:
 
     @property
     def backprop_s(self) -> float:
-        """From the embeddings' gradients to the last backward."""
+        """Seconds from the embeddings' gradients to the last backward."""
         return self._backprop_ends_at_s - self._gradients_at_s
 
     @property

@@ -23,7 +23,7 @@ def planned_schedule(model: ModelConfig, layout: Layout, cluster: Cluster) -> Sc
 
 
 def planned_stages(model: ModelConfig, layout: Layout, cluster: Cluster) -> list[StageCosts]:
-    """Of every stage, tensor-parallel collectives included."""
+    """Costs of every stage, tensor-parallel collectives included."""
     encode_text, backward_text = text_seconds(
         model, layout.own_rows, layout.captions_at_once, cluster.hardware, layout.element_bytes
     )

@@ -23,7 +23,7 @@ class Schedule:
     keep: int | tuple[int, ...] = 0
     """k, the last micro-batches that are not replayed; a tuple where stages differ."""
     latency_s: float = 0.0
-    """From the end of a message's transfer to its arrival."""
+    """Seconds from the end of a message's transfer to its arrival."""
     transfer_s: float = 0.0
     """How long a message occupies its link: bytes / bandwidth."""
 
@@ -61,7 +61,7 @@ class Together:
 
     phase: str
     number: int
-    """Of this phase in the step."""
+    """Number of this phase in the step."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class FlatSlice:
     """Elements [start, stop) of the flattened slice [offset, offset + length) along `dim` of a tensor of `shape`."""
 
     shape: tuple[int, ...]
-    """Of the whole logical tensor."""
+    """Shape of the whole logical tensor."""
     dim: int | None
     """Dimension that is cut; None: the slice is the whole tensor, offset and length 0."""
     offset: int

@@ -38,7 +38,7 @@ class Part:
     labels: np.ndarray | None = None
     """int64 [count], or uint8 [count, classes] of a multi-label set."""
     captions: list[list[str]] = field(default_factory=list)
-    """Of every sample, for retrieval."""
+    """Captions of every sample, for retrieval."""
     groups: list[str] = field(default_factory=list)
     """The group of every sample, where the metric needs it."""
     names: list[str] = field(default_factory=list)

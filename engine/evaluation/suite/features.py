@@ -43,7 +43,7 @@ class Features:
 
     folder: Path
     fingerprint: str
-    """Of the checkpoint and the samples: features of another are not taken up."""
+    """Fingerprint of the checkpoint and the samples: features of another are not taken up."""
     done: int = 0
     """Samples whose rows are on disk."""
     key_bytes: int = 0

@@ -23,7 +23,7 @@ class Row:
     """Shares (0..1) and counts."""
     samples: int
     left_out: int
-    """Of the samples, those that could not be read."""
+    """Samples that could not be read."""
     reasons: dict[str, int] = field(default_factory=dict)
     remark: str = ""
 
@@ -65,7 +65,7 @@ class Results:
         return [(spec, row) for spec, row in pairs if row is not None]
 
     def average(self, average: Average) -> float | None:
-        """In 0..1; None where a set of it has no row."""
+        """Mean in 0..1; None where a set of it has no row."""
         specs = {spec.name: spec for spec in self.suite.sets}
         scores = []
         for name in average.sets:

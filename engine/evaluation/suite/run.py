@@ -61,7 +61,7 @@ class Plan:
     root: Path
     transforms: tuple[str, ...] = ("squash",)
     frames: tuple[int, ...] = (1,)
-    """Of clips; pictures are pictures."""
+    """Frames of clips; pictures are pictures."""
     any_size: bool = False
     readers: int = READERS
     probes: tuple[str, ...] = ()

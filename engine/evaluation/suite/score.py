@@ -1,4 +1,4 @@
-"""From the embeddings of a listed set to its measures, on one rank."""
+"""Measures of a listed set from its embeddings, on one rank."""
 
 from dataclasses import dataclass
 
