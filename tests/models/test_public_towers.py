@@ -30,6 +30,9 @@ from models.config import ModelConfig, ModelConfigError
 from models.formats import family, layout_of
 from models.formats.open_clip_config import model_from_open_clip, open_clip_from_model
 from models.formats.transformers_config import model_from_transformers, transformers_from_model
+from models.tensors.naming import logical_tensors
+from models.towers.mim import StudentTower, teacher_features
+from models.towers.vision import VisionTower, patchify
 from tests.distributed import run_distributed
 from tests.gather import backward_only, gather_objects, whole_gradients
 from tests.golden import FOLDER, deviation, load_json, load_tensors, load_weights, local_batch
@@ -146,6 +149,38 @@ def test_switches_of_open_clip_that_are_not_built(change: dict, message: str) ->
         config[key] = config.get(key, {}) | value
     with pytest.raises(ModelConfigError, match=re.escape(message)):
         model_from_open_clip(config)
+
+
+# --- as student and teacher of the MIM stage --------------------------------------------------------------------------
+
+
+def filled(tower: VisionTower, name: str) -> VisionTower:
+    """A tower with the fixture's weights; what the fixture has not is zero."""
+    weights, names = logical(name, "weights"), logical_tensors(tower, "vision", 0, 1)
+    with torch.no_grad():
+        for local, parameter in tower.named_parameters():
+            parameter.copy_(weights.get(names[local].name, torch.zeros_like(parameter)))
+    return tower
+
+
+@pytest.mark.parametrize("name", ["transformers-clip", "transformers-siglip", "open-clip-mean"])
+def test_student_and_teacher_of_the_mim_stage(name: str, mesh: Mesh) -> None:
+    """All patches of a plain picture are alike: a mask token that is one of them changes nothing behind it."""
+    model = model_of(name)
+    v, samples = model.vision, 2
+    teacher = filled(VisionTower(model, groups=mesh.vision_groups()), name)
+    student = filled(StudentTower(model, target_dim=v.width, groups=mesh.vision_groups()), name)
+    images = torch.full((samples, 3, v.image_size, v.image_size), 0.7)
+    masked = torch.zeros(samples, v.patches, dtype=torch.bool)
+    masked[0, 3], masked[1, 5:7] = True, True
+    with torch.no_grad():
+        patch = patchify(images, v.patch_size)[0, 0] @ student.embed.weight.T
+        student.embed.mask_token.copy_(patch if student.embed.bias is None else patch + student.embed.bias)
+        student.head.prediction.weight.copy_(torch.eye(v.width))
+        predicted = student(images, masked, samples=samples)
+        features = teacher_features(teacher, images)
+    assert features.shape == (samples, v.patches, model.embed_dim)
+    assert deviation(teacher.head.projected(predicted), features[masked]) < LIMIT
 
 
 # --- through the engine ----------------------------------------------------------------------------------------------
