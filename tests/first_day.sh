@@ -77,7 +77,7 @@ refused "lr_vision" python "${train[@]}" optim.lr=1e-3
 refused "precision" python "${train[@]}" precision=bf16
 refused "tensor" python "${train[@]}" parallel.tp=2
 refused "b17" python "${train[@]}" model=b17
-refused "no-such" python "${train[@]}" "data.shards=$day/no-such.tar"
+refused "no-such" python -m engine.train examples/quickstart/train.yaml "data.shards=$day/no-such.tar" "${alone[@]}"
 refused "no-config" python -m engine.train "$day/no-config.yaml"
 refused "given twice" python "${train[@]}" train.micro_batch_size=7
 refused "h101" python -m tools.plan --model l14 --gpus 8 --gpu h101 --global-batch 4096
