@@ -15,8 +15,9 @@ from torch import Tensor
 
 from engine.config.phases import first_phase
 from engine.config.read import Config, ConfigError, ParallelConfig
+from engine.feed import LocalBatch
 from engine.objectives.contrastive.step import ContrastiveStep
-from engine.objectives.contrastive.towers import VisionRunner
+from engine.objectives.contrastive.towers import KeptPatches
 from engine.parallel.device import prepare
 from engine.parallel.launch import job
 from engine.parallel.mesh import Mesh, build_mesh
@@ -102,13 +103,14 @@ CASES = {
 }
 
 
-class _FixturePatches(VisionRunner):
-    """A stage that keeps the patches that the fixture kept instead of drawing its own."""
+class _FixturePatches(KeptPatches):
+    """The patches that the fixture kept, in place of drawn ones."""
 
-    kept: Tensor
+    def __init__(self, kept: Tensor):
+        self.fixture, self.frames = kept, 1
 
-    def _kept(self, positions: Any) -> Tensor:
-        return self.kept[torch.from_numpy(positions)]
+    def of(self, batch: LocalBatch, samples: slice) -> Tensor:
+        return self.fixture[torch.from_numpy(batch.positions[samples])]
 
 
 def one_pass(case: Case, mesh: Mesh) -> dict[str, Any]:
@@ -130,11 +132,8 @@ def one_pass(case: Case, mesh: Mesh) -> dict[str, Any]:
 
 
 def _keep_patches_of_fixture(step: ContrastiveStep, kept: Tensor) -> None:
-    drawn, micro_batch = step.vision[0], step.config.train.micro_batch_size
-    step.vision[0] = _FixturePatches(
-        drawn.tower, micro_batch=micro_batch, patch_dropout=0.5, seed=0, device=drawn.device
-    )
-    step.vision[0].kept = kept
+    for runner in step.vision:
+        runner.kept = _FixturePatches(kept)
 
 
 def _all_rows(images: Tensor, text: Tensor, mesh: Mesh) -> dict[str, Tensor]:
