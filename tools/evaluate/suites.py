@@ -132,6 +132,8 @@ def _print(results: Results, out: Path) -> None:
         name = f"{entry['set']} ({entry['transform']}{f', {n} frames' if (n := entry['frames']) > 1 else ''})"
         reference = "" if entry["reference"] is None else f"{entry['reference']:.1f}"
         rows.append([name, entry["metric"], f"{entry['score']:.2f}", reference, entry["samples"], entry["left_out"]])
+        for probe, share in entry["probes"].items():
+            rows.append([name, probe.replace("_", " "), f"{share:.2f}", "", "", ""])
     print(table(rows))
     for average in results.average_table():
         if average["score"] is not None:

@@ -3,12 +3,15 @@
 import csv
 import io
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from engine.evaluation.sets.spec import METRICS, Average, SetSpec, Suite
 from engine.evaluation.text_files import write_whole
+
+_PROBE = re.compile(r"probe_\w+_top1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +104,7 @@ class Results:
                         "samples": row.samples,
                         "left_out": row.left_out,
                         "remark": row.remark,
+                        "probes": {k: 100 * v for k, v in row.measures.items() if _PROBE.fullmatch(k)},
                     }
                 )
         return table
@@ -155,6 +159,10 @@ class Results:
             counts = [f"{entry['samples']:,}", f"{entry['left_out']:,}"]
             cells = [name, entry["transform"], entry["frames"], entry["metric"], *numbers, *counts]
             lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+        for entry in self.set_table():
+            for name, score in entry["probes"].items():
+                told = f"{entry['set']} ({entry['transform']})"
+                lines.append(f"| {told} | | | {name.replace('_', ' ')} | {score:.2f} | | | | | |")
         lines += ["", "| mean | sets | % | reference | difference |", "| --- | --- | --- | --- | --- |"]
         for entry in self.average_table():
             numbers = [_number(entry[key]) for key in ("score", "reference", "difference")]
