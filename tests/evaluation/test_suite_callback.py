@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from data.errors import DataError
 from engine.callbacks.suite import SuiteEvaluation
+from engine.config.phases import first_phase
 from engine.config.read import Config, ConfigError, resolve
 from engine.config.schema import ParallelConfig
 from engine.parallel.device import prepare
@@ -63,7 +64,7 @@ def fit(config: Config) -> list[dict[str, float]]:
     from engine.callbacks.checkpoint import CheckpointCallback
 
     mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, dist.distributed_c10d._get_default_group())
-    trainer = Trainer(config, mesh, prepare())
+    trainer = Trainer(first_phase(config), mesh, prepare())
     recorder = _Records()
     trainer.resume()
     trainer.fit([SuiteEvaluation(trainer), recorder, CheckpointCallback(trainer)])
@@ -94,7 +95,8 @@ def test_the_same_between_steps_at_two_layouts_and_afterwards(folder: Path) -> N
 def test_a_mistake_is_found_at_the_start(folder: Path, tmp_path: Path) -> None:
     sets.digits_set(tmp_path, count=19)
     with job(ParallelConfig()) as (mesh, device):
-        trainer = Trainer(config_of(str(folder), "mistake", f"evaluate.data={tmp_path}"), mesh, device)
+        config = config_of(str(folder), "mistake", f"evaluate.data={tmp_path}")
+        trainer = Trainer(first_phase(config), mesh, device)
         with pytest.raises(DataError, match="19 samples, the suite asks for 20"):
             SuiteEvaluation(trainer).on_start(trainer._run_info(trainer._open_feed()))
 

@@ -10,6 +10,7 @@ import yaml
 
 from engine.callbacks.checkpoint import CheckpointCallback
 from engine.callbacks.metrics import MetricsFile
+from engine.config.phases import first_phase
 from engine.config.read import resolve, to_dict
 from engine.config.schema import ParallelConfig
 from engine.parallel.launch import job
@@ -43,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     config = resolve(tree, ["model.text.vocab_size=49408"])
     with job(ParallelConfig()) as (mesh, device):
-        trainer = Trainer(config, mesh, device)
+        trainer = Trainer(first_phase(config), mesh, device)
         trainer.resume()
         trainer.fit([MetricsFile(), CheckpointCallback(trainer)])
     (folder / "run" / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
