@@ -72,12 +72,12 @@ def best_ranks(
     if without:
         raise ValueError(f"{without} of {len(queries)} queries have no right answer; drop them before scoring")
     right = right[right[:, 0].argsort(stable=True)]
-    ranks = []
+    ranks = torch.empty(len(queries), dtype=torch.int64)
     for rows in tiles(len(queries), tile_rows):
         first, last = torch.searchsorted(right[:, 0].contiguous(), torch.tensor([rows.start, rows.stop])).tolist()
         of_tile = right[first:last] - torch.tensor([rows.start, 0])
-        ranks.append(_ranks_of_tile(queries[rows], candidates, of_tile, tile_columns))
-    return torch.cat(ranks)
+        ranks[rows] = _ranks_of_tile(queries[rows], candidates, of_tile, tile_columns)
+    return ranks
 
 
 def _ranks_of_tile(queries: Tensor, candidates: Rows, right: Tensor, tile_columns: int) -> Tensor:

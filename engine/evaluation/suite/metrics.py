@@ -20,15 +20,15 @@ def ranks_and_predictions(images: Rows, rows: Tensor, classes: Tensor, labels: T
     classes: fp32 [C, D], different ones; labels: int64 [n] in [0, C). A prediction is the label where the rank is 0,
     else the best wrong class.
     """
-    ranks, predicted = [], []
+    ranks, predicted = torch.empty_like(labels), torch.empty_like(labels)
     for part in tiles(len(rows), TILE_ROWS):
         scores = score(_gather(images, rows[part]), classes)
         own = labels[part][:, None]
         right = scores.gather(1, own)
         others = scores.scatter(1, own, -torch.inf)
-        ranks.append((others >= right).sum(dim=1))
-        predicted.append(torch.where(ranks[-1] == 0, labels[part], others.argmax(dim=1)))
-    return torch.cat(ranks), torch.cat(predicted)
+        ranks[part] = (others >= right).sum(dim=1)
+        predicted[part] = torch.where(ranks[part] == 0, labels[part], others.argmax(dim=1))
+    return ranks, predicted
 
 
 def _gather(images: Rows, rows: Tensor) -> Tensor:

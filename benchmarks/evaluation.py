@@ -1,0 +1,78 @@
+"""Memory of scoring against the number of pictures and captions, from features on disk.
+
+    python -m benchmarks.evaluation [--pictures 100000] [--pairs 20000] [--width 8]
+
+Each case runs in a process of its own: N pictures against 1,000 classes, and N pictures against N captions both ways
+(`engine/evaluation/ranking.py`), N being 1,000 and what is asked for. What is told is the peak above what the process
+had when its features lay on disk. Without tiles the second case would need N x N scores: 1.6 GB at 20,000 in fp32.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.common import RESULTS, machine, python_module, reset_peak, resident_bytes, write_json
+from engine.evaluation.ranking import best_ranks
+from engine.evaluation.suite.features import FileRows
+from engine.evaluation.suite.metrics import ranks_and_predictions
+
+FEW, CLASSES = 1_000, 1_000
+
+
+def main() -> None:
+    """Measure every case and write benchmarks/results/evaluation.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=100_000, help="against the classes")
+    parser.add_argument("--pairs", type=int, default=20_000, help="pictures and captions against each other")
+    parser.add_argument("--width", type=int, default=8)
+    parser.add_argument("--case", nargs=2, metavar=("WHAT", "N"), help="one case in this process")
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps(measure(arguments.case[0], int(arguments.case[1]), arguments.width)))
+        return
+    rows = []
+    for what, many in {"classification": arguments.pictures, "retrieval": arguments.pairs}.items():
+        for count in (FEW, many):
+            options = ("--width", str(arguments.width), "--case", what, str(count))
+            output, _ = python_module("benchmarks.evaluation", *options, threads=1).communicate()
+            rows.append(json.loads(output.splitlines()[-1]))
+            print(rows[-1], file=sys.stderr)
+    write_json({"machine": machine(), "width": arguments.width, "cases": rows}, RESULTS / "evaluation.json")
+
+
+def measure(what: str, count: int, width: int) -> dict[str, float | str]:
+    """Peak MB and seconds of one case."""
+    with tempfile.TemporaryDirectory() as folder:
+        images, texts = (_features(Path(folder) / name, count, width, seed) for seed, name in enumerate(("i", "t")))
+        classes = torch.from_numpy(np.random.default_rng(2).standard_normal((CLASSES, width), dtype=np.float32))
+        own = torch.arange(count)
+        best_ranks(images[slice(0, 10)], texts[slice(0, 10)], torch.stack([own[:10], own[:10]], dim=1))  # warm
+        before, began = reset_peak(), time.perf_counter()
+        if what == "classification":
+            ranks_and_predictions(images, own, classes, own % CLASSES)
+        else:
+            pairs = torch.stack([own, own], dim=1)
+            best_ranks(images, texts, pairs)
+            best_ranks(texts, images, pairs)
+        peak = resident_bytes("VmHWM") - before
+        seconds = round(time.perf_counter() - began, 2)
+        return {"what": what, "n": count, "peak_mb": round(peak / 1e6, 1), "seconds": seconds}
+
+
+def _features(path: Path, count: int, width: int, seed: int) -> FileRows:
+    draw = np.random.default_rng(seed)
+    with path.open("wb") as file:
+        for first in range(0, count, 10_000):
+            rows = draw.standard_normal((min(10_000, count - first), width), dtype=np.float32)
+            file.write((rows / np.linalg.norm(rows, axis=1, keepdims=True)).tobytes())
+    return FileRows(path, width)
+
+
+if __name__ == "__main__":
+    main()
