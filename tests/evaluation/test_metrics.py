@@ -1,17 +1,17 @@
 """Measures against scikit-learn, and the paper's tables against their own averages."""
 
-from importlib.resources import files
-
 import numpy as np
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from engine.evaluation.sets.spec import builtin_suites, load_suite
 from engine.evaluation.suite.metrics import average_precisions, classification, ranks_and_predictions
+from engine.evaluation.suite.page import render
+from engine.evaluation.suite.paper import beside_the_papers_models, tables
+from engine.evaluation.suite.results import Results, Row
 
 metrics = pytest.importorskip("sklearn.metrics")
 
@@ -63,7 +63,7 @@ def test_eleven_point_precision_by_hand() -> None:
     assert found["average_precision_11"] == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
 
 
-TABLES = yaml.safe_load((files("engine.evaluation") / "paper_tables.yaml").read_text(encoding="utf-8"))["tables"]
+TABLES = tables()
 
 
 MISPRINTED = {("14c", "EVA-CLIP-18B, crop"): 87.27}
@@ -112,3 +112,20 @@ def test_every_suite_is_read_and_its_sets_have_a_reference_where_it_says_so() ->
     best = [references[name]["best"] for name in by_name["27 image sets"].sets]
     assert round(sum(best) / len(best), 1) == by_name["27 image sets"].reference
     assert len(load_suite("datacomp").sets) == 37
+
+
+def test_a_run_that_scores_the_papers_numbers_has_the_papers_means() -> None:
+    """Every set given its published score: the tables, the page, and a gap of 0.2 come out."""
+    suite, rows = load_suite("paper"), []
+    for spec in suite.sets:
+        for transform in ("squash", "crop"):
+            published = spec.reference.get(transform, spec.reference.get("1"))
+            measures = {spec.metric: published / 100, "chance": 0.0}
+            rows.append(Row(name=spec.name, transform=transform, frames=1, measures=measures, samples=1, left_out=0))
+    results = Results(suite=suite, about={}, rows=rows, missing={})
+    means = {average["name"]: average for average in results.average_table()}
+    assert all(abs(average["difference"]) < 0.06 for average in means.values()), means
+    assert all(abs(entry["difference"]) < 1e-9 for entry in results.set_table() if not entry["best"])
+    table = beside_the_papers_models(results)
+    assert [round(value, 1) for value in table[1][1:]] == table[2][1:] == [80.7, 87.8, 75.0, 0.2]
+    assert table[2][0] == "EVA-CLIP-18B" and "DFN5B-CLIP-H/14 378" in render(results)

@@ -3,6 +3,7 @@
 from html import escape
 from typing import Any
 
+from engine.evaluation.suite.paper import beside_the_papers_models
 from engine.evaluation.suite.results import Results
 
 _CSS = """
@@ -29,6 +30,7 @@ def render(results: Results) -> str:
     sections = [
         _section("Means", _averages(results)),
         _section("Sets", _sets(results)),
+        _section("The paper's models", _models(results)),
         _section("Measures", _measures(results)),
         _section("Not scored", _missing(results)),
     ]
@@ -126,6 +128,15 @@ def _measures(results: Results) -> str:
             )
         )
     return _table(["set", "transform", "frames", "all measures in %"], rows)
+
+
+def _models(results: Results) -> str:
+    head, *rows = beside_the_papers_models(results) or [[]]
+    cells = [
+        _cells([escape(str(model)), *(_percent(v) for v in values if not isinstance(v, str))])
+        for model, *values in rows
+    ]
+    return _table([str(name) for name in head], cells)
 
 
 def _missing(results: Results) -> str:
