@@ -3,9 +3,6 @@
 The merges are a file of ours (data/vocabulary); nothing is downloaded. CLIP's pattern is looked for from left to right,
 the two special tokens first in it. So they are part of the pattern here too, and not what `tokenizers` calls added
 tokens: those are cut out before any pattern, also of the middle of a run of punctuation ("!<end_of_text>").
-
-An environment that was made for an earlier release has instant-clip-tokenizer in the place of `tokenizers`, and keeps
-working: its ids are the same but for letters that are newer than its Unicode tables.
 """
 
 import gzip
@@ -13,7 +10,8 @@ from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from itertools import chain
-from typing import Any
+
+import tokenizers
 
 SPECIAL = {"<start_of_text>": 49_406, "<end_of_text>": 49_407}
 _PATTERN = r"(?i:<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+)"
@@ -23,16 +21,6 @@ _WORD_END = "</w>"
 @cache
 def encoder() -> Callable[[str], list[int]]:
     """The function that encodes, made once a process."""
-    try:
-        import tokenizers
-    except ModuleNotFoundError:
-        import instant_clip_tokenizer
-
-        return instant_clip_tokenizer.Tokenizer().encode
-    return _encoder(tokenizers)
-
-
-def _encoder(tokenizers: Any) -> Callable[[str], list[int]]:
     merges = [(left, right) for left, right in (line.split(" ") for line in _merges())]
     # Ids of CLIP: the 256 bytes, the same at the end of a word, then a token a merge.
     tokens = _bytes_in_order()

