@@ -104,7 +104,7 @@ class Audit:
         return [*copies, *self._masters()]
 
     def _has_tensor_copies(self, part: Part, local: str) -> bool:
-        """Of the vision tower's tensors: those that every tensor rank holds whole."""
+        """Whether every tensor rank holds this tensor of the vision tower whole."""
         return (
             self.mesh.tensor.size > 1 and part.owners is not self.mesh.world and part.logical[local].split_dim is None
         )
