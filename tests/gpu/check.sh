@@ -29,7 +29,7 @@ else
   python3 -m venv --system-site-packages build/gpu-check && . build/gpu-check/bin/activate || exit 1
   python - <<'PY' > "$out/missing.txt"
 import importlib.util
-names = {"megatron": "megatron-core", "omegaconf": "omegaconf", "yaml": "pyyaml", "safetensors": "safetensors", "ftfy": "ftfy",
+names = {"megatron": "megatron-core", "yaml": "pyyaml", "safetensors": "safetensors", "ftfy": "ftfy",
          "wcwidth": "wcwidth", "tokenizers": "tokenizers", "rich": "rich", "markdown_it": "markdown-it-py", "mdurl": "mdurl",
          "pygments": "pygments", "pytest": "pytest", "pluggy": "pluggy", "iniconfig": "iniconfig", "PIL": "pillow",
          "packaging": "packaging", "numpy": "numpy", "matplotlib": "matplotlib", "contourpy": "contourpy", "cycler": "cycler",
