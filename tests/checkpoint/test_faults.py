@@ -325,15 +325,15 @@ def test_a_run_with_nothing_but_damaged_checkpoints_does_not_begin_at_0(run_dir:
 
 
 def test_a_rolled_back_run_does_not_count_the_attempt_that_was_given_up(run_dir: Path, mesh: Mesh, capfd) -> None:
-    pointer, older = checkpoints_folder(run_dir) / "latest", all_checkpoints(run_dir)[0]
+    pointer, older = checkpoints_folder(run_dir) / "latest", all_checkpoints(run_dir)[-1]
     given_up = build(job_config(run_dir), mesh)
     run_steps(given_up, 4)
     later = save(given_up)
     given_up.lock.release()
     pointer.write_text(older.name)
     trainer = build(job_config(run_dir), mesh)
-    assert trainer.position.step == 1
-    run_steps(trainer, 2)
+    assert trainer.position.step == 2
+    run_steps(trainer, 1)
     newest = save(trainer)
     trainer.lock.release()
     assert f"{later.name}.abandoned: of an attempt" in capfd.readouterr().err

@@ -67,7 +67,8 @@ def test_missing_extra_and_misshapen_tensors_are_listed() -> None:
 
 
 def test_a_resume_is_partial_only_where_the_config_says_so(tmp_path: Path, mesh: Mesh, trained: Path, capfd) -> None:
-    fixed = f"checkpoint.resume={trained}", "train.logit_scale=100"
+    accepted = "checkpoint.accept=[train.logit_scale]"
+    fixed = f"checkpoint.resume={trained}", "train.logit_scale=100", accepted
     with pytest.raises(CheckpointError, match=r"unexpected, 1 .*\n +logit_scale\.log_scale"):
         build(job_config(tmp_path / "a", *fixed), mesh)
     again = build(job_config(tmp_path / "b", *fixed, "checkpoint.skip=[logit_scale.*]"), mesh)
@@ -75,7 +76,7 @@ def test_a_resume_is_partial_only_where_the_config_says_so(tmp_path: Path, mesh:
     assert "left in the checkpoint, 1 tensors:\n    logit_scale.log_scale" in capfd.readouterr().err
     without_scale = save(again)
     with pytest.raises(CheckpointError, match=r"missing, 1 .*\n +logit_scale\.log_scale"):
-        build(job_config(tmp_path / "c", f"checkpoint.resume={without_scale}"), mesh)
+        build(job_config(tmp_path / "c", f"checkpoint.resume={without_scale}", accepted), mesh)
 
 
 def test_another_model_or_seed_is_no_resume(tmp_path: Path, mesh: Mesh, trained: Path) -> None:

@@ -175,7 +175,7 @@ def test_mistakes_in_evaluation_data_are_found_at_the_start(folder: Path, tmp_pa
         for override, message in cases.items():
             trainer = Trainer(first_phase(config_of(str(folder), "mistake", override)), mesh, device)
             with pytest.raises(DataError, match=message):
-                Evaluation(trainer).on_start(trainer._run_info())
+                Evaluation(trainer).on_start(trainer._run_info(trainer._open_feed()))
 
 
 @pytest.mark.parametrize(

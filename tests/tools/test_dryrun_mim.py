@@ -41,7 +41,9 @@ def more_than_the_formulas(config: Config, rows: int, masked: int) -> int:
     projection = rows * row * (2 * copies * (1 + patches) - 3 * (patches - wanted))
     prediction = 3 * 2 * vision.width * teacher.embed_dim * (parallel.tensor * masked - rows * wanted)
     class_row = 2 * 3 * teacher.vision.patch_size**2 * teacher.vision.width
-    return projection + prediction + rows * (class_row + (patches - wanted) * head_flops(teacher))
+    return (
+        projection + prediction + rows * (class_row + (patches - wanted) * head_flops(teacher, teacher.vision.tokens))
+    )
 
 
 @pytest.mark.parametrize(
