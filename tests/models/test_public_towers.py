@@ -246,7 +246,7 @@ def check(name: str, found: dict[str, Any]) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks", LAYOUTS)
+@pytest.mark.parametrize("ranks", [pytest.param(n, marks=[pytest.mark.slow] if n == 2 else []) for n in LAYOUTS])
 def test_features_loss_and_gradients_are_theirs(ranks: int) -> None:
     results = run_distributed(run_cases, ranks, ranks=ranks)[0]
     for (name, layout), found in zip(_cases(ranks), results, strict=True):
