@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,8 +53,7 @@ def gemm(part: Part) -> None:
 
 def _model(toy: bool, **choice: Any) -> ModelConfig:
     model = preset_model("tiny-18b" if toy else "18b")
-    for name, value in choice.items():
-        setattr(model, name, value)
+    model = replace(model, **choice)
     model.check()
     return model
 
