@@ -21,6 +21,10 @@ class SourceConfig:
     """As data.shards."""
     weight: float = 1.0
     """Share relative to the other sources (1.6 and 0.4 give 4 : 1); 0 leaves the source out until a switch."""
+    subset: str = ""
+    """As data.subset, of this source."""
+    subset_weights: str = ""
+    """As data.subset_weights, of this source."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,12 @@ class DataConfig:
     """
     sources: list[SourceConfig] = field(default_factory=list)
     """Several weighted sources in place of `shards`."""
+    subset: str = ""
+    """Samples of data.shards that the run is restricted to: a .npy of uids as DataComp ships it ('u8,u8'), of strings
+    (uids or keys), or a .parquet with a column uid or key; shards are not rewritten (docs/data.md).
+    """
+    subset_weights: str = ""
+    """Column of the .parquet with each sample's expected number of appearances in an epoch; empty is one each."""
     mix: str = "within_batch"
     """within_batch (every batch holds the sources in their proportion) | one_per_batch (a global batch comes
     from one source, as in the paper's code).
@@ -101,6 +111,7 @@ class DataConfig:
             else "data.shards and data.sources are both set: move the shards into a source, or drop the sources",
         )
         self._check_mixture()
+        self._check_subsets()
         check_captions(self.captions, self.sentences)
         _require(
             len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1,
@@ -118,6 +129,20 @@ class DataConfig:
             _require(getattr(self, name) > 0, f"data.{name} is {getattr(self, name)}: it must be above 0")
         for name in ("stall_timeout_s", "remote_retries", "remote_patience_s"):
             _require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}: it must be 0 or more")
+
+    def _check_subsets(self) -> None:
+        _require(
+            not self.sources or not (self.subset or self.subset_weights),
+            "data.subset belongs to data.shards: with data.sources give each source a subset of its own",
+        )
+        for subset, column in [
+            (self.subset, self.subset_weights),
+            *((source.subset, source.subset_weights) for source in self.sources),
+        ]:
+            _require(
+                bool(subset) or not column,
+                f"data.subset_weights={column} names a column of data.subset, which is empty",
+            )
 
     def _check_mixture(self) -> None:
         _require(self.mix in MIXES, f"data.mix is {self.mix!r}: choose one of {', '.join(MIXES)}")

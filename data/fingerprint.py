@@ -125,7 +125,7 @@ def _source_differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if counts := _ranges_that_differ(was, now, "counts"):
         lines.append(f"other sample counts in {counts} ({was['samples']:,} samples were, {now['samples']:,} are)")
     elif members := _ranges_that_differ(was, now, "members"):
-        lines.append(f"other keys, captions or picture sizes in {members}")
+        lines.append(f"other keys, captions or picture sizes in {members} (or another choice of data.subset)")
     return lines
 
 

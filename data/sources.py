@@ -1,9 +1,11 @@
 """The shards of a data config with their indices and their order: what a reader reads from."""
 
 import logging
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -12,11 +14,14 @@ from data.config import DataConfig, SourceConfig
 from data.errors import DataError
 from data.order.mixture import Mixture, MixtureLaw, Switch, integer_weights
 from data.order.order import SampleOrder
+from data.order.subsets import Picks, Subsets
 from data.shards.index import ShardIndex
 from data.shards.index_store import IndexStore, Tally
 from data.shards.listing import ShardFiles, expand_shards
 from data.shards.remote import is_remote
 from data.shards.storage import Storage
+from data.shards.subset import KeptTally, SubsetOfShards
+from data.shards.subset_table import check_subset
 
 PLAIN_SOURCE = "data.shards"
 """Name of the one source of a config without data.sources, and of that source where others join it later."""
@@ -46,6 +51,8 @@ class Listing:
     """Paths and URLs of each source's shards."""
     tallies: Sequence[Tally]
     """Samples and digest of all shards, source after source."""
+    kept: Sequence[KeptTally] | None = None
+    """What all shards have of their subsets; None where no source has one."""
 
 
 class Sources:
@@ -82,26 +89,36 @@ class Sources:
         self._indices = IndexStore(
             self.shards, max_loaded=in_use, storage=storage, tallies=listing.tallies if listing else None
         )
-        self.order = (
-            Mixture(
-                _law(config, global_batch_size),
-                *self._orders(config, seed=seed),
-                first_position=first_position,
-            )
-            if train
-            else self._list()
-        )
+        subsets = _subsets(config, self._borders, self.shards, self._indices, self.files, storage)
+        self._subsets = Subsets(subsets, self._borders, self._indices)
+        self.kept = self._subsets.tally(range(len(self.shards))) if listing is None else listing.kept
+        """What each shard has of its source's subset; None where no source has one."""
+        self._config, self._seed, self._train = config, seed, train
+        self._global_batch_size, self._first_position = global_batch_size, first_position
+
+    @cached_property
+    def order(self) -> Mixture:
         """Positions to (shard, sample)."""
+        if not self._train:
+            return self._list()
+        law = _law(self._config, self._global_batch_size)
+        return Mixture(law, *self._orders(self._config, seed=self._seed), first_position=self._first_position)
 
     @property
     def counts_of_shards(self) -> np.ndarray:
-        """int64 [shards]: samples by shard id."""
-        return self._indices.counts
+        """int64 [shards]: samples by shard id, of a subset those that are in it."""
+        return self._indices.counts if self.kept is None else np.array([kept.samples for kept in self.kept])
 
     @property
     def digests_of_shards(self) -> np.ndarray:
-        """uint64 [shards]: `ShardIndex.digest` by shard id."""
-        return self._indices.digests
+        """uint64 [shards]: `ShardIndex.digest` by shard id, of a subset with what is in it."""
+        if self.kept is None:
+            return self._indices.digests
+        return np.array([kept.digest for kept in self.kept], dtype=np.uint64)
+
+    def subsets(self) -> list[str]:
+        """Say in words what each source keeps of its samples, where it has a subset."""
+        return self._subsets.in_words(self.kept, [called(name) for name in self.parts()])
 
     def parts(self) -> dict[str, slice]:
         """The shard ids of each source by its name."""
@@ -155,20 +172,36 @@ class Sources:
         return dict(zip(self.names, self.order.counts(position), strict=True)) if self.names else {}
 
     def _list(self) -> Mixture:
-        order = SampleOrder(self._indices.counts, seed=0, shuffle=False, group_shards=1)
+        picks = self._picks(weighted=False, seed=0)
+        counts = self._indices.counts.copy()
+        for source, of_source in picks.items():
+            counts[slice(*self._borders[source : source + 2])] = of_source.counts
+
+        def pick(epoch: int, shard: int, places: np.ndarray) -> np.ndarray:
+            source = bisect_right(self._borders, shard) - 1
+            return picks[source].samples(epoch, shard - self._borders[source], places) if source in picks else places
+
+        order = SampleOrder(counts, seed=0, shuffle=False, group_shards=1, pick=pick if picks else None)
         return Mixture(MixtureLaw([Switch(start=0, weights=(1,))], turn_samples=1), [order], [0])
+
+    def _picks(self, *, weighted: bool, seed: int) -> dict[int, Picks]:
+        """The picks of the sources that have a subset, by number."""
+        streams = [_stream(name) for name in self.parts()]
+        return self._subsets.picks(self.kept, weighted=weighted, seed=seed, streams=streams)
 
     def _orders(self, config: DataConfig, *, seed: int) -> tuple[list[SampleOrder], list[int]]:
         """The order of each source and the id of its first shard."""
+        picks = self._picks(weighted=True, seed=seed)
         orders = [
             SampleOrder(
-                self._indices.counts[part],
+                picks[source].counts if source in picks else self._indices.counts[part],
                 seed=seed,
                 shuffle=config.shuffle,
                 group_shards=config.shuffle_group_shards,
-                stream="order" if name == PLAIN_SOURCE else f"order/{name}",
+                stream=_stream(name),
+                pick=picks[source].samples if source in picks else None,
             )
-            for name, part in self.parts().items()
+            for source, (name, part) in enumerate(self.parts().items())
         ]
         return orders, self._borders[:-1]
 
@@ -178,9 +211,47 @@ def called(name: str) -> str:
     return name if name == PLAIN_SOURCE else f"source {name}"
 
 
+def _stream(name: str) -> str:
+    """Name of the source's random stream."""
+    return "order" if name == PLAIN_SOURCE else f"order/{name}"
+
+
+def owners(config: DataConfig) -> Sequence[SourceConfig | DataConfig]:
+    """The parts of the config that name the shards of each source: entries of data.sources, or the config itself."""
+    return config.sources or [config]
+
+
+def _subsets(
+    config: DataConfig,
+    borders: Sequence[int],
+    shards: Sequence[str],
+    indices: IndexStore,
+    files: ShardFiles,
+    storage: Storage,
+) -> dict[int, SubsetOfShards]:
+    """The subsets by the number of their source."""
+    return {
+        source: SubsetOfShards(
+            owner.subset,
+            owner.subset_weights,
+            shards=shards[first:last],
+            first=first,
+            indices=indices,
+            files=files,
+            storage=storage,
+            max_loaded=2 * config.shuffle_group_shards,
+        )
+        for source, (owner, (first, last)) in enumerate(zip(owners(config), pairwise(borders), strict=True))
+        if owner.subset
+    }
+
+
 def check_shards(config: DataConfig) -> None:
-    """Raise DataError for shards that are not there; opens none of them."""
+    """Raise DataError for shards or subsets that are not there; opens no shard."""
     shard_lists(config)
+    for owner in owners(config):
+        if owner.subset:
+            check_subset(owner.subset, owner.subset_weights)
 
 
 def shard_lists(config: DataConfig) -> list[list[str]]:
@@ -195,8 +266,12 @@ def tally_shards(config: DataConfig, shards: Sequence[str]) -> list[Tally]:
 
 def _shard_lists(config: DataConfig, storage: Storage) -> list[list[str]]:
     """Paths and URLs of the shards of each source."""
-    sources = config.sources or [SourceConfig(shards=config.shards)]
-    return [expand_shards(source.shards, storage) for source in sources]
+    return [expand_shards(owner.shards, storage) for owner in owners(config)]
+
+
+def tally_kept(config: DataConfig, listing: Listing, shards: Iterable[int]) -> list[KeptTally]:
+    """What the shards of those ids have of the subsets of a config that has some. Raises DataError."""
+    return Sources(config, seed=0, train=False, global_batch_size=1, listing=listing)._subsets.tally(shards) or []
 
 
 def _check_patience(config: DataConfig, lists: list[list[str]]) -> None:

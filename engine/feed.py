@@ -14,7 +14,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,8 @@ from data.fingerprint import fingerprint
 from data.loader import PrefetchLoader
 from data.reader import SampleReader
 from data.shards.index_store import Tally
-from data.sources import Listing, SourceSize, shard_lists, tally_shards
+from data.shards.subset import KeptTally
+from data.sources import Listing, SourceSize, owners, shard_lists, tally_kept, tally_shards
 from engine.config.read import Config
 from engine.objectives.registry import objective_of
 from engine.parallel.agree import everyone, together
@@ -62,7 +63,7 @@ def list_together(config: DataConfig, mesh: Mesh) -> Listing:
     is touched once a job, not once a rank. Collective; raises on every rank.
     """
     axis = mesh.control
-    asked = [source.shards for source in config.sources] or [config.shards]
+    asked = [(owner.shards, owner.subset, owner.subset_weights) for owner in owners(config)]
     told = everyone((mesh.is_first_stage, asked), axis)
     readers = [rank for rank, (reads, _) in enumerate(told) if reads]
     for rank, (_, others) in enumerate(told):
@@ -84,7 +85,29 @@ def list_together(config: DataConfig, mesh: Mesh) -> Listing:
     of_ranks = everyone(own, axis)
     for turn, rank in enumerate(readers):
         tallies[turn :: len(readers)] = of_ranks[rank]
-    return Listing(lists=found[0], tallies=tallies)
+    listing = Listing(lists=found[0], tallies=tallies)
+    return replace(listing, kept=_list_kept(config, mesh, listing, readers))
+
+
+def _list_kept(config: DataConfig, mesh: Mesh, listing: Listing, readers: Sequence[int]) -> list[KeptTally] | None:
+    """What the shards have of their subsets, looked through by the reading ranks in turn; rank 0 goes first with one
+    shard, so that a table that has to be sorted is sorted once where all see one disk.
+    """
+    if not any(owner.subset for owner in owners(config)):
+        return None
+    axis, count = mesh.control, len(listing.tallies)
+    with together(axis):
+        if axis.rank == readers[0]:
+            tally_kept(config, listing, [0])
+    own: list[KeptTally] = []
+    with together(axis):
+        if mesh.is_first_stage:
+            own = tally_kept(config, listing, range(readers.index(axis.rank), count, len(readers)))
+    of_ranks = everyone(own, axis)
+    kept = [KeptTally(0, 0, 0, 0)] * count
+    for turn, rank in enumerate(readers):
+        kept[turn :: len(readers)] = of_ranks[rank]
+    return kept
 
 
 class Feed:
@@ -128,6 +151,8 @@ class Feed:
                 listing=listing,
             )
             if self.captions and mesh.world.rank == 0:
+                for line in self.reader.sources.subsets():
+                    _log.info("%s", line)
                 for line in self.reader.sources.copies_within(self.global_batch):
                     _log.warning("%s", line)
             batches = (

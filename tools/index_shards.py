@@ -5,6 +5,8 @@ shard (in DIR where that folder cannot be written, and for URLs) and one shards.
 over 200,000 shards starts without opening the indices. Where the shards are local before they are uploaded, upload
 both kinds of files with them: readers of the URLs take them from there instead of reading each tar first.
 
+With --subset it also finds what each shard has of a data.subset, which reads the metadata of all samples.
+
 What is up to date is left alone. Prints one JSON object: shards that are no tars, hold no sample or are truncated are
 listed, and what the tars hold beside samples is counted. The exit status is 1 if a shard cannot be used at all, or if
 an index could not be written.
@@ -28,6 +30,9 @@ from data.errors import DataError
 from data.shards.index_store import COUNTS_FILE, Tally, is_stored, load_index, unwritable_folders, write_counts
 from data.shards.listing import expand_shards
 from data.shards.storage import Storage
+from data.shards.subset import KeptTally
+from data.shards.subset_table import check_subset
+from data.sources import Listing, tally_kept
 from tools.cli import CommandError, amount, answer, command_parser, progress
 
 _EXAMPLES = (
@@ -37,11 +42,16 @@ _EXAMPLES = (
 _CURE = "make the shards' folder writable, free some space there, or give --cache-dir"
 
 
-def index_shards(entries: Sequence[str], storage: Storage, *, workers: int) -> dict[str, Any]:
+def index_shards(
+    entries: Sequence[str], storage: Storage, *, workers: int, subset: DataConfig | None = None
+) -> dict[str, Any]:
     """Index all shards of the entries with `workers` processes; the summary that is printed.
 
-    Raises DataError for an entry that matches nothing, or if a folder takes no index.
+    subset: a config with a data.subset, of which is found what the shards have. Raises DataError for an entry that
+    matches nothing, or if a folder takes no index.
     """
+    if subset is not None:
+        check_subset(subset.subset, subset.subset_weights)
     shards = expand_shards(entries, storage)
     if full := unwritable_folders(shards, storage):
         raise DataError(f"no index can be written in {full[0]} ({len(full)} such folders): {_CURE}")
@@ -51,7 +61,8 @@ def index_shards(entries: Sequence[str], storage: Storage, *, workers: int) -> d
             for result in pool.map(partial(_index_one, storage), shards, chunksize=16):
                 results.append(result)
                 done(1)
-    usable = [(shard, result) for shard, result in zip(shards, results, strict=True) if result.problem is None]
+        usable = [(shard, result) for shard, result in zip(shards, results, strict=True) if result.problem is None]
+        kept = _look_through(pool, subset, usable) if subset is not None else None
     counts = np.array([result.tally.samples for _, result in usable], dtype=np.int64)
     written = write_counts([shard for shard, _ in usable], [result.tally for _, result in usable], storage)
     odd = sum((Counter(result.odd) for _, result in usable), Counter())
@@ -66,7 +77,31 @@ def index_shards(entries: Sequence[str], storage: Storage, *, workers: int) -> d
         "unusable": [result.problem for result in results if result.problem is not None],
         "not_written": [shard for shard, result in usable if not result.stored],
         "counts_written": written,
+        **({} if kept is None else {"subset": kept}),
     }
+
+
+def _look_through(
+    pool: ProcessPoolExecutor, config: DataConfig, usable: Sequence[tuple[str, "_Result"]]
+) -> dict[str, Any]:
+    """What the shards have of the subset, in numbers. The first shard goes ahead: it sorts the table if need be."""
+    listings = [Listing(lists=[[shard]], tallies=[result.tally]) for shard, result in usable]
+    kept: list[KeptTally] = []
+    with progress("looking for the subset", len(listings), "shards") as done:
+        for ahead in (listings[:1], listings[1:]):
+            for tallies in pool.map(partial(_kept, config), ahead, chunksize=16):
+                kept += tallies
+                done(1)
+    return {
+        "file": config.subset,
+        "samples": sum(tally.samples for tally in kept),
+        "weight": sum(tally.weight for tally in kept),
+        "without_uid": sum(tally.nameless for tally in kept),
+    }
+
+
+def _kept(config: DataConfig, listing: Listing) -> list[KeptTally]:
+    return tally_kept(config, listing, [0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +140,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `python -m tools.index_shards`; the exit status."""
     parser = command_parser("index_shards", __doc__, _EXAMPLES)
     add_shard_arguments(parser)
+    parser.add_argument("--subset", default="", help="as data.subset: find what the shards have of it")
+    parser.add_argument("--subset-weights", default="", help="as data.subset_weights")
     options = parser.parse_args(arguments)
     return answer(lambda: _index(options))
 
 
 def _index(options: argparse.Namespace) -> int:
     storage = Storage(cache_dir=options.cache_dir, cache_gb=options.cache_gb)
-    summary = index_shards(options.shards, storage, workers=options.workers)
+    subset = DataConfig(
+        shards=options.shards,
+        subset=options.subset,
+        subset_weights=options.subset_weights,
+        cache_dir=options.cache_dir,
+        cache_gb=options.cache_gb,
+    )
+    subset.check()
+    summary = index_shards(options.shards, storage, workers=options.workers, subset=subset if options.subset else None)
     print(json.dumps(summary, indent=1))
     unwritten = summary["not_written"]
     if unwritten or not summary["counts_written"]:

@@ -6,6 +6,7 @@ a whole group, while only one group of indices is in use at a time. The order is
 alone; ranks, micro-batches and readers have no part in it, so a run resumes at a position under any layout.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,9 @@ from data.shards.lru import Lru
 
 _EPOCHS_KEPT = 2  # a batch may straddle the end of an epoch
 _GROUPS_KEPT = 4
+
+Pick = Callable[[int, int, np.ndarray], np.ndarray]
+"""(epoch, shard, places within the shard int64 [n]) to sample ids int64 [n]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +38,18 @@ class SampleOrder:
     """
 
     def __init__(
-        self, counts: np.ndarray, *, seed: int, shuffle: bool, group_shards: int, stream: str = "order"
+        self,
+        counts: np.ndarray,
+        *,
+        seed: int,
+        shuffle: bool,
+        group_shards: int,
+        stream: str = "order",
+        pick: Pick | None = None,
     ) -> None:
         """stream: name of the random stream; sources of a mixture differ in it, so that two with equal shards
-        do not walk through them in step.
+        do not walk through them in step. pick: where a shard's samples are chosen from more (`data.subset`), says which
+        they are; without it they are 0, 1, 2, ...
         """
         if group_shards < 1:
             raise DataError(f"data.shuffle_group_shards is {group_shards}: it must be at least 1")
@@ -50,6 +62,7 @@ class SampleOrder:
         self._stream = stream
         self._shuffle = shuffle
         self._group_shards = group_shards
+        self._pick = pick
         self._epochs: Lru[int, _Epoch] = Lru(_EPOCHS_KEPT, self._make_epoch)
         self._groups: Lru[tuple[int, int], np.ndarray] = Lru(_GROUPS_KEPT, self._make_group)
 
@@ -69,7 +82,12 @@ class SampleOrder:
         if self._shuffle:
             places = self._shuffle_places(epoch, table, places)
         ranks = np.searchsorted(table.starts, places, side="right") - 1
-        return table.shards[ranks], places - table.starts[ranks]
+        shards, samples = table.shards[ranks], places - table.starts[ranks]
+        if self._pick is not None:
+            for shard in np.unique(shards).tolist():
+                rows = shards == shard
+                samples[rows] = self._pick(epoch, shard, samples[rows])
+        return shards, samples
 
     def _shuffle_places(self, epoch: int, table: _Epoch, places: np.ndarray) -> np.ndarray:
         group_starts = table.starts[: -1 : self._group_shards]

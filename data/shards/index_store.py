@@ -10,11 +10,10 @@ shards starts with one small read instead of opening every index.
 import contextlib
 import logging
 import os
-import secrets
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -168,7 +167,7 @@ def _packed(**strings: Strings) -> dict[str, np.ndarray]:
 
 
 def _write_index(shard: str, storage: Storage, index: ShardIndex, stamp: np.ndarray) -> None:
-    written = _write_first(
+    written = _write_npz(
         storage,
         index_name(shard),
         stamp=stamp,
@@ -189,28 +188,9 @@ def _write_index(shard: str, storage: Storage, index: ShardIndex, stamp: np.ndar
         _log.info("the index of %s is kept in memory only: set data.cache_dir to keep it", shard)
 
 
-def _write_first(storage: Storage, name: str, **arrays: Any) -> bool:
+def _write_npz(storage: Storage, name: str, **arrays: Any) -> bool:
     """Write an npz in the first place that takes it."""
-    for file in storage.side_files(name):
-        with contextlib.suppress(OSError), _replacing(file) as stream:
-            np.savez(stream, **arrays)
-            return True
-    return False
-
-
-@contextlib.contextmanager
-def _replacing(file: str) -> Iterator[BinaryIO]:
-    """A stream to a temporary name beside the file, which takes the file's name when all is written."""
-    temporary = f"{file}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    try:
-        os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
-        with open(temporary, "xb") as stream:
-            yield stream
-        os.replace(temporary, file)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    return storage.write(name, lambda stream: np.savez(stream, **arrays)) is not None
 
 
 def unwritable_folders(shards: Sequence[str], storage: Storage) -> list[str]:
@@ -242,7 +222,7 @@ def write_counts(shards: Sequence[str], tallies: Sequence[Tally], storage: Stora
         by_folder.setdefault(shard.rpartition("/")[0], []).append(number)
     for folder, numbers in by_folder.items():
         stamps = [storage.stamp(shards[number]) or (-1, -1) for number in numbers]
-        written &= _write_first(
+        written &= _write_npz(
             storage,
             _counts_name(folder),
             version=np.int64(_FORMAT_VERSION),

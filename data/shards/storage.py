@@ -2,9 +2,12 @@
 remote.
 """
 
+import contextlib
 import os
-from collections.abc import Iterator
+import secrets
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from data.config import DataConfig
 from data.errors import DataError
@@ -73,6 +76,16 @@ class Storage:
             self._fetch_side_file(name, copy)
         yield str(copy)
 
+    def write(self, name: str, save: Callable[[BinaryIO], None]) -> str | None:
+        """Write a small file that belongs beside `name`'s shard where the first place takes it: whole, or not at all.
+        The place; None if none took it.
+        """
+        for file in self.side_files(name):
+            with contextlib.suppress(OSError), _replacing(file) as stream:
+                save(stream)
+                return file
+        return None
+
     def _fetch_side_file(self, url: str, copy: Path) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -84,3 +97,18 @@ class Storage:
         if self._cache is None:
             raise DataError(f"{shard} is remote: set data.cache_dir to a local folder with data.cache_gb of room")
         return self._cache
+
+
+@contextlib.contextmanager
+def _replacing(file: str) -> Iterator[BinaryIO]:
+    """A stream to a temporary name beside the file, which takes the file's name when all is written."""
+    temporary = f"{file}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+        with open(temporary, "xb") as stream:
+            yield stream
+        os.replace(temporary, file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise

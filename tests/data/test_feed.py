@@ -31,7 +31,7 @@ LAYOUTS = [(1, 1), (2, 1), (2, 2), (1, 2), (4, 1), (1, 4)]
 
 def _config(folder: str, tensor: int = 1, pipeline: int = 1, **data: Any) -> Config:
     sources = [
-        {"name": "laion", "shards": f"{folder}/laion-{{0..2}}.tar", "weight": 3},
+        {"name": "laion", "shards": f"{folder}/laion-{{0..2}}.tar", "weight": 3, "subset": f"{folder}/subset.npy"},
         {"name": "coyo", "shards": f"{folder}/coyo.tar", "weight": 1},
     ]
     vision = {"image_size": SIDE, "patch_size": 6, "depth": 4, "width": 16, "head_width": 4, "mlp_hidden": 32}
@@ -52,6 +52,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     for shard in range(3):
         samples = [good_sample(number) for number in range(10 * shard, 10 * shard + 10)]
         write_shard(str(folder / f"laion-{shard}.tar"), samples + bad[shard : shard + 1])
+    wanted = [f"good{number}" for number in range(30) if number % 7 != 3]
+    np.save(folder / "subset.npy", [*wanted, *(key for key, _ in bad)])
     write_shard(str(folder / "coyo.tar"), [good_sample(number) for number in range(50, 57)])
     return str(folder)
 
