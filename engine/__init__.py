@@ -1,4 +1,4 @@
-"""Everything that knows there is more than one rank.
+"""Everything that knows there is more than one rank; `load_model` gives a trained model to a notebook, which does not.
 
 The import names `data`, `models` and `tools` are fixed by the project's layout and short enough to be taken by another
 installed package; training with somebody else's `data` must stop before anything is imported from it.
@@ -13,7 +13,10 @@ import sys
 import types
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.notebook.load import load_model as load_model
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -80,3 +83,11 @@ def _do_without_triton() -> None:
 
 
 _do_without_triton()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_model":  # torch and megatron-core are imported for those who ask for it
+        from engine.notebook.load import load_model
+
+        return load_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

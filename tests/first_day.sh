@@ -51,8 +51,8 @@ python "${train[@]}" "${alone[@]}" train.steps=4 >"$day/second.txt" 2>&1
 grep -q "resumed from" "$day/second.txt"
 
 step "scores, embeddings, weights out and back"
-python -m tools.evaluate "$day/run" "$day/shards/heldout" --out "$day/run/result.json" "${alone[@]}" >/dev/null
-python -m tools.embed --checkpoint "$day/run" --shards "$day/shards/heldout" --out "$day/held.npz" "${alone[@]}"
+python -m tools.evaluate "$day/run" "$day/shards/heldout" --out "$day/run/result.json" >/dev/null
+python -m tools.embed --checkpoint "$day/run" --shards "$day/shards/heldout" --out "$day/held.npz"
 python -m tools.convert --to eva --checkpoint "$day/run" --out "$day/eva.safetensors" --config-out "$day/eva.json" \
   >/dev/null
 python -m tools.convert --from eva --config "$day/eva.json" --weights "$day/eva.safetensors" --out "$day/back" >/dev/null

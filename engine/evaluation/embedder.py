@@ -6,7 +6,7 @@ Every rank gets all embeddings, in input order.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +58,8 @@ class Encoders:
 
 
 def inference_config(manifest: Manifest, overrides: list[str], world_size: int, micro_batch: int) -> Config:
-    """The model of a checkpoint at the layout of `overrides`, by default the one it was written at.
+    """The model of a checkpoint at the layout of `overrides`, by default the one it was written at, or what of it the
+    ranks admit (`fitting_layout`).
 
     Raises ConfigError for a layout that model or ranks do not admit and for overrides that mean nothing here.
     """
@@ -67,7 +68,8 @@ def inference_config(manifest: Manifest, overrides: list[str], world_size: int, 
         raise ConfigError(f"{idle[0]} has no effect here; what can be set: {', '.join(_OVERRIDABLE)}")
     refuse_repeats(overrides)
     stored = manifest.config
-    parallel = {key: stored["parallel"][key] for key in ("tensor", "pipeline", "sequence")}
+    given = {name: _count_of(f"parallel.{name}", overrides) for name in ("tensor", "pipeline")}
+    parallel = {"sequence": stored["parallel"]["sequence"]} | fitting_layout(stored["parallel"], given, world_size)
     tree = {
         "model": {**stored["model"], **LOCAL_KERNELS},
         "parallel": parallel,
@@ -75,7 +77,7 @@ def inference_config(manifest: Manifest, overrides: list[str], world_size: int, 
         "train": {"precision": stored["train"]["precision"], "patch_dropout": 0.0, "micro_batch_size": 1},
     }
     # Sequence parallelism cuts micro-batch x tokens, so a multiple of the tensor axis always fits; clips stay whole.
-    unit = math.lcm(*(_count_of(key, tree, overrides) for key in ("parallel.tensor", "data.frames")))
+    unit = math.lcm(parallel["tensor"], max(1, _count_of("data.frames", overrides)))
     micro_batch += -micro_batch % unit
     batch = [f"train.micro_batch_size={micro_batch}", f"train.global_batch_size={micro_batch * world_size}"]
     config = resolve(tree, [*overrides, *batch], source="checkpoint")
@@ -87,10 +89,30 @@ def inference_config(manifest: Manifest, overrides: list[str], world_size: int, 
     return config
 
 
-def _count_of(key: str, tree: dict, overrides: list[str]) -> int:
-    section, name = key.split(".")
-    given = [o.partition("=")[2] for o in overrides if o.startswith(f"{key}=")]
-    return max(1, typed(given[-1] if given else tree[section].get(name, 1), int, key))
+def fitting_layout(stored: Mapping[str, int], given: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """Tensor and pipeline axes for `ranks`: as given (0: not), else the stored ones where the ranks are a multiple of
+    them, else the largest parts of the stored ones that divide the ranks.
+    """
+    tensor = given["tensor"] or math.gcd(stored["tensor"], ranks // max(1, given["pipeline"]))
+    return {"tensor": tensor, "pipeline": given["pipeline"] or math.gcd(stored["pipeline"], ranks // tensor)}
+
+
+def _count_of(key: str, overrides: list[str]) -> int:
+    """The count that an override gives; 0 where none does, or one that is refused later."""
+    given = [override.partition("=")[2] for override in overrides if override.startswith(f"{key}=")]
+    return max(0, typed(given[-1], int, key)) if given else 0
+
+
+def build_encoders(
+    config: Config, mesh: Mesh, device: torch.device, *, images: bool = True, texts: bool = True
+) -> Encoders:
+    """This rank's parts of the towers that are asked for, not initialised."""
+    vision = build_vision(config, mesh, device) if images else []
+    text = None
+    if texts:
+        with torch.device(device):
+            text = TextTower(config.model, groups=mesh.text_groups(), dtype=DTYPES[config.train.precision])
+    return Encoders(vision, text, config.model.embed_dim)
 
 
 def load_encoders(
@@ -110,16 +132,12 @@ def load_encoders(
     Raises CheckpointError if a tensor of theirs is missing or of another shape; other tensors of the checkpoint (the
     logit scale, the other tower, the optimizer's) are not looked at.
     """
-    vision = build_vision(config, mesh, device) if images else []
-    text = None
-    if texts:
-        with torch.device(device):
-            text = TextTower(config.model, groups=mesh.text_groups(), dtype=DTYPES[config.train.precision])
+    encoders = build_encoders(config, mesh, device, images=images, texts=texts)
     tables: list[tuple[nn.Module, dict[str, LogicalTensor]]] = []
-    for chunk in vision:
+    for chunk in encoders.vision:
         tables.append((chunk, logical_tensors(chunk, "vision", chunk.layers.start, mesh.tensor.size)))
-    if text is not None:
-        tables.append((text, logical_tensors(text, "text", 0, 1)))
+    if encoders.text is not None:
+        tables.append((encoders.text, logical_tensors(encoders.text, "text", 0, 1)))
     own = {t.name: t.shape for _, table in tables for t in table.values()}
     wanted = {name: tuple(shape) for stage in everyone(own, mesh.pipeline) for name, shape in stage.items()}
     source = Resized(checkpoint.kind(kind), config.model, None, resize_patch=False)
@@ -129,7 +147,7 @@ def load_encoders(
     for module, table in tables:
         load_weights(source, set(wanted), [(table[n], p) for n, p in module.named_parameters()], mesh)
         module.eval()
-    return Encoders(vision, text, config.model.embed_dim), source.remarks
+    return encoders, source.remarks
 
 
 def verify_together(checkpoint: Checkpoint, mesh: Mesh, hashes: bool) -> None:

@@ -12,6 +12,8 @@ from engine.parallel.mesh import Axis
 
 def everyone(value: object, axis: Axis) -> list:
     """The values of all ranks, in rank order. Collective."""
+    if axis.size == 1:
+        return [value]
     values: list = [None] * axis.size
     dist.all_gather_object(values, value, group=axis.group)
     return values

@@ -15,7 +15,7 @@ from data.pixels.transforms import Squash, normalise
 from data.shards.write import write_shard
 from engine.checkpoint.reader import Checkpoint
 from engine.config.read import ConfigError
-from engine.evaluation.embedder import inference_config, load_encoders
+from engine.evaluation.embedder import fitting_layout, inference_config, load_encoders
 from engine.evaluation.session import Session
 from engine.parallel.device import prepare
 from tests.checkpoint.jobs import (
@@ -266,3 +266,22 @@ def test_evaluate_runs_on_a_checkpoint_folder(caption_run: Path, tmp_path: Path)
     samples = json.loads(shown.read_text())["samples"]
     assert [sample["key"] for sample in samples] == ["good0", "good3", "good6"]
     assert all(len(sample["top"]) == 3 for sample in samples)
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "ranks", "fits"),
+    [
+        ((2, 4), (0, 0), 8, (2, 4)),
+        ((2, 4), (0, 0), 16, (2, 4)),
+        ((2, 4), (0, 0), 1, (1, 1)),
+        ((2, 4), (0, 0), 2, (2, 1)),
+        ((8, 1), (0, 0), 6, (2, 1)),
+        ((1, 4), (0, 0), 6, (1, 2)),
+        ((2, 4), (1, 0), 4, (1, 4)),
+        ((2, 4), (0, 4), 4, (1, 4)),
+        ((2, 4), (4, 2), 1, (4, 2)),  # refused later, as given
+    ],
+)
+def test_a_stored_layout_is_cut_to_the_ranks_there_are(stored, given, ranks, fits) -> None:
+    sizes = [dict(zip(("tensor", "pipeline"), pair, strict=True)) for pair in (stored, given, fits)]
+    assert fitting_layout(sizes[0], sizes[1], ranks) == sizes[2]
