@@ -5,6 +5,7 @@ A mistake in the config, the layout, the shards or a checkpoint ends with one li
 
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from data.errors import DataError
 from engine.config.phases import Job
 from engine.config.read import Config, ConfigError, check_layout, check_vocabulary, read_job, to_dict
 from engine.paths import check_paths
+from engine.resilience.elastic import fit_job, in_words
 from engine.resilience.exit import STOPPED, leave, refuse
 
 if TYPE_CHECKING:
@@ -28,13 +30,17 @@ def main(arguments: list[str]) -> int:
         return _help(arguments)
     try:
         job = read_job(arguments[0], arguments[1:])
+        came = working = int(os.environ.get("WORLD_SIZE", "1"))
+        if job.config.parallel.elastic:
+            job, fit = fit_job(job, came)
+            job, working = replace(job, origin=(*job.origin, in_words(fit, came))), fit.ranks
         for phase in job.phases:
-            check_layout(phase.config, int(os.environ.get("WORLD_SIZE", "1")))
+            check_layout(phase.config, working)
             check_vocabulary(phase.config)
         check_paths(job)
     except (ConfigError, DataError) as error:
         return refuse(error)
-    return _train(job)
+    return _train(job, working)
 
 
 def _help(arguments: list[str]) -> int:
@@ -48,7 +54,7 @@ def _help(arguments: list[str]) -> int:
     return 0 if arguments else 2
 
 
-def _train(job: Job) -> int:
+def _train(job: Job, working: int) -> int:
     # Importing torch and megatron-core takes seconds: after the checks, so that a typing mistake answers at once.
     from engine.build import DTYPES
     from engine.checkpoint.format.errors import CheckpointError
@@ -56,6 +62,7 @@ def _train(job: Job) -> int:
     from engine.parallel import launch
     from engine.parallel.mesh import LayoutError
     from engine.parallel.rendezvous import NotEveryoneCame
+    from engine.parallel.standby import StoodBy
     from engine.resilience.agreement import RanksDiffer, facts_of
     from engine.resilience.failures import tell, tell_line
     from engine.resilience.judge import UnhealthyStep
@@ -74,12 +81,15 @@ def _train(job: Job) -> int:
         return refuse(error)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
+    facts = facts_of(to_dict(config))
     ours = (LayoutError, NotEveryoneCame, RanksDiffer)
     try:
-        with Wishes() as wishes, launch.job(config.parallel, facts_of(to_dict(config))) as (mesh, device):
+        with Wishes() as wishes, launch.job(config.parallel, facts, working) as (mesh, device):
             if mesh.world.rank == 0:
                 print("\n".join([*job.origin, "; then ".join(kernels)]), flush=True)
             done = train_job(job, mesh, device, partial(_callbacks, config), wishes)
+    except StoodBy:
+        return 0
     except (*ours, DataError, CheckpointError, ModelConfigError, UnhealthyStep) as error:
         return tell_line(error)
     except Exception as error:

@@ -6,7 +6,8 @@
 #   launch CONFIG [KEY=VALUE …]     start the job's part on this node, with the knobs and these settings; the module is
 #                                   engine.train, or MODULE
 #
-# NODES             nodes of the job (each recipe has the paper's number)
+# NODES             nodes of the job (each recipe has the paper's number); MIN:MAX goes on with those that are left when
+#                   some are lost (parallel.elastic; python -m tools.elastic says which numbers work; RESTARTS=3)
 # GPUS_PER_NODE     8
 # HEAD_NODE, PORT   host name of the first node, and a free port there (29500)
 # JOB_ID            name of the rendezvous, the same on all nodes and new for every start
@@ -47,17 +48,22 @@ _count() {
 }
 
 launch() {
-  local config=$1 command
+  local config=$1 command most
   shift
   : "${NODES:=1}" "${GPUS_PER_NODE:=8}" "${PORT:=29500}"
-  _count NODES
+  most=${NODES#*:}  # of MIN:MAX
+  if ! [[ $NODES =~ ^[1-9][0-9]*:[1-9][0-9]*$ ]]; then _count NODES; fi
+  if [ "$most" != "$NODES" ] && [ "${MODULE:-engine.train}" != engine.train ]; then
+    echo "$0: NODES=$NODES: only training goes on with fewer nodes, give one number" >&2
+    exit 2
+  fi
   _count GPUS_PER_NODE
   _count PORT
   if [ "$DRY_RUN" = rank ]; then
-    command=(python -m tools.dryrun "$config" --world-size $((NODES * GPUS_PER_NODE)))
+    command=(python -m tools.dryrun "$config" --world-size $((most * GPUS_PER_NODE)))
   else
     command=(torchrun --nnodes "$NODES" --nproc-per-node "$GPUS_PER_NODE")
-    if [ "$NODES" -gt 1 ]; then
+    if [ "$most" -gt 1 ]; then
       need HEAD_NODE
       command+=(--rdzv-backend c10d --rdzv-id "${JOB_ID:-eva-megatron}")
       command+=(--rdzv-endpoint "${HEAD_NODE:-HEAD_NODE}:$PORT")
@@ -68,6 +74,7 @@ launch() {
     command+=(-m "${MODULE:-engine.train}" "$config")
   fi
   command+=("${knobs[@]}" "$@")
+  if [ "$most" != "$NODES" ] && [ "$DRY_RUN" != rank ]; then command+=(parallel.elastic=true); fi
   if is_dry; then
     print_command "${command[@]}"
     return

@@ -217,6 +217,15 @@ def test_one_node_needs_no_rendezvous() -> None:
     assert options == ["--nnodes", "1", "--nproc-per-node", "4", "--standalone", "--local-addr", "127.0.0.1"]
 
 
+def test_a_range_of_nodes_is_torchruns_and_makes_the_job_elastic() -> None:
+    recipe = Path("examples/18b/2_clip.sh")
+    options, (_, *overrides) = _dry(recipe, SHARDS="x", TEXT="y", HEAD_NODE="n0", NODES="40:45", RESTARTS="3")
+    assert options[:2] == ["--nnodes", "40:45"] and options[-2:] == ["--max-restarts", "3"]
+    assert overrides[-1] == "parallel.elastic=true"
+    done = _run(["bash", str(recipe)], DRY_RUN="1", NODES="40:45:50")
+    assert done.returncode == 2 and "NODES=40:45:50 must be a whole number" in done.stderr
+
+
 HELPED = [path.name for path in [*RECIPES, *SIZES]] + ["run.sh"]
 PLANNED = ("1", "yes", "Y", "TRUE", "t", "on")
 STARTED = ("", "0", "no", "False", "off")
