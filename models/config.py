@@ -21,7 +21,14 @@ _REFUSED_RECIPES = {
 """Recipes of Transformer Engine that are not offered, and why."""
 ATTENTIONS = ("auto", "sdpa", "matmul", "flash", "flash3", "flash4", "te")
 """Values of model.attention."""
-LOCAL_KERNELS = {"backend": "local", "attention": "auto", "norm_kernel": "auto", "fp8": "none", "fp8_bf16_blocks": 0}
+LOCAL_KERNELS = {
+    "backend": "local",
+    "attention": "auto",
+    "norm_kernel": "auto",
+    "block_kernels": "auto",
+    "fp8": "none",
+    "fp8_bf16_blocks": 0,
+}
 """What replaces the choice of kernels in a checkpoint's model: where it is used need not be where it was trained."""
 
 
@@ -183,6 +190,10 @@ class ModelConfig:
     norm_kernel: str = "auto"
     """Norms of its blocks: auto (the backend's own) | torch | compiled (RMSNorm fused by torch.compile) | apex (fused
     RMSNorm) | te."""
+    block_kernels: str = "auto"
+    """Everything between the matrix products of its blocks, and the sums of weight gradients: torch (an operator after
+    the other) | fused (norm with bias and residual, bias with GELU, SwiGLU with its norm, rope: one kernel each way,
+    written by torch.compile; sums inside the products) | auto (fused on a CUDA device with the local backend)."""
     fp8: str = "none"
     """GEMMs of the image tower's blocks: none | current (scaled per tensor; Ada, Hopper) | blockwise (128 x 128
     blocks; Hopper) | mxfp8 (32 elements; Blackwell). models/blocks/te.py says what stays bf16, and why no delayed
@@ -219,6 +230,7 @@ class ModelConfig:
         _one_of("model.backend", self.backend, ("auto", "local", "transformer_engine"))
         _one_of("model.attention", self.attention, ATTENTIONS)
         _one_of("model.norm_kernel", self.norm_kernel, ("auto", "torch", "compiled", "apex", "te"))
+        _one_of("model.block_kernels", self.block_kernels, ("auto", "torch", "fused"))
         _one_of("model.fp8", self.fp8, ("none", *FP8_MULTIPLES), _REFUSED_RECIPES)
         blocks = self.fp8_bf16_blocks
         if blocks and (self.fp8 == "none" or not 0 < 2 * blocks < v.depth):

@@ -15,6 +15,7 @@ def check_kernels(
     precision: fp32 or bf16; packed_tokens: T of a micro-batch; tensor: ranks of the tensor axis.
     """
     _check_backend(model)
+    _check_fused(model)
     attention = "te" if (model.backend, model.attention) == ("transformer_engine", "auto") else model.attention
     if precision != "bf16" and attention in _BF16_ATTENTION:
         raise ModelConfigError(
@@ -50,6 +51,21 @@ def _check_backend(model: ModelConfig) -> None:
         raise ModelConfigError(
             f"model.norm_kernel={model.norm_kernel} is a fused RMSNorm, but model.vision.norm is {model.vision.norm}: "
             "choose torch"
+        )
+
+
+def _check_fused(model: ModelConfig) -> None:
+    if model.block_kernels != "fused":
+        return
+    if model.backend != "local":
+        raise ModelConfigError(
+            f"model.block_kernels=fused works on the linears of model.backend=local, not {model.backend}, which has "
+            "kernels of its own: set model.block_kernels=torch"
+        )
+    if model.norm_kernel != "auto":
+        raise ModelConfigError(
+            f"model.block_kernels=fused has norms of its own, not those of model.norm_kernel={model.norm_kernel}: set "
+            "model.norm_kernel=auto"
         )
 
 

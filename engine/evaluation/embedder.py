@@ -43,6 +43,7 @@ _OVERRIDABLE = (
     "model.backend=",
     "model.attention=",
     "model.norm_kernel=",
+    "model.block_kernels=",
     "train.precision=",
 )
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models.blocks.norms import SplitChannelNorm
 from models.blocks.packages import FLASH_2, FLASH_3, FLASH_4, load
 from models.blocks.packed import PackedTokens
-from models.blocks.rope import rotate
+from models.blocks.rope import rotate_both
 
 Kernel = Callable[..., nn.Module]
 
@@ -34,9 +34,11 @@ class CoreAttention(MegatronModule):
         *,
         kernel: Kernel,
         norm: bool = False,
+        turn: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = rotate_both,
         **_: Any,
     ):
         super().__init__(config=config)
+        self.turn = turn
         self.kernel = kernel(config=config, mask=attn_mask_type, layer_number=layer_number, groups=pg_collection)
         channels = config.num_attention_heads * config.kv_channels
         self.inner_norm = SplitChannelNorm(config, channels, pg_collection.tp) if norm else None
@@ -46,7 +48,7 @@ class CoreAttention(MegatronModule):
         tokens = packed_seq_params
         if tokens.rope is not None:
             cos, sin = (table.transpose(1, 2) for table in tokens.rope)  # [1 or M, S, 1, d]
-            q, k = (rotate(tokens.by_sample(t), cos, sin).flatten(0, 1) for t in (q, k))
+            q, k = (t.flatten(0, 1) for t in self.turn(tokens.by_sample(q), tokens.by_sample(k), cos, sin))
         if tokens.queries is None:
             out = self.kernel(q, k, v, tokens)
         else:

@@ -1,14 +1,17 @@
 """Which kernels the blocks of the image tower run on: chosen by the config, once, and the same on every rank.
 
-The choice: model.backend names whose linears they are, model.attention and model.norm_kernel replace one kernel each.
-`auto` of the latter two is what belongs to the backend; only model.backend=auto looks at the machine, and the local
-backend's attention, which in bf16 is faster as plain matrix products where there is no CUDA device. The caption tower
-(2 % of the FLOPs), the patch embedding, the head and the norm in front of it always run on torch's kernels.
+The choice: model.backend names whose linears they are, model.attention and model.norm_kernel replace one kernel each,
+and model.block_kernels=fused all that stands between products (models/blocks/fused; `auto` on a CUDA device with the
+local backend). `auto` of attention and norm_kernel is what belongs to the backend; only model.backend=auto looks at the
+machine, and the local backend's attention, which in bf16 is faster as plain matrix products where there is no CUDA
+device. The caption tower (2 % of the FLOPs), the patch embedding, the head and the norm in front of it always run on
+torch's kernels.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -40,6 +43,8 @@ class Kernels:
     """Linear whose input features it splits."""
     norm: Callable[..., nn.Module]
     attention: Kernel
+    fused: bool = False
+    """Whether the operators between products are fused (models/blocks/fused), and sums of weight gradients."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What the kernels need of megatron-core's TransformerConfig."""
 
@@ -51,12 +56,14 @@ class Choice:
     backend: str
     attention: str
     norm_kernel: str
+    block_kernels: str
     why: str
     """How `auto` came to the backend; empty where the config names it."""
 
     def __str__(self) -> str:
         """For the log: kernels of the image tower: local linears, sdpa attention, torch norms."""
-        kernels = f"{self.backend} linears, {self.attention} attention, {self.norm_kernel} norms"
+        rest = "fused blocks" if self.block_kernels == "fused" else f"{self.norm_kernel} norms"
+        kernels = f"{self.backend} linears, {self.attention} attention, {rest}"
         return f"kernels of the image tower: {kernels}" + (f" (model.backend=auto: {self.why})" if self.why else "")
 
 
@@ -71,7 +78,11 @@ def choose(model: ModelConfig, dtype: torch.dtype) -> Choice:
         default if asked == "auto" else asked
         for asked, default in zip((model.attention, model.norm_kernel), own, strict=True)
     )
-    return Choice(backend=backend, attention=attention, norm_kernel=norm_kernel, why=why)
+    blocks = model.block_kernels
+    if blocks == "auto":
+        can = torch.cuda.is_available() and backend == "local" and model.norm_kernel == "auto"
+        blocks = "fused" if can and find_spec("triton") is not None else "torch"
+    return Choice(backend=backend, attention=attention, norm_kernel=norm_kernel, block_kernels=blocks, why=why)
 
 
 def _by_machine(dtype: torch.dtype) -> tuple[str, str]:
@@ -113,8 +124,10 @@ def require_kernels(model: ModelConfig, dtype: torch.dtype) -> Choice:
     }
     for package in (package for package, is_asked in asked.items() if is_asked):
         load(package)
-    if choice.norm_kernel == "compiled":
-        require_compiler()
+    if choice.block_kernels == "fused":
+        require_compiler("model.block_kernels=fused")
+    elif choice.norm_kernel == "compiled":
+        require_compiler("model.norm_kernel=compiled")
     if choice.attention == "te" and not _te_has_packed_attention():
         raise ModelConfigError(
             f"model.attention=te needs {FLASH_2.name} on this GPU: {_no_flash_2()}, and {_BEFORE_HOPPER}; pip install "
@@ -153,5 +166,6 @@ def vision_kernels(model: ModelConfig, layers: range, dtype: torch.dtype) -> Ker
         row=row,
         norm=norms[choice.norm_kernel],
         attention=attention[choice.attention],
+        fused=choice.block_kernels == "fused",
         settings=settings,
     )

@@ -129,13 +129,16 @@ def te_takes_flash(te: str | None, flash: str | None) -> bool:
     return kernel < Version("2.8.4") if engine.release[:2] >= (2, 19) else kernel <= Version("2.8.3")
 
 
-def require_compiler() -> None:
-    """Raise ModelConfigError where torch.compile cannot write kernels: Triton's for a GPU, C++ ones for a CPU."""
+def require_compiler(option: str) -> None:
+    """Raise ModelConfigError where torch.compile cannot write kernels: Triton's for a GPU, C++ ones for a CPU.
+
+    option: what asks for them, "model.key=value"; `torch` is the value that does not.
+    """
     given = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
     missing = "" if any(shutil.which(name) for name in given) else f"a C++ compiler ({' or '.join(given)})"
     if torch.cuda.is_available() and find_spec("triton") is None:
         missing = "triton (part of torch's CUDA builds)"
     if missing:
         raise ModelConfigError(
-            f"model.norm_kernel=compiled needs {missing}, which is not here: install it, or set model.norm_kernel=torch"
+            f"{option} needs {missing}, which is not here: install it, or set {option.partition('=')[0]}=torch"
         )

@@ -26,3 +26,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-b, a], dim=-1).flatten(-2)
     return (x.float() * cos + turned * sin).to(x.dtype)
+
+
+def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k, turned by the same tables."""
+    return rotate(q, cos, sin), rotate(k, cos, sin)

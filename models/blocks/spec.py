@@ -29,10 +29,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from models.blocks.attention import CoreAttention, QkvWithBias, SdpaAttention, SeparateQkv
+from models.blocks.fused.block import FusedBlock, FusedLastBlock
+from models.blocks.fused.turning import turned
 from models.blocks.kernels import Kernels
 from models.blocks.last_block import LastBlock
 from models.blocks.norms import LayerNorm, PostNormResidual, SplitChannelNorm
 from models.blocks.outputs import ColumnLinear, RowLinear
+from models.blocks.rope import rotate_both
 from models.config import VisionConfig
 
 Spec = Any  # ModuleSpec or class, as megatron-core's submodule tables take them
@@ -72,7 +75,7 @@ def _layer_spec(
     if post_norm:
         residual = ModuleSpec(module=PostNormResidual, params={"config": config, "norm": kernels.norm})
     return ModuleSpec(
-        module=TransformerLayer,
+        module=FusedBlock if kernels.fused else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if post_norm else kernels.norm,
             self_attention=ModuleSpec(
@@ -115,7 +118,12 @@ def vision_layer_spec(
         post_norm=vision.post_norm,
         mask=AttnMaskType.no_mask,
         linear_qkv=_linear_qkv(vision, kernels),
-        core_attention=partial(CoreAttention, kernel=kernels.attention, norm=vision.attention_norm),
+        core_attention=partial(
+            CoreAttention,
+            kernel=kernels.attention,
+            norm=vision.attention_norm,
+            turn=turned if kernels.fused else rotate_both,
+        ),
         mlp=SwiGLUMlp if vision.mlp == "swiglu" else _gelu_mlp(config, kernels),
     )
 
@@ -154,7 +162,8 @@ def build_block(
     """`layers` blocks of one pipeline stage; the final norm belongs to the tower's head, not to the block."""
     specs = [spec] * layers
     if ends_tower and specs:
-        specs[-1] = ModuleSpec(module=LastBlock, submodules=spec.submodules)
+        last = FusedLastBlock if spec.module is FusedBlock else LastBlock
+        specs[-1] = ModuleSpec(module=last, submodules=spec.submodules)
     block = TransformerBlock(
         config,
         TransformerBlockSubmodules(layer_specs=specs, layer_norm=None),
@@ -165,4 +174,6 @@ def build_block(
         # megatron-core adds the residual under enable_grad even when the caller asked for none; the encode phase
         # runs without grad, and a graph there would keep every activation alive.
         layer.bias_dropout_add_exec_handler = nullcontext
+        if isinstance(layer, FusedBlock):
+            layer.ends_stack = layer is block.layers[-1]
     return block

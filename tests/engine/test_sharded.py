@@ -89,6 +89,7 @@ CASES = [
     Case("dp4-full", DP4, 2, options=("train.recompute=full", "train.keep_outputs=fc2")),
     Case("dp4-budget", DP4, 2, options=("train.activation_budget_gb=0.0006",)),
     Case("dp4-buckets", DP4, 2, options=("parallel.bucket_size=5000",)),
+    Case("dp4-fused", DP4, 2, options=("model.block_kernels=fused", "train.precision=bf16")),
     Case("dp4-plain", DP4, 2, options=("parallel.overlap=false", "train.loss_variant=ring")),
     Case("pp2-dp2-bf16", PP2_DP2, 2, options=("train.precision=bf16", "optim.ema_decay=0.5")),
     Case("dp4-sigmoid", DP4, 2, options=("train.loss=sigmoid", "optim.name=adamw", "train.logit_scale=20")),
@@ -185,6 +186,7 @@ def _resident_bytes(trainer: Trainer) -> int:
 
 def run_all() -> dict[str, Any]:
     """Every case and every reference on this rank."""
+    torch.compiler.set_stance("force_eager")  # fused kernels as their functions are written
     mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, dist.group.WORLD))
     references = cache(
         lambda layout, virtual, options: run(

@@ -104,6 +104,17 @@ OUTPUTS = [
     Case("outputs-full", TP2_PP2, _train(keep_outputs="all", recompute="full", keep_activations=-1)),
     Case("outputs-selective", TP2_PP2, _train(keep_outputs="fc2+proj", recompute="selective")),
 ]
+_FUSED = ("model.block_kernels=fused",)
+FUSED = [
+    Case("fused-tp2-pp2", TP2_PP2, _FUSED),
+    Case("fused-no-sp-selective", TP2_PP2, _FUSED + _train(recompute="selective") + _parallel(sequence=False)),
+    Case("fused-virtual-full", PP2_DP2, _FUSED + _train(recompute="full", keep_activations=1) + _parallel(virtual=2)),
+    Case("fused-kept-dp4", DP4, _FUSED + _train(keep_activations=-1) + _parallel(bucket_size=5000)),
+    Case("fused-outputs-pp4", PP4, _FUSED + _train(keep_outputs="all", offload_outputs=True)),
+    Case("fused-outputs-eva-02-tp2", TP2_PP2, _FUSED + _train(keep_outputs="all"), model="eva-02"),
+    Case("fused-eva-02", PP2_DP2, _FUSED, model="eva-02"),
+]
+"""Kernels that torch.compile writes; here their functions run as they are written."""
 BUDGET = Case("budget", PP2_DP2, _train(activation_budget_gb=BUDGET_GB))
 TRACED = Case("virtual-pp2", PP2_DP2, _parallel(virtual=2))
 PLAIN = Case("no-overlap", PP2_DP2, _parallel(overlap=False))
@@ -113,6 +124,7 @@ MEASURED = (BUDGET, PLAIN, SELECTIVE, FULL)
 CASES = [
     *KEPT,
     *OUTPUTS,
+    *FUSED,
     *MEASURED,
     TRACED,
     Case("keep-2-pp4", PP4, _train(keep_activations=2)),
@@ -186,6 +198,7 @@ def _pairs(config: Config, step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _all_cases(folder: str) -> dict[str, Any]:
+    torch.compiler.set_stance("force_eager")
     device = prepare()
     mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, dist.group.WORLD))
     out = {}

@@ -31,6 +31,7 @@ BF16_KERNELS: list[tuple[str, dict[str, Any], Package | None, tuple[int, int]]] 
     ("te", TE, TRANSFORMER_ENGINE, (9, 0)),
     ("apex", {"norm_kernel": "apex"}, APEX, (8, 0)),
     ("compiled", {"norm_kernel": "compiled"}, None, (8, 0)),
+    ("fused", {"block_kernels": "fused"}, None, (8, 0)),
 ]
 FP8_CAPABILITY = {"current": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 WIDE = {"width": 1024, "head_width": 128, "mlp_hidden": 5120, "depth": 4}
@@ -68,7 +69,7 @@ def _passes(choice: dict[str, Any], mesh: Mesh, fixture: str) -> dict[str, torch
     ],
 )
 def test_a_kernel_agrees_with_torch_in_bf16(choice: dict[str, Any], fixture: str, mesh: Mesh) -> None:
-    values, reference = _passes(choice, mesh, fixture), _passes({}, mesh, fixture)
+    values, reference = _passes(choice, mesh, fixture), _passes({"block_kernels": "torch"}, mesh, fixture)
     assert deviation(values.pop("features"), reference.pop("features")) < BF16_TOLERANCE
     worst = deviations(values, reference, limit=KERNEL_TOLERANCE)
     assert not worst, worst

@@ -15,7 +15,7 @@ WIDTH = 64
 
 def _compiler_is_here() -> bool:
     try:
-        require_compiler()
+        require_compiler("model.norm_kernel=compiled")
     except ModelConfigError:
         return False
     return True
@@ -57,4 +57,4 @@ def test_the_compiled_norm_is_the_norm() -> None:
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ModelConfigError, match=r"needs a C\+\+ compiler \(no-such-compiler\).*norm_kernel=torch"):
-        require_compiler()
+        require_compiler("model.norm_kernel=compiled")

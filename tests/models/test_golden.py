@@ -4,7 +4,9 @@ The loss is written out here with torch alone, so that a failure points at the t
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import product
 
 import pytest
 import torch
@@ -35,11 +37,11 @@ from tests.golden import (
 class Clip(nn.Module):
     """The whole model of a fixture with its weights."""
 
-    def __init__(self, fixture: str, mesh: Mesh):
+    def __init__(self, fixture: str, mesh: Mesh, block_kernels: str = "torch"):
         super().__init__()
         self.fixture = fixture
         self.io = load_io(fixture)
-        model = model_of(fixture)
+        model = replace(model_of(fixture), block_kernels=block_kernels)
         self.vision = VisionTower(model, groups=mesh.vision_groups())
         self.text = TextTower(model, groups=mesh.text_groups())
         self.logit_scale = LogitScale()
@@ -109,9 +111,11 @@ def contrastive(logits: Tensor) -> Tensor:
     return (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def clip(request: pytest.FixtureRequest, mesh: Mesh) -> Clip:
-    return Clip(request.param, mesh)
+@pytest.fixture(scope="module", params=product(("torch", "fused"), ARCHITECTURES), ids="-".join)
+def clip(request: pytest.FixtureRequest, mesh: Mesh) -> Iterator[Clip]:
+    kernels, fixture = request.param
+    with torch.compiler.set_stance("force_eager"):  # fused kernels as their functions are written
+        yield Clip(fixture, mesh, kernels)
 
 
 @pytest.fixture(scope="module")

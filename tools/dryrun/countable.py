@@ -7,6 +7,7 @@ _COUNTED = {
     "backend": ("local", "auto"),
     "attention": ("sdpa", "auto"),
     "norm_kernel": ("torch", "auto"),
+    "block_kernels": ("torch", "auto", "fused"),
     "fp8": ("none",),
 }
 """Setting of a model -> values that run here."""

@@ -62,6 +62,7 @@ def _choices(part: Part) -> Iterator[tuple[str, dict[str, Any], Any]]:
     """(name, the model's choice, SDPA's backend or None) of what is installed here."""
     yield "eager", {"attention": "sdpa", "norm_kernel": "torch"}, None
     if part.device.is_cuda:
+        yield "fused blocks", {"attention": "sdpa", "block_kernels": "fused"}, None
         yield "compiled norm", {"attention": "sdpa", "norm_kernel": "compiled"}, None
         for name, backend in _SDPA.items():
             yield f"sdpa {name}", {"attention": "sdpa", "norm_kernel": "torch"}, backend
