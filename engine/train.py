@@ -101,9 +101,10 @@ def _callbacks(config: Config, trainer: "Trainer") -> list["Callback"]:
     """What watches a phase that is about to begin: the job's folder is taken, its checkpoint is loaded."""
     from engine.callbacks.checkpoint import CheckpointCallback
     from engine.callbacks.evaluation import Evaluation
+    from engine.callbacks.json_log import JsonLog
     from engine.callbacks.suite import SuiteEvaluation
 
-    evaluation: list[Callback] = []
+    evaluation: list[Callback] = [JsonLog(trainer.mesh.world.rank)] if config.log.json else []
     if config.evaluate.every_steps:
         evaluation += [Evaluation(trainer)] if config.evaluate.shards else []
         evaluation += [SuiteEvaluation(trainer)] if config.evaluate.suite else []
@@ -116,11 +117,17 @@ def _callbacks(config: Config, trainer: "Trainer") -> list["Callback"]:
 def _logging_callbacks(config: Config) -> list["Callback"]:
     """What world rank 0 alone has."""
     from engine.callbacks.console import ConsoleProgress
+    from engine.callbacks.endpoint import MetricsEndpoint
+    from engine.callbacks.history import History
     from engine.callbacks.metrics import MetricsFile
     from engine.callbacks.tensorboard import TensorBoard
+    from engine.callbacks.wandb import WeightsAndBiases
 
-    callbacks: list[Callback] = [MetricsFile(), ConsoleProgress(log_every_steps=config.log.every_steps)]
-    return [*callbacks, TensorBoard()] if config.log.tensorboard else callbacks
+    log = config.log
+    callbacks: list[Callback] = [History(), MetricsFile(), ConsoleProgress(log_every_steps=log.every_steps)]
+    callbacks += [TensorBoard()] if log.tensorboard else []
+    callbacks += [WeightsAndBiases(log.wandb)] if log.wandb else []
+    return [*callbacks, MetricsEndpoint(log.metrics_address, log.metrics_port)] if log.metrics_port else callbacks
 
 
 def _write_config(config: Config) -> None:

@@ -43,7 +43,6 @@ def check(config: Config) -> None:
     _check_optim(config.optim)
     _check_checkpoint(config.checkpoint)
     _check_init(config.init)
-    require(config.log.every_steps >= 1, "log.every_steps must be at least 1")
 
 
 def _check_run_dir(run_dir: str) -> None:

@@ -1,10 +1,13 @@
-"""Checks of what goes on around the steps of a run: health, averaged weights, evaluation."""
+"""Checks of what goes on around the steps of a run: health, averaged weights, evaluation, logs."""
+
+from importlib.util import find_spec
 
 from engine.config.errors import require
-from engine.config.schema import Config, EvaluateConfig, HealthConfig
+from engine.config.schema import Config, EvaluateConfig, HealthConfig, LogConfig
 from engine.objectives.registry import objective_of
 
 _ACTIONS = ("stop", "skip", "rewind")
+_WILDCARDS = ("", "*", "0", "0.0.0.0", "::", "::0", "0:0:0:0:0:0:0:0")
 
 
 def check_run(config: Config) -> None:
@@ -17,6 +20,24 @@ def check_run(config: Config) -> None:
     else:
         _refuse_idle(config.evaluate)
     _check_best(config)
+    _check_log(config.log)
+
+
+def _check_log(log: LogConfig) -> None:
+    require(log.every_steps >= 1, "log.every_steps must be at least 1")
+    require(0 <= log.metrics_port < 65536, f"log.metrics_port is {log.metrics_port}: 0 (none) to 65535")
+    require(
+        log.metrics_address.strip("[]") not in _WILDCARDS,
+        f"log.metrics_address {log.metrics_address!r} would listen on every interface: name the address of one",
+    )
+    require(
+        log.metrics_port > 0 or log.metrics_address == LogConfig().metrics_address,
+        f"log.metrics_address {log.metrics_address} has no effect without log.metrics_port",
+    )
+    require(
+        not log.wandb or find_spec("wandb") is not None,
+        f"log.wandb={log.wandb} needs the package wandb: pip install 'eva-megatron[wandb]'",
+    )
 
 
 def _check_health(health: HealthConfig, *, checkpoints: bool) -> None:

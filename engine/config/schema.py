@@ -284,6 +284,14 @@ class LogConfig:
     """Lines on a console that is not a terminal."""
     tensorboard: bool = True
     """Whether run_dir/tensorboard is written."""
+    json: bool = False
+    """Whether every rank writes what it says, and rank 0 every step, to run_dir/log, a JSON object a line."""
+    metrics_port: int = 0
+    """Port at which the first rank serves its last step to Prometheus (/metrics); 0: none."""
+    metrics_address: str = "127.0.0.1"
+    """The address that is listened on for it: this host's own, or one that is named; no wildcard."""
+    wandb: str = ""
+    """Project of Weights & Biases that gets every step (needs the package wandb); empty: none."""
     timeline_steps: list[int] = field(default_factory=list)
     """Steps (0-based) whose spans are written to run_dir/timeline; draw them with python -m tools.timeline."""
 

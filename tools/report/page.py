@@ -9,6 +9,7 @@ from tools.report.curves import INK, MUTED, RULE, to_svg
 from tools.report.panels import panels
 from tools.report.runs import Run, Sample, evenly_spaced
 from tools.report.summary import differences_table, evaluation_table, label, phases_table, runs_table
+from tools.report.toll import toll_table
 from tools.timeline.picture import save_picture as save_timeline
 from tools.timeline.spans import read_step
 
@@ -65,6 +66,7 @@ def render(runs: Sequence[Run]) -> str:
         _section("Runs", runs_table(runs)),
         _section("Phases", phases_table(runs)),
         _section("Evaluation", evaluation_table(runs)),
+        _section("Starts and losses", toll_table(runs)),
         _section("Curves", _curves(runs)),
         _section("Timeline of a step", _timelines(runs)),
         _section("Config differences", differences_table(runs)),

@@ -30,7 +30,7 @@ def runs_table(runs: Sequence[Run]) -> str:
         "Samples / s: median over all steps. Time: sum of all steps in the file.</p>"
     )
     rows = [[label(runs, run), *map(escape, _summary_cells(run))] for run in runs]
-    return _table(header, rows, css_class="runs") + note
+    return table(header, rows, css_class="runs") + note
 
 
 def _summary_cells(run: Run) -> list[str]:
@@ -41,13 +41,13 @@ def _summary_cells(run: Run) -> list[str]:
         str(run.facts.get("layout") or (run.result or {}).get("layout") or _NONE),
         _batch(run),
         f"{run.records[-1]['step'] + 1:,}",
-        _number(run.column("samples_seen")[-1], ",.0f"),
-        _number(_tail_mean(run.column("loss")), ".4f"),
-        _percent(_tail_mean(run.column("i2t_top1"))),
+        number(run.column("samples_seen")[-1], ",.0f"),
+        number(_tail_mean(run.column("loss")), ".4f"),
+        percent(_tail_mean(run.column("i2t_top1"))),
         _best_evaluation(run),
-        _number(_median(run.samples_per_s()), ",.1f"),
-        _percent(waiting),
-        _duration(float(np.nansum(seconds))),
+        number(_median(run.samples_per_s()), ",.1f"),
+        percent(waiting),
+        duration(float(np.nansum(seconds))),
     ]
 
 
@@ -86,15 +86,15 @@ def _best_evaluation(run: Run) -> str:
         best = int(np.nanargmax(values)) if np.isfinite(values).any() else None
         if best is not None:
             heading = metric_heading(keys[0].removeprefix(EVALUATION_PREFIX))
-            return f"{_percent(values[best])} {heading}, step {run.records[best]['step'] + 1:,}"
+            return f"{percent(values[best])} {heading}, step {run.records[best]['step'] + 1:,}"
     top1 = (run.result or {}).get("zero_shot_top1")
-    return f"{_percent(top1)} zero-shot top-1" if isinstance(top1, float) else _NONE
+    return f"{percent(top1)} zero-shot top-1" if isinstance(top1, float) else _NONE
 
 
 def phases_table(runs: Sequence[Run]) -> str:
     """One row a phase of each run that has phases."""
     rows = [[label(runs, run), *map(escape, _phase_cells(run, phase))] for run in runs for phase in run.phases()]
-    return _table(("run", "phase", "steps", "samples", "loss at its end", "samples / s"), rows) if rows else ""
+    return table(("run", "phase", "steps", "samples", "loss at its end", "samples / s"), rows) if rows else ""
 
 
 def _phase_cells(run: Run, phase: Phase) -> list[str]:
@@ -102,9 +102,9 @@ def _phase_cells(run: Run, phase: Phase) -> list[str]:
     return [
         phase.name,
         f"{run.records[phase.first]['step'] + 1:,} to {run.records[phase.stop - 1]['step'] + 1:,}",
-        _number(float(np.nansum(run.global_batch_sizes()[part])), ",.0f"),
-        _number(_tail_mean(run.column("loss")[part]), ".4f"),
-        _number(_median(run.samples_per_s()[part]), ",.1f"),
+        number(float(np.nansum(run.global_batch_sizes()[part])), ",.0f"),
+        number(_tail_mean(run.column("loss")[part]), ".4f"),
+        number(_median(run.samples_per_s()[part]), ",.1f"),
     ]
 
 
@@ -123,7 +123,7 @@ def evaluation_table(runs: Sequence[Run]) -> str:
         header.insert(place, "over chance")
         for row, (_, result) in zip(rows, evaluated, strict=True):
             row.insert(place, times_chance(result))
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def times_chance(result: dict[str, Any]) -> str:
@@ -134,9 +134,9 @@ def times_chance(result: dict[str, Any]) -> str:
 
 def _result_value(key: str, value: Any) -> str:
     if isinstance(value, float) and is_share(key):
-        return _percent(value)
+        return percent(value)
     if isinstance(value, int | float) and key == "seconds":
-        return _duration(value)
+        return duration(value)
     return f"{value:.4g}" if isinstance(value, float) else _NONE if value is None else str(value)
 
 
@@ -150,10 +150,10 @@ def differences_table(runs: Sequence[Run]) -> str:
     if not rows:
         return note or '<p class="muted">The configs are equal.</p>'
     cells = [[escape(key), *(escape(value) for value in values)] for key, values in rows]
-    return _table(["key", *(label(runs, run) for run in runs)], cells, css_class="text") + note
+    return table(["key", *(label(runs, run) for run in runs)], cells, css_class="text") + note
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]], *, css_class: str = "") -> str:
+def table(header: Iterable[str], rows: Iterable[Iterable[str]], *, css_class: str = "") -> str:
     """A table of ready HTML cells."""
     head = "".join(f"<th>{cell}</th>" for cell in header)
     body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
@@ -173,15 +173,18 @@ def _median(values: np.ndarray) -> float:
     return float(np.median(known)) if len(known) else float("nan")
 
 
-def _number(value: float, spec: str) -> str:
+def number(value: float, spec: str) -> str:
+    """A value for people; a dash for what is not known."""
     return format(value, spec) if np.isfinite(value) else _NONE
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share between 0 and 1."""
     return f"{100 * share:.3g} %" if np.isfinite(share) else _NONE
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours and minutes, minutes and seconds, or seconds."""
     minutes, rest_s = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return (
