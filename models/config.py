@@ -1,4 +1,4 @@
-"""What a model is made of: the switches of EVA-CLIP, of the CLIP ViTs of OpenAI and open_clip, and of SigLIP.
+"""What a model is made of: the switches of EVA-CLIP, CLIP ViTs, SigLIP, Perception Encoder, DINOv3 and InternViT.
 
 `ModelConfig` is filled from a preset (models/presets/*.yaml), then from the training config; `check()` refuses what
 cannot be built. Sources: the authors' model_configs/*.json as read in the paper's repository, and the paper's Table 4.
@@ -80,7 +80,19 @@ class VisionConfig:
     rope: bool = False
     """2-D rotary position embedding on q and k of the patch tokens (EVA-02 B/L)."""
     rope_grid: int = 16
-    """Side of the grid that rope positions are stretched to (pt_hw_seq_len of the authors)."""
+    """Side of the grid that rope positions are stretched to (pt_hw_seq_len of the authors); dinov3 has none."""
+    rope_kind: str = "eva"
+    """eva (grid lines, first half of a head by the row) | pe (Perception Encoder: first half by the column, one line
+    further where there is a class token) | dinov3 (patch centres from -1 to 1, base 100)."""
+    qk_norm: bool = False
+    """RMSNorm over all heads' q, and over all heads' k, in front of the attention (InternViT)."""
+    layer_scale: float | None = None
+    """Gain on what each attention and MLP adds to the residual stream, starting at this value (DINOv3, InternViT);
+    null: none."""
+    registers: int = 0
+    """Learned tokens between class token and patches, without position (DINOv3)."""
+    pos_embed: bool = True
+    """A table of positions is added to the class token and the patches (DINOv3 has rope alone)."""
     patch_bias: bool = True
     """Bias of the patch embedding (CLIP has none)."""
     class_token: bool = True
@@ -88,6 +100,12 @@ class VisionConfig:
     pool: str = "class"
     """What the head reads: class (the class token) | mean (of the patches) | attention (a learned probe attends to all
     tokens, then an MLP: SigLIP)."""
+    pool_heads: int | None = None
+    """Heads of the attention pool; null: as many as the blocks have."""
+    pool_mlp_hidden: int | None = None
+    """Hidden width of the attention pool's MLP; null: that of the blocks."""
+    final_norm: bool = True
+    """A norm behind the last block (InternViT has none)."""
     projection: bool = True
     """Linear from the pooled token to the embedding space; without it width must be embed_dim (SigLIP)."""
     head_bias: bool = False
@@ -110,8 +128,13 @@ class VisionConfig:
 
     @property
     def prefix_tokens(self) -> int:
-        """Tokens in front of the patches: the class token."""
-        return int(self.class_token)
+        """Tokens in front of the patches: class token, registers."""
+        return self.class_token + self.registers
+
+    @property
+    def pool_hidden(self) -> int:
+        """Hidden width of the attention pool's MLP."""
+        return self.pool_mlp_hidden or self.mlp_hidden
 
     @property
     def reads_one_token(self) -> bool:
@@ -125,8 +148,8 @@ class VisionConfig:
 
     @property
     def positions(self) -> int:
-        """Rows of the position table."""
-        return self.tokens
+        """Rows of the position table: class token and patches, 0 without a table."""
+        return self.class_token + self.patches if self.pos_embed else 0
 
     def kept_patches(self, patch_dropout: float) -> int:
         """Patches that survive dropout, max(1, int(n (1 - p))) of them."""
@@ -223,10 +246,7 @@ class ModelConfig:
                 raise ModelConfigError(f"model.{name} is {value}: it must be at least 1")
         if v.mlp_norm and v.mlp != "swiglu":
             raise ModelConfigError("model.vision.mlp_norm needs model.vision.mlp=swiglu (no EVA tower has it on GELU)")
-        if v.rope and v.head_width % 4:
-            raise ModelConfigError(
-                f"model.vision.rope needs a head_width that is a multiple of 4 (pairs, two halves), not {v.head_width}"
-            )
+        _check_parts(v)
         _one_of("model.backend", self.backend, ("auto", "local", "transformer_engine"))
         _one_of("model.attention", self.attention, ATTENTIONS)
         _one_of("model.norm_kernel", self.norm_kernel, ("auto", "torch", "compiled", "apex", "te"))
@@ -247,12 +267,34 @@ def completed(stored: dict[str, Any]) -> dict[str, Any]:
     return plain | stored | parts
 
 
+def _check_parts(v: VisionConfig) -> None:
+    _one_of("model.vision.rope_kind", v.rope_kind, ("eva", "pe", "dinov3"))
+    if v.rope and v.head_width % 4:
+        raise ModelConfigError(
+            f"model.vision.rope needs a head_width that is a multiple of 4 (pairs, two halves), not {v.head_width}"
+        )
+    if v.rope_kind != "eva" and not v.rope:
+        raise ModelConfigError(f"model.vision.rope_kind={v.rope_kind} needs model.vision.rope=true")
+    if v.qk_norm and (v.norm != "rms" or v.separate_qkv):
+        raise ModelConfigError("model.vision.qk_norm needs model.vision.norm=rms and separate_qkv=false (InternViT)")
+    if v.layer_scale is not None and v.post_norm:
+        raise ModelConfigError("model.vision.layer_scale is for pre-norm blocks: set post_norm=false")
+    if v.registers < 0 or (v.registers and not v.class_token):
+        raise ModelConfigError(f"model.vision.registers {v.registers} stand behind a class token: set class_token=true")
+    if not (v.pos_embed or v.rope):
+        raise ModelConfigError("model.vision.pos_embed=false needs rope: the patches would have no position at all")
+
+
 def _check_head(v: VisionConfig, embed_dim: int) -> None:
     _one_of("model.vision.pool", v.pool, ("class", "mean", "attention"))
     if v.pool == "attention" and v.mlp == "swiglu":
         raise ModelConfigError(
             "model.vision.pool=attention has an MLP of two linears: model.vision.mlp must not be swiglu"
         )
+    if (v.pool_heads or v.pool_mlp_hidden) and v.pool != "attention":
+        raise ModelConfigError("model.vision.pool_heads and pool_mlp_hidden need model.vision.pool=attention")
+    if v.pool_heads is not None:
+        _divides("model.vision.width", v.width, "model.vision.pool_heads", v.pool_heads)
     if v.pool == "class" and not v.class_token:
         raise ModelConfigError(
             "model.vision.pool=class reads the class token: set model.vision.class_token=true, or pool=mean"

@@ -15,6 +15,14 @@ _SAME: dict[str, str] = {
     "vit-b-16-siglip2": "siglip2-b16", "siglip2-base-patch16-224": "siglip2-b16",
     "vit-l-16-siglip2-256": "siglip2-l16", "siglip2-large-patch16-256": "siglip2-l16",
     "vit-so400m-14-siglip2": "siglip2-so400m", "siglip2-so400m-patch14-224": "siglip2-so400m",
+    "eva01-g-14": "eva01-g14", "eva01-clip-g-14": "eva01-g14", "eva-giant-patch14-clip-224": "eva01-g14",
+    "eva01-g-14-plus": "eva01-g14-plus", "eva01-clip-g-14-plus": "eva01-g14-plus",
+    "pe-core-l-14-336": "pe-core-l14", "pe-core-l14-336": "pe-core-l14", "vit-pe-core-large-patch14-336": "pe-core-l14",
+    "pe-core-bigg-14-448": "pe-core-g14", "pe-core-g14-448": "pe-core-g14",
+    "vit-pe-core-gigantic-patch14-448": "pe-core-g14",
+    "dinov3-vit7b16-pretrain-lvd1689m": "dinov3-7b", "vit-7b-patch16-dinov3": "dinov3-7b",
+    "dinov3-vit7b16": "dinov3-7b",
+    "internvit-6b-224px": "internvit-6b",
     "vit-gopt-16-siglip2-256": "siglip2-g16", "siglip2-giant-opt-patch16-256": "siglip2-g16",
 }  # fmt: skip
 _WITH_QUICK_GELU = {

@@ -32,7 +32,18 @@ from models.towers.posembed import resize_patch_kernel, resize_pos_embed
 
 POS_EMBED, PATCH_KERNEL = "vision.embed.pos_embed", "vision.embed.weight"
 _UNSEEN = {
-    "vision": ("post_norm", "head_width", "norm", "norm_eps", "rope", "rope_grid", "mlp", "pool"),
+    "vision": (
+        "post_norm",
+        "head_width",
+        "norm",
+        "norm_eps",
+        "rope",
+        "rope_grid",
+        "rope_kind",
+        "mlp",
+        "pool",
+        "pool_heads",
+    ),
     "text": ("heads", "norm_eps", "mlp", "causal", "pool"),
 }
 """Switches of a tower that leave no trace in its tensors."""

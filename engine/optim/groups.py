@@ -1,9 +1,9 @@
 """Which rate and which decay a logical tensor gets: towers, layer-wise decay, no-decay (authors' optim.py).
 
 A tower of L blocks has L + 2 layer ids; scale(id) = decay^(L + 1 - id). Id 0: patch embedding, class and mask token,
-position tables, token table; id k + 1: block k; id L + 1: final norm, head, projections, prediction head of the MIM
-stage. No decay: vectors, biases, class token and position tables. The mask token is decayed: the authors store it as
-[1, 1, H] and go by its dimensions, and only the class token is on their list.
+registers, position tables, token table; id k + 1: block k; id L + 1: final norm, head, projections, prediction head of
+the MIM stage. No decay: vectors, biases, class token, registers and position tables. The mask token is decayed: the
+authors store it as [1, 1, H] and go by its dimensions, and only the class token is on their list.
 """
 
 import re
@@ -15,7 +15,13 @@ from models.config import ModelConfig
 _BLOCK = re.compile(r"(vision|text)\.blocks\.(\d+)\.")
 _FIRST_LAYER = ("vision.embed.", "text.token_embedding", "text.pos_embed")
 _DECAYED_VECTOR = "vision.embed.mask_token"
-_NEVER_DECAYED = ("vision.embed.cls_token", "vision.embed.pos_embed", "text.pos_embed", "logit_scale.log_scale")
+_NEVER_DECAYED = (
+    "vision.embed.cls_token",
+    "vision.embed.registers",
+    "vision.embed.pos_embed",
+    "text.pos_embed",
+    "logit_scale.log_scale",
+)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from models.blocks.norms import SplitChannelNorm
+from models.blocks.norms import QkNorm, SplitChannelNorm
 from models.blocks.packages import FLASH_2, FLASH_3, FLASH_4, load
 from models.blocks.packed import PackedTokens
 from models.blocks.rope import rotate_both
@@ -34,6 +34,7 @@ class CoreAttention(MegatronModule):
         *,
         kernel: Kernel,
         norm: bool = False,
+        qk_norm: bool = False,
         turn: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = rotate_both,
         **_: Any,
     ):
@@ -42,10 +43,13 @@ class CoreAttention(MegatronModule):
         self.kernel = kernel(config=config, mask=attn_mask_type, layer_number=layer_number, groups=pg_collection)
         channels = config.num_attention_heads * config.kv_channels
         self.inner_norm = SplitChannelNorm(config, channels, pg_collection.tp) if norm else None
+        self.qk_norm = QkNorm(config, pg_collection.tp) if qk_norm else None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, packed_seq_params: PackedTokens, **__: Any) -> Tensor:
-        """Rope on q and k when the tokens carry it, the kernel, the sub-LN norm where the tower has one."""
+        """Norm of q and k where the tower has one, rope when the tokens carry it, the kernel, the sub-LN norm."""
         tokens = packed_seq_params
+        if self.qk_norm is not None:
+            q, k = self.qk_norm(q, k)
         if tokens.rope is not None:
             cos, sin = (table.transpose(1, 2) for table in tokens.rope)  # [1 or M, S, 1, d]
             q, k = (t.flatten(0, 1) for t in self.turn(tokens.by_sample(q), tokens.by_sample(k), cos, sin))

@@ -1,10 +1,11 @@
-"""Norms of the EVA towers, and the residual form that the post-norm ones fill (paper section 2)."""
+"""Norms of the towers, and the residual forms: post-norm (paper section 2), with a gain (LayerScale)."""
 
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
     scatter_to_tensor_model_parallel_region,
@@ -168,3 +169,86 @@ class PostNormResidual(nn.Module):
         if isinstance(self.norm, CompiledRMSNorm):
             return self.norm.added_to(residual, branch, bias)
         return residual + self.norm(branch if bias is None else branch + bias)
+
+
+class ScaledResidual(nn.Module):
+    """residual + gain * (branch + bias): LayerScale (arXiv 2103.17239) of DINOv3 and InternViT."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.gain = nn.Parameter(torch.empty(config.hidden_size, dtype=config.params_dtype))
+        mark_sequence_parallel(self, config)
+
+    def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
+        """megatron-core asks for the function first and calls it with ((branch, bias), residual, dropout rate)."""
+        return self._add
+
+    def _add(self, branch_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, _rate: float) -> Tensor:
+        branch, bias = branch_and_bias
+        return residual + self.gain * (branch if bias is None else branch + bias)
+
+
+class QkNorm(nn.Module):
+    """RMSNorm over all heads' q and over all heads' k (InternViT-6B): [T, heads / tp, d] each.
+
+    A row's mean square is over H channels, of which a rank has H / tp: one all-reduce of two fp32 numbers a token,
+    forward and backward, instead of gathering the channels.
+    """
+
+    def __init__(self, config: TransformerConfig, tp_group):
+        super().__init__()
+        self.group, self.eps = tp_group, config.layernorm_epsilon
+        self.channels = config.num_attention_heads * config.kv_channels
+        local = self.channels // tp_group.size()
+        self.q, self.k = (_Gain(local, config.params_dtype) for _ in range(2))
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Both, normalised."""
+        return _JointNorm.apply(q, k, self.q.weight, self.k.weight, self.channels, self.eps, self.group)
+
+
+class _Gain(nn.Module):
+    """Gain of this rank's channels, as a module: its name then is that of a norm's weight."""
+
+    def __init__(self, channels: int, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, dtype=dtype))
+
+
+class _JointNorm(torch.autograd.Function):
+    """Keeps its inputs as they are (views of the qkv projection's output, kept anyway) and a number a row of each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, channels: int, eps: float, group: Any
+    ) -> tuple[Tensor, Tensor]:
+        squares = torch.stack([x.float().square().sum((-2, -1)) for x in (q, k)])
+        inverse = torch.rsqrt(_summed(squares, group) / channels + eps)[..., None, None]  # [2, T, 1, 1]
+        ctx.save_for_backward(q, k, q_gain, k_gain, inverse)
+        ctx.channels, ctx.group = channels, group
+        gains = (q_gain, k_gain)
+        q, k = ((x * i).to(g.dtype) * g.view(x.shape[1:]) for x, i, g in zip((q, k), inverse, gains, strict=True))
+        return q, k
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, q_gradient: Tensor, k_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, q_gain, k_gain, inverse = ctx.saved_tensors
+        normed = [x * i for x, i in zip((q, k), inverse, strict=True)]  # fp32
+        gradients, gains = (q_gradient, k_gradient), (q_gain, k_gain)
+        scaled = [(y * g.view(y.shape[1:])).float() for y, g in zip(gradients, gains, strict=True)]
+        along = torch.stack([(s * n).sum((-2, -1)) for s, n in zip(scaled, normed, strict=True)])
+        along = (_summed(along, ctx.group) / ctx.channels)[..., None, None]
+        of_inputs = (
+            torch.addcmul(s, n, a, value=-1).mul_(i).to(q.dtype)
+            for s, n, a, i in zip(scaled, normed, along, inverse, strict=True)
+        )
+        of_gains = ((y * n.to(g.dtype)).sum(0).flatten() for y, n, g in zip(gradients, normed, gains, strict=True))
+        return *of_inputs, *of_gains, None, None, None
+
+
+def _summed(squares: Tensor, group: Any) -> Tensor:
+    """fp32 [2, T], added up over the ranks of the tensor group."""
+    if group.size() > 1:
+        dist.all_reduce(squares, group=group)
+    return squares

@@ -33,7 +33,7 @@ from models.blocks.fused.block import FusedBlock, FusedLastBlock
 from models.blocks.fused.turning import turned
 from models.blocks.kernels import Kernels
 from models.blocks.last_block import LastBlock
-from models.blocks.norms import LayerNorm, PostNormResidual, SplitChannelNorm
+from models.blocks.norms import LayerNorm, PostNormResidual, ScaledResidual, SplitChannelNorm
 from models.blocks.outputs import ColumnLinear, RowLinear
 from models.blocks.rope import rotate_both
 from models.config import VisionConfig
@@ -66,6 +66,7 @@ def _layer_spec(
     config: TransformerConfig,
     kernels: Kernels,
     post_norm: bool,
+    layer_scale: bool = False,
     mask: AttnMaskType,
     linear_qkv: Spec,
     core_attention: Spec,
@@ -74,6 +75,8 @@ def _layer_spec(
     residual: Spec = get_bias_dropout_add
     if post_norm:
         residual = ModuleSpec(module=PostNormResidual, params={"config": config, "norm": kernels.norm})
+    elif layer_scale:
+        residual = ModuleSpec(module=ScaledResidual, params={"config": config})
     return ModuleSpec(
         module=FusedBlock if kernels.fused else TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -116,12 +119,14 @@ def vision_layer_spec(
         config=config,
         kernels=kernels,
         post_norm=vision.post_norm,
+        layer_scale=vision.layer_scale is not None,
         mask=AttnMaskType.no_mask,
         linear_qkv=_linear_qkv(vision, kernels),
         core_attention=partial(
             CoreAttention,
             kernel=kernels.attention,
             norm=vision.attention_norm,
+            qk_norm=vision.qk_norm,
             turn=turned if kernels.fused else rotate_both,
         ),
         mlp=SwiGLUMlp if vision.mlp == "swiglu" else _gelu_mlp(config, kernels),

@@ -42,6 +42,14 @@ class Layout(ABC):
     def is_derived(self, name: str) -> bool:
         """Whether a tensor of a file is computed from the config (rope tables, position ids) and is left out."""
 
+    def why_left_out(self, name: str) -> str:
+        """What to say of a derived tensor."""
+        return "computed from the config"
+
+    def has_place(self, eva: str) -> bool:
+        """Whether the layout has a tensor for the authors' tensor `eva`; an image tower's has none for captions."""
+        return True
+
     def derived(self, model: ModelConfig) -> dict[str, Tensor]:
         """The derived tensors that a file of this layout holds beside the learned ones, fp32."""
         return {}

@@ -25,6 +25,7 @@ _DIRECT = {
     "logit_bias": "logit_bias.bias",
     "visual.ln_pre.weight": "vision.embed.norm.weight",
     "visual.ln_pre.bias": "vision.embed.norm.bias",
+    "visual.registers": "vision.embed.registers",
     "text.text_projection_bias": "text.projection.bias",
     **{f"visual.pool.{name}": f"vision.head.pool.{name}" for name in _POOL},
     "visual.cls_token": "vision.embed.cls_token",
@@ -45,6 +46,8 @@ _DIRECT = {
     "text.text_projection": "text.projection.weight",
 }
 _VISION_BLOCK = {
+    "gamma_1": "scale1.gain",
+    "gamma_2": "scale2.gain",
     "attn.q_bias": "attn.bias.q",
     "attn.v_bias": "attn.bias.v",
     "attn.q_proj.weight": "attn.q.weight",

@@ -1,4 +1,4 @@
-"""The open_clip layouts: timm trunks (CustomTextCLIP: EVA-02 and SigLIP, `visual.trunk.*`, `text.*`) and its own ViT.
+"""The open_clip layouts: timm trunks (CustomTextCLIP: EVA, SigLIP, PE; `visual.trunk.*`, `text.*`) and its own ViT.
 
 The text side has the authors' names. The trunk has timm's: sub-LN is attn.norm and mlp.norm, SwiGLU is fc1_g, fc1_x and
 fc2, and where q, k, v are separate their biases belong to the projections; a fused qkv keeps q_bias and v_bias.
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from models.config import ModelConfig
 from models.formats.base import Layout
 
 _BLOCK = re.compile(r"visual\.(blocks\.\d+\.)(.+)")
@@ -62,10 +63,8 @@ _POOL = {
 }  # fmt: skip
 
 
-class _TimmSiglip(_OpenClip):
-    """SigLIP: a timm ViT whose attention pool keeps q apart from k and v; a text head with a bias."""
-
-    name = "open_clip layout of SigLIP"
+class _PooledTrunk(_OpenClip):
+    """A timm ViT whose attention pool keeps q apart from k and v."""
 
     def names(self, eva: str) -> tuple[str, ...]:
         if eva == "visual.pool.probe":
@@ -73,24 +72,48 @@ class _TimmSiglip(_OpenClip):
         if eva.startswith("visual.pool."):
             module, leaf = eva.removeprefix("visual.pool.").split(".")
             return tuple(f"visual.trunk.attn_pool.{theirs}.{leaf}" for theirs in _POOL[module])
-        if eva.startswith("text.text_projection"):
-            return (f"text.text_projection.{'bias' if eva.endswith('bias') else 'weight'}",)
         return super().names(eva)
 
     def split(self, eva: str, value: Tensor) -> tuple[Tensor, ...]:
         if eva.startswith("visual.pool.qkv."):
             width = len(value) // 3
             return value[:width], value[width:]
-        if eva == "text.text_projection":
-            return (value.T,)
         return (value.reshape(1, 1, -1),) if eva == "visual.pool.probe" else (value,)
 
     def join(self, eva: str, parts: Sequence[Tensor]) -> Tensor:
         if eva.startswith("visual.pool.qkv."):
             return torch.cat(list(parts))
-        if eva == "text.text_projection":
-            return parts[0].T
         return parts[0].flatten() if eva == "visual.pool.probe" else parts[0]
+
+
+class _TimmSiglip(_PooledTrunk):
+    """SigLIP: the text head has a bias."""
+
+    name = "open_clip layout of SigLIP"
+
+    def names(self, eva: str) -> tuple[str, ...]:
+        if eva.startswith("text.text_projection"):
+            return (f"text.text_projection.{'bias' if eva.endswith('bias') else 'weight'}",)
+        return super().names(eva)
+
+    def split(self, eva: str, value: Tensor) -> tuple[Tensor, ...]:
+        return (value.T,) if eva == "text.text_projection" else super().split(eva, value)
+
+    def join(self, eva: str, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0].T if eva == "text.text_projection" else super().join(eva, parts)
+
+
+class _TimmPe(_PooledTrunk):
+    """Perception Encoder Core."""
+
+    name = "open_clip layout of Perception Encoder"
+
+    def names(self, eva: str) -> tuple[str, ...]:
+        return super().names(eva.replace("visual.ln_pre.", "visual.norm_pre.", 1))
+
+    def derived(self, model: ModelConfig) -> dict[str, Tensor]:
+        """A projection without bias is one with a bias of zeros in timm."""
+        return {} if model.vision.head_bias else {"visual.trunk.head.bias": torch.zeros(model.embed_dim)}
 
 
 _VIT = {
@@ -151,5 +174,33 @@ class _OpenClipVit(Layout):
         return name in _OF_THE_CONFIG or name.endswith("attn_mask")
 
 
+_PE_POOL = {
+    "qkv.weight": "attn.in_proj_weight", "qkv.bias": "attn.in_proj_bias", "proj": "attn.out_proj", "norm": "layernorm",
+    "fc1": "mlp.c_fc", "fc2": "mlp.c_proj",
+}  # fmt: skip
+
+
+class _OwnPe(_OpenClipVit):
+    """The names of Perception Encoder's own code (its pe.py): those of a CLIP ViT, and an attention pool."""
+
+    name = "layout of Perception Encoder's own code"
+
+    def names(self, eva: str) -> tuple[str, ...]:
+        if not eva.startswith("visual.pool."):
+            return super().names(eva)
+        rest = eva.removeprefix("visual.pool.")
+        module, _, leaf = rest.partition(".")
+        own = _PE_POOL[rest] if rest in _PE_POOL else f"{_PE_POOL[module]}.{leaf}" if leaf else rest
+        return (f"visual.attn_pool.{own}",)
+
+    def split(self, eva: str, value: Tensor) -> tuple[Tensor, ...]:
+        return (value.reshape(1, 1, -1),) if eva == "visual.pool.probe" else super().split(eva, value)
+
+    def join(self, eva: str, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0].flatten() if eva == "visual.pool.probe" else super().join(eva, parts)
+
+
 OPEN_CLIP_VIT = _OpenClipVit()
+OWN_PE = _OwnPe()
+TIMM_PE = _TimmPe(separate_qkv=False)
 TIMM_SIGLIP = _TimmSiglip(separate_qkv=False)

@@ -1,7 +1,8 @@
-"""open_clip's model json of its own ViT and of SigLIP <-> ModelConfig; what cannot be expressed is refused.
+"""open_clip's model json of its own ViT, SigLIP and PE <-> ModelConfig; what cannot be expressed is refused.
 
 The json omits what equals a default of open_clip's CLIPVisionCfg and CLIPTextCfg (model.py), so those defaults are part
-of the format. SigLIP's image towers are timm models, known by their names (timm's vision_transformer.py).
+of the format. Image towers of SigLIP and Perception Encoder are timm models, known by their names (timm's
+vision_transformer.py, eva.py).
 """
 
 from dataclasses import replace
@@ -43,14 +44,28 @@ _SIGLIP_TOWERS: Json = {
     "vit_giantopt_": {"width": 1536, "depth": 40, "head_width": 96, "mlp_hidden": 6144, "mlp": "gelu_tanh"},
 }
 """Begin of a timm model's name -> its tower; sizes of patch and image are in the rest of the name."""
+_PE_TOWERS: Json = {
+    "vit_pe_core_tiny_": {"width": 192, "depth": 12, "head_width": 64, "mlp_hidden": 768, "rope_grid": 24},
+    "vit_pe_core_small_": {"width": 384, "depth": 12, "head_width": 64, "mlp_hidden": 1536, "rope_grid": 24},
+    "vit_pe_core_base_": {"width": 768, "depth": 12, "head_width": 64, "mlp_hidden": 3072, "rope_grid": 14},
+    "vit_pe_core_large_": {"width": 1024, "depth": 24, "head_width": 64, "mlp_hidden": 4096, "rope_grid": 24},
+    "vit_pe_core_gigantic_": {"width": 1536, "depth": 50, "head_width": 96, "mlp_hidden": 8960, "rope_grid": 32,
+                              "class_token": False, "pool_mlp_hidden": 6144},
+}  # fmt: skip
+"""The same of Perception Encoder."""
+_PE: Json = {
+    "norm": "layer", "norm_eps": 1e-5, "embed_norm": True, "qkv_bias": True, "key_bias": True, "patch_bias": False,
+    "rope": True, "rope_kind": "pe", "pool": "attention", "pool_heads": 8, "head_bias": True,
+}  # fmt: skip
+"""What all of them share in timm, whose projection has a bias (zero where Meta's weights were read)."""
 
 
 def is_open_clip(config: Json) -> bool:
-    """Whether a model json is of open_clip's own ViT or of SigLIP, rather than of the EVA authors."""
+    """Whether a model json is of open_clip's own ViT, of SigLIP or PE, rather than of the EVA authors."""
     vision = config.get("vision_cfg", {})
     name = vision.get("timm_model_name")
     eva = {"eva_model_name", "qkv_bias", "postnorm", "use_rms_norm", "rope", "naiveswiglu", "subln"}
-    return "_siglip_" in name if name else not eva & vision.keys()
+    return "_siglip_" in name or name.startswith("vit_pe_") if name else not eva & vision.keys()
 
 
 def model_from_open_clip(config: Json) -> ModelConfig:
@@ -61,7 +76,10 @@ def model_from_open_clip(config: Json) -> ModelConfig:
     gelu = "quick_gelu" if config.get("quick_gelu") else "gelu"
     vision = config.get("vision_cfg", {})
     timm = vision.get("timm_model_name")
-    tower = _siglip(timm, vision) if timm else _vision(_settings(vision, _VISION, "vision_cfg"), gelu)
+    if timm:
+        tower = _pe(timm, vision) if timm.startswith("vit_pe_") else _siglip(timm, vision)
+    else:
+        tower = _vision(_settings(vision, _VISION, "vision_cfg"), gelu)
     text = _text(_settings(config.get("text_cfg", {}), _TEXT, "text_cfg"), gelu)
     model = ModelConfig(embed_dim=config["embed_dim"], vision=tower, text=text)
     model.check()
@@ -122,10 +140,7 @@ def _vision(v: Json, gelu: str) -> VisionConfig:
 def _siglip(timm: str, given: Json) -> VisionConfig:
     begin = next((begin for begin in _SIGLIP_TOWERS if timm.startswith(begin)), None)
     if begin is None or (given.get("timm_pool"), given.get("timm_proj")) != ("map", "none"):
-        raise ModelConfigError(
-            f"vision_cfg.timm_model_name {timm!r} with timm_pool {given.get('timm_pool')!r} and timm_proj "
-            f"{given.get('timm_proj')!r}: of timm's models this project builds SigLIP's (map, none) and EVA-02's"
-        )
+        raise _no_timm(timm, given)
     patch, _, size = timm.removeprefix(begin).removeprefix("patch").partition("_siglip_")
     return VisionConfig(
         image_size=given.get("image_size", int(size)),
@@ -137,6 +152,24 @@ def _siglip(timm: str, given: Json) -> VisionConfig:
         pool="attention",
         projection=False,
         **_SIGLIP_TOWERS[begin],
+    )
+
+
+def _pe(timm: str, given: Json) -> VisionConfig:
+    begin = next((begin for begin in _PE_TOWERS if timm.startswith(begin)), None)
+    if begin is None or given.get("timm_pool") != "map" or given.get("timm_proj"):
+        raise _no_timm(timm, given)
+    patch, _, size = timm.removeprefix(begin).removeprefix("patch").partition("_")
+    return VisionConfig(
+        image_size=given.get("image_size", int(size)), patch_size=int(patch), **(_PE | _PE_TOWERS[begin])
+    )
+
+
+def _no_timm(timm: str, given: Json) -> ModelConfigError:
+    return ModelConfigError(
+        f"vision_cfg.timm_model_name {timm!r} with timm_pool {given.get('timm_pool')!r} and timm_proj "
+        f"{given.get('timm_proj')!r}: of timm's models this project builds SigLIP's (map, none), Perception Encoder "
+        "Core's (map, null) and EVA's"
     )
 
 
@@ -164,16 +197,20 @@ def open_clip_from_model(model: ModelConfig) -> Json:
     out: Json = {"embed_dim": model.embed_dim}
     if gelu == "quick_gelu":
         out["quick_gelu"] = True
-    if v.pool == "attention":
-        out |= {"init_logit_bias": -10, "custom_text": True}
-    out["vision_cfg"] = _json_of_siglip(v) if v.pool == "attention" else _json_of_vision(v, gelu)
+    if v.rope_kind == "pe":
+        v = replace(v, head_bias=True)  # the file gets a bias of zeros (models/formats/open_clip.py)
+        out |= {"custom_text": True, "vision_cfg": _json_of_pe(v)}
+    elif v.pool == "attention":
+        out |= {"init_logit_bias": -10, "custom_text": True, "vision_cfg": _json_of_siglip(v)}
+    else:
+        out["vision_cfg"] = _json_of_vision(v, gelu)
     out["text_cfg"] = _json_of_text(t, gelu)
     back = model_from_open_clip(out)
     if back.vision != v or back.text != t:
         other = {
             f"{part}.{key}": value
-            for part in ("vision", "text")
-            for key, value in vars(getattr(model, part)).items()
+            for part, ours in (("vision", v), ("text", t))
+            for key, value in vars(ours).items()
             if vars(getattr(back, part))[key] != value
         }
         said = ", ".join(f"{key}={value}" for key, value in other.items())
@@ -202,6 +239,16 @@ def _json_of_siglip(v: VisionConfig) -> Json:
             sizes: Json = {"image_size": v.image_size, "timm_model_name": name, "timm_model_pretrained": False}
             return sizes | {"timm_pool": "map", "timm_proj": "none"}
     raise ModelConfigError(f"timm has no SigLIP tower of width {v.width}, depth {v.depth} and {v.mlp}")
+
+
+def _json_of_pe(v: VisionConfig) -> Json:
+    for begin, tower in _PE_TOWERS.items():
+        if replace(v, **tower) == v:
+            size = tower["rope_grid"] * v.patch_size  # at which it was trained
+            name = f"{begin}patch{v.patch_size}_{size}"
+            sizes: Json = {"image_size": v.image_size, "timm_model_name": name, "timm_model_pretrained": False}
+            return sizes | {"timm_pool": "map", "timm_proj": None}
+    raise ModelConfigError(f"timm has no Perception Encoder of width {v.width} and depth {v.depth}")
 
 
 def _json_of_text(t: TextConfig, gelu: str) -> Json:

@@ -41,7 +41,7 @@ def head_flops(model: ModelConfig, tokens: int) -> int:
 def attention_pool_flops(vision: VisionConfig, tokens: int) -> int:
     """A probe's attention to all tokens of a sample and the MLP behind it; q is the same for all samples."""
     h = vision.width
-    return 2 * (tokens * 2 * h * h + h * h + 2 * h * vision.mlp_hidden) + attention_flops(tokens, h, queries=1)
+    return 2 * (tokens * 2 * h * h + h * h + 2 * h * vision.pool_hidden) + attention_flops(tokens, h, queries=1)
 
 
 def attention_flops(tokens: int, width: int, queries: int | None = None) -> int:

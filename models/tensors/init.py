@@ -79,7 +79,7 @@ def _text_rule(name: str, model: ModelConfig) -> Fill:
 
 
 def _is_norm(name: str) -> bool:
-    return any(part.startswith("norm") for part in name.split(".")[:-1])
+    return any(part.startswith(("norm", "q_norm", "k_norm")) for part in name.split(".")[:-1])
 
 
 def _is_bias(name: str) -> bool:
@@ -92,6 +92,8 @@ def clip_rule(name: str, model: ModelConfig) -> Fill:
         return _fill(_SCALARS[name])
     if _is_norm(name):
         return _fill(1.0 if name.endswith(".weight") else 0.0)
+    if name.endswith(".gain"):
+        return _fill(model.vision.layer_scale or 0.0)
     if name.startswith("text.") and not name.endswith(("qkv.bias", "proj.bias")):
         return _text_rule(name, model)
     if _is_bias(name) and not name.startswith("vision.embed."):
@@ -108,6 +110,8 @@ def student_rule(name: str, model: ModelConfig) -> Fill:
         is_block_norm = name.startswith("vision.blocks.") and name.split(".")[3] in ("norm1", "norm2")
         zero = _is_bias(name) or (model.vision.post_norm and is_block_norm)
         return _fill(0.0 if zero else 1.0)
+    if name.endswith(".gain"):
+        return _fill(model.vision.layer_scale or 0.0)
     return _fill(0.0) if _is_bias(name) else _truncated_normal(_STUDENT_STD / _depth_divisor(name))
 
 

@@ -30,6 +30,8 @@ _SPLIT_DIM = {
     "mlp.up.bias": 0,
     "mlp.fc2.weight": 1,
     "mlp.down.weight": 1,
+    "attn.q_norm.weight": 0,
+    "attn.k_norm.weight": 0,
 }
 
 
@@ -68,14 +70,17 @@ def vision_embedding_shapes(v: VisionConfig) -> Shapes:
     out = _linear("vision.embed", v.width, 3 * v.patch_size**2, bias=v.patch_bias)
     if v.class_token:
         out["vision.embed.cls_token"] = (v.width,)
-    out["vision.embed.pos_embed"] = (v.positions, v.width)
+    if v.registers:
+        out["vision.embed.registers"] = (v.registers, v.width)
+    if v.pos_embed:
+        out["vision.embed.pos_embed"] = (v.positions, v.width)
     return out | _norm("vision.embed.norm", v.width, bias=v.norm == "layer") if v.embed_norm else out
 
 
 def vision_head_shapes(model: ModelConfig, projection: bool = True) -> Shapes:
     """What stands behind the image tower's blocks; projection: with what leads to the shared space, else the norm."""
     v = model.vision
-    out = _norm("vision.head.norm", v.width, bias=v.norm == "layer")
+    out: Shapes = _norm("vision.head.norm", v.width, bias=v.norm == "layer") if v.final_norm else {}
     if not projection:
         return out
     if v.pool == "attention":
@@ -89,7 +94,7 @@ def _attention_pool(v: VisionConfig) -> Shapes:
     out: Shapes = {"probe": (v.width,)}
     out |= _linear("qkv", 3 * v.width, v.width) | _linear("proj", v.width, v.width)
     out |= _norm("norm", v.width)
-    out |= _linear("fc1", v.mlp_hidden, v.width) | _linear("fc2", v.width, v.mlp_hidden)
+    out |= _linear("fc1", v.pool_hidden, v.width) | _linear("fc2", v.width, v.pool_hidden)
     return {f"vision.head.pool.{name}": shape for name, shape in out.items()}
 
 
@@ -133,6 +138,10 @@ def vision_block_shapes(v: VisionConfig) -> Shapes:
         out |= {"attn.bias.q": (v.width,), "attn.bias.v": (v.width,)}
     if v.attention_norm:
         out |= _norm("attn.norm", v.width)
+    if v.qk_norm:
+        out |= _norm("attn.q_norm", v.width, bias=False) | _norm("attn.k_norm", v.width, bias=False)
+    if v.layer_scale is not None:
+        out |= {"scale1.gain": (v.width,), "scale2.gain": (v.width,)}
     out |= _linear("attn.proj", v.width, v.width)
     if v.mlp != "swiglu":
         return out | _linear("mlp.fc1", v.mlp_hidden, v.width) | _linear("mlp.fc2", v.width, v.mlp_hidden)

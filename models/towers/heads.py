@@ -16,13 +16,14 @@ from models.config import ModelConfig, VisionConfig
 
 
 class TowerHead(nn.Module):
-    """What heads of the image tower share: the final norm, which sees rows that are whole on every tensor rank."""
+    """What heads of the image tower share: the final norm, if any, which sees rows whole on each tensor rank."""
 
     def __init__(self, vision: VisionConfig, config, tp_group):
         super().__init__()
         self.tp_group = tp_group
         self.sequence_parallel = config.sequence_parallel
-        self.norm = NORMS[vision.norm](config=config, hidden_size=vision.width, eps=vision.norm_eps)
+        norm = NORMS[vision.norm] if vision.final_norm else None
+        self.norm = norm(config=config, hidden_size=vision.width, eps=vision.norm_eps) if norm else nn.Identity()
         for parameter in self.norm.parameters():
             parameter.sequence_parallel = False  # type: ignore[attr-defined]  # sees gathered rows, not a slice
 
@@ -72,13 +73,14 @@ class VisionHead(TowerHead):
 class AttentionPool(nn.Module):
     """A learned probe attends to all tokens of a sample, then x + MLP(norm(x)): [M, S, H] -> [M, H].
 
-    Whole on every tensor rank. Source: the multi-head attention pooling of SigLIP (big_vision's vit.py, MAPHead).
+    Whole on every tensor rank. Source: the multi-head attention pooling of SigLIP (big_vision's vit.py, MAPHead), which
+    Perception Encoder has with heads and an MLP of its own size.
     """
 
     def __init__(self, vision: VisionConfig, dtype: torch.dtype):
         super().__init__()
-        h, hidden = vision.width, vision.mlp_hidden
-        self.heads, self.activation = vision.heads, ACTIVATION[vision.mlp]
+        h, hidden = vision.width, vision.pool_hidden
+        self.heads, self.activation = vision.pool_heads or vision.heads, ACTIVATION[vision.mlp]
         self.probe = nn.Parameter(torch.empty(h, dtype=dtype))
         self.qkv, self.proj = nn.Linear(h, 3 * h, dtype=dtype), nn.Linear(h, h, dtype=dtype)
         self.norm = nn.LayerNorm(h, eps=vision.norm_eps, dtype=dtype)

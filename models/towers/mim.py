@@ -42,7 +42,7 @@ class MaskedPatchEmbedding(PatchEmbedding):
         pixels = chosen_patches(patches, sample * n + slot, (slot >= 0) & ~is_masked)
         weight = _with_gradient_times(self.gradient_scale, self.weight)
         bias = None if self.bias is None else _with_gradient_times(self.gradient_scale, self.bias)
-        prefix, positions = self.prefix_and_positions()
+        prefix, positions = self.prefix_and_positions(n)
         table = torch.cat([prefix, positions if bias is None else positions + bias, positions + self.mask_token])
         place = slot + self.prefix_tokens + n * is_masked
         return self.normed(F.linear(pixels, weight) + F.embedding(place, table))

@@ -34,7 +34,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 
 class PatchEmbedding(nn.Module):
-    """Images -> packed tokens: patch projection, class token, position table, patch dropout.
+    """Images -> packed tokens: patch projection, class token, registers, position table, patch dropout.
 
     Dropped patches are never projected (the authors project all and drop after the position table; equal by value).
     Under sequence parallelism a rank embeds its own T / tp rows only, so these gradients are partial sums.
@@ -49,7 +49,8 @@ class PatchEmbedding(nn.Module):
         self.weight = empty(vision.width, 3 * vision.patch_size**2)
         self.bias = empty(vision.width) if vision.patch_bias else None
         self.cls_token = empty(vision.width) if vision.class_token else None
-        self.pos_embed = empty(vision.positions, vision.width)
+        self.registers = empty(vision.registers, vision.width) if vision.registers else None
+        self.pos_embed = empty(vision.positions, vision.width) if vision.pos_embed else None
         mark_sequence_parallel(self, config)
         norm = NORMS[vision.norm] if vision.embed_norm else None
         self.norm = norm(config=config, hidden_size=vision.width, eps=vision.norm_eps) if norm else None
@@ -62,16 +63,20 @@ class PatchEmbedding(nn.Module):
         sample, slot = self.own_tokens(m, self.prefix_tokens + k, images.device)
         grid_cell = slot if kept is None else kept[sample, slot.clamp_min(0)]
         pixels = chosen_patches(patches, sample * n + grid_cell, slot >= 0)
-        prefix, positions = self.prefix_and_positions()
+        prefix, positions = self.prefix_and_positions(n)
         table = torch.cat([prefix, positions if self.bias is None else positions + self.bias])
         place = torch.where(slot >= 0, grid_cell, slot) + self.prefix_tokens
         return self.normed(F.linear(pixels, self.weight) + F.embedding(place, table))
 
-    def prefix_and_positions(self) -> tuple[Tensor, Tensor]:
-        """Prefix tokens with their positions [prefix, H], positions of the patches [n, H]."""
-        if self.cls_token is None:
-            return self.pos_embed[:0], self.pos_embed
-        return (self.cls_token + self.pos_embed[0]).unsqueeze(0), self.pos_embed[1:]
+    def prefix_and_positions(self, patches: int) -> tuple[Tensor, Tensor]:
+        """Prefix tokens with their positions [prefix, H], positions of the patches [n, H] (zeros without a table)."""
+        table: Tensor | None = self.pos_embed
+        if table is None:
+            table = self.weight.new_zeros(patches + (self.cls_token is not None), len(self.weight))
+        prefix = table[:0] if self.cls_token is None else (self.cls_token + table[0]).unsqueeze(0)
+        if self.registers is not None:
+            prefix = torch.cat([prefix, self.registers])
+        return prefix, table[len(table) - patches :]
 
     def normed(self, tokens: Tensor) -> Tensor:
         """[T or T / tp, H] -> [T or T / tp, 1, H], through the norm where the tower has one here."""
@@ -157,7 +162,7 @@ class VisionTower(nn.Module):
         patches = self.vision.patches if kept is None else kept.shape[1]
         rope = None
         if self.vision.rope:
-            tables = rope_tables(self.vision.grid, self.vision.rope_grid, self.vision.head_width, device)
+            tables = rope_tables(self.vision, device)
             rope = tuple(_pick(table, kept, self.vision.prefix_tokens) for table in tables)
         return PackedTokens.of(samples, self.vision.prefix_tokens + patches, device, rope)
 

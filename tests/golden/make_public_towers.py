@@ -7,6 +7,7 @@ nothing of this project is imported. Every parameter is overwritten with seeded 
 import json
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from open_clip.transformer import TextTransformer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from timm.models.eva import _convert_pe
 from torch import Tensor, nn
 
 FOLDER = Path(__file__).parent
@@ -24,6 +26,8 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 WIDTH, HEADS, DEPTH, IMAGE, PATCH, DIM = 32, 4, 4, 28, 7, 24
 TEXT = {"context_length": 16, "vocab_size": 64, "width": 32, "heads": 4, "layers": 2}
 BATCH, END = 8, 63
+FEW = 2
+"""Blocks of the later toys, which are image towers with a caption tower of one block beside."""
 
 
 def noise(module: nn.Module) -> None:
@@ -76,7 +80,8 @@ def write(
     folder.mkdir(exist_ok=True)
     state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     save_file(state, folder / "weights.safetensors")
-    save_file({k: p.grad.contiguous() for k, p in model.named_parameters()}, folder / "grads.safetensors")
+    grads = {k: p.grad.contiguous() for k, p in model.named_parameters() if p.grad is not None}
+    save_file(grads, folder / "grads.safetensors")
     io = {"images_u8": images, "text": ids, "image_features": image, "text_features": text, "loss": loss}
     save_file({key: value.detach().contiguous() for key, value in io.items()}, folder / "io.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -151,9 +156,143 @@ def timm_siglip() -> None:
     write("timm-siglip", model, lambda pixels, ids: (model.visual.trunk(pixels), model.text(ids)), {})
 
 
+class WithText(nn.Module):
+    """open_clip's CustomTextCLIP at toy size around an image tower, which is `visual.PREFIX`."""
+
+    def __init__(self, tower: nn.Module, prefix: str) -> None:
+        super().__init__()
+        self.visual = nn.Module()
+        self.visual.add_module(prefix, tower)
+        self.text = TextTransformer(**(TEXT | {"layers": 1}), output_dim=DIM)
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+
+
+def timm_eva(name: str, **kwargs: Any) -> None:
+    """EVA-01-CLIP g or Perception Encoder as open_clip has them."""
+    sizes = {"img_size": IMAGE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": FEW, "num_heads": HEADS}
+    model = WithText(timm.models.eva.Eva(**sizes, num_classes=DIM, **kwargs), "trunk")
+    noise(model)
+    write(name, model, lambda pixels, ids: (model.visual.trunk(pixels), model.text(ids)), {})
+
+
+def perception_encoder(name: str, *, class_token: bool) -> None:
+    """L has a class token and a grid one line off, G neither; its MLP is wider than 4, its pool's is not."""
+    timm_eva(
+        name, global_pool="map", attn_type="rope", use_pre_transformer_norm=True, use_rot_pos_emb=True, mlp_ratio=3,
+        ref_feat_shape=(5, 5), rope_grid_offset=float(class_token), rope_grid_indexing="xy", attn_pool_num_heads=2,
+        attn_pool_mlp_ratio=2, class_token=class_token, norm_layer=partial(nn.LayerNorm, eps=1e-5),
+    )  # fmt: skip
+
+
+def own_names_of_perception_encoder() -> None:
+    """The toy without class token under the names of Meta's code: what timm's conversion reads as that toy."""
+    theirs = load_file(FOLDER / "public-timm-pe-g/weights.safetensors")
+    trunk = {k.removeprefix("visual.trunk."): v for k, v in theirs.items() if k.startswith("visual.trunk.")}
+    blocks = {
+        "attn.qkv.": "attn.in_proj_", "attn.proj": "attn.out_proj", "norm1": "ln_1", "norm2": "ln_2",
+        "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "blocks.": "transformer.resblocks.", "norm_pre": "ln_pre",
+        "norm.": "ln_post.", "pos_embed": "positional_embedding", "patch_embed.proj": "conv1",
+    }  # fmt: skip
+    pool = {"latent": "probe", "proj": "attn.out_proj", "norm": "layernorm", "fc1": "c_fc", "fc2": "c_proj"}
+    own = {key.removeprefix("text."): value for key, value in theirs.items() if not key.startswith("visual.")}
+    for leaf in ("weight", "bias"):
+        q, kv = trunk.pop(f"attn_pool.q.{leaf}"), trunk.pop(f"attn_pool.kv.{leaf}")
+        own[f"visual.attn_pool.attn.in_proj_{leaf}"] = torch.cat([q, kv])
+    own["visual.proj"] = trunk.pop("head.weight").T.contiguous()
+    trunk.pop("head.bias")  # which Meta's code has not
+    for key, value in trunk.items():
+        for old, new in (pool if key.startswith("attn_pool.") else blocks).items():
+            key = key.replace(old, new)
+        own[f"visual.{key}"] = value[0] if key == "positional_embedding" else value
+    read = _convert_pe(own, nn.Module())
+    again = {f"visual.trunk.{key}": value for key, value in read.items()}
+    assert again.keys() == {key for key in theirs if key.startswith("visual.trunk.")}
+    assert all(again[key].equal(theirs[key]) for key in again if key != "visual.trunk.head.bias")
+    folder = FOLDER / "public-own-pe"
+    folder.mkdir(exist_ok=True)
+    save_file(own, folder / "weights.safetensors")
+
+
+def split(name: str, renamed: Callable[[str], str]) -> None:
+    """Keep an image tower's tensors in `weights` and `grads`, as they are published, and the others in `rest_*`."""
+    folder = FOLDER / f"public-{name}"
+    for file in ("weights", "grads"):
+        tensors = load_file(folder / f"{file}.safetensors")
+        tower = {
+            renamed(k.removeprefix("visual.tower.")): v for k, v in tensors.items() if k.startswith("visual.tower")
+        }
+        rest = {key: value for key, value in tensors.items() if not key.startswith("visual.tower.")}
+        save_file(tower, folder / f"{file}.safetensors")
+        save_file(rest, folder / f"rest_{file}.safetensors")
+
+
+class Projected(WithText):
+    """An image tower of transformers with a projection of its class token."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__(tower, "tower")
+        self.visual.head = nn.Linear(WIDTH, DIM, bias=False)
+
+    def encode(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of both."""
+        return self.visual.head(self.visual.tower(pixels).last_hidden_state[:, 0]), self.text(ids)
+
+
+def dinov3() -> None:
+    """transformers' DINOv3ViTModel with the 7B's parts; saved by itself, it drops `model.` from its blocks' names."""
+    config = transformers.DINOv3ViTConfig(
+        hidden_size=WIDTH, intermediate_size=40, num_hidden_layers=FEW, num_attention_heads=HEADS, image_size=IMAGE,
+        patch_size=PATCH, use_gated_mlp=True, hidden_act="silu", num_register_tokens=3, query_bias=False,
+        value_bias=False, layerscale_value=0.5,
+    )  # fmt: skip
+    model = Projected(transformers.DINOv3ViTModel(config)).eval()
+    noise(model)
+    write("transformers-dinov3", model, model.encode, {"architectures": ["DINOv3ViTModel"]} | config.to_dict())
+    split("transformers-dinov3", lambda key: key.removeprefix("model."))
+
+
+def internvit() -> None:
+    """transformers' InternVLVisionModel with the 6B's parts, under the names of InternViT's folders."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 40, "num_hidden_layers": FEW, "num_attention_heads": HEADS}
+    sizes |= {"image_size": IMAGE, "patch_size": PATCH, "layer_norm_eps": 1e-6}
+    config = transformers.InternVLVisionConfig(
+        **sizes, use_qk_norm=True, norm_type="rms_norm", use_mean_pooling=True, attn_implementation="eager"
+    )
+    model = Projected(transformers.models.internvl.InternVLVisionModel(config)).eval()
+    noise(model)
+    own = {"model_type": "intern_vit_6b", "initializer_factor": 0.1, "qkv_bias": False, "qk_normalization": True}
+    write("transformers-internvit", model, model.encode, own | {"norm_type": "rms_norm"} | sizes)
+    names = {
+        "embeddings.cls_token": "embeddings.class_embedding", "patch_embeddings.projection": "patch_embedding",
+        "position_embeddings": "position_embedding", "encoder.layer.": "encoder.layers.", "lambda_": "ls",
+        "layernorm_before": "norm1", "layernorm_after": "norm2", "attention.projection_layer": "attn.proj",
+        "attention.": "attn.",
+    }  # fmt: skip
+
+    def renamed(key: str) -> str:
+        for old, new in names.items():
+            key = key.replace(old, new)
+        return key
+
+    split("transformers-internvit", renamed)
+    for file in ("weights", "grads"):
+        path = FOLDER / f"public-transformers-internvit/{file}.safetensors"
+        tensors = load_file(path)
+        for i in range(FEW):
+            parts = [tensors.pop(f"encoder.layers.{i}.attn.{kind}_proj.weight") for kind in "qkv"]
+            tensors[f"encoder.layers.{i}.attn.qkv.weight"] = torch.cat(parts)
+        save_file(tensors, path)
+
+
 if __name__ == "__main__":
     open_clip_vit("open-clip-vit", quick_gelu=True)
     open_clip_vit("open-clip-mean", quick_gelu=False)
     of_transformers("clip")
     of_transformers("siglip")
     timm_siglip()
+    timm_eva("timm-eva01", global_pool="token", mlp_ratio=3, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+    perception_encoder("timm-pe-l", class_token=True)
+    perception_encoder("timm-pe-g", class_token=False)
+    own_names_of_perception_encoder()
+    dinov3()
+    internvit()

@@ -29,6 +29,9 @@ REAL = {
     "l14": (304_105_152, 123_650_304, 512, 149),
     "l14-336": (304_432_832, 123_650_304, 512, 149),
     "b16": (86_263_040, 63_428_096, 260, 149),
+    # The tensors of timm's eva_giant_patch14_224 with a head of 1024, and open_clip's text tower.
+    "eva01-g14": (1_012_588_928, 123_846_912, 528, 149),
+    "eva01-g14-plus": (1_012_588_928, 354_032_640, 528, 293),
     # Not published; the 18B with the position table of 24 x 24 patches.
     "18b-336": (17_630_494_720 + (576 - 256) * 5120, 694_987_520, 438, 389),
 }
@@ -45,7 +48,13 @@ PUBLIC = {
     "siglip2-l16": (315_956_224, 565_570_560),
     "siglip2-so400m": (427_680_704, 707_782_896),
     "siglip2-g16": (1_163_168_256, 708_225_648),
+    # Less the bias of timm's projection, which the published weights have not.
+    "pe-core-l14": (317_152_256 - 1_024, 353_986_560),
+    "pe-core-g14": (1_882_033_920 - 1_280, 537_233_920),
 }
+# Counted from timm 1.0.31 (vit_7b_patch16_dinov3) and transformers 5.24.0 (InternVLVisionModel): towers without
+# captions, behind which a projection to 1,280 is this project's.
+IMAGE_TOWERS = {"dinov3-7b": 6_716_030_976, "internvit-6b": 5_902_793_600}
 AUTHORS_CONFIG = {
     "18b": "EVA-CLIP-18B",
     "8b": "EVA-CLIP-8B",
@@ -75,7 +84,17 @@ def elements(tensors: list[LogicalTensor]) -> int:
 
 def test_every_preset_of_a_real_size_is_counted_here() -> None:
     presets = {path.stem for path in PRESETS.glob("*.yaml")}
-    assert {name for name in presets if not name.startswith("tiny-")} == REAL.keys() | PUBLIC.keys()
+    assert {
+        name for name in presets if not name.startswith("tiny-")
+    } == REAL.keys() | PUBLIC.keys() | IMAGE_TOWERS.keys()
+
+
+@pytest.mark.parametrize("preset", IMAGE_TOWERS)
+def test_parameters_of_image_towers(preset: str, mesh: Mesh) -> None:
+    vision, _ = logical_of(preset, mesh)
+    model = preset_model(preset)
+    assert elements(vision) == IMAGE_TOWERS[preset] + 1_280 * model.vision.width
+    assert {tensor.name: tensor.shape for tensor in vision} == vision_shapes(model)
 
 
 @pytest.mark.parametrize("preset", PUBLIC)
@@ -129,7 +148,10 @@ def test_every_shape_of_the_18b(mesh: Mesh) -> None:
 
 def test_a_stored_model_without_later_switches_is_the_same_model() -> None:
     now = asdict(preset_model("tiny-18b"))
-    later = ("class_token", "pool", "projection", "embed_norm", "key_bias", "patch_bias")
+    later = (
+        "class_token", "pool", "projection", "embed_norm", "key_bias", "patch_bias", "rope_kind", "qk_norm",
+        "layer_scale", "registers", "pos_embed", "pool_heads", "pool_mlp_hidden", "final_norm",
+    )  # fmt: skip
     then = now | {"vision": {key: value for key, value in now["vision"].items() if key not in later}}
     text = ("context_length", "vocab_size", "width", "depth", "heads", "norm_eps")
     then["text"] = {key: now["text"][key] for key in text}

@@ -7,6 +7,7 @@ number of ranks runs all families at its layouts.
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -26,10 +27,14 @@ from engine.parallel.device import prepare
 from engine.parallel.mesh import Mesh, build_mesh
 from engine.pipeline.executor import LossResult
 from engine.trainer import Trainer
-from models.config import ModelConfig, ModelConfigError
+from models.config import ModelConfig, ModelConfigError, TextConfig, VisionConfig
 from models.formats import family, layout_of
+from models.formats.base import entries
+from models.formats.eva_names import to_logical
+from models.formats.image_tower_config import image_tower_from_model, model_from_image_tower
 from models.formats.open_clip_config import model_from_open_clip, open_clip_from_model
 from models.formats.transformers_config import model_from_transformers, transformers_from_model
+from models.tensors.inventory import MIM_TENSORS, vision_shapes
 from models.tensors.naming import logical_tensors
 from models.towers.mim import StudentTower, teacher_features
 from models.towers.vision import VisionTower, patchify
@@ -44,13 +49,39 @@ FORMAT = {
     "timm-siglip": "openclip",
     "transformers-clip": "hf",
     "transformers-siglip": "hf",
+    "timm-eva01": "openclip",
+    "timm-pe-l": "openclip",
+    "timm-pe-g": "openclip",
+    "transformers-dinov3": "hf",
+    "transformers-internvit": "hf",
 }
 """Fixture -> layout of its names."""
+IMAGE_TOWERS = ("transformers-dinov3", "transformers-internvit")
+"""Published without captions: what a job adds lies in files of its own, under the authors' names."""
+FROM_TIMM = tuple(name for name in FORMAT if name.startswith("timm-"))
+"""Toys that no config of open_clip names."""
 LIMIT = 1e-5
 """Relative deviation of features, loss and gradients from the public implementation."""
 
 
+TOY: dict[str, Any] = {
+    "image_size": 28, "patch_size": 7, "depth": 2, "width": 32, "head_width": 8, "mlp_hidden": 96, "norm": "layer",
+    "qkv_bias": True, "head_bias": True,
+}  # fmt: skip
+PE: dict[str, Any] = {
+    "norm_eps": 1e-5, "embed_norm": True, "key_bias": True, "patch_bias": False, "rope": True, "rope_kind": "pe",
+    "rope_grid": 5, "pool": "attention", "pool_heads": 2, "pool_mlp_hidden": 64,
+}  # fmt: skip
+TOY_TIMM = {"timm-eva01": {}, "timm-pe-l": PE, "timm-pe-g": PE | {"class_token": False}}
+TOY_TEXT = TextConfig(context_length=16, vocab_size=64, width=32, depth=1, heads=4)
+
+
 def model_of(name: str) -> ModelConfig:
+    if name in TOY_TIMM:
+        return ModelConfig(embed_dim=24, vision=VisionConfig(**(TOY | TOY_TIMM[name])), text=TOY_TEXT)
+    if name in IMAGE_TOWERS:
+        model = model_from_image_tower(load_json(f"public-{name}/config.json"))
+        return replace(model, embed_dim=24, vision=replace(model.vision, projection=True), text=TOY_TEXT)
     if name == "timm-siglip":  # timm has no toy by name; its towers are transformers' with exact GELU
         model = model_of("transformers-siglip")
         return replace(model, vision=replace(model.vision, mlp="gelu"), text=replace(model.text, mlp="gelu"))
@@ -67,8 +98,17 @@ def source_of(name: str, file: str = "weights") -> ForeignWeights:
 
 
 def logical(name: str, file: str) -> dict[str, Tensor]:
-    source = source_of(name, file)
-    return {ours: source.read_whole(ours) for ours in source.logical}
+    if name in IMAGE_TOWERS and file == "grads":  # no gradient for the mask token
+        entries_here = entries(
+            layout_of("hf", model_of(name)), model_of(name), vision_shapes(model_of(name), head=False)
+        )
+        found = load_tensors(f"public-{name}/grads")
+        tower = {entry.ours: entry.to_ours([found[key] for key in entry.theirs]) for entry in entries_here}
+    else:
+        source = source_of(name, file)
+        tower = {ours: source.read_whole(ours) for ours in source.logical if ours not in MIM_TENSORS}
+    rest = load_tensors(f"public-{name}/rest_{file}") if name in IMAGE_TOWERS else {}
+    return tower | to_logical(rest, model_of(name))
 
 
 @pytest.mark.parametrize("name", FORMAT)
@@ -83,10 +123,34 @@ def test_weights_go_in_and_out_to_the_bit(name: str) -> None:
         assert value.shape == theirs[key].shape and value.equal(theirs[key]), key
 
 
-@pytest.mark.parametrize("name", [name for name in FORMAT if name != "timm-siglip"])
+def test_perception_encoder_under_its_own_names() -> None:
+    """timm's conversion reads the one fixture as the other (tests/golden/make_public_towers.py)."""
+    model = model_of("timm-pe-g")
+    model = replace(model, vision=replace(model.vision, head_bias=False))
+    path = FOLDER / "public-own-pe/weights.safetensors"
+    source, theirs = (
+        ForeignWeights(open_state(path), layout_of("original", model), model, str(path)),
+        load_tensors("public-own-pe/weights"),
+    )
+    wanted = logical("timm-pe-g", "weights")
+    del wanted["vision.head.projection.bias"]
+    assert source.logical.keys() == wanted.keys()
+    assert all(source.read_whole(ours).equal(value) for ours, value in wanted.items())
+    back: dict[str, Tensor] = {}
+    for ours, entry in source.entries.items():
+        back |= dict(zip(entry.theirs, entry.to_theirs(source.read_whole(ours)), strict=True))
+    assert back.keys() == theirs.keys() and all(back[key].equal(theirs[key]) for key in theirs)
+    added = layout_of("openclip", model).derived(model)
+    assert [(name, int(value.count_nonzero())) for name, value in added.items()] == [("visual.trunk.head.bias", 0)]
+
+
+@pytest.mark.parametrize("name", [name for name in FORMAT if name not in FROM_TIMM])
 def test_the_config_goes_in_and_out(name: str) -> None:
     model = model_of(name)
-    if FORMAT[name] == "openclip":
+    if name in IMAGE_TOWERS:
+        back = image_tower_from_model(model, family(model))
+        assert model_from_image_tower(back) == model_from_image_tower(load_json(f"public-{name}/config.json"))
+    elif FORMAT[name] == "openclip":
         assert open_clip_from_model(model) == load_json(f"public-{name}/config.json")
     else:
         back = transformers_from_model(model, family(model), 2.0)
@@ -163,7 +227,9 @@ def filled(tower: VisionTower, name: str) -> VisionTower:
     return tower
 
 
-@pytest.mark.parametrize("name", ["transformers-clip", "transformers-siglip", "open-clip-mean"])
+@pytest.mark.parametrize(
+    "name", ["transformers-clip", "transformers-siglip", "open-clip-mean", "timm-pe-l", *IMAGE_TOWERS]
+)
 def test_student_and_teacher_of_the_mim_stage(name: str, mesh: Mesh) -> None:
     """All patches of a plain picture are alike: a mask token that is one of them changes nothing behind it."""
     model = model_of(name)
@@ -215,21 +281,22 @@ def one_pass(name: str, layout: tuple[int, int, bool, int], mesh: Mesh) -> dict[
     return out
 
 
-LAYOUTS = {
-    1: [(1, 1, True, 4)],
-    2: [(2, 1, True, 4), (2, 1, False, 2), (1, 2, True, 4)],
-    4: [(2, 2, True, 4), (1, 2, True, 4), (2, 1, True, 2)],
+LAUNCHES = {
+    "1": (1, [(1, 1, True, 4)]),
+    "4": (4, [(2, 2, True, 4)]),
+    "2": (2, [(2, 1, True, 4), (2, 1, False, 2), (1, 2, True, 4), (1, 1, True, 4)]),
+    "4 more": (4, [(4, 1, True, 4), (1, 2, True, 4), (2, 1, True, 2), (2, 1, False, 4), (1, 1, True, 2)]),
 }
-"""Ranks -> (tensor, pipeline, sequence, micro-batch)."""
+"""Name -> ranks, and layouts (tensor, pipeline, sequence, micro-batch)."""
 
 
-def _cases(ranks: int) -> list[tuple[str, tuple[int, int, bool, int]]]:
-    return [(name, layout) for name in FORMAT for layout in LAYOUTS[ranks]]
+def _cases(launch: str, names: Sequence[str]) -> list[tuple[str, tuple[int, int, bool, int]]]:
+    return [(name, layout) for name in names for layout in LAUNCHES[launch][1]]
 
 
-def run_cases(ranks: int) -> list[dict[str, Any]]:
+def run_cases(launch: str, names: Sequence[str]) -> list[dict[str, Any]]:
     mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, dist.group.WORLD))
-    return [one_pass(name, layout, mesh(layout[0], layout[1])) for name, layout in _cases(ranks)]
+    return [one_pass(name, layout, mesh(layout[0], layout[1])) for name, layout in _cases(launch, names)]
 
 
 def check(name: str, found: dict[str, Any]) -> None:
@@ -246,10 +313,12 @@ def check(name: str, found: dict[str, Any]) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks", [pytest.param(n, marks=[pytest.mark.slow] if n == 2 else []) for n in LAYOUTS])
-def test_features_loss_and_gradients_are_theirs(ranks: int) -> None:
-    results = run_distributed(run_cases, ranks, ranks=ranks)[0]
-    for (name, layout), found in zip(_cases(ranks), results, strict=True):
+@pytest.mark.parametrize(
+    "launch", ["1", "4", pytest.param("2", marks=pytest.mark.slow), pytest.param("4 more", marks=pytest.mark.slow)]
+)
+def test_features_loss_and_gradients_are_theirs(launch: str) -> None:
+    results = run_distributed(run_cases, LAUNCHES[launch][0], launch=launch, names=list(FORMAT))[0]
+    for (name, layout), found in zip(_cases(launch, list(FORMAT)), results, strict=True):
         try:
             check(name, found)
         except AssertionError as error:

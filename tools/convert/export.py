@@ -20,9 +20,12 @@ from engine.checkpoint.write import FILE_BYTES, refuse_existing
 from engine.config.read import ConfigError, resolve
 from models.config import ModelConfig
 from models.formats import family, layout_of
+from models.formats.authors import AUTHORS
 from models.formats.base import Entry, entries
 from models.formats.eva_config import eva_from_model
+from models.formats.eva_names import authors_name
 from models.formats.hf_config import hf_from_model
+from models.formats.image_tower_config import image_tower_from_model
 from models.formats.open_clip_config import open_clip_from_model
 from models.formats.transformers_config import transformers_from_model
 from models.tensors.inventory import MIM_TENSORS
@@ -82,7 +85,7 @@ def export_single_file(
     weights = _Weights(path, dtype, kind)
     table, left_out = _table(weights, layout_name)
     rename = _file_names(weights, layout_name)
-    of_model = {"eva": eva_from_model, "openclip": _open_clip_json}[layout_name]
+    of_model = {"eva": eva_from_model, "openclip": _open_clip_json}.get(layout_name, _no_json)
     config = json.dumps(of_model(weights.model), indent=1).encode() if config_out is not None else b""
     check_weights_file(out, sum(_size(weights, entry) for entry in table))
     weights.checkpoint.verify()
@@ -90,7 +93,9 @@ def export_single_file(
     if config_out is not None:
         write_synced(config_out, config)
     summary = f"{out}: {len(table)} logical tensors"
-    return Report(_report(weights, table, rename), summary, [*left_out, *weights.remarks()])
+    return Report(
+        _report(left_out, table, rename), summary, [*_said(left_out), *_added(weights, table), *weights.remarks()]
+    )
 
 
 def _file_names(weights: _Weights, layout_name: str) -> Callable[[str], str]:
@@ -141,13 +146,15 @@ def export_huggingface(path: Path, out: Path, dtype: str | None, kind: str = WEI
     for name, file in hub.items():
         write_synced(out / name, file)
     summary = f"{out}: {len(index)} tensors in {len(groups)} files"
-    return Report(_report(weights, table, lambda key: key), summary, [*left_out, *weights.remarks()])
+    return Report(_report(left_out, table, lambda key: key), summary, [*_said(left_out), *weights.remarks()])
 
 
 def _hf_json(weights: _Weights) -> dict[str, Any]:
     kind, log_scale = family(weights.model), weights.log_scale()
     if kind == "eva":
         return hf_from_model(weights.model, log_scale)
+    if kind in ("dinov3", "internvit"):
+        return image_tower_from_model(weights.model, kind)
     return transformers_from_model(weights.model, kind, log_scale)
 
 
@@ -167,21 +174,42 @@ def _hub_files(model: ModelConfig) -> dict[str, bytes]:
     return files
 
 
+def _no_json(model: ModelConfig) -> dict[str, Any]:
+    raise ConfigError("--to original writes names that have no model json of their own: leave --config-out out")
+
+
 def _open_clip_json(model: ModelConfig) -> dict[str, Any]:
     if family(model) == "eva":
         raise ConfigError("open_clip knows its EVA-02 models by name, without a json: leave --config-out out")
     return open_clip_from_model(model)
 
 
+def _added(weights: _Weights, table: list[Entry]) -> list[str]:
+    """Remarks on learned tensors that the layout has and the model has not."""
+    added = table[0].layout.derived(weights.model)
+    return [f"{name}: zeros, the model has none" for name, value in added.items() if not value.any()]
+
+
+def _said(left_out: list[str]) -> list[str]:
+    """Remarks on tensors without a place: one each, or one for a whole caption tower."""
+    text = [name for name in left_out if name.startswith("text.")]
+    said = [f"{name} -> left out (no place in this layout)" for name in left_out if name not in text]
+    return said + ([f"text.* -> {len(text)} tensors left out (no place in this layout)"] if text else [])
+
+
 def _table(weights: _Weights, layout_name: str) -> tuple[list[Entry], list[str]]:
+    """What is written, and the logical tensors that are not."""
     shapes = weights.shapes
     has_bias = layout_name == "openclip" or (layout_name == "hf" and family(weights.model) == "siglip")
+    layout = layout_of(layout_name, weights.model)
     left_out = [name for name in shapes if name.startswith(_BIAS) and not has_bias]
-    if layout_name != "eva" and set(MIM_TENSORS) & shapes.keys():
+    left_out += [name for name in shapes if name not in left_out and not layout.has_place(authors_name(name))]
+    has_both_towers = layout.has_place("text.positional_embedding")
+    if layout is not AUTHORS and has_both_towers and set(MIM_TENSORS) & shapes.keys():
         raise ConfigError(f"a MIM student has no place in the {layout_name} layout: use --to eva or --to tower")
     kept = {name: shape for name, shape in shapes.items() if name not in left_out}
-    table = entries(layout_of(layout_name, weights.model), weights.model, kept)
-    return table, [f"{name} -> left out (no place in this layout)" for name in left_out]
+    table = entries(layout, weights.model, kept)
+    return table, left_out
 
 
 def _size(weights: _Weights, entry: Entry) -> int:
@@ -227,5 +255,6 @@ def _their_tensors(weights: _Weights, table: list[Entry]) -> Iterator[Tensor]:
         yield from entry.to_theirs(weights.read(entry.ours))
 
 
-def _report(weights: _Weights, table: list[Entry], rename: Callable[[str], str]) -> list[str]:
-    return [f"{entry.ours} -> {' + '.join(map(rename, entry.theirs))}" for entry in table]
+def _report(left_out: list[str], table: list[Entry], rename: Callable[[str], str]) -> list[str]:
+    lines = [f"{entry.ours} -> {' + '.join(map(rename, entry.theirs))}" for entry in table]
+    return lines + [f"{name} -> left out (no place in this layout)" for name in left_out]

@@ -13,10 +13,11 @@ from engine.checkpoint.state_dicts.files import State, open_state, read_json
 from engine.checkpoint.write import PlannedPart, refuse_existing, whole_tensors, write_checkpoint
 from engine.config.read import ConfigError, preset_model, resolve, to_dict
 from models.config import ModelConfig
-from models.formats import layout_of
+from models.formats import family, layout_of
 from models.formats.base import StateKind
 from models.formats.eva_config import model_from_eva
 from models.formats.hf_config import model_from_hf
+from models.formats.image_tower_config import is_image_tower, model_from_image_tower
 from models.formats.open_clip_config import is_open_clip, model_from_open_clip
 from models.formats.transformers_config import model_from_transformers
 from tools.cli import check_folder, progress
@@ -32,6 +33,8 @@ _TIMM_PRESETS = {
     "eva02_large_patch14_clip_224": "l14",
     "eva02_large_patch14_clip_336": "l14-336",
     "eva02_enormous_patch14_clip_224": "e14",
+    "eva_giant_patch14_224": "eva01-g14",
+    "eva_giant_patch14_clip_224": "eva01-g14",
 }
 """Image towers that open_clip takes from timm -> preset with the same one."""
 
@@ -87,7 +90,9 @@ def _model(
     layout_name: str, weights: Path, state: State, config: dict[str, Any] | None, preset: str | None
 ) -> tuple[ModelConfig, list[str]]:
     if preset is not None:
-        return preset_model(preset), []
+        return _with_projection_of(state, preset_model(preset))
+    if config is not None and is_image_tower(config):
+        return model_from_image_tower(config), []
     if config is None and layout_name == "hf":
         return _model_of_repository(weights, state)
     hub = weights / "open_clip_config.json"
@@ -107,6 +112,15 @@ def _model(
     return _as_the_file_has_it(model, state, remarks)
 
 
+def _with_projection_of(state: State, model: ModelConfig) -> tuple[ModelConfig, list[str]]:
+    """Perception Encoder's projection has a bias in timm's files and none in its own."""
+    has_bias = "visual.trunk.head.bias" in state.shapes
+    if family(model) != "pe" or has_bias == model.vision.head_bias:
+        return model, []
+    changed = replace(model, vision=replace(model.vision, head_bias=has_bias))
+    return changed, [f"model.vision.head_bias is {str(has_bias).lower()}, as in the file"]
+
+
 def _other_pixels(preprocess: dict[str, Any]) -> list[str]:
     """Remarks on pictures that the model saw otherwise than this project shows them."""
     ours = {"mean": CLIP_MEAN, "std": CLIP_STD}
@@ -122,13 +136,15 @@ def _model_of_repository(weights: Path, state: State) -> tuple[ModelConfig, list
     if not file.is_file():
         raise ConfigError(f"{file} does not exist: give the model with --config or --model")
     config = read_json(file)
+    if is_image_tower(config):
+        return model_from_image_tower(config), []
     kind = "siglip" if _SIGLIP_HEAD in state.shapes else "clip" if _CLIP_NORM in state.shapes else "eva"
     return model_from_hf(config, state.shapes.keys()) if kind == "eva" else (model_from_transformers(config, kind), [])
 
 
 def _model_of_open_clip(config: dict[str, Any], timm: str) -> tuple[ModelConfig, list[str]]:
     if timm not in _TIMM_PRESETS:
-        raise ConfigError(f"vision_cfg.timm_model_name {timm!r} is no EVA-02 CLIP tower: {', '.join(_TIMM_PRESETS)}")
+        raise ConfigError(f"vision_cfg.timm_model_name {timm!r} is no EVA CLIP tower: {', '.join(_TIMM_PRESETS)}")
     text, remarks = model_from_eva({"embed_dim": config["embed_dim"], "text_cfg": config["text_cfg"]})
     return replace(text, vision=preset_model(_TIMM_PRESETS[timm]).vision), remarks
 
@@ -159,7 +175,7 @@ def _report(source: ForeignWeights, dtypes: dict[str, torch.dtype]) -> list[str]
         dtype = str(dtypes[f"{WEIGHT}/{entry.ours}"]).removeprefix("torch.")
         lines.append(f"{' + '.join(source.keys_of(entry.ours))} -> {entry.ours}  {shape} {dtype}")
     return lines + [
-        f"{source.state.keys[source.name_in_file[name]]} -> left out (computed from the config)"
+        f"{source.state.keys[source.name_in_file[name]]} -> left out ({source.layout.why_left_out(name)})"
         for name in source.derived
     ]
 

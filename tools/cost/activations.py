@@ -7,6 +7,8 @@ parallelism splits the tokens):
 - each of two norms: its input e T H and fp32 numbers a token, one of RMSNorm, two of LayerNorm (s);
 - MLP: its input e T H (s), the input of GELU e T F and its output e T F (t); SwiGLU: gate, silu(gate), up, product (t).
 Post-norm and pre-norm blocks keep the same amount: a linear keeps the residual stream there, the norm's output here.
+- a norm of q and k keeps both as it answers, and a number a token and tensor; rope keeps them turned;
+- LayerScale keeps what it scales, twice e T H (s).
 In bf16 with GELU that is (16 H + 4 F) T bytes, 36 H T at F = 5 H. Dropout is 0 and keeps nothing.
 The last block of a tower keeps that of the qkv projection for all tokens, what is behind it for the pooled ones
 (models/blocks/last_block.py); its queries are a copy.
@@ -53,10 +55,14 @@ def _attention_bytes(
     kept.append(norm_saved_bytes(block, normed / share, element))
     if lse:
         kept.append(FP32 * asking * block.heads / tensor)
-    if block.rope:
-        kept.append(tokens * row / tensor)  # k turned
-    if block.rope or pooled is not None:
-        kept.append(asking * row / tensor)  # q turned or picked
+    if block.rope or block.qk_norm:
+        kept.append(tokens * row / tensor)  # k turned or normed
+    if block.rope or block.qk_norm or pooled is not None:
+        kept.append(asking * row / tensor)  # q turned, normed or picked
+    if block.qk_norm:
+        kept.append(2 * FP32 * tokens)
+    if block.layer_scale is not None:
+        kept.append(asking / share * row)
     if block.attention_norm:
         kept += _split_norm_bytes(asking * row, asking, tensor)
     return kept
@@ -71,6 +77,8 @@ def _mlp_bytes(block: VisionConfig, tokens: int, element: int, tensor: int, spli
     kept.append((4 - gathered if block.mlp == "swiglu" else 2) * hidden / tensor)
     if block.mlp_norm:
         kept += _split_norm_bytes(hidden, tokens, tensor)
+    if block.layer_scale is not None:
+        kept.append(rows * block.width * element)
     return kept
 
 
@@ -90,10 +98,12 @@ def head_saved_bytes(model: ModelConfig, layout: Layout) -> float:
     """Norm of what the head reads, pooling, projection, and the fp32 features that are normalised, one a clip."""
     vision, element, images = model.vision, layout.element_bytes, layout.micro_batch
     rows = images if vision.reads_one_token else layout.packed_tokens(vision)
-    kept = norm_saved_bytes(vision, rows, element) + images * vision.width * element * vision.projection
+    kept: float = images * vision.width * element * vision.projection
+    if vision.final_norm:
+        kept += norm_saved_bytes(vision, rows, element)
     if vision.pool == "attention":  # the tokens, k and v; behind them the probe's path
         kept += 3 * rows * vision.width * element + norm_saved_bytes(vision, images, element)
-        kept += images * 2 * (vision.width + vision.mlp_hidden) * element
+        kept += images * 2 * (vision.width + vision.pool_hidden) * element
     return kept + images // layout.frames * model.embed_dim * FP32
 
 

@@ -61,6 +61,10 @@ def _elementwise_bytes(
     first = behind if block.post_norm else tokens
     stream = (first + behind) / share * block.width * norm + 2 * behind / share * block.width * 5 * element
     heads = (2 * (tokens + behind) + (6 * tokens if block.qkv_bias else 0)) * block.width * element
+    if block.layer_scale is not None:
+        stream += 2 * behind / share * block.width * 3 * element
+    if block.qk_norm:
+        heads += 2 * tokens * block.width * (7 * FP32 + 4 * element)
     hidden = behind * block.mlp_hidden * (9 if block.mlp == "swiglu" else 4) * element
     return stream + (heads + hidden) / tensor
 

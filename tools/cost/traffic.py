@@ -10,7 +10,7 @@ Of tensor parallelism, X = T H elements, a block with one column-parallel linear
 - without it: 2 all-reduces forward, 2 backward.
 In the last block what is behind the attention has R pooled rows instead of T; sequence parallelism deals them out with
 one more reduce-scatter (all-gather backward) and gathers them for the head.
-A sub-LN norm gathers the split channels, forward and backward.
+A sub-LN norm gathers the split channels, forward and backward; a norm of q and k adds two numbers a token up.
 """
 
 from collections.abc import Callable
@@ -121,12 +121,17 @@ def block_forward_collectives(vision: VisionConfig, layout: Layout, is_last: boo
     """Collectives of one block's forward of one micro-batch; is_last: of the tower."""
     before, behind = _stream_bytes(vision, layout, is_last)
     norms, normed = _sub_norms(vision, layout, is_last)
+    sums, summed = _qk_sums(vision, layout)
     if not layout.splits_tokens:
-        return {"all-reduce": (2, 2 * behind), "all-gather": (norms, normed)}
+        return {"all-reduce": (2 + sums, 2 * behind + summed), "all-gather": (norms, normed)}
     qkv, mlp = column_linears(vision)
     gathered = (qkv * before + mlp * behind) / layout.tensor
     scattered = 2 + is_last
-    return {"all-gather": (qkv + mlp + norms, gathered + normed), "reduce-scatter": (scattered, scattered * behind)}
+    return {
+        "all-gather": (qkv + mlp + norms, gathered + normed),
+        "reduce-scatter": (scattered, scattered * behind),
+        "all-reduce": (sums, summed),
+    }
 
 
 def block_backward_collectives(vision: VisionConfig, layout: Layout, is_last: bool) -> Collectives:
@@ -135,13 +140,15 @@ def block_backward_collectives(vision: VisionConfig, layout: Layout, is_last: bo
     norms, normed = _sub_norms(vision, layout, is_last)
     qkv, mlp = column_linears(vision)
     of_inputs = qkv * before + mlp * behind
+    sums, summed = _qk_sums(vision, layout)
     if not layout.splits_tokens:
-        return {"all-reduce": (qkv + mlp, of_inputs), "all-gather": (norms, normed)}
+        return {"all-reduce": (qkv + mlp + sums, of_inputs + summed), "all-gather": (norms, normed)}
     of_outputs = 2 + is_last
     gathered = (of_inputs + of_outputs * behind) / layout.tensor
     return {
         "all-gather": (qkv + mlp + of_outputs + norms, gathered + normed),
         "reduce-scatter": (qkv + mlp, of_inputs),
+        "all-reduce": (sums, summed),
     }
 
 
@@ -156,6 +163,11 @@ def _sub_norms(vision: VisionConfig, layout: Layout, is_last: bool) -> tuple[int
     channels = [vision.width] * vision.attention_norm + [vision.mlp_hidden] * vision.mlp_norm
     rows = layout.pooled_rows if is_last else layout.packed_tokens(vision)
     return len(channels), sum(channels) * rows * layout.element_bytes / layout.tensor
+
+
+def _qk_sums(vision: VisionConfig, layout: Layout) -> tuple[int, float]:
+    """All-reduces of the norm of q and k, and their bytes."""
+    return int(vision.qk_norm), vision.qk_norm * 2 * layout.packed_tokens(vision) * FP32
 
 
 def column_linears(vision: VisionConfig) -> tuple[int, int]:

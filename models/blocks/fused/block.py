@@ -19,7 +19,7 @@ from models.blocks.fused.mlp import activated, gated
 from models.blocks.fused.norms import added, norm_of_residual, norm_of_stream, residual_of_norm
 from models.blocks.fused.products import column, row
 from models.blocks.last_block import LastBlock
-from models.blocks.norms import PostNormResidual, SplitChannelNorm
+from models.blocks.norms import PostNormResidual, ScaledResidual, SplitChannelNorm
 from models.blocks.outputs import ColumnLinear
 from models.blocks.packed import PackedTokens
 
@@ -42,8 +42,10 @@ class FusedBlock(TransformerLayer):
             return residual_of_norm(self.mlp_bda.norm, stream, branch, bias), None
         stream, normed = norm_of_stream(self.input_layernorm, hidden_states)
         branch, bias, _ = self._attend(normed, tokens, own=True)
+        branch, bias = _scaled(self.self_attn_bda, branch, bias)
         stream, normed = norm_of_residual(self.pre_mlp_layernorm, self._going_on(stream, tokens), branch, bias)
         branch, bias, _ = self._mlp(normed, own=True)
+        branch, bias = _scaled(self.mlp_bda, branch, bias)
         return added(stream, branch, bias), None
 
     def _going_on(self, stream: Tensor, tokens: PackedTokens) -> Tensor:
@@ -87,6 +89,13 @@ class FusedLastBlock(FusedBlock, LastBlock):
 
     def _asking(self, tokens: PackedTokens) -> PackedTokens:
         return tokens if tokens.pooled is None else tokens.asking()
+
+
+def _scaled(residual: Any, branch: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The branch with the gain of LayerScale, where the block has one."""
+    if not isinstance(residual, ScaledResidual):
+        return branch, bias
+    return residual.gain * (branch if bias is None else branch + bias), None
 
 
 _KINDS = {function: name for name, function in ACTIVATION.items()}

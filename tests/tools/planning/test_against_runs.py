@@ -66,7 +66,17 @@ LAYER = ("model.vision.norm=layer", "model.vision.qkv_bias=true", "model.vision.
 CLIP = (*LAYER, "model.vision.embed_norm=true", "model.vision.patch_bias=false", "model.vision.mlp=quick_gelu")
 SIGLIP = (*LAYER, "model.vision.class_token=false", "model.vision.pool=attention", "model.text.causal=false",
           "model.text.pool=last", "model.text.head_bias=true", "model.text.mlp=gelu_tanh")  # fmt: skip
+SCALED = ("model.vision.post_norm=false", "model.vision.layer_scale=0.1")
+INTERNVIT = (*SCALED, "model.vision.qk_norm=true", "model.vision.final_norm=false")
+DINOV3 = ("model.vision.norm=layer", *SCALED, "model.vision.mlp=swiglu", "model.vision.rope=true",
+          "model.vision.rope_kind=dinov3", "model.vision.registers=3", "model.vision.pos_embed=false")  # fmt: skip
+PE = (*CLIP, "model.vision.rope=true", "model.vision.rope_kind=pe", "model.vision.pool=attention",
+      "model.vision.pool_heads=2", "model.vision.pool_mlp_hidden=48")  # fmt: skip
 FAST = [
+    Case("internvit-tp2", (2, 2), (*INTERNVIT, "train.keep_activations=2"), model="tiny-8b"),
+    Case("internvit-no-sequence", (2, 1), (*INTERNVIT, "parallel.sequence=false"), model="tiny-8b"),
+    Case("dinov3-tp2", (2, 2), (*DINOV3, "train.keep_activations=2"), model="tiny-8b"),
+    Case("pe-tp2", (2, 1), (*PE, "train.keep_activations=2"), model="tiny-8b"),
     Case("18b-clips-full", (2, 2), ("data.frames=2", "train.recompute=full", "train.keep_activations=1")),
     Case("18b-no-sequence-keep", (2, 2), ("parallel.sequence=false", "train.keep_activations=2")),
     Case("18b-pp4-fp32", (1, 4), ("train.precision=fp32",)),
