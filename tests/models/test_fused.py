@@ -24,10 +24,15 @@ from models.blocks.norms import RMSNorm
 from models.blocks.outputs import ColumnLinear, RowLinear
 from models.blocks.rope import rope_tables, rotate_both
 from models.blocks.transformer_config import vision_transformer_config
+from models.config import VisionConfig
 
 T, C = 30, 48
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Norm-wise; of an operator that rounds once to bf16 it is 2e-3, of sums of such numbers more."""
+
+
+GRID = VisionConfig(image_size=42, patch_size=14, head_width=8, rope=True)
+"""3 x 3 patches."""
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +67,7 @@ def _gelu(kind: str, x: Tensor) -> Tensor:
 
 
 def _turned(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    tables = [table[None, :, None] for table in rope_tables(3, 16, 8, torch.device("cpu"))]
+    tables = [table[None, :, None] for table in rope_tables(GRID, torch.device("cpu"))]
     wide = [t.double() for t in tables] if q.dtype == torch.float64 else tables
     if q.dtype == torch.float64:
         cos, sin = wide
@@ -157,7 +162,7 @@ def test_values_and_gradients_are_those_of_float64(case: str, dtype: torch.dtype
 
 def test_rope_is_the_eager_one() -> None:
     q, k = torch.randn(2, 3, 10, 4, 8)
-    tables = [table[None, :, None] for table in rope_tables(3, 16, 8, torch.device("cpu"))]
+    tables = [table[None, :, None] for table in rope_tables(GRID, torch.device("cpu"))]
     for mine, eager in zip(turned(q, k, *tables), rotate_both(q, k, *tables), strict=True):
         torch.testing.assert_close(mine, eager)
 

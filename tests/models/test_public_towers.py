@@ -249,6 +249,25 @@ def test_student_and_teacher_of_the_mim_stage(name: str, mesh: Mesh) -> None:
     assert deviation(teacher.head.projected(predicted), features[masked]) < LIMIT
 
 
+@pytest.mark.parametrize("name", ["timm-pe-l", *IMAGE_TOWERS])
+def test_fused_blocks_have_the_new_parts(name: str, mesh: Mesh) -> None:
+    images = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    found: list[dict[str, Tensor]] = []
+    with torch.compiler.set_stance("force_eager"):
+        for kernels in ("torch", "fused"):
+            model = replace(model_of(name), block_kernels=kernels)
+            tower = filled(VisionTower(model, groups=mesh.vision_groups()), name)
+            features = tower(images, samples=2)
+            features.square().sum().backward()
+            found.append(
+                {"features": features, **{n: p.grad for n, p in tower.named_parameters() if p.grad is not None}}
+            )
+    plain, fused = found
+    assert plain.keys() == fused.keys()
+    scale = float(torch.cat([value.flatten() for value in plain.values()]).norm())
+    assert all(deviation(fused[key], plain[key], floor=1e-2 * scale) < LIMIT for key in plain)
+
+
 # --- through the engine ----------------------------------------------------------------------------------------------
 
 
