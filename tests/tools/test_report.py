@@ -18,7 +18,7 @@ from engine.callbacks.metrics import MetricsFile
 from engine.record import RunInfo
 from tools.report.__main__ import main
 from tools.report.curves import PALETTE, to_svg
-from tools.report.panels import panels
+from tools.report.panels import folded_panels, panels
 from tools.report.runs import config_differences, evenly_spaced, load_runs
 
 VOID_TAGS = {"meta", "img", "br", "path", "use"}
@@ -253,7 +253,13 @@ def test_a_run_without_captions_beside_one_with(tmp_path):
     assert len(rate.lines) == 1
     assert main([str(mim), str(clip), "--out", str(tmp_path / "both.html")]) == 0
     both = read_page(tmp_path / "both.html")
-    assert {"Loss", "Top-1 within the batch", "mim", "clip"} <= set(both.text)
+    assert {"Top-1 within the batch", "mim", "clip"} <= set(both.text)
+    losses = [panel for panel in panels(load_runs([mim, clip])) if "loss" in panel.title]
+    assert [panel.unit for panel in losses] == ["-cosine", "loss (nats)"], "an axis each"
+    known = [
+        [bool(np.isfinite(panel.lines[0].values(run)).any()) for run in load_runs([mim, clip])] for panel in losses
+    ]
+    assert known == [[True, False], [False, True]]
 
 
 def test_evaluations_between_steps_have_charts_and_a_best_one(tmp_path):
@@ -270,11 +276,52 @@ def test_evaluations_between_steps_have_charts_and_a_best_one(tmp_path):
     rewrite_records(run_dir, evaluated)
     runs = load_runs([run_dir])
     titles = [panel.title for panel in panels(runs)]
-    assert titles[1:3] == ["Evaluation: zero-shot top-1", "Evaluation: chance"]
+    assert titles[1:3] == ["Evaluation: zero-shot top-1", "Top-1 within the batch"], "what guessing gives is no chart"
     # Three values of thirty steps: each is a dot.
     assert to_svg(panels(runs)[1], runs).count("<use") > to_svg(panels(runs)[0], runs).count("<use")
     assert main([str(run_dir)]) == 0
     assert "50 % zero-shot top-1, step 20" in read_page(run_dir / "report.html").text
+
+
+def test_what_belongs_together_shares_a_chart_and_nothing_is_drawn_twice(tmp_path):
+    run_dir = write_run(tmp_path / "run")
+
+    def evaluated(record: dict) -> dict:
+        share = record["step"] / 40
+        keys = ("zero_shot_top1", "zero_shot_top5", "recall_at_1", "image_to_text_recall_at_1", "average", "only_set")
+        more = {f"set_{number}": share + number / 100 for number in range(5)}
+        found = dict.fromkeys(keys, share) | {"text_to_image_recall_at_1": share / 2, "only_set": share / 3} | more
+        return record | {f"eval_{key}": value for key, value in (found | {"average": share / 3}).items()}
+
+    rewrite_records(run_dir, evaluated)
+    runs = load_runs([run_dir])
+    shown, folded = panels(runs), folded_panels(runs)
+    charts = [panel for panel in [*shown, *folded] if panel.title.startswith("Evaluation")]
+    assert [panel.title.removeprefix("Evaluation: ") for panel in charts] == [
+        "zero-shot", "recall@1", "average", *(f"set {number}" for number in range(5)),
+    ]  # fmt: skip
+    assert [line.label for line in charts[1].lines] == ["image → text", "text → image"]
+    assert {panel.unit for panel in charts} == {"%"} and len(folded) == 2
+    assert main([str(run_dir)]) == 0
+    assert "2 further evaluations" in read_page(run_dir / "report.html").text
+
+
+def test_speed_and_memory_have_charts_where_they_were_measured(tmp_path):
+    run_dir = write_run(tmp_path / "run")
+    rewrite_records(run_dir, lambda record: record | {"mfu": 0.4, "memory_gb": 60 + record["step"] / 10})
+    assert {"Model FLOPs utilisation", "Peak memory of a rank"} <= {
+        panel.title for panel in panels(load_runs([run_dir]))
+    }
+    assert main([str(run_dir)]) == 0
+    assert {"MFU", "62.9 GB"} <= set(read_page(run_dir / "report.html").text)
+
+
+def test_phases_that_came_later_are_shown(tmp_path):
+    run_dir = write_run(tmp_path / "run")
+    rewrite_records(run_dir, lambda record: record | ({"phase": "late"} if record["step"] >= 20 else {}))
+    assert main([str(run_dir)]) == 0
+    page = read_page(run_dir / "report.html")
+    assert {"Phases", "(before)", "1 to 20", "late", "21 to 30"} <= set(page.text)
 
 
 def test_phases_are_listed_and_marked(tmp_path):

@@ -22,6 +22,10 @@ from tools.report.runs import Run
 MAX_POINTS = 150
 MOST_MARKED = 40
 """A curve of at most so many values, taken at some of the steps, shows each as a dot."""
+_HEADROOM = 1.06
+_NAME_SIZE = 7.5
+_NAME_CHARACTERS = 80
+"""Letters of a phase's name that fit on the whole width of a panel."""
 _DASHES: tuple[Literal["-", "--"], ...] = ("-", "--")
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; its yellow is too pale on white.
@@ -76,42 +80,65 @@ def draw(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
             sparse = len(x) <= MOST_MARKED and len(x) < len(run.records)
             axes.plot(x, mean, dashes, color=color, linewidth=width, marker="." if sparse or len(x) == 1 else "")
             axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-    _mark_phases(axes, runs, x_key)
-    axes.set_title(panel.title, pad=9)
+    axes.set_title(panel.title, pad=9 + (_NAME_SIZE + 3) * any(run.phases() for run in runs))
     axes.set_ylabel(panel.unit)
     axes.set_xlabel(x_label)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.margins(x=0.01)
+    _mark_phases(axes, [run for run in runs if any(np.isfinite(line.values(run)).any() for line in panel.lines)], x_key)
     if panel.log:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    elif panel.from_zero:
-        axes.set_ylim(bottom=0)
+    else:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        if panel.from_zero:
+            axes.set_ylim(bottom=0, top=_HEADROOM * axes.dataLim.ymax if axes.dataLim.ymax > 0 else None)
     if len(panel.lines) > 1:
-        _style_legend(axes, panel)
+        _style_legend(axes, panel, runs)
 
 
 def _mark_phases(axes: Axes, runs: Sequence[Run], x_key: str) -> None:
-    """A dotted line where a run begins another phase; equal borders of several runs are drawn once."""
+    """A dotted line where a run begins another phase, its name above the axes, cut to the room up to the next one.
+
+    Equal borders of several runs are drawn once; where there is no room for a name, the table of phases has it.
+    """
     borders = {run.records[phase.first][x_key]: phase.name for run in runs for phase in run.phases()[1:]}
-    for x, name in borders.items():
+    low, high = axes.get_xlim()
+    places = sorted(borders)
+    for x, following in zip(places, [*places[1:], high], strict=False):
         axes.axvline(x, color=MUTED, linestyle=":", linewidth=0.9)
+        name = _fitting(borders[x], int(_NAME_CHARACTERS * (following - x) / (high - low)))
         axes.annotate(
-            name, (x, 0.98), xycoords=axes.get_xaxis_transform(), xytext=(3, 0), textcoords="offset points",
-            va="top", fontsize=7.5, color=MUTED, parse_math=False,
+            name, (x, 1.0), xycoords=axes.get_xaxis_transform(), xytext=(0, 3), textcoords="offset points",
+            va="bottom", fontsize=_NAME_SIZE, color=MUTED, parse_math=False,
         )  # fmt: skip
 
 
-def _style_legend(axes: Axes, panel: Panel) -> None:
+def _fitting(name: str, characters: int) -> str:
+    if len(name) <= characters:
+        return name
+    return f"{name[: characters - 1].rstrip()}…" if characters > 3 else ""
+
+
+def _short(value: float) -> str:
+    """A tick of a few characters: 1400, 0.25, 4e-4."""
+    if value and abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:,.4g}" if abs(value) < 1e5 else f"{value:.3g}"
+
+
+def _style_legend(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
     handles = [
         Line2D([], [], color=MUTED, linestyle=dashes, linewidth=1.5, label=line.label)
         for line, dashes in zip(panel.lines, _DASHES, strict=False)
     ]
     # On the title's line, at the right: there it never covers a curve.
-    axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1.0, 0.99), ncols=2, borderaxespad=0.2)
+    above = (1.0, 1.07 if any(run.phases() for run in runs) else 0.99)
+    axes.legend(handles=handles, loc="lower right", bbox_to_anchor=above, ncols=2, borderaxespad=0.2)
 
 
 def _buckets(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -133,7 +160,9 @@ def to_svg(panel: Panel, runs: Sequence[Run]) -> str:
     with style(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.title}):
         figure = Figure(figsize=(5.6, 2.9))
         # The same margins everywhere: the axes of the page's panels line up.
-        figure.subplots_adjust(left=0.125, right=0.98, bottom=0.16, top=0.89)
+        figure.subplots_adjust(
+            left=0.135, right=0.975, bottom=0.16, top=0.84 if any(r.phases() for r in runs) else 0.89
+        )
         draw(figure.add_subplot(), panel, runs)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)

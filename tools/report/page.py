@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from tools.report.curves import INK, MUTED, RULE, to_svg
-from tools.report.panels import panels
+from tools.report.panels import Panel, folded_panels, panels
 from tools.report.runs import Run, Sample, evenly_spaced
 from tools.report.summary import differences_table, evaluation_table, label, phases_table, runs_table
 from tools.report.toll import toll_table
@@ -25,20 +25,23 @@ h2 {{ font-size: 18px; margin: 44px 0 12px; padding-top: 14px; border-top: 1px s
 h3 {{ font-size: 15px; margin: 22px 0 10px; }}
 p {{ margin: 6px 0; }}
 .muted {{ color: {MUTED}; }}
-.scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: 7px 14px 7px 0; text-align: right; border-bottom: 1px solid {RULE}; vertical-align: top; }}
-th {{ color: {MUTED}; font-weight: 600; }}
-th, td {{ white-space: nowrap; }}
-th:first-child, td:first-child, .text td, .text th {{ text-align: left; }}
-.runs th, .runs td:nth-child(2), .runs td:nth-child(3), .runs td:nth-child(9) {{ white-space: normal; }}
-.runs td:nth-child(9) {{ min-width: 165px; }}
-.text td {{ overflow-wrap: anywhere; white-space: normal; }}
-.text td:first-child {{ white-space: nowrap; }}
+th, td {{ padding: 7px 0 7px 16px; text-align: right; border-bottom: 1px solid {RULE}; vertical-align: top;
+  overflow-wrap: break-word; }}
+th {{ color: {MUTED}; font-weight: 600; vertical-align: bottom; }}
+th:first-child, td:first-child {{ padding-left: 0; text-align: left; }}
+.sheet th, .text th, .text td, td:has(.swatch) {{ overflow-wrap: anywhere; }}
+.text td, .text th {{ text-align: left; }}
+.sheet {{ width: auto; max-width: 100%; min-width: min(420px, 100%); }}
+.sheet td:first-child {{ color: {MUTED}; }}
+details {{ margin-top: 22px; }} summary {{ cursor: pointer; color: {MUTED}; margin-bottom: 12px; }}
 .swatch {{ display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 8px; }}
 .wide {{ width: 100%; height: auto; display: block; margin-bottom: 16px; }}
 .charts {{ display: grid; gap: 22px 28px;
   grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); }}
+@media (max-width: 640px) {{ body {{ padding: 20px 14px 40px; }} table {{ font-size: 12.5px; }}
+  h1 {{ font-size: 21px; overflow-wrap: anywhere; }} th, td {{ padding-left: 8px; }}
+  .many {{ font-size: 11px; }} .many td:not(:first-child) {{ overflow-wrap: anywhere; }} }}
 .charts svg {{ width: 100%; height: auto; display: block; }}
 .images {{ display: grid; gap: 14px;
   grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); }}
@@ -52,8 +55,7 @@ figcaption {{ flex: 1; min-width: 0; font-size: 13px; line-height: 1.35; }}
 .right {{ color: #00664b; }}
 @media print {{ body {{ padding: 0; font-size: 12px; }} figure, .charts > div, tr {{ break-inside: avoid; }}
   h2, h3 {{ break-after: avoid; }} * {{ print-color-adjust: exact; -webkit-print-color-adjust: exact; }}
-  .scroll {{ overflow: visible; }} table {{ font-size: 10px; }} th {{ white-space: normal; }}
-  td, th {{ padding-right: 8px; }} figcaption {{ font-size: 10px; }}
+  table {{ font-size: 10px; }} td, th {{ padding-left: 8px; }} figcaption {{ font-size: 10px; }}
   figure img {{ width: 64px; height: 64px; }}
   .charts {{ grid-template-columns: 1fr 1fr; }} .images {{ grid-template-columns: 1fr 1fr; }} }}
 """
@@ -88,15 +90,25 @@ def _section(heading: str, content: str) -> str:
 
 def _curves(runs: Sequence[Run]) -> str:
     legend = "&emsp;".join(label(runs, run) for run in runs) if len(runs) > 1 else ""
-    charts = "\n".join(
-        f'<div role="img" aria-label="{escape(panel.title)} over training">{to_svg(panel, runs)}</div>'
-        for panel in panels(runs)
+    folded = folded_panels(runs)
+    more = (
+        f"<details><summary>{len(folded)} further evaluations</summary>\n{_charts(folded, runs)}\n</details>"
+        if folded
+        else ""
     )
     note = (
         '<p class="muted">Long curves show the mean of equal stretches of steps; '
         "the band runs from their minimum to their maximum.</p>"
     )
-    return f'<p>{legend}</p>\n<div class="charts">\n{charts}\n</div>\n{note}'
+    return f"<p>{legend}</p>\n{_charts(panels(runs), runs)}\n{more}\n{note}"
+
+
+def _charts(shown: Sequence[Panel], runs: Sequence[Run]) -> str:
+    charts = "\n".join(
+        f'<div role="img" aria-label="{escape(panel.title)} over training">{to_svg(panel, runs)}</div>'
+        for panel in shown
+    )
+    return f'<div class="charts">\n{charts}\n</div>'
 
 
 def _timelines(runs: Sequence[Run]) -> str:

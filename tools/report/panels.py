@@ -50,6 +50,10 @@ def _if_any(key: str, label: str) -> Line:
 
 
 _LOSSES = {"contrastive": ("Contrastive loss", "loss (nats)"), "mim": ("Masked-feature loss", "-cosine")}
+_PAIRS = (("top1", "top5"), ("image_to_text", "text_to_image"))
+"""Parts of names of evaluations that share a panel."""
+SHOWN_EVALUATIONS = 6
+"""Charts of evaluations that stand open; a suite of forty sets has the others folded below."""
 _LEARNING_RATE = Panel(
     title="Learning rate",
     unit="learning rate",
@@ -65,6 +69,8 @@ _TOP1 = Panel(
 _OTHERS = (
     Panel(title="Gradient norm before clipping", unit="L2 norm", lines=(metric("grad_norm"),), log=True),
     Panel(title="Throughput", unit="samples / s", lines=(Line(label="", values=Run.samples_per_s),), from_zero=True),
+    Panel(title="Model FLOPs utilisation", unit="MFU (%)", lines=(metric("mfu", scale=100),), from_zero=True),
+    Panel(title="Peak memory of a rank", unit="GB", lines=(metric("memory_gb"),), from_zero=True),
     Panel(
         title="Time of a step",
         unit="seconds",
@@ -81,15 +87,23 @@ _OTHERS = (
 
 
 def panels(runs: Sequence[Run]) -> list[Panel]:
-    """The panels of these runs, in the order of the page."""
-    candidates = [_loss(runs), *_evaluations(runs), _TOP1, _LEARNING_RATE, *_OTHERS]
-    return [panel for panel in (_with_data(candidate, runs) for candidate in candidates) if panel is not None]
+    """The panels of these runs that stand open, in the order of the page."""
+    shown = _evaluations(runs)[:SHOWN_EVALUATIONS]
+    return _drawable([*_losses(runs), *shown, _TOP1, _LEARNING_RATE, *_OTHERS], runs)
+
+
+def folded_panels(runs: Sequence[Run]) -> list[Panel]:
+    """The panels of the evaluations that are left."""
+    return _drawable(_evaluations(runs)[SHOWN_EVALUATIONS:], runs)
 
 
 def main_panels(runs: Sequence[Run]) -> list[Panel]:
-    """Loss and learning rate: what the picture shows."""
-    found = (_with_data(candidate, runs) for candidate in (_loss(runs), _LEARNING_RATE))
-    return [panel for panel in found if panel is not None]
+    """Losses and learning rate, two of them: what the picture shows."""
+    return _drawable([*_losses(runs), _LEARNING_RATE], runs)[:2]
+
+
+def _drawable(candidates: Sequence[Panel], runs: Sequence[Run]) -> list[Panel]:
+    return [panel for panel in (_with_data(candidate, runs) for candidate in candidates) if panel is not None]
 
 
 def _with_data(panel: Panel, runs: Sequence[Run]) -> Panel | None:
@@ -98,21 +112,74 @@ def _with_data(panel: Panel, runs: Sequence[Run]) -> Panel | None:
     return replace(panel, lines=lines) if lines else None
 
 
-def _loss(runs: Sequence[Run]) -> Panel:
-    objectives = {run.objective for run in runs}
-    title, unit = _LOSSES.get(next(iter(objectives)), ("Loss", "loss")) if len(objectives) == 1 else ("Loss", "loss")
-    return Panel(title=title, unit=unit, lines=(metric("loss"),))
+def _losses(runs: Sequence[Run]) -> list[Panel]:
+    """One panel an objective: nats and cosines share no axis."""
+    return [
+        Panel(title=title, unit=unit, lines=(_loss_of(objective),))
+        for objective in dict.fromkeys(run.objective for run in runs)
+        for title, unit in [_LOSSES.get(objective, ("Loss", "loss"))]
+    ]
+
+
+def _loss_of(objective: str) -> Line:
+    def values(run: Run) -> np.ndarray:
+        losses = run.column("loss")
+        return losses if run.objective == objective else np.full_like(losses, np.nan)
+
+    return Line(label="", values=values)
 
 
 def _evaluations(runs: Sequence[Run]) -> list[Panel]:
-    """One panel for every result of the evaluation between steps."""
-    keys = dict.fromkeys(key for run in runs for key in run.evaluation_keys())
-    return [
-        Panel(
-            title=f"Evaluation: {metric_heading(key.removeprefix(EVALUATION_PREFIX))}",
-            unit="%" if is_share(key) else "value",
-            lines=(metric(key, scale=100 if is_share(key) else 1),),
-            from_zero=is_share(key),
-        )
-        for key in keys
-    ]
+    """One panel for every result of the evaluation between steps; what belongs together shares one, and what repeats
+    another one's curve (the mean of a suite of one set) has none.
+    """
+    keys = list(dict.fromkeys(key for run in runs for key in run.evaluation_keys()))
+    keys = [key for key in keys if not _is_mean_of_two(key, keys)]
+    found, seen = [], set()
+    while keys:
+        group = _together(keys[0], keys)
+        keys = [key for key in keys if key not in group]
+        curves = [[run.column(key) for run in runs] for key in group]
+        identity = tuple(column.tobytes() for curve in curves for column in curve)
+        if identity not in seen:
+            found.append(
+                _evaluation(group, all(_is_share_of(key, curve) for key, curve in zip(group, curves, strict=True)))
+            )
+        seen.add(identity)
+    return found
+
+
+def _together(key: str, keys: Sequence[str]) -> list[str]:
+    """The keys of a panel: both of a pair, such as the two directions of a recall, where both are there."""
+    for pair in _PAIRS:
+        for part in pair:
+            both = [key.replace(part, other) for other in pair]
+            if part in key and set(both) <= set(keys):
+                return both
+    return [key]
+
+
+def _is_mean_of_two(key: str, keys: Sequence[str]) -> bool:
+    """Whether a recall is the mean of two directions that are both there."""
+    name = key.removeprefix(EVALUATION_PREFIX)
+    return all(f"{EVALUATION_PREFIX}{way}_{name}" in keys for way in _PAIRS[1])
+
+
+def _is_share_of(key: str, curve: Sequence[np.ndarray]) -> bool:
+    values = np.concatenate(curve)
+    values = values[np.isfinite(values)]
+    return is_share(key) or ("loss" not in key and bool(((values >= 0) & (values <= 1)).all()))
+
+
+def _evaluation(group: Sequence[str], share: bool) -> Panel:
+    parts = next((pair for pair in _PAIRS if len(group) > 1 and pair[0] in group[0]), ("",))
+    title = metric_heading(group[0].removeprefix(EVALUATION_PREFIX).replace(parts[0], ""))
+    return Panel(
+        title=f"Evaluation: {' '.join(title.split())}",
+        unit="%" if share else "value",
+        lines=tuple(
+            metric(key, metric_heading(part).replace(" to ", " → "), scale=100 if share else 1)
+            for key, part in zip(group, parts, strict=True)
+        ),
+        from_zero=share,
+    )

@@ -38,6 +38,7 @@ class Phase:
     """Consecutive steps of one name in the metrics file."""
 
     name: str
+    """The phase's name; empty for steps before the job had phases."""
     first: int
     """Index of the first record."""
     stop: int
@@ -75,14 +76,14 @@ class Run:
 
     def phases(self) -> list[Phase]:
         """Stretches of steps with one `phase`, in order; empty for a run without phases."""
-        names = [str(record["phase"]) for record in self.records if "phase" in record]
-        if len(names) < len(self.records):
+        names = [str(record.get("phase", "")) for record in self.records]
+        if not any(names):
             return []
         starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
         return [Phase(name=names[a], first=a, stop=b) for a, b in pairwise([*starts, len(names)])]
 
     def evaluation_keys(self) -> list[str]:
-        """Metrics of the evaluation between steps, in the order of their first appearance."""
+        """Metrics of the evaluation between steps, in the order of their first appearance; not what guessing gives."""
         return list(dict.fromkeys(key for record in self.records for key in record if _is_evaluation(key, record[key])))
 
     def global_batch_sizes(self) -> np.ndarray:
@@ -99,7 +100,8 @@ class Run:
 
 
 def _is_evaluation(key: str, value: Any) -> bool:
-    return key.startswith(EVALUATION_PREFIX) and not key.endswith("_s") and isinstance(value, int | float)
+    known = key.startswith(EVALUATION_PREFIX) and not key.endswith(("_s", "chance"))
+    return known and isinstance(value, int | float)
 
 
 def is_share(key: str) -> bool:

@@ -11,6 +11,7 @@ from tools.report.runs import EVALUATION_PREFIX, Phase, Run, config_differences,
 
 TAIL_STEPS = 20
 _NONE = "–"
+_MANY = 3
 
 
 def label(runs: Sequence[Run], run: Run) -> str:
@@ -22,15 +23,14 @@ def label(runs: Sequence[Run], run: Run) -> str:
 def runs_table(runs: Sequence[Run]) -> str:
     """What each run is and how far it came."""
     header = (
-        "run", "model", "layout", "batch", "steps", "samples seen", "loss", "top-1", "best evaluation", "samples / s",
-        "waiting for data", "time",
+        "model", "layout", "batch", "steps", "samples seen", "loss", "top-1", "best evaluation", "samples / s", "MFU",
+        "memory of a rank", "waiting for data", "time",
     )  # fmt: skip
     note = (
         f'<p class="muted">Loss and top-1 (image → text within the batch): mean of the last {TAIL_STEPS} steps. '
         "Samples / s: median over all steps. Time: sum of all steps in the file.</p>"
     )
-    rows = [[label(runs, run), *map(escape, _summary_cells(run))] for run in runs]
-    return table(header, rows, css_class="runs") + note
+    return sheet(runs, runs, zip(header, *map(_summary_cells, runs), strict=True)) + note
 
 
 def _summary_cells(run: Run) -> list[str]:
@@ -46,9 +46,16 @@ def _summary_cells(run: Run) -> list[str]:
         percent(_tail_mean(run.column("i2t_top1"))),
         _best_evaluation(run),
         number(_median(run.samples_per_s()), ",.1f"),
+        percent(_median(run.column("mfu"))),
+        _gigabytes(run.column("memory_gb")),
         percent(waiting),
         duration(float(np.nansum(seconds))),
     ]
+
+
+def _gigabytes(values: np.ndarray) -> str:
+    known = values[np.isfinite(values)]
+    return f"{known.max():,.3g} GB" if len(known) else _NONE
 
 
 def _model(run: Run) -> str:
@@ -93,14 +100,17 @@ def _best_evaluation(run: Run) -> str:
 
 def phases_table(runs: Sequence[Run]) -> str:
     """One row a phase of each run that has phases."""
+    header: tuple[str, ...] = ("run", "phase", "steps", "samples", "loss at its end", "samples / s")
     rows = [[label(runs, run), *map(escape, _phase_cells(run, phase))] for run in runs for phase in run.phases()]
-    return table(("run", "phase", "steps", "samples", "loss at its end", "samples / s"), rows) if rows else ""
+    if len(runs) == 1:
+        header, rows = header[1:], [row[1:] for row in rows]
+    return table(header, rows) if rows else ""
 
 
 def _phase_cells(run: Run, phase: Phase) -> list[str]:
     part = slice(phase.first, phase.stop)
     return [
-        phase.name,
+        phase.name or "(before)",
         f"{run.records[phase.first]['step'] + 1:,} to {run.records[phase.stop - 1]['step'] + 1:,}",
         number(float(np.nansum(run.global_batch_sizes()[part])), ",.0f"),
         number(_tail_mean(run.column("loss")[part]), ".4f"),
@@ -109,21 +119,17 @@ def _phase_cells(run: Run, phase: Phase) -> list[str]:
 
 
 def evaluation_table(runs: Sequence[Run]) -> str:
-    """result.json of the runs that have one."""
+    """The result.json of the runs that have one: a line a number."""
     evaluated = [(run, run.result) for run in runs if run.result is not None]
     if not evaluated:
         return ""
     keys = list(dict.fromkeys(key for _, result in evaluated for key in result))
-    header = ["run", *(escape(metric_heading(key)) for key in keys)]
-    rows = [
-        [label(runs, run), *(escape(_result_value(key, result.get(key))) for key in keys)] for run, result in evaluated
-    ]
-    if {"zero_shot_top1", "chance"} <= set(keys):
-        place = 1 + keys.index("zero_shot_top1") + 1
-        header.insert(place, "over chance")
-        for row, (_, result) in zip(rows, evaluated, strict=True):
-            row.insert(place, times_chance(result))
-    return table(header, rows)
+    rows = []
+    for key in keys:
+        rows.append([metric_heading(key), *(_result_value(key, result.get(key)) for _, result in evaluated)])
+        if key == "zero_shot_top1" and "chance" in keys:
+            rows.append(["over chance", *(times_chance(result) for _, result in evaluated)])
+    return sheet(runs, [run for run, _ in evaluated], rows)
 
 
 def times_chance(result: dict[str, Any]) -> str:
@@ -153,14 +159,18 @@ def differences_table(runs: Sequence[Run]) -> str:
     return table(["key", *(label(runs, run) for run in runs)], cells, css_class="text") + note
 
 
+def sheet(runs: Sequence[Run], shown: Sequence[Run], lines: Iterable[Sequence[str]]) -> str:
+    """A table with a column for each run of `shown` and a line for each number that one of them has; plain text."""
+    rows = [[escape(cell) for cell in line] for line in lines if any(cell != _NONE for cell in line[1:])]
+    look = "sheet many" if len(shown) > _MANY else "sheet"  # many columns are narrow on a small screen
+    return table(["", *(label(runs, run) for run in shown)], rows, css_class=look)
+
+
 def table(header: Iterable[str], rows: Iterable[Iterable[str]], *, css_class: str = "") -> str:
     """A table of ready HTML cells."""
     head = "".join(f"<th>{cell}</th>" for cell in header)
     body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table class="{css_class}">\n<thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{body}\n</tbody></table></div>"
-    )
+    return f'<table class="{css_class}">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>'
 
 
 def _tail_mean(values: np.ndarray) -> float:

@@ -1,18 +1,17 @@
 """What a run cost beyond its steps: starts, work done again, rewinds, slow ranks, goodput."""
 
 from collections.abc import Sequence
-from html import escape
 
 from engine.callbacks.history import Toll, toll
 from tools.report.runs import Run
-from tools.report.summary import duration, label, number, percent, table
+from tools.report.summary import duration, number, percent, sheet
 
 
 def toll_table(runs: Sequence[Run]) -> str:
-    """One row for each run that has a history."""
+    """A column for each run that has a history."""
     counted = [(run, cost) for run in runs if (cost := toll(run.folder, run.records)) is not None]
     header = (
-        "run", "starts", "steps done again", "their time", "rewinds", "skipped steps", "slow ranks",
+        "starts", "steps done again", "their time", "rewinds", "skipped steps", "slow ranks",
         "between starts", "goodput",
     )  # fmt: skip
     note = (
@@ -20,8 +19,8 @@ def toll_table(runs: Sequence[Run]) -> str:
         "time from the first start to the last sign of life in which steps of the curve were made, each counted "
         "once.</p>"
     )
-    rows = [[label(runs, run), *map(escape, _cells(run, cost))] for run, cost in counted]
-    return table(header, rows) + note if rows else ""
+    cells = [_cells(run, cost) for run, cost in counted]
+    return sheet(runs, [run for run, _ in counted], zip(header, *cells, strict=True)) + note if counted else ""
 
 
 def _cells(run: Run, cost: Toll) -> list[str]:
