@@ -69,7 +69,7 @@ def _start(
     fn: Callable[..., Any], world_size: int, scratch: Path, timeout_s: float, kwargs: dict[str, Any]
 ) -> list[BaseProcess]:
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["engine.trainer"])  # torch and megatron-core are imported once, not once a rank
+    context.set_forkserver_preload(["tests.preload"])  # torch and megatron-core are imported once, not once a rank
     with _environment(RANK_ENVIRONMENT):
         ranks: list[BaseProcess] = [
             context.Process(

@@ -1,18 +1,25 @@
 """The helper that starts ranks: results, failures and hangs are reported."""
 
+import sys
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
 
+from engine import compiled_when_called
 from tests.distributed import RankFailure, run_distributed
 
 pytestmark = pytest.mark.dist
 
+HERE_AT_THE_START, NOT_NEEDED = ("megatron.core", "tests.preload"), ("torch._inductor", "sklearn")
+"""What the server has imported, and what no start should wait for."""
 
-def _sum_of_ranks(offset: int) -> tuple[int, torch.Tensor]:
+
+def _sum_of_ranks(offset: int) -> tuple[int, torch.Tensor, list[str]]:
     total = torch.tensor([dist.get_rank() + offset])
     dist.all_reduce(total, group=dist.group.WORLD)
-    return dist.get_rank(), total
+    return dist.get_rank(), total, [name for name in (*HERE_AT_THE_START, *NOT_NEEDED) if name in sys.modules]
 
 
 def _one_rank_raises() -> None:
@@ -29,8 +36,19 @@ def _one_rank_never_comes() -> None:
 
 def test_results_come_back_in_rank_order() -> None:
     results = run_distributed(_sum_of_ranks, 3, offset=10)
-    assert [rank for rank, _ in results] == [0, 1, 2]
-    assert all(total.item() == 33 for _, total in results)
+    assert [rank for rank, *_ in results] == [0, 1, 2]
+    assert all(total.item() == 33 for _, total, _ in results)
+    # A failed import of the server's would only make every launch slow.
+    assert all(modules == list(HERE_AT_THE_START) for *_, modules in results)
+
+
+def test_a_function_that_megatron_wants_compiled_is_compiled_when_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Callable[..., int]] = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    add = compiled_when_called(lambda a, *, b: a + b)
+    assert not compiled
+    assert [add(1, b=2), add(3, b=4)] == [3, 7]
+    assert len(compiled) == 1
 
 
 def test_a_failing_rank_is_named_with_its_reason() -> None:

@@ -12,8 +12,9 @@ from engine.evaluation.suite.metrics import average_precisions, classification, 
 from engine.evaluation.suite.page import render
 from engine.evaluation.suite.paper import beside_the_papers_models, tables
 from engine.evaluation.suite.results import Results, Row
+from tests.evaluation.sets import NEEDS_SKLEARN
 
-metrics = pytest.importorskip("sklearn.metrics")
+pytestmark = NEEDS_SKLEARN
 
 
 def draw(rows: int, width: int, seed: int) -> torch.Tensor:
@@ -23,6 +24,8 @@ def draw(rows: int, width: int, seed: int) -> torch.Tensor:
 @settings(max_examples=15, deadline=None)
 @given(images=st.integers(2, 60), classes=st.integers(6, 12), seed=st.integers(0, 99))
 def test_classification_is_scikit_learns(images: int, classes: int, seed: int) -> None:
+    from sklearn import metrics
+
     image, weights = draw(images, 8, seed), draw(classes, 8, seed + 1)
     labels = torch.randint(0, classes, (images,), generator=torch.Generator().manual_seed(seed))
     ranks, predicted = ranks_and_predictions(image, torch.arange(images), weights, labels)
@@ -46,6 +49,8 @@ def test_classification_is_scikit_learns(images: int, classes: int, seed: int) -
 @settings(max_examples=15, deadline=None)
 @given(images=st.integers(2, 40), ties=st.booleans(), seed=st.integers(0, 99))
 def test_average_precision_is_scikit_learns(images: int, ties: bool, seed: int) -> None:
+    from sklearn import metrics
+
     draws = torch.Generator().manual_seed(seed)
     scores = torch.randn(images, 3, generator=draws)
     scores = scores.round() if ties else scores

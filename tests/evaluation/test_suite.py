@@ -25,7 +25,7 @@ from tests.evaluation import sets
 from tools.evaluate.__main__ import _parser, main
 from tools.evaluate.suites import score_suite
 
-pytest.importorskip("sklearn")
+pytestmark = sets.NEEDS_SKLEARN
 pytest.importorskip("av")
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "one"]
 SUITE = """

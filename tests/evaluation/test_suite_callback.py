@@ -21,8 +21,7 @@ from tests.distributed import run_distributed
 from tests.evaluation import sets
 from tools.evaluate.__main__ import main
 
-pytest.importorskip("sklearn")
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, sets.NEEDS_SKLEARN]
 SUITE = "sets: [{name: digits, classes: 10, samples: 20}, {name: pairs, kind: retrieval}, {name: gone}]\n"
 SUITE += "averages: [{name: Both of them, sets: [digits, pairs]}]\n"
 

@@ -23,7 +23,7 @@ from tools.embed import __main__ as embed
 from tools.evaluate import __main__ as evaluate
 from tools.report import __main__ as report
 
-pytest.importorskip("sklearn")
+pytestmark = sets.NEEDS_SKLEARN
 TOLERANCE = 1e-6
 
 
