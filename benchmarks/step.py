@@ -2,13 +2,16 @@
 
     python -m benchmarks.step                         # about 9 minutes on 2 idle cores
     python -m benchmarks.step --peers FOLDER          # with open_clip installed there (benchmarks/README.md)
+    python -m benchmarks.step --sides ours_fused plain_compiled plain --precisions fp32 --batch 8 --captions full
     python -m benchmarks.step --profile ours --precisions bf16
 
 The model is EVA-CLIP-18B's shape scaled down (benchmarks/step_sides.py), one thread. Every side lives in a fresh
 process and they take turns within a round: the table holds medians over rounds and their range. `ours` keeps all
 activations, `ours_stash` none (k = 0, two micro-batches), `ours_stash_fc2` and `ours_stash_all` none but outputs of
 products (train.keep_outputs), `plain_checkpoint` computes every block again in backward;
-`ours_lamb` has the paper's optimizer where all others run AdamW; `ours_compiled` has model.norm_kernel=compiled.
+`ours_lamb` has the paper's optimizer where all others run AdamW; `ours_compiled` has model.norm_kernel=compiled and
+`ours_fused` model.block_kernels=fused, both of which torch.compile writes, as it does all of `plain_compiled`: the
+first steps of a side, when it compiles, are not timed.
 Before anything is timed, the first losses of ours and plain must agree. A share of the peak is useful operations (3
 forwards) over a large matrix product's rate.
 """
@@ -25,7 +28,7 @@ from typing import Any
 import matplotlib
 
 from benchmarks.common import RESULTS, Spread, machine, python_module, write_json
-from benchmarks.step_sides import FULL, GEMM_REPEATS, GEMM_SIDE, QUICK, SIDES
+from benchmarks.step_sides import GEMM_REPEATS, GEMM_SIDE, SIDES, Workload, workload_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -33,6 +36,8 @@ from matplotlib import pyplot as plt
 GOALS = (
     ("ours", "plain", "fp32", 1.05),
     ("ours", "plain", "bf16", 1.3),
+    ("ours_fused", "plain_compiled", "fp32", 1.05),
+    ("ours_fused", "plain_compiled", "bf16", 1.25),
     ("ours_stash", "plain_checkpoint", "fp32", 1.0),
     ("ours_stash", "plain_checkpoint", "bf16", 1.0),
     ("ours_stash_fc2", "ours_stash", "fp32", 1.05),
@@ -40,10 +45,21 @@ GOALS = (
     ("ours_stash_all", "ours_stash", "fp32", 1.2),
     ("ours_stash_all", "ours_stash", "bf16", 1.2),
 )
-SAME_MODEL = ("ours", "plain", "ours_stash", "ours_stash_fc2", "ours_stash_all", "plain_checkpoint")
+SAME_MODEL = (
+    "ours",
+    "ours_fused",
+    "ours_compiled",
+    "plain",
+    "plain_compiled",
+    "ours_stash",
+    "ours_stash_fc2",
+    "ours_stash_all",
+    "plain_checkpoint",
+)
 LOSSES_AGREE = {"fp32": 1e-4, "bf16": 3e-2}
 SHORT_CAPTIONS = ("ours", "plain")
 WARM_UP_ROUNDS = 1
+
 COLOURS = {"ours": "#0072b2", "plain": "#e69f00", "open_clip": "#009e73"}
 
 
@@ -56,7 +72,8 @@ class Worker:
 
     def __init__(self, side: str, precision: str, options: argparse.Namespace):
         self.side, self.precision = side, precision
-        arguments = [side, precision, *(["--quick"] if options.quick else [])]
+        size = ["--batch", str(options.batch)] if options.batch else []
+        arguments = [side, precision, *(["--quick"] if options.quick else []), *size]
         peers = options.peers if side == "open_clip" else ""
         self.process = python_module("benchmarks.step_sides", *arguments, threads=1, extra_path=peers)
 
@@ -100,7 +117,7 @@ def measure(precision: str, options: argparse.Namespace) -> list[dict[str, Any]]
         for number in range(WARM_UP_ROUNDS + options.rounds):
             # Odd rounds go the other way, so that no side always follows the same neighbour.
             for worker in started if number % 2 == 0 else reversed(started):
-                for captions in ("full", "short") if worker.side in SHORT_CAPTIONS else ("full",):
+                for captions in options.captions if worker.side in SHORT_CAPTIONS else ("full",):
                     place = {"side": worker.side, "precision": precision, "round": number, "captions": captions}
                     rows.append(place | worker.step(captions))
             if number == 0:
@@ -118,9 +135,8 @@ def check_losses(rows: list[dict[str, Any]], precision: str) -> None:
     print(f"{precision}: first losses {first}")
 
 
-def summary(rows: list[dict[str, Any]], quick: bool) -> list[dict[str, Any]]:
+def summary(rows: list[dict[str, Any]], workload: Workload) -> list[dict[str, Any]]:
     """Per side, precision and captions: times, rates, peak memory, share of the measured peak."""
-    workload = QUICK if quick else FULL
     timed = [row for row in rows if row["round"] >= WARM_UP_ROUNDS]
     peaks = {
         precision: 2
@@ -240,6 +256,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--sides", nargs="+", choices=sides, default=sides)
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--peers", default="", help="folder with open_clip, put on that side's path only")
+    parser.add_argument("--batch", type=int, help="pairs of a step, another number than usual")
+    parser.add_argument("--captions", nargs="+", choices=("full", "short"), default=["full", "short"])
     parser.add_argument("--quick", action="store_true", help="a toy model, to see that everything runs")
     parser.add_argument("--profile", choices=sides, help="print where this side's time goes, measure nothing")
     parser.add_argument("--output", type=Path, default=RESULTS / "step.json")
@@ -250,7 +268,7 @@ def _without_absent_peers(options: argparse.Namespace) -> dict[str, str]:
     """Drop open_clip if it cannot be imported; the reasons by side."""
     if "open_clip" not in options.sides:
         return {}
-    probe = Worker("open_clip", "fp32", argparse.Namespace(quick=True, peers=options.peers))
+    probe = Worker("open_clip", "fp32", argparse.Namespace(quick=True, batch=None, peers=options.peers))
     try:
         probe.step("full")
         return {}
@@ -268,14 +286,15 @@ def main() -> None:
     if options.profile:
         for precision in options.precisions:
             flags = ["--profile", *(["--quick"] if options.quick else [])]
+            flags += ["--batch", str(options.batch)] if options.batch else []
             process = python_module("benchmarks.step_sides", options.profile, precision, *flags, threads=1)
             print(process.communicate()[0])
         return
     skipped = _without_absent_peers(options)
     before = machine()
     rows = [row for precision in options.precisions for row in measure(precision, options)]
-    workload = QUICK if options.quick else FULL
-    table = summary(rows, options.quick)
+    workload = workload_of(options.quick, options.batch)
+    table = summary(rows, workload)
     result = {
         "machine": before | {"load_1min_after": machine()["load_1min"]},
         "threads": 1,

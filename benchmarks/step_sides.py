@@ -1,6 +1,6 @@
 """One side of the step benchmark in a process of its own; benchmarks/step.py starts them and takes turns.
 
-    python -m benchmarks.step_sides SIDE PRECISION [--quick] [--profile]
+    python -m benchmarks.step_sides SIDE PRECISION [--quick] [--batch N] [--profile]
 
 Reads one JSON request a line ({"captions": "full" | "short"}), runs one training step and answers with its loss, wall
 and CPU seconds and the process's peak memory above what its imports took. --profile prints where a step's time goes.
@@ -73,6 +73,12 @@ QUICK = Workload(
 )
 
 
+def workload_of(quick: bool, batch: int | None) -> Workload:
+    """The model at its usual size or as a toy, with its usual batch or another."""
+    workload = QUICK if quick else FULL
+    return workload if batch is None else dataclasses.replace(workload, batch=batch)
+
+
 @dataclass(frozen=True)
 class Batch:
     """One step's input, the same for every side."""
@@ -121,7 +127,7 @@ class Ours:
         *,
         keep_all: bool,
         optimizer: str = "adamw",
-        norms: str = "auto",
+        kernels: dict[str, str] | None = None,
         outputs: str = "none",
     ):
         from engine.config.phases import first_phase
@@ -144,7 +150,7 @@ class Ours:
         }
         rates = {"lr_vision": RATE, "lr_text": RATE, "layer_decay_vision": 1.0, "layer_decay_text": 1.0}
         optim = rates | {"name": optimizer, "warmup_steps": 0, "clip_grad_norm": CLIP_NORM}
-        model = dataclasses.asdict(workload.model) | {"norm_kernel": norms}
+        model = dataclasses.asdict(workload.model) | {"block_kernels": "torch"} | (kernels or {})
         config = resolve({"model": model, "data": {"shards": ["-"]}, "train": train, "optim": optim}, [])
         self.job = job(ParallelConfig())
         mesh, device = self.job.__enter__()
@@ -162,14 +168,16 @@ class Ours:
 
 
 class Plain:
-    """Eager PyTorch: autograd over the whole batch, clipping, fused AdamW."""
+    """Plain PyTorch, eager or through torch.compile: autograd over the whole batch, clipping, fused AdamW."""
 
-    def __init__(self, workload: Workload, precision: str, *, checkpointing: bool):
+    def __init__(self, workload: Workload, precision: str, *, checkpointing: bool = False, compiled: bool = False):
         from benchmarks.plain_clip import PlainClip, initialise
 
         self.model = workload.model
         self.clip = PlainClip(workload.model, SCALE, checkpointing)
         initialise(self.clip, workload.model, SEED)
+        if compiled:
+            self.clip.compile(fullgraph=True)
         self.train = _AutogradStep(self.clip, precision)
 
     def step(self, batch: Batch) -> float:
@@ -251,13 +259,15 @@ class Gemm:
 
 SIDES: dict[str, Callable[[Workload, str], Side]] = {
     "ours": lambda w, p: Ours(w, p, keep_all=True),
-    "plain": lambda w, p: Plain(w, p, checkpointing=False),
+    "ours_fused": lambda w, p: Ours(w, p, keep_all=True, kernels={"block_kernels": "fused"}),
+    "plain": Plain,
+    "plain_compiled": lambda w, p: Plain(w, p, compiled=True),
     "ours_stash": lambda w, p: Ours(w, p, keep_all=False),
     "ours_stash_fc2": lambda w, p: Ours(w, p, keep_all=False, outputs="fc2"),
     "ours_stash_all": lambda w, p: Ours(w, p, keep_all=False, outputs="all"),
     "plain_checkpoint": lambda w, p: Plain(w, p, checkpointing=True),
     "ours_lamb": lambda w, p: Ours(w, p, keep_all=True, optimizer="lamb"),
-    "ours_compiled": lambda w, p: Ours(w, p, keep_all=True, norms="compiled"),
+    "ours_compiled": lambda w, p: Ours(w, p, keep_all=True, kernels={"norm_kernel": "compiled"}),
     "open_clip": OpenClip,
     "gemm": lambda w, p: Gemm(p),
 }
@@ -317,9 +327,10 @@ def main() -> None:
     parser.add_argument("side", choices=SIDES)
     parser.add_argument("precision", choices=("fp32", "bf16"))
     parser.add_argument("--quick", action="store_true", help="a toy model")
+    parser.add_argument("--batch", type=int, help="pairs of a step")
     parser.add_argument("--profile", action="store_true", help="print where one step's time goes, and end")
     options = parser.parse_args()
-    workload = QUICK if options.quick else FULL
+    workload = workload_of(options.quick, options.batch)
     answers, sys.stdout = sys.stdout, sys.stderr  # what packages print is no answer
     _import_all(options.side)
     before = reset_peak()
