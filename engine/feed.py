@@ -6,8 +6,12 @@ behind them: each sample is read once per replica, and a bad sample is replaced 
 
 Readers work in units of at most a micro-batch of rows, so that all of them work on the same step and the pixels in
 flight are `data.prefetch_batches` local batches whatever the number of readers. A step starts when its last unit is
-there: the text tower, which encodes first, needs every caption, and the replay needs every image a second time, so the
-whole local batch stays on the device as uint8 (at the paper's batch 7,200 x 150 kB = 1.1 GB on a first-stage rank).
+there: the text tower, which encodes first, needs every caption, so captions are shared before pixels.
+
+The whole local batch stays as uint8 (at the paper's batch 7,200 x 150 kB = 1.1 GB on a first-stage rank), since the
+replay needs every image a second time: pinned on the host, from where each pass copies its micro-batch (4.5 MB of 30
+images, behind the kernels that are queued: nothing waits for it), or, where tensor ranks share pixels through the
+device, there. Captions stay on the host, too: what they are cut to is asked for without waiting for the device.
 """
 
 import logging
@@ -49,9 +53,10 @@ class LocalBatch:
     positions: np.ndarray
     """int64 [b]: global positions of the replica's samples."""
     images: Tensor | None
-    """uint8 [b, 3, h, w] on the first stage ([b, frames, 3, h, w] for clips), None elsewhere."""
+    """uint8 [b, 3, h, w] on the first stage ([b, frames, 3, h, w] for clips), on the host or the device; None
+    elsewhere."""
     tokens: Tensor
-    """int64 [own rows, context]: this rank's captions; none of them with objective=mim."""
+    """int64 [own rows, context] on the host: this rank's captions; none of them with objective=mim."""
     bad: Sequence[BadSample] = ()
     """Samples that this rank read and replaced."""
     source_counts: Mapping[str, int] = field(default_factory=dict)
@@ -201,21 +206,41 @@ class Feed:
     def share(self) -> LocalBatch:
         """The step's batch from what the ranks have read. Collective over the replica."""
         positions = self._positions(self.next_position)
-        images = self._gather([unit.images for unit in self._read]) if self.loader is not None else None
+        tokens = self._own_captions([unit.tokens.int() for unit in self._read])
+        images = self._pixels([unit.images for unit in self._read]) if self.loader is not None else None
         self.next_position += self.global_batch
-        return LocalBatch(positions, images, self._own_captions(self._read), self.bad, self._source_counts())
+        return LocalBatch(positions, images, tokens, self.bad, self._source_counts())
 
-    def _own_captions(self, units: list[SampleBatch]) -> Tensor:
+    def _own_captions(self, read: list[Tensor]) -> Tensor:
         """int64 [own rows, context] from what the first stage has read; none without captions. Collective."""
         if not self.captions:
-            return torch.empty(0, self.context, dtype=torch.int64, device=self.device)
+            return torch.empty(0, self.context, dtype=torch.int64)
+        alone = bool(read) and self.mesh.tensor.size == 1
+        tokens = torch.cat(read) if alone else None
+        if tokens is None or self.mesh.pipeline.size > 1:
+            shared = self._share_captions(read)
+            tokens = shared.cpu() if tokens is None else tokens  # the only wait: nothing else is under way yet
+        return tokens[own_rows(self.local_batch, self.mesh)].long()
+
+    def _share_captions(self, read: list[Tensor]) -> Tensor:
+        """int32 [b, context] on the device: from the first stage's tensor ranks to all ranks of the replica."""
         tokens = torch.empty(self.local_batch, self.context, dtype=torch.int32, device=self.device)
-        if units:
-            tokens = self._gather([unit.tokens.int() for unit in units])
+        if read:
+            tokens = self._gather(read)
         if self.mesh.pipeline.size > 1:
             first = dist.get_global_rank(self.mesh.pipeline.group, 0)
             dist.broadcast(tokens, src=first, group=self.mesh.pipeline.group)
-        return tokens[own_rows(self.local_batch, self.mesh)].long()
+        return tokens
+
+    def _pixels(self, parts: list[Tensor]) -> Tensor:
+        """uint8 [b, …] of the local batch. Collective over the tensor axis."""
+        if self.mesh.tensor.size > 1 or any(part.is_cuda for part in parts):
+            return self._gather(parts)
+        if self.device.type != "cuda":
+            return torch.cat(parts)
+        rows = sum(len(part) for part in parts)
+        pinned = torch.empty(rows, *parts[0].shape[1:], dtype=parts[0].dtype, pin_memory=True)
+        return torch.cat(parts, out=pinned)
 
     def fingerprint(self) -> dict[str, Any]:
         """What the order of samples depends on; empty on ranks that read nothing."""

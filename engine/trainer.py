@@ -198,17 +198,18 @@ class Trainer:
         self, outcome: StepOutcome, phases: Phases, batch: LocalBatch, started: float, fetched: float
     ) -> dict[str, Any]:
         rates = outcome.rates
+        loss, metrics = outcome.on_host()
         self.pulse.step_done(self.position.step - 1, phases.seconds)
         record = {
             "step": self.position.step - 1,
             **({"phase": self.phase.name} if self.phase.name else {}),
-            "loss": float(outcome.loss),
+            "loss": loss,
             **{f"lr_{tower}": rates[tower] for tower in ("vision", "text") if tower in rates},
             "grad_norm": outcome.gradient_norm,
             "samples_seen": self.position.samples_seen,
             "step_time_s": time.perf_counter() - started,
             "data_time_s": fetched - started,
-            **{name: float(number) for name, number in outcome.metrics.items()},
+            **metrics,
             "bad_samples": self.position.bad_samples,
             "skipped_steps": self.position.skipped_steps,
             "rewinds": self.position.rewinds,

@@ -138,6 +138,10 @@ def normalise(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """uint8 [..., 3, H, W] RGB -> (images / 255 - mean) / std of CLIP, computed in float32, returned as
     `dtype`.
     """
-    mean = torch.tensor(CLIP_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(CLIP_STD, device=images.device).view(3, 1, 1)
+    mean, std = (_of_channels(values, images.device) for values in (CLIP_MEAN, CLIP_STD))
     return (images.float().div_(255).sub_(mean).div_(std)).to(dtype)
+
+
+def _of_channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """float32 [3, 1, 1], written by the device itself: numbers that travel from the host drain a GPU's stream."""
+    return torch.stack([torch.full((1, 1), value, device=device) for value in values])

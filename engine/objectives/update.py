@@ -29,6 +29,13 @@ class StepOutcome:
     rates: Mapping[str, float]
     """Base rates of this step by tower, before layer decay."""
 
+    def on_host(self) -> tuple[float, dict[str, float]]:
+        """The loss and the metrics as numbers, in one copy from the device."""
+        device = self.loss.device
+        numbers = torch.stack([number.detach().to(device).double() for number in (self.loss, *self.metrics.values())])
+        loss, *metrics = numbers.tolist()
+        return loss, dict(zip(self.metrics, metrics, strict=True))
+
 
 class Update:
     """The end of every step on this rank. Collective over the mesh."""
@@ -47,10 +54,9 @@ class Update:
         with phases.time("reduce"):
             self.reduce()
         with phases.time("optimizer"):
-            gradient_norm = self.optimizer.gradient_norm()
+            gradient_norm, loss_value = self.optimizer.gradient_norm_and(loss)
             differs = self.audit() if self.audit is not None else ""
-            # The norm has waited for the device already: the loss is there.
-            verdict = self.health.diverged(differs) if differs else self.health.judge(float(loss), gradient_norm)
+            verdict = self.health.diverged(differs) if differs else self.health.judge(loss_value, gradient_norm)
             if verdict.action == "apply":
                 self._apply(gradient_norm, clamps)
             else:

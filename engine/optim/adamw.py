@@ -29,7 +29,7 @@ class AdamW:
             equal[rates[group.tower] * group.lr_scale, group.weight_decay].append(tuple(flat[part] for flat in flats))
         device = state.shards.counted.device
         # Without a scale the kernel does not write the gradients back.
-        scale = None if gradient_scale == 1 else torch.tensor(1 / gradient_scale, device=device)
+        scale = None if gradient_scale == 1 else torch.full((), 1 / gradient_scale, device=device)
         for (rate, decay), pieces in equal.items():
             weights, gradients, first, second = map(list, zip(*pieces, strict=True))
             torch_adamw(

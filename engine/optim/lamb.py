@@ -11,7 +11,7 @@ Rules, step t = 1, 2, …, m and v the moments, c1 = 1 - b1^t, c2 = 1 - b2^t, pe
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,20 +26,63 @@ class Lamb:
 
     moments = (MOMENT1, MOMENT2)
 
+    def __init__(self) -> None:
+        self._fixed: dict[OwnedState, Fixed] = {}
+
     def update(
         self, state: OwnedState, optim: OptimConfig, *, gradient_scale: float, rates: Mapping[str, float], t: int
     ) -> None:
         """Direction, ratios over whole tensors, update. Collective over the holders of the tower's tensors."""
         updates = _direction_of(state, optim, gradient_scale, t)
         ratios = self.trust_ratios(state, updates, optim)
-        _apply(state, updates, ratios, rates, _step_factor(optim, t))
+        _apply(state, updates, self.steps(state, optim, ratios, rates, _step_factor(optim, t)))
 
-    def trust_ratios(self, state: OwnedState, updates: list[Tensor], optim: OptimConfig) -> list[float]:
-        """One ratio a logical tensor, from the norms of the whole tensor."""
+    def steps(
+        self, state: OwnedState, optim: OptimConfig, ratios: Tensor, rates: Mapping[str, float], factor: float
+    ) -> Sequence[float | Tensor]:
+        """Rate x layer decay x ratio x factor of each tensor: numbers on a CPU, elsewhere 0-d tensors of the device."""
+        if not ratios.is_cpu:
+            return self.fixed(state, optim).steps(ratios, rates, factor)
+        of_tensors = zip(state.groups, ratios.tolist(), strict=True)
+        return [rates[group.tower] * group.lr_scale * ratio * factor for group, ratio in of_tensors]
+
+    def trust_ratios(self, state: OwnedState, updates: list[Tensor], optim: OptimConfig) -> Tensor:
+        """One ratio a logical tensor, float64 [tensors], from the norms of the whole tensor; nothing waits for them."""
         both = torch.cat([state.shards.squares(state.master), state.shards.squares(updates)])
-        weight, update = state.shards.over_holders(both).sqrt().cpu().view(2, -1).tolist()
-        tensors = zip(state.shards.tensors, state.groups, weight, update, strict=True)
-        return [_trust_ratio(w, u, optim, len(t.shape), g.weight_decay) for t, g, w, u in tensors]
+        weight, update = state.shards.over_holders(both).sqrt().view(2, -1).unbind()
+        ratio = weight / update
+        if optim.mode == "paper":
+            ratio = ratio.clamp(optim.trust_min, optim.trust_max)
+        return torch.where(self.fixed(state, optim).adapts & (weight != 0) & (update != 0), ratio, 1.0)
+
+    def fixed(self, state: OwnedState, optim: OptimConfig) -> "Fixed":
+        """Made at the first step."""
+        if state not in self._fixed:
+            self._fixed[state] = Fixed(state, optim)
+        return self._fixed[state]
+
+
+class Fixed:
+    """What of the tensors' steps never changes, moved to the device once."""
+
+    def __init__(self, state: OwnedState, optim: OptimConfig):
+        device = state.shards.counted.device
+        of_tensors = list(zip(state.shards.tensors, state.groups, strict=True))
+        adapts = [_adapts(optim, len(tensor.shape), group.weight_decay) for tensor, group in of_tensors]
+        self.adapts = torch.tensor(adapts, device=device)
+        """Bool [tensors]: whose steps follow their norms."""
+        self.scales = {
+            tower: torch.tensor(
+                [group.lr_scale * (group.tower == tower) for group in state.groups], dtype=torch.float64, device=device
+            )
+            for tower in {group.tower for group in state.groups}
+        }
+        """Tower -> float64 [tensors]: layer decay of its tensors, 0 of the others."""
+
+    def steps(self, ratios: Tensor, rates: Mapping[str, float], factor: float) -> tuple[Tensor, ...]:
+        """Rate x ratio x factor of each tensor, 0-d fp32, which the host does not learn."""
+        rate = sum((scale * rates[tower] for tower, scale in self.scales.items()), torch.zeros_like(ratios))
+        return (rate * ratios * factor).float().unbind()
 
 
 def _step_factor(optim: OptimConfig, t: int) -> float:
@@ -67,18 +110,16 @@ def _add_weight_decay(state: OwnedState, updates: list[Tensor]) -> None:
             updates[i][part].add_(state.master[i][part], alpha=decay)
 
 
-def _apply(
-    state: OwnedState, updates: list[Tensor], ratios: list[float], rates: Mapping[str, float], factor: float
-) -> None:
-    """p -= rate x layer decay x ratio x u, then the copy in the model's dtype."""
-    steps = [
-        rates[group.tower] * group.lr_scale * ratio * factor for group, ratio in zip(state.groups, ratios, strict=True)
-    ]
+def _apply(state: OwnedState, updates: list[Tensor], steps: Sequence[float | Tensor]) -> None:
+    """p -= step x u, then the copy in the model's dtype. steps: of each tensor, numbers or 0-d on the device."""
     for i, piece in state.shards.owned():
         part, whole = slice(piece.start, piece.stop), state.shards.shards[i].weight
-        is_copy = state.master[i] is not whole
+        step, is_copy = steps[piece.tensor], state.master[i] is not whole
         for master, update, weight in _in_cache(state.master[i][part], updates[i][part], whole[part]):
-            master.sub_(update, alpha=steps[piece.tensor])
+            if isinstance(step, Tensor):
+                master.addcmul_(update, step, value=-1)
+            else:
+                master.sub_(update, alpha=step)
             if is_copy:
                 weight.copy_(master)
 
@@ -106,9 +147,8 @@ def _direction(g: Tensor, m: Tensor, v: Tensor, optim: OptimConfig, scale: float
     torch.div(m, torch.sqrt(v, out=g).add_(optim.eps * root_c2), out=g).mul_(root_c2 / c1)
 
 
-def _trust_ratio(weight: float, update: float, optim: OptimConfig, dims: int, weight_decay: float) -> float:
-    if weight == 0 or update == 0 or (optim.trust_exclude_1d and dims <= 1):
-        return 1.0
-    if optim.mode == "nvlamb":
-        return weight / update if weight_decay or optim.nvlamb_always_adapt else 1.0
-    return min(max(weight / update, optim.trust_min), optim.trust_max)
+def _adapts(optim: OptimConfig, dims: int, weight_decay: float) -> bool:
+    """Whether a tensor's step follows its norms."""
+    if optim.trust_exclude_1d and dims <= 1:
+        return False
+    return optim.mode == "paper" or bool(weight_decay) or optim.nvlamb_always_adapt

@@ -8,6 +8,7 @@ import math
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from engine.config.read import OptimConfig
 from engine.optim.adamw import AdamW
@@ -87,9 +88,13 @@ class ShardedOptimizer:
 
     def gradient_norm(self) -> float:
         """Norm over every tensor of every tower, each element once."""
-        device = self.towers[0].shards.counted.device
-        total = torch.zeros(1, dtype=torch.float64, device=device)
+        return self.gradient_norm_and(torch.zeros((), device=self.towers[0].shards.counted.device))[0]
+
+    def gradient_norm_and(self, number: Tensor) -> tuple[float, float]:
+        """The norm, and a 0-d tensor that the host wants as well, in one copy: the step's wait for the device."""
+        total = torch.zeros(1, dtype=torch.float64, device=self.towers[0].shards.counted.device)
         for tower in self.towers:
             total += tower.shards.squares([shard.gradient for shard in tower.shards.shards]).sum()
         dist.all_reduce(total, group=self.world.group)
-        return math.sqrt(total.item())
+        square, value = torch.cat([total, number.double().view(1)]).tolist()
+        return math.sqrt(square), value

@@ -52,5 +52,8 @@ class TextTower(nn.Module):
 
 
 def trim_padding(ids: Tensor) -> Tensor:
-    """[M, context] -> [M, L], L the longest caption with its end of text: a causal tower's features do not change."""
-    return ids[:, : int(ids.argmax(dim=-1).max()) + 1] if len(ids) else ids
+    """[M, context] -> [M, L], L the longest caption with its end of text: a causal tower's features do not change.
+
+    The host has to know L: ids on a device are waited for.
+    """
+    return ids[:, : int(ids.cpu().numpy().argmax(axis=-1).max()) + 1] if len(ids) else ids

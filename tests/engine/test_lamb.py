@@ -93,9 +93,9 @@ def _record_ratios(trainer: Trainer) -> dict[str, float]:
     assert isinstance(rule, Lamb)
     original = rule.trust_ratios
 
-    def recorded(state: OwnedState, *rest: Any) -> list[float]:
+    def recorded(state: OwnedState, *rest: Any) -> Tensor:
         ratios = original(state, *rest)
-        latest.update((t.name, ratio) for t, ratio in zip(state.shards.tensors, ratios, strict=True))
+        latest.update((t.name, ratio) for t, ratio in zip(state.shards.tensors, ratios.tolist(), strict=True))
         return ratios
 
     rule.trust_ratios = recorded  # type: ignore[method-assign]
@@ -233,11 +233,20 @@ class Formula:
         weight.sub_(rate * ratio * update)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_the_rule_with_weight_decay(rule: str) -> None:
+class OnDevice(Lamb):
+    """As on a GPU, where the host does not learn the ratios."""
+
+    def steps(self, state: OwnedState, optim: Any, *rest: Any) -> Any:
+        """0-d tensors."""
+        return self.fixed(state, optim).steps(*rest)
+
+
+@pytest.mark.parametrize(("rule", "kind"), [*((rule, Lamb) for rule in RULES), ("paper, matrices only", OnDevice)])
+def test_the_rule_with_weight_decay(rule: str, kind: type[Lamb]) -> None:
     config = config_of("tiny-18b", *DECAYING, *RULES[rule])
     with job(ParallelConfig()) as (mesh, _):
         trainer, batches = _fresh(config, mesh), load_tensors("g5-optim/batches")
+        trainer.optimizer.rule = kind()
         formula = Formula(config, whole_weights(trainer))
         for i in range(3):
             batch = local_batch(batches[f"batch.{i}.images_u8"], batches[f"batch.{i}.text"], mesh)
