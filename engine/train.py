@@ -61,6 +61,7 @@ def _train(job: Job, working: int) -> int:
     from engine.job import train_job
     from engine.parallel import launch
     from engine.parallel.mesh import LayoutError
+    from engine.parallel.preflight import UnfitRank, preflight
     from engine.parallel.rendezvous import NotEveryoneCame
     from engine.parallel.standby import StoodBy
     from engine.resilience.agreement import RanksDiffer, facts_of
@@ -82,11 +83,13 @@ def _train(job: Job, working: int) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
     facts = facts_of(to_dict(config))
-    ours = (LayoutError, NotEveryoneCame, RanksDiffer)
+    ours = (LayoutError, NotEveryoneCame, RanksDiffer, UnfitRank)
     try:
         with Wishes() as wishes, launch.job(config.parallel, facts, working) as (mesh, device):
             if mesh.world.rank == 0:
                 print("\n".join([*job.origin, "; then ".join(kernels)]), flush=True)
+            if config.parallel.preflight:
+                preflight(mesh, device, Path(config.run_dir))
             done = train_job(job, mesh, device, partial(_callbacks, config), wishes)
     except StoodBy:
         return 0

@@ -41,6 +41,9 @@ class ParallelConfig:
     hang_minutes: float = 10.0
     """A job in which nothing moves for so long names who is late, leaves all stacks in run_dir/hang and ends; 0: never.
     """
+    preflight: bool = False
+    """Seconds before the first step in which every rank multiplies, copies, sums over its groups and writes: one with
+    wrong numbers ends the start, a slow one is named."""
     elastic: bool = False
     """Fit micro-batch, kept activations and round_size to the ranks that came, where the recipe's do not; ranks that no
     layout uses stand by (docs/reliability.md)."""

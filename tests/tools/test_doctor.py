@@ -2,6 +2,7 @@
 
 import json
 import os
+import types
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from engine.parallel import preflight
 from engine.parallel.device import prepare
 from engine.parallel.mesh import build_mesh
 from models.versions import MEGATRON_CORE
@@ -19,31 +21,56 @@ from tools.doctor.__main__ import main
 from tools.doctor.rows import NOTE, OK, WRONG
 
 
-def _two_ranks() -> dict[str, Any]:
-    """Verdicts of a sound job, of one whose second rank computes wrongly, and of one whose second rank is slow."""
-    device, mesh = prepare(), build_mesh(1, 1, dist.group.WORLD)
-    sound = rank_checks.rank_rows(mesh, device)
-    axis, second = mesh.world, mesh.world.rank == 1
-    wrong = rank_checks._row("sum", "GB/s", 1.0, not second, axis, device.torch_device)
-    slow = rank_checks._row("sum", "GB/s", 0.1 if second else 1.0, True, axis, device.torch_device)
-    return {
-        "sound": [(row.what, row.verdict) for row in sound],
-        "wrong": (wrong.verdict, wrong.found),
-        "slow": (slow.verdict, slow.advice),
-    }
+def _two_ranks(folder: str) -> dict[str, Any]:
+    """Rows of a sound job, and of the start of one, which says what it found."""
+    device, mesh = prepare(), build_mesh(2, 1, dist.group.WORLD)
+    rows = rank_checks.rank_rows(mesh, device, Path(folder))
+    preflight.preflight(mesh, device, Path(folder))
+    return {"rows": [(row.what, row.verdict, row.found) for row in rows]}
 
 
 @pytest.mark.dist
-def test_every_rank_is_compared_with_the_others() -> None:
-    for found in run_distributed(_two_ranks, 2):
-        assert [what.split()[0] for what, _ in found["sound"]] == ["product", "sum"]
-        assert WRONG not in dict(found["sound"]).values()
-        assert found["wrong"] == (WRONG, "wrong numbers on ranks [1]")
-        assert found["slow"][0] == NOTE and "ranks [1] are below" in found["slow"][1]
+def test_every_rank_is_compared_with_the_others(tmp_path: Path) -> None:
+    for found in run_distributed(_two_ranks, 2, folder=str(tmp_path)):
+        whats = [what for what, _, _ in found["rows"]]
+        starts = ("product 512", "copy of", "sum of 1 MiB, gloo, tensor", "sum of 1 MiB, gloo, world", "writing to")
+        for what, start in zip(whats, (*starts, "clocks", "free shared", "open files"), strict=True):
+            assert what.startswith(start)
+        assert WRONG not in {verdict for _, verdict, _ in found["rows"]}
+        assert "GB/s" in found["rows"][4][2] and " s apart" in found["rows"][5][2]
+    assert list(tmp_path.iterdir()) == []
+
+
+def _verdict(*ranks: tuple[str, float | None, bool]) -> tuple[str, str, str]:
+    row = rank_checks.row_of(preflight.compare("sum", "GB/s", ranks))
+    return row.verdict, row.found, row.advice
+
+
+def test_whoever_stands_out_is_named_with_its_host() -> None:
+    usual = [("a", 1.0, True), ("a", 1.1, True), ("b", 0.9, True)]
+    assert _verdict(*usual)[0] == OK
+    slow, found, advice = _verdict(*usual, ("b", 0.1, True))
+    assert slow == NOTE and found == "0.95 GB/s, 0.1 to 1.1 on 4 rank(s)"
+    assert advice == "rank 3 on b below 70% of the median: a step waits for its slowest rank"
+    assert _verdict(*usual, ("c", 1.0, False))[:2] == (WRONG, "wrong numbers on rank 3 on c")
+    assert _verdict(*usual, ("c", None, True))[1] == "1 GB/s, 0.9 to 1.1 on 3 rank(s)"
+    together = preflight.clocks([("a", 100.0), ("b", 100.2)])
+    assert (together.found, together.advice) == ("0.200 s apart", "")
+    assert preflight.clocks([("a", 0.0), ("b", 0.1), ("c", 3600.0)]).advice == "rank 2 on c: set them by NTP"
+    little = preflight._least("open files", [65536, 1024], 4096, "", ["a", "b"], "ulimit")
+    assert little.advice.startswith("rank 1 on b below 4096")
+
+
+def test_a_start_with_a_rank_that_computes_wrongly_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = preflight.Finding("product", "1 TFLOP/s", wrong="rank 3 on b")
+    monkeypatch.setattr(preflight, "look_over", lambda *_: [bad])
+    mesh = types.SimpleNamespace(world=types.SimpleNamespace(rank=0))
+    with pytest.raises(preflight.UnfitRank, match="before the first step: product: rank 3 on b"):
+        preflight.preflight(mesh, prepare(), Path())
 
 
 def test_the_known_product_tells_a_wrong_one() -> None:
-    product, expected = rank_checks._known_product(512, torch.bfloat16, torch.device("cpu"))
+    product, expected = preflight.known_product(512, torch.bfloat16, torch.device("cpu"))
     assert bool((product() == expected).all()) and 64 < expected <= 256
 
 

@@ -1,5 +1,6 @@
 """Look a machine over before training on it: versions and their ranges, devices, the kernels that would be chosen and
-why, shared memory, open files, names and ports, then one matrix product and one collective on every rank.
+why, shared memory, open files, names and ports; then what every rank multiplies, copies and writes, a sum over every
+group of the layout, and the clocks: whoever stands out is named.
 
 Run it first on a new cluster, with the launcher of the job, and paste what it prints into a bug report. The exit status
 is 1 if anything is wrong.
@@ -10,10 +11,10 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from engine.config.read import load_config
+from engine.config.read import Config, load_config
 from engine.resilience.exit import leave
 from models.config import ModelConfig
 from tools.cli import answer, check_file, command_parser, complain
@@ -21,13 +22,16 @@ from tools.doctor.rows import OK, WRONG, Row, failure
 
 _EXAMPLES = (
     "python -m tools.doctor",
-    "torchrun --standalone --nproc-per-node 8 -m tools.doctor --config examples/18b/2_clip.yaml --out doctor.json",
+    "torchrun --standalone --nproc-per-node 8 -m tools.doctor --config examples/18b/2_clip.yaml --folder runs/18b-clip",
 )
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser("doctor", __doc__, _EXAMPLES)
-    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="name the kernels of this job, not of `auto`")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE.yaml", help="the job whose kernels and groups are looked at"
+    )
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="measure the disk of this folder, a run_dir")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="the report as JSON")
     return parser.parse_args(argv)
 
@@ -41,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _examine(arguments: argparse.Namespace) -> int:
     if arguments.out:
         check_file(arguments.out)
-    model = load_config(str(arguments.config), []).model if arguments.config else ModelConfig(backend="auto")
-    rows = _rows(model)
+    config = load_config(str(arguments.config), []) if arguments.config else None
+    rows = _rows(config, arguments.folder)
     wrong = [row for row in rows if row.verdict == WRONG]
     if os.environ.get("RANK", "0") != "0":
         return 1 if wrong else 0
@@ -56,7 +60,7 @@ def _examine(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _rows(model: ModelConfig) -> list[Row]:
+def _rows(config: Config | None, folder: Path | None) -> list[Row]:
     """A check that raises is a row as well: what comes after it is still of use."""
     from tools.doctor.libraries import kernel_rows, library_rows
     from tools.doctor.machine import machine_rows
@@ -65,8 +69,8 @@ def _rows(model: ModelConfig) -> list[Row]:
     parts: list[tuple[str, Callable[[], list[Row]]]] = [
         ("libraries", library_rows),
         ("machine", machine_rows),
-        ("kernels", lambda: kernel_rows(model)),
-        ("ranks", _on_every_rank),
+        ("kernels", lambda: kernel_rows(config.model if config else ModelConfig(backend="auto"))),
+        ("ranks", lambda: _on_every_rank(config, folder)),
     ]
     for name, part in parts:
         try:
@@ -76,13 +80,16 @@ def _rows(model: ModelConfig) -> list[Row]:
     return rows
 
 
-def _on_every_rank() -> list[Row]:
+def _on_every_rank(config: Config | None, folder: Path | None) -> list[Row]:
     from engine.config.schema import ParallelConfig
     from engine.parallel.launch import job
     from tools.doctor.ranks import rank_rows
 
-    with job(ParallelConfig(timeout_minutes=2)) as (mesh, device):
-        return rank_rows(mesh, device)
+    replica = config.parallel.tensor * config.parallel.pipeline if config else 1
+    fits = config is not None and int(os.environ.get("WORLD_SIZE", "1")) % replica == 0
+    parallel = config.parallel if config and fits else ParallelConfig()
+    with job(replace(parallel, timeout_minutes=2)) as (mesh, device):
+        return rank_rows(mesh, device, folder)
 
 
 def _line(row: Row) -> str:

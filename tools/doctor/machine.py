@@ -8,12 +8,8 @@ import socket
 
 import torch
 
+from engine.parallel.preflight import OPEN_FILES, SHARED_MEMORY_GB
 from tools.doctor.rows import NOTE, WRONG, Row
-
-SHARED_MEMORY_GB = 1.0
-"""Docker gives 0.064; NCCL takes about 10 MB a pair of ranks of a node, decoding workers a batch each."""
-OPEN_FILES = 4096
-"""Sockets of every pair of ranks, shards and checkpoint files."""
 
 
 def machine_rows() -> list[Row]:
