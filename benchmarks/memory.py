@@ -2,12 +2,12 @@
 
     python -m benchmarks.memory             # about 6 minutes on 2 idle cores
 
-Every case is a fresh process on one thread with the model of benchmarks/step.py. A is what one micro-batch keeps:
-ContrastiveStep.activation_bytes measures it at start, and train.activation_budget_gb is divided by it. A step at k >=
-1 should need (k - 1) A more than the same step at k = 0, which replays a single micro-batch at a time, and at k = all
-also what the captions keep. The goal: the memory of what is kept, peak(k) - peak(0) + A, is within 10 % of k A, and
-the captions at k = all. Full recomputation keeps so little that its micro-batches are larger, or the work space of
-one block would hide it. Allocations of 64 KiB and more go back to the system when they are freed
+Every case is a fresh process on one thread with the model of benchmarks/step.py. A is what one micro-batch keeps: the
+step measures it at start (engine/objectives/contrastive/activations.py), and train.activation_budget_gb is divided by
+it. A step at k >= 1 should need (k - 1) A more than the same step at k = 0, which replays a single micro-batch at a
+time, and at k = all also what the captions keep. The goal: the memory of what is kept, peak(k) - peak(0) + A, is within
+10 % of k A, and the captions at k = all. Full recomputation keeps so little that its micro-batches are larger, or the
+work space of one block would hide it. Allocations of 64 KiB and more go back to the system when they are freed
 (MALLOC_MMAP_THRESHOLD_), so that resident memory is memory in use.
 """
 

@@ -17,8 +17,8 @@ def measure(config: Config, workload: Workload) -> dict[str, float]:
     """Peak of two steps on one rank, in GB above what is resident once the model is built; k; what was promised."""
     with job(config.parallel) as (mesh, device):
         trainer = Trainer(first_phase(config), mesh, device)
-        promised = trainer.training_step.activation_bytes()
-        captions = trainer.training_step.text_activation_bytes()
+        promised = trainer.training_step.activations.micro_batch_bytes()
+        captions = trainer.training_step.activations.caption_bytes()
         before = reset_peak()
         for step in range(2):
             trainer.step(local_batch(workload, step, mesh))

@@ -23,11 +23,11 @@ import yaml
 
 from benchmarks.common import RESULTS, machine, write_json
 from benchmarks.step_sides import FULL, QUICK
-from engine.pipeline.links import Unit
+from engine.pipeline.program import Unit
 from tools.benchmark.launch import launch
 from tools.benchmark.options import TRACED_STEPS
 from tools.simulate.events import Durations, bubble_bound, simulate
-from tools.simulate.recorded import recorded_durations, schedule_of, stage_rows
+from tools.simulate.recorded import program_of, recorded_durations, stage_rows
 from tools.timeline.spans import StepTimeline, read_step
 
 STEPS, WARMUP = 2, 2
@@ -85,8 +85,8 @@ def median_durations(timeline: StepTimeline) -> Durations:
 def rows_of(layout: Layout, timelines: list[StepTimeline]) -> Iterator[dict[str, Any]]:
     """One line a recorded step."""
     for timeline in timelines:
-        schedule = schedule_of(timeline)
-        own, median = (simulate(schedule, d) for d in (recorded_durations(timeline), median_durations(timeline)))
+        program = program_of(timeline)
+        own, median = (simulate(program, d) for d in (recorded_durations(timeline), median_durations(timeline)))
         yield {
             "layout": layout.name,
             "recorded_s": timeline.seconds,
@@ -94,7 +94,7 @@ def rows_of(layout: Layout, timelines: list[StepTimeline]) -> Iterator[dict[str,
             "median_s": median.step_s,
             "recorded_idle": sum(map(timeline.idle, timeline.rows)) / len(timeline.rows),
             "own_idle": own.idle,
-            "bubble_of_equal_units": bubble_bound(schedule.stages, schedule.micro_batches, schedule.chunks),
+            "bubble_of_equal_units": bubble_bound(program),
         }
 
 

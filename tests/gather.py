@@ -1,7 +1,7 @@
 """Whole logical tensors from the slices and shards of all ranks, for tests that compare layouts."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.feed import LocalBatch
+from engine.objectives.contrastive.passes import Loss, LossResult
 from engine.objectives.contrastive.step import ContrastiveStep
 from engine.parallel.mesh import Axis
 from engine.pipeline.clock import Phases
-from engine.pipeline.executor import Loss, LossResult
 from engine.trainer import Trainer
 from models.tensors.naming import LogicalTensor
 
@@ -48,11 +48,7 @@ def whole_gradients(trainer: Trainer) -> dict[str, Tensor]:
 
 def backward_only(step: ContrastiveStep, batch: LocalBatch, loss: Loss | None = None) -> LossResult:
     """A step that ends before the optimizer: gradients are complete on the ranks that own them. Collective."""
-    step.towers.zero_gradients()
-    step.text.batch = batch
-    for runner in step.vision:
-        runner.batch = batch
-    result = step.schedule.run(replace(step.work, loss=loss or step.work.loss), Phases())
+    result = step.gradients(batch, Phases(), loss)
     step.update.reduce()
     return result
 

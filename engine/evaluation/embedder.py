@@ -25,7 +25,8 @@ from engine.config.typed import typed
 from engine.parallel.agree import everyone
 from engine.parallel.mesh import Mesh
 from engine.parallel.rows import gather_rows, split_rows
-from engine.pipeline.links import Pipeline, forward_order
+from engine.pipeline.links import Pipeline
+from engine.pipeline.program import forward_order
 from models.clip import embedding
 from models.config import LOCAL_KERNELS
 from models.tensors.naming import LogicalTensor, logical_tensors
@@ -171,26 +172,27 @@ class Embedder:
             tokens = micro_batch * tower.vision.tokens
             rows = tokens // (mesh.tensor.size if tower.config.sequence_parallel else 1)
             shape = (rows, 1, tower.vision.width)
-            self.pipeline = Pipeline(mesh, len(encoders.vision), shape, tower.config.params_dtype, device)
+            self.pipeline = Pipeline(mesh, shape, tower.config.params_dtype, device)
 
     @torch.no_grad()
     def images(self, pixels: Pixels, count: int) -> Tensor:
         """Embeddings fp32 [count, D] of `count` images, or clips of `frames` images."""
         mine = split_rows(count, self.mesh.data.size)[self.mesh.data.rank]
         blocks = list(_blocks(mine, self.micro_batch // self.frames))
-        units = forward_order(len(blocks), self.mesh.pipeline.size, self.pipeline.chunks)
-        inbox = self.pipeline.forward_inbox(units)
+        chunks = self.encoders.vision
+        units = forward_order(len(blocks), self.mesh.pipeline.size, len(chunks))
+        inbox = self.pipeline.inbox("forward", sum(not chunks[unit.chunk].is_first for unit in units))
         own = torch.empty(mine.stop - mine.start, self.encoders.embed_dim, device=self.device)
         for unit in units:
-            rows = blocks[unit.micro_batch]
-            inputs = self._padded(pixels(rows)) if self.pipeline.starts(unit) else inbox.receive()
-            output = self.encoders.vision[unit.chunk](inputs, samples=self.micro_batch)
-            if self.pipeline.ends(unit):
+            rows, chunk = blocks[unit.micro_batch], chunks[unit.chunk]
+            inputs = self._padded(pixels(rows)) if chunk.is_first else inbox.receive()
+            output = chunk(inputs, samples=self.micro_batch)
+            if chunk.is_last:
                 ended = output[: (rows.stop - rows.start) * self.frames]
                 own[rows.start - mine.start : rows.stop - mine.start] = embedding(ended, self.frames)
             else:
-                self.pipeline.next.send(output)
-        self.pipeline.next.drain()
+                self.pipeline.send("forward", output)
+        self.pipeline.drain()
         if self.mesh.pipeline.size > 1:
             last = dist.get_global_rank(self.mesh.pipeline.group, self.mesh.pipeline.size - 1)
             dist.broadcast(own, src=last, group=self.mesh.pipeline.group)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from engine.optim.optimizer import ShardedOptimizer
     from engine.parallel.mesh import Mesh
     from engine.pipeline.clock import Phases
+    from engine.pipeline.program import Program
     from models.tensors.init import Rule
     from models.towers.vision import VisionTower
 
@@ -58,6 +59,10 @@ class Objective(Protocol):
 
     def initial_values(self) -> "Rule":
         """The rule by which fresh tensors are drawn."""
+        ...
+
+    def program(self, config: Config, data: int) -> "Program":
+        """What the stages of a replica do in a step, of `data` replicas; numbers that a rank measures are not in it."""
         ...
 
     def step(

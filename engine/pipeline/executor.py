@@ -1,250 +1,220 @@
-"""The contrastive step on a pipeline: encode, loss, backprop (docs/contrastive_step.md). Nothing about ViTs in it.
+"""Runs a stage's program (engine/pipeline/program.py) with tensors. Nothing about ViTs or losses in it.
 
-The loss needs every embedding of the global batch before any gradient exists, so there is a barrier:
-1. encode: each micro-batch runs through the stages without grad; a stage keeps ("stashes") its inputs only;
-2. loss: exact, over the rows of all ranks, gradients of the embeddings in closed form; no graph crosses it;
-3. backprop: each stage replays a micro-batch from its stash with grad and sends the input's gradient upstream.
-The last k micro-batches may keep their activations and are not replayed: (4 - k / m) forwards of compute instead of 4.
-Backprop goes from the last micro-batch to the first, whatever k: kept activations are freed first, and the sum of
-gradients has the same order for every k.
-
-Every rank also encodes captions of its own, where its stage would otherwise wait: before the first input arrives, and
-before the first gradient does.
+What an objective adds are its `Passes`: what becomes of the tower's outputs, which gradient they get, and the work that
+is of no unit (captions, teacher, exchanges, loss).
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from itertools import groupby
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from engine.objectives.contrastive.sigmoid import SigmoidLoss
-from engine.objectives.contrastive.softmax import ContrastiveLoss
 from engine.parallel.mesh import Mesh
-from engine.parallel.rows import deal_from_last_stage, gather_rows
+from engine.parallel.sharded import ShardedPart
 from engine.pipeline.clock import Phases
-from engine.pipeline.links import Backward, Pipeline, Unit, forward_order
+from engine.pipeline.links import Inbox, Pipeline
 from engine.pipeline.outputs import KeptOutputs
+from engine.pipeline.program import (
+    Accumulate,
+    Action,
+    Alone,
+    Await,
+    Backward,
+    Forward,
+    Gather,
+    Open,
+    Program,
+    Receive,
+    Reduced,
+    Release,
+    Replay,
+    Send,
+    Together,
+    Unit,
+    Way,
+)
 from engine.pipeline.stash import DeviceStash, HostStash
-from engine.pipeline.turns import Turns
 
-VisionChunk = Callable[[Tensor | None, int], Tensor]
-"""(chunk input, or None where the tower starts; micro-batch) -> chunk output; where it ends embeddings [M, D], fp32."""
-TextTower = Callable[[int], Tensor]
-"""part of this rank's captions -> embeddings [·, D], fp32."""
-LossResult = ContrastiveLoss | SigmoidLoss
-Loss = Callable[[Tensor, Tensor], LossResult]
-"""(image rows, text rows) of this rank -> global loss and the gradients of these rows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepShape:
-    """Sizes of one step on this rank."""
-
-    micro_batches: int
-    """m of the replica."""
-    local_batch: int
-    """b, pairs of the replica."""
-    embed_dim: int
-    """D."""
-    hidden: tuple[int, ...]
-    """Shape of a message between stages."""
-    dtype: torch.dtype
-    """Dtype of the hidden tokens."""
-    keep: int
-    """k, micro-batches of this stage that keep their activations; ranks may differ."""
-    keep_text: bool = False
-    """The captions keep their activations, too."""
-    offload_stash: bool = False
-    """The stash is in host memory."""
+Chunk = Callable[[Tensor | None, int], Tensor]
+"""(chunk input, or None where the tower starts; micro-batch) -> chunk output."""
+BackwardContext = Callable[[bool], AbstractContextManager]
+"""(this is the last backward of these parameters in this step) -> context for it; where gradient reduction starts."""
 
 
 @dataclass(kw_only=True)
 class Work:
-    """What a step runs on this rank."""
+    """What a program's units run on this rank, in every step."""
 
-    vision: Sequence[VisionChunk]
+    chunks: Sequence[Chunk]
     """The chunks of this rank, in tower order."""
-    vision_backward: Sequence[Backward]
+    backward: Sequence[BackwardContext]
     """One a chunk."""
-    vision_outputs: Sequence[KeptOutputs]
+    outputs: Sequence[KeptOutputs]
     """Kept outputs of products, one a chunk."""
-    text: TextTower
-    text_rows: list[slice]
-    """This rank's own rows of the local batch, in parts for the text tower."""
-    text_backward: Backward
-    text_outputs: KeptOutputs
-    loss: Loss
-    turns: Turns
-    """Turns of the chunks, in tower order, and of the captions, who come last."""
+    parts: Sequence[ShardedPart | None]
+    """The chunks, and the captions' side where there is one; None: not sharded, so its weights are always here."""
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """Units of one chunk in a row, or the captions."""
+class Passes(Protocol):
+    """One step of an objective: what its program does beside the units."""
 
-    part: int
-    units: list[Unit]
+    def take(self, unit: Unit, output: Tensor) -> None:
+        """What a unit that ends the tower has computed, without graph."""
+
+    def gradient(self, unit: Unit) -> Tensor | None:
+        """Gradient of that output; None for a loss."""
+
+    def alone(self, span: str) -> None:
+        """Work of this rank."""
+
+    def together(self, span: str, number: int) -> None:
+        """The collective of this name, the number-th in this step."""
 
 
-def _turns(units: Sequence[Unit], *, text: int, text_first: bool) -> list[tuple[_Turn, int | None]]:
-    """Turns in order, each with the part that follows. text: number of the captions' part."""
-    chunks = [_Turn(chunk, list(run)) for chunk, run in groupby(units, key=lambda unit: unit.chunk)]
-    captions = _Turn(text, [])
-    turns = [captions, *chunks] if text_first else [*chunks, captions]
-    return list(zip(turns, [*(turn.part for turn in turns[1:]), None], strict=True))
+class Executor:
+    """Runs steps of one program on this rank."""
 
+    def __init__(
+        self,
+        mesh: Mesh,
+        program: Program,
+        *,
+        hidden: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        offload_stash: bool = False,
+    ):
+        """hidden, dtype: a message between stages. offload_stash: stage inputs wait in host memory for their replay."""
+        self.program, self.stage = program, mesh.pipeline.rank
+        self.actions = tuple(program.actions(self.stage))
+        self.messages = Counter(action.way for action in self.actions if isinstance(action, Receive))
+        self.pipeline = Pipeline(mesh, hidden, dtype, device)
+        self.stash = HostStash(device) if offload_stash else DeviceStash()
 
-class ContrastiveSchedule:
-    """Runs steps of one shape."""
-
-    def __init__(self, mesh: Mesh, shape: StepShape, device: torch.device, chunks: int = 1, group: int | None = None):
-        """chunks: v of this rank; group: G, micro-batches that a chunk works in a row (`forward_order`)."""
-        self.mesh, self.shape, self.device = mesh, shape, device
-        self.pipeline = Pipeline(mesh, chunks, shape.hidden, shape.dtype, device)
-        self.units = forward_order(shape.micro_batches, mesh.pipeline.size, chunks, group)
-        self.stash = HostStash(device) if shape.offload_stash else DeviceStash()
-
-    def run(self, work: Work, phases: Phases) -> LossResult:
-        """One step; gradients are left in the parameters. Collective over the mesh."""
-        step = _Step(self, work, phases)
-        image_rows, text_rows = step.encode()
-        step.expect()
-        with phases.time("loss"):
-            result = work.loss(image_rows, text_rows)
-        with phases.time("exchange"):
-            image_gradient = gather_rows(result.grad_image, self.shape.local_batch, self.mesh.replica)
-        step.backprop(image_gradient, result.grad_text)
-        return result
+    def run(self, work: Work, passes: Passes, phases: Phases) -> None:
+        """One step up to its update; gradients are left in the parameters. Collective over the mesh."""
+        run = _Run(self, work, passes, phases)
+        with run.taking:
+            for action in self.actions:
+                run.do(action)
+        self.pipeline.drain()
 
 
 @dataclass
-class _Step:
-    """State of one step: what was kept of micro-batches that are not replayed, and the captions' embeddings."""
+class _Run:
+    """State of one step."""
 
-    schedule: ContrastiveSchedule
+    executor: Executor
     work: Work
+    passes: Passes
     phases: Phases
-    kept: dict[Unit, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+    inboxes: dict[Way, Inbox] = field(default_factory=dict)
+    arrived: Tensor | None = None
+    """The message that has come and that the next unit takes."""
+    leaving: Tensor | None = None
+    """What the unit before has made and `Send` takes."""
+    in_flight: dict[Unit, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
     """Input and output of a chunk, with the graph between them."""
-    text_embeddings: list[Tensor] = field(default_factory=list)
+    taking: ExitStack = field(default_factory=ExitStack)
+    """Contexts in which a unit finds the outputs that it has kept, from its replay to the end of its backward."""
+    replayed: Unit | None = None
 
-    def __post_init__(self) -> None:
-        self.shape, self.mesh = self.schedule.shape, self.schedule.mesh
-        self.text = len(self.work.vision)
-        self.pipeline, self.units, self.stash = self.schedule.pipeline, self.schedule.units, self.schedule.stash
+    def do(self, action: Action) -> None:
+        match action:
+            case Open(way):
+                self._open(way)
+            case Receive(way):
+                with self.phases.time("wait"):
+                    self.arrived = self.inboxes[way].receive()
+            case Forward():
+                self._forward(action)
+            case Replay(unit):
+                self._replay(unit)
+            case Backward(unit, is_last):
+                self._backward(unit, is_last)
+            case Send(way):
+                message, self.leaving = self.leaving, None
+                assert message is not None, "the unit before has sent nothing"
+                self.executor.pipeline.send(way, message)
+            case Alone(span):
+                with self.phases.time(span):
+                    self.passes.alone(span)
+            case Together(span, number):
+                with self.phases.time(span):
+                    self.executor.pipeline.drain()
+                    self.passes.together(span, number)
+            case _:
+                self._shard(action)
 
-    # --- phase 1 -------------------------------------------------------------------------------------------------
+    def _open(self, way: Way) -> None:
+        self.inboxes[way] = self.executor.pipeline.inbox(way, self.executor.messages[way])
+        if way == "backward":
+            self.executor.stash.prefetch()
 
-    def encode(self) -> tuple[Tensor, Tensor]:
-        """(image rows, text rows) of this rank, [·, D] fp32 without graph."""
-        inbox = self.pipeline.forward_inbox(self.units)
-        self._ask_for_text()
-        embeddings = []
-        # Captions are encoded where the stage would otherwise wait.
-        for turn, then in _turns(self.units, text=self.text, text_first=not self.mesh.is_first_stage):
-            with self.work.turns.encoding(turn.part, then):
-                if turn.part == self.text:
-                    self._encode_text()
-                for unit in turn.units:
-                    output = self._encode_unit(unit, inbox)
-                    if self.pipeline.ends(unit):
-                        embeddings.append(output)
-        shape = self.shape
-        with self.phases.time("exchange"):
-            self.pipeline.next.drain()
-            mine = torch.cat(embeddings) if embeddings else None
-            rows = deal_from_last_stage(mine, shape.local_batch, shape.embed_dim, self.mesh, self.schedule.device)
-        own_text = [embedding.detach() for embedding in self.text_embeddings]
-        return rows, torch.cat(own_text) if own_text else rows.new_empty(0, shape.embed_dim)
-
-    def _encode_unit(self, unit: Unit, inbox) -> Tensor:
-        hidden = None if self.pipeline.starts(unit) else self._receive(inbox)
-        keep = unit.micro_batch >= self.shape.micro_batches - self.shape.keep
-        leaving = self.work.vision_outputs[unit.chunk].leaving(unit.micro_batch)
-        with self.phases.time("encode", unit), torch.set_grad_enabled(keep), leaving:
-            if keep and hidden is not None:
+    def _forward(self, action: Forward) -> None:
+        unit, hidden = action.unit, self._arrived()
+        leaving = self.work.outputs[unit.chunk].leaving(unit.micro_batch)
+        with self.phases.time(action.span, unit), torch.set_grad_enabled(action.keeps), leaving:
+            if action.keeps and hidden is not None:
                 hidden.requires_grad_()
-            output = self.work.vision[unit.chunk](hidden, unit.micro_batch)
-        if keep:
-            self.kept[unit] = hidden, output
+            output = self.work.chunks[unit.chunk](hidden, unit.micro_batch)
+        if action.keeps:
+            self.in_flight[unit] = hidden, output
         else:
-            self.stash.push(hidden)
-        if not self.pipeline.ends(unit):
-            self.pipeline.next.send(output)
-        return output.detach()
+            self.executor.stash.push(hidden)
+        if self._ends(unit):
+            self.passes.take(unit, output.detach())
+        else:
+            self.leaving = output
 
-    def _encode_text(self) -> None:
-        with self.phases.time("encode_text"), torch.set_grad_enabled(self.shape.keep_text):
-            self.text_embeddings = [self._encode_part(part) for part in range(len(self.work.text_rows))]
-
-    def _encode_part(self, part: int) -> Tensor:
-        with self.work.text_outputs.leaving(part):
-            return self.work.text(part)
-
-    # --- phase 3 -------------------------------------------------------------------------------------------------
-
-    def backprop(self, image_gradient: Tensor, text_gradient: Tensor) -> None:
-        """Gradients of the embeddings (local batch; this rank's captions) -> gradients of all parameters."""
-        micro = image_gradient.split(self.shape.local_batch // self.shape.micro_batches)
-        inbox = self.pipeline.backward_inbox(self.units)
-        self.stash.prefetch()
-        for turn, then in self._backward_turns():
-            with self.work.turns.training(turn.part, then):
-                if turn.part == self.text:
-                    self._backprop_text(text_gradient)
-                for unit in turn.units:
-                    with self.work.vision_outputs[unit.chunk].taking(unit.micro_batch):
-                        self._backprop_unit(unit, inbox, micro[unit.micro_batch])
-        self.work.turns.settle()
-        self.pipeline.previous.drain()
-
-    def _backward_turns(self) -> "list[tuple[_Turn, int | None]]":
-        return _turns(self.units[::-1], text=self.text, text_first=not self.mesh.is_last_stage)
-
-    def expect(self) -> None:
-        """Ask for what backprop needs first, before the loss."""
-        self._ask_for_text()
-        self.work.turns.expect(self._backward_turns()[0][0].part)
-
-    def _ask_for_text(self) -> None:
-        """Ask on all ranks: on a pipeline some have the captions' turn first, and others last."""
-        if self.mesh.pipeline.size > 1:
-            self.work.turns.ask_for(self.text)
-
-    def _backprop_unit(self, unit: Unit, inbox, embedding_gradient: Tensor) -> None:
-        hidden, output = self.kept.pop(unit) if unit in self.kept else self._replay(unit)
-        gradient = embedding_gradient if self.pipeline.ends(unit) else self._receive(inbox)
-        is_last = unit.micro_batch == 0  # of this chunk: units come in reverse order
-        if is_last:
-            self.work.turns.settle()
-        with self.phases.time("backward", unit), self.work.vision_backward[unit.chunk](is_last):
-            torch.autograd.backward(output, gradient)
-        if hidden is not None:
-            assert hidden.grad is not None
-            self.pipeline.previous.send(hidden.grad)
-
-    def _replay(self, unit: Unit) -> tuple[Tensor | None, Tensor]:
-        """(input, output) of a stashed unit, with graph. Needs nothing from upstream: runs while a gradient travels."""
+    def _replay(self, unit: Unit) -> None:
+        self._take_outputs(unit)
+        self.replayed = unit
         with self.phases.time("replay", unit):
-            hidden = self.stash.pop()
+            hidden = self.executor.stash.pop()
             if hidden is not None:
                 hidden.requires_grad_()
-            return hidden, self.work.vision[unit.chunk](hidden, unit.micro_batch)
+            self.in_flight[unit] = hidden, self.work.chunks[unit.chunk](hidden, unit.micro_batch)
 
-    def _backprop_text(self, gradient: Tensor) -> None:
-        parts = self.work.text_rows
-        first = parts[0].start if parts else 0
-        with self.phases.time("backward_text"):
-            for part in reversed(range(len(parts))):
-                rows = slice(parts[part].start - first, parts[part].stop - first)
-                with self.work.text_outputs.taking(part):
-                    embedding = self.text_embeddings[part] if self.shape.keep_text else self.work.text(part)
-                    with self.work.text_backward(part == 0):
-                        torch.autograd.backward(embedding, gradient[rows])
-        self.text_embeddings = []
+    def _backward(self, unit: Unit, is_last: bool) -> None:
+        hidden, output = self.in_flight.pop(unit)
+        gradient = self.passes.gradient(unit) if self._ends(unit) else self._arrived()
+        if self.replayed != unit:
+            self._take_outputs(unit)
+        with self.phases.time("backward", unit), self.work.backward[unit.chunk](is_last):
+            torch.autograd.backward(output, gradient)
+        self.taking.close()
+        if hidden is not None:
+            self.leaving = hidden.grad
 
-    def _receive(self, inbox) -> Tensor:
-        with self.phases.time("wait"):
-            return inbox.receive()
+    def _take_outputs(self, unit: Unit) -> None:
+        self.taking.enter_context(self.work.outputs[unit.chunk].taking(unit.micro_batch))
+
+    def _shard(self, action: Action) -> None:
+        match action:
+            case Gather(part):
+                self._part(part).gather()
+            case Await(part):
+                self._part(part).wait()
+            case Release(part):
+                self._part(part).release()
+            case Accumulate(part):
+                self._part(part).open_gradients()
+            case Reduced(part):
+                self._part(part).finish()
+
+    def _part(self, number: int) -> ShardedPart:
+        part = self.work.parts[number]
+        assert part is not None, f"part {number} is not sharded"
+        return part
+
+    def _arrived(self) -> Tensor | None:
+        message, self.arrived = self.arrived, None
+        return message
+
+    def _ends(self, unit: Unit) -> bool:
+        return self.executor.program.ends(self.executor.stage, unit)

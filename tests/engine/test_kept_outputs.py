@@ -55,14 +55,14 @@ def gradients(config: Config) -> tuple[dict[str, torch.Tensor], int]:
         kept = []
 
         def loss(*rows: torch.Tensor) -> Any:
-            kept.append(sum(outputs.kept_bytes for outputs in (*step.work.vision_outputs, step.work.text_outputs)))
-            return step.work.loss(*rows)
+            kept.append(sum(outputs.kept_bytes for outputs in (*step.work.outputs, step.captions.outputs)))
+            return step.loss(*rows)
 
         batch = local_batch(*random_pairs(config, 0), mesh)
         end = config.model.text.vocab_size - 1
         batch.tokens.clamp_(max=end - 1)[:, -1] = end  # captions that fill the context: the formula counts whole ones
         backward_only(step, batch, loss)
-        assert not any(outputs.kept_bytes for outputs in (*step.work.vision_outputs, step.work.text_outputs))
+        assert not any(outputs.kept_bytes for outputs in (*step.work.outputs, step.captions.outputs))
         return whole_gradients(trainer), kept[0]
 
 

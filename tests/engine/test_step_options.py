@@ -176,12 +176,12 @@ def _curve(config: Config, mesh: Mesh, device: Device, *, spans_to: str = "", me
             place = {"tensor": mesh.tensor.rank, "pipeline": mesh.pipeline.rank, "data": mesh.data.rank}
             write_spans(Path(spans_to), mesh.world.rank, place, step, zero_s, phases)
     contrastive_step = trainer.training_step
-    bytes_each = contrastive_step.activation_bytes() if measure else 0
+    bytes_each = contrastive_step.activations.micro_batch_bytes() if measure else 0
     return {
         "losses": losses,
-        "keep": contrastive_step.schedule.shape.keep,
+        "keep": contrastive_step.keep,
         "activation_bytes": bytes_each,
-        "caption_bytes": contrastive_step.text_activation_bytes() if measure else 0,
+        "caption_bytes": contrastive_step.activations.caption_bytes() if measure else 0,
     }
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from engine.config.phases import first_phase
 from engine.config.read import Config, ConfigError, ParallelConfig
 from engine.feed import LocalBatch
+from engine.objectives.contrastive.passes import LossResult
 from engine.objectives.contrastive.step import ContrastiveStep
 from engine.objectives.contrastive.towers import KeptPatches
 from engine.parallel.device import prepare
 from engine.parallel.launch import job
 from engine.parallel.mesh import Mesh, build_mesh
-from engine.pipeline.executor import LossResult
 from engine.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.gather import backward_only, gather_objects, whole_gradients
@@ -125,7 +125,7 @@ def one_pass(case: Case, mesh: Mesh) -> dict[str, Any]:
 
     def loss(image_rows: Tensor, text_rows: Tensor) -> LossResult:
         rows.append((image_rows, text_rows))
-        return step.work.loss(image_rows, text_rows)
+        return step.loss(image_rows, text_rows)
 
     result = backward_only(step, local_batch(io["images_u8"], io["text"], mesh), loss)
     return {"loss": result.loss, "gradients": whole_gradients(trainer)} | _all_rows(*rows[0], mesh)

@@ -23,9 +23,9 @@ from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.state_dicts.files import open_state
 from engine.config.phases import first_phase
 from engine.config.read import Config, resolve
+from engine.objectives.contrastive.passes import LossResult
 from engine.parallel.device import prepare
 from engine.parallel.mesh import Mesh, build_mesh
-from engine.pipeline.executor import LossResult
 from engine.trainer import Trainer
 from models.config import ModelConfig, ModelConfigError, TextConfig, VisionConfig
 from models.formats import family, layout_of
@@ -289,7 +289,7 @@ def one_pass(name: str, layout: tuple[int, int, bool, int], mesh: Mesh) -> dict[
 
     def loss(images: Tensor, text: Tensor) -> LossResult:
         rows.append((images, text))
-        return step.work.loss(images, text)
+        return step.loss(images, text)
 
     result = backward_only(step, local_batch(io["images_u8"], io["text"], mesh), loss)
     out = {"loss": result.loss, "gradients": whole_gradients(trainer)}

@@ -8,14 +8,12 @@ import pytest
 
 from engine.config.read import Config, load_config
 from engine.objectives.mim.objective import block_masks
-from engine.pipeline.one_f_one_b import turns
 from models.tensors.flops import block_flops, head_flops
 from tests.engine.mim_jobs import Layout, mim_config
 from tools.benchmark.work import model_flops
 from tools.cost.counts import vision_parameters
 from tools.dryrun import __main__ as dryrun
 from tools.dryrun.rank import RankReport, dry_run
-from tools.dryrun.record import units_in_flight
 from tools.dryrun.report import flops_by_part
 
 RECIPES = Path(__file__).parents[2] / "examples"
@@ -90,13 +88,6 @@ def test_a_stage_holds_the_units_of_1f1b_and_the_whole_teacher() -> None:
     assert last.peaks["backward"].parts["messages"] <= message  # one is posted ahead; inputs are activations
     assert first.parameters["teacher"] == last.parameters["teacher"] > 0
     assert first.peaks["forward"].parts["teacher weights"] >= 4 * first.parameters["teacher"]
-
-
-def test_units_in_flight_are_those_of_the_papers_schedules() -> None:
-    # Narayanan et al. 2021, section 2.2: P - stage forwards; interleaved 2 (P - 1 - stage) + (v - 1) P + 1.
-    plain, interleaved = ({"micro_batches": 12, "stages": 4, "chunks": v} for v in (1, 3))
-    assert [units_in_flight(turns(stage=stage, **plain)) for stage in range(4)] == [4, 3, 2, 1]
-    assert [units_in_flight(turns(stage=stage, **interleaved)) for stage in range(4)] == [15, 13, 11, 9]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

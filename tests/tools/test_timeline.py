@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from engine.pipeline.clock import Phases, write_spans
-from engine.pipeline.links import Unit
+from engine.pipeline.program import Unit
 from tools.timeline.__main__ import main, table
 from tools.timeline.spans import read_step
 

@@ -121,8 +121,8 @@ def _executed(config: Config, trainer: Trainer, mesh: Mesh) -> float:
     """FLOPs a sample, mean over ranks: stages may keep different numbers of micro-batches."""
     kept_share, keeps_text = 1.0, True  # without a barrier (1F1B) nothing is replayed
     if isinstance(trainer.training_step, ContrastiveStep):
-        shape = trainer.training_step.schedule.shape
-        kept_share, keeps_text = shape.keep / shape.micro_batches, shape.keep_text
+        step = trainer.training_step
+        kept_share, keeps_text = step.keep / step.program.micro_batches, step.keeps_captions
     own = executed_flops(config, kept_share=kept_share, keeps_text=keeps_text)
     return sum(everyone(own, mesh.world)) / mesh.world.size
 

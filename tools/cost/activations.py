@@ -108,7 +108,7 @@ def head_saved_bytes(model: ModelConfig, layout: Layout) -> float:
 
 
 def micro_batch_saved_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
-    """What one micro-batch keeps on this stage; `ContrastiveStep.activation_bytes` measures the same."""
+    """What one micro-batch keeps on this stage; engine/objectives/contrastive/activations.py measures it."""
     vision = model.vision
     tokens = layout.packed_tokens(vision)
     if layout.recompute == "full":

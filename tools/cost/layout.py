@@ -1,11 +1,10 @@
-"""One way to lay a contrastive job out over GPUs, and what each pipeline stage then holds. Plain numbers, no torch."""
+"""One way to lay a job out over GPUs, and what each pipeline stage then holds. Plain numbers, no torch."""
 
 from dataclasses import dataclass
 from functools import cached_property
 
 from engine.config.read import Config, check_layout
 from engine.config.stages import even_layers
-from engine.objectives.registry import objective_of
 from models.config import ModelConfig, TextConfig, VisionConfig
 from tools.cli import CommandError
 
@@ -117,12 +116,10 @@ class Layout:
 
 
 def layout_of(config: Config, ranks: int) -> Layout:
-    """Layout of a config without phases. Raises ConfigError if it does not admit these ranks, PlanError for another
-    objective and for a memory budget, which only a rank can turn into micro-batches.
+    """Layout of a config without phases. Raises ConfigError if it does not admit these ranks, PlanError for a memory
+    budget, which only a rank can turn into micro-batches.
     """
     train, parallel = config.train, config.parallel
-    if objective_of(config).distils:
-        raise PlanError(f"objective={config.objective} is not planned or simulated: only contrastive steps are")
     if train.activation_budget_gb is not None:
         raise PlanError(
             f"train.activation_budget_gb={train.activation_budget_gb} becomes a number of micro-batches only on a "

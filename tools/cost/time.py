@@ -1,7 +1,7 @@
 """Seconds of a contrastive step by part, on the ranks of the slowest stage. Projected from a hardware profile.
 
-The schedule is engine/pipeline/executor.py's. With m micro-batches, k of them kept, v chunks a rank and P stages, f and
-b the forward and backward of one micro-batch on a stage (their collectives over the tensor axis included):
+The program is engine/objectives/contrastive/program.py's. With m micro-batches, k of them kept, v chunks a rank and P
+stages, f and b the forward and backward of one micro-batch on a stage (collectives over the tensor axis included):
 - the stage works (2 m - k) f + m b (+ m f with full recomputation inside it);
 - the bubble is (P - 1) / v x (f + b): the replay of the first micro-batch runs while its gradient travels;
 - with v > 1 micro-batches go round in groups of P. Where a rank's chunks are uneven, its stages are apart by the time
@@ -170,21 +170,27 @@ def _message_time(model: ModelConfig, layout: Layout, unit: UnitTime, cluster: C
 def _state_time(
     model: ModelConfig, layout: Layout, stage: Stage, unit: UnitTime, text_backward: float, cluster: Cluster
 ) -> float:
-    vision, text = stage_parameters(model, layout, stage), text_parameters(model)
-    buckets = -(-vision // BUCKET_ELEMENTS)
-    reduce = cluster.collective_seconds(layout, "data", vision * FP32, buckets)
-    gather = cluster.collective_seconds(layout, "data", vision * layout.element_bytes, buckets)
-    text_buckets = -(-text // BUCKET_ELEMENTS)
-    text_reduce = cluster.collective_seconds(layout, "world", text * FP32, text_buckets)
-    text_gather = cluster.collective_seconds(layout, "world", text * layout.element_bytes, text_buckets)
+    text = text_parameters(model)
+    buckets = -(-text // BUCKET_ELEMENTS)
+    reduce = cluster.collective_seconds(layout, "world", text * FP32, buckets)
+    gather = cluster.collective_seconds(layout, "world", text * layout.element_bytes, buckets)
     if layout.overlap:
-        reduce, gather = max(0.0, reduce - unit.b), max(0.0, gather - unit.f)
         # The last stage, which does its captions last, is done (P - 1) b / v before the first.
         slack = (layout.pipeline - 1) * unit.b / layout.virtual - text_backward
-        text_reduce = max(0.0, text_reduce - max(0.0, slack))
+        reduce = max(0.0, reduce - max(0.0, slack))
+    return vision_state_seconds(model, layout, stage, unit, cluster) + reduce + gather
+
+
+def vision_state_seconds(model: ModelConfig, layout: Layout, stage: Stage, unit: UnitTime, cluster: Cluster) -> float:
+    """Reduction of the image tower's gradients and gathering of its weights that no work hides."""
+    elements = stage_parameters(model, layout, stage)
+    buckets = -(-elements // BUCKET_ELEMENTS)
+    reduce = cluster.collective_seconds(layout, "data", elements * FP32, buckets)
+    gather = cluster.collective_seconds(layout, "data", elements * layout.element_bytes, buckets)
+    if layout.overlap:
+        reduce, gather = max(0.0, reduce - unit.b), max(0.0, gather - unit.f)
     partial = token_gradient_elements(model, stage) * FP32 if layout.splits_tokens else 0
-    norms = 2 * cluster.collective_seconds(layout, "tensor", partial)
-    return reduce + gather + text_reduce + text_gather + norms
+    return reduce + gather + 2 * cluster.collective_seconds(layout, "tensor", partial)
 
 
 def loss_seconds(model: ModelConfig, layout: Layout, cluster: Cluster) -> float:

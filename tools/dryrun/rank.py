@@ -35,7 +35,6 @@ from tools.dryrun.record import (
     measure_activations,
     placeholder_batch,
     record_step,
-    units_in_flight,
 )
 from tools.dryrun.recorder import Tally
 
@@ -106,7 +105,7 @@ def dry_run(config: Config, world_size: int, rank: int, *, every_micro_batch: bo
         parameters=_parameters(step),
         micro_batches=recorder.folding.micro_batches,
         keep=recorder.folding.keep,
-        in_flight=units_in_flight(step.schedule.turns) if isinstance(step, MimStep) else 0,
+        in_flight=step.program.in_flight(mesh.pipeline.rank) if isinstance(step, MimStep) else 0,
         micro_batches_run=recorder.folding.running,
         activation_bytes=activation_bytes,
         peaks=recorder.memory.peaks,

@@ -20,7 +20,6 @@ from engine.parallel.mesh import Mesh
 from engine.parallel.rows import own_rows
 from engine.parallel.sharded import ShardedPart
 from engine.pipeline.memory import saved_bytes
-from engine.pipeline.one_f_one_b import Turn
 from engine.pipeline.outputs import HostOutputs
 from engine.pipeline.stash import HostStash
 from tools.dryrun.folding import Folding
@@ -57,10 +56,10 @@ def record_step(step: TrainingStep, batch: LocalBatch, *, every: bool) -> Record
         with _inputs_as_activations(step, recorder), recorder:
             step(batch, RecordedPhases(recorder))
         return recorder
-    for keeper in (step.schedule.stash, *step.work.vision_outputs, step.work.text_outputs):
+    for keeper in (step.executor.stash, *step.work.outputs, step.captions.outputs):
         if isinstance(keeper, HostStash | HostOutputs):
             keeper.side = _HostMemory(recorder, step.device)
-    step.work.vision = [FoldedChunk(chunk, i, recorder) for i, chunk in enumerate(step.vision)]
+    step.work.chunks = [FoldedChunk(chunk, i, recorder) for i, chunk in enumerate(step.vision)]
     with recorder:
         step(batch, RecordedPhases(recorder))
     return recorder
@@ -68,8 +67,8 @@ def record_step(step: TrainingStep, batch: LocalBatch, *, every: bool) -> Record
 
 def _folding(step: TrainingStep, every: bool) -> Folding:
     if isinstance(step, MimStep):
-        return Folding(micro_batches=step.schedule.micro_batches, keep=0, every=True)
-    return Folding(micro_batches=step.schedule.shape.micro_batches, keep=step.schedule.shape.keep, every=every)
+        return Folding(micro_batches=step.program.micro_batches, keep=0, every=True)
+    return Folding(micro_batches=step.program.micro_batches, keep=step.keep, every=every)
 
 
 def measure_activations(step: TrainingStep, batch: LocalBatch) -> int:
@@ -77,20 +76,14 @@ def measure_activations(step: TrainingStep, batch: LocalBatch) -> int:
 
     Before the recording, because it also makes the buffers that stay.
     """
-    return _student_bytes(step, batch) if isinstance(step, MimStep) else step.activation_bytes()
-
-
-def units_in_flight(turns: Iterable[Turn]) -> int:
-    """Forwards that wait for their backward at once, at most."""
-    waiting = np.cumsum([1 if turn.is_forward else -1 for turn in turns])
-    return int(waiting.max())
+    return _student_bytes(step, batch) if isinstance(step, MimStep) else step.activations.micro_batch_bytes()
 
 
 def _student_bytes(step: MimStep, batch: LocalBatch) -> int:
     size = step.config.train.micro_batch_size
     masked = torch.from_numpy(step.masks.of_samples(step.config.train.seed, batch.positions[:size]))
     count = int(masked.sum())
-    message = step.schedule.pipeline.next
+    message = step.executor.pipeline.next
     total = 0
     for runner in step.student:
         targets = torch.zeros(count, step.teacher.width, dtype=step.teacher.tower.config.params_dtype)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.parallel.mesh import Mesh
 from engine.parallel.traffic import TrafficReader, Transfer
 from engine.pipeline.clock import Phases
-from engine.pipeline.links import Unit
+from engine.pipeline.program import Unit
 from tools.dryrun.flops import flops
 from tools.dryrun.folding import Folding
 from tools.dryrun.memory import MemoryTracker

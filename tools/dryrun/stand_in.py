@@ -5,15 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.pipeline.executor import VisionChunk
-from engine.pipeline.links import Unit
+from engine.pipeline.executor import Chunk
+from engine.pipeline.program import Unit
 from tools.dryrun.recorder import Recorder
 
 
 class FoldedChunk:
-    """Stand-in for a chunk in the schedule's work; see Folding."""
+    """Stand-in for a chunk in a step's work; see Folding."""
 
-    def __init__(self, chunk: VisionChunk, number: int, recorder: Recorder):
+    def __init__(self, chunk: Chunk, number: int, recorder: Recorder):
         """number: of the chunk on this rank."""
         self.chunk, self.number, self.recorder = chunk, number, recorder
         self._shape, self._dtype = torch.Size(), torch.float32

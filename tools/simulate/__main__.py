@@ -1,4 +1,4 @@
-"""Simulate a contrastive step: when each stage computes and waits, how long the step takes, its bubble, its picture.
+"""Simulate a step: when each stage computes and waits, how long the step takes, its bubble, its picture.
 
 Durations come from the options, or from a config on the planner's hardware.
 """
@@ -11,13 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine.config.read import read_job
+from engine.objectives.contrastive.program import ContrastiveProgram
+from engine.objectives.mim.program import MimProgram
+from engine.objectives.registry import OBJECTIVES
+from engine.pipeline.program import Program
 from tools.cli import CommandError, answer, check_file, command_parser
 from tools.cost.cluster import Cluster
 from tools.cost.hardware import load_hardware, profile_names
-from tools.cost.layout import layout_of
-from tools.simulate.events import CollectiveCosts, Simulation, StageCosts, bubble_bound, durations_of, simulate
-from tools.simulate.stage_costs import planned_collectives, planned_schedule, planned_stages
-from tools.simulate.step_program import Schedule
+from tools.simulate.events import CollectiveCosts, Simulation, StageCosts, Wire, bubble_bound, durations_of, simulate
+from tools.simulate.stage_costs import simulate_config
 from tools.timeline.__main__ import table
 from tools.timeline.picture import save_picture
 from tools.timeline.spans import StepTimeline
@@ -26,6 +28,7 @@ from tools.timeline.trace import save_trace
 _EXAMPLES = (
     "python -m tools.simulate examples/18b/2_clip.yaml --world-size 360 --gpu a100-40 --png step.png",
     "python -m tools.simulate --stages 12 --micro-batches 450 --encode-ms 20 --chunks 2 --keep 30",
+    "python -m tools.simulate --objective mim --stages 12 --micro-batches 36 --encode-ms 20 --teacher-ms 90",
 )
 _COLLECTIVES = ("exchange", "loss", "reduce", "optimizer", "gather_weights")
 
@@ -40,6 +43,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     of_config.add_argument("--nodes-of", type=int, default=8, metavar="N", help="GPUs of a node (%(default)s)")
     of_config.add_argument("--phase", default="", metavar="NAME", help="of a config with phases; default: the first")
     numbers = parser.add_argument_group("from numbers")
+    numbers.add_argument("--objective", choices=list(OBJECTIVES), default="contrastive", help="default: contrastive")
     numbers.add_argument("--stages", type=int, metavar="P", help="pipeline stages, needed")
     numbers.add_argument("--micro-batches", type=int, metavar="M", help="of a replica and step, needed")
     numbers.add_argument("--chunks", type=int, default=1, metavar="V", help="virtual stages a rank holds")
@@ -49,6 +53,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     numbers.add_argument("--backward-ms", type=float, metavar="MS", help="default: twice encode")
     numbers.add_argument("--encode-text-ms", type=float, default=0.0, metavar="MS", help="all captions of a rank")
     numbers.add_argument("--backward-text-ms", type=float, default=0.0, metavar="MS", help="the same, their backward")
+    numbers.add_argument("--teacher-ms", type=float, default=0.0, metavar="MS", help="a rank's share of teaching (mim)")
     numbers.add_argument(
         "--message-mb", type=float, default=0.0, metavar="MB", help="activations between stages, 10^6 bytes"
     )
@@ -71,30 +76,39 @@ def _from_numbers(arguments: argparse.Namespace) -> Simulation:
     missing = [name for name in ("stages", "micro_batches", "encode_ms") if getattr(arguments, name) is None]
     if missing:
         raise CommandError(f"give a CONFIG.yaml, or numbers: --{missing[0].replace('_', '-')} is missing")
-    schedule = Schedule(
-        stages=arguments.stages,
-        micro_batches=arguments.micro_batches,
-        chunks=arguments.chunks,
-        keep=arguments.keep,
-        latency_s=arguments.latency_us / 1e6,
-        transfer_s=arguments.message_mb / 1e3 / arguments.bandwidth_gb_s,
-    )
-    encode_ms = arguments.encode_ms
-    replay_ms = encode_ms if arguments.replay_ms is None else arguments.replay_ms
+    program = _program(arguments)
+    wire = Wire(latency_s=arguments.latency_us / 1e6, transfer_s=arguments.message_mb / 1e3 / arguments.bandwidth_gb_s)
+    encode_ms, replay_ms = arguments.encode_ms, arguments.replay_ms
     backward_ms = 2 * encode_ms if arguments.backward_ms is None else arguments.backward_ms
     costs = StageCosts(
-        encode_s=_chunks(encode_ms, schedule),
-        replay_s=_chunks(replay_ms, schedule),
-        backward_s=_chunks(backward_ms, schedule),
+        forward_s=_chunks(encode_ms, program),
+        replay_s=None if replay_ms is None else _chunks(replay_ms, program),
+        backward_s=_chunks(backward_ms, program),
         encode_text_s=arguments.encode_text_ms / 1e3,
         backward_text_s=arguments.backward_text_ms / 1e3,
+        teacher_s=arguments.teacher_ms / 1e3,
     )
     together = {f"{phase}_s": getattr(arguments, f"{phase}_ms") / 1e3 for phase in _COLLECTIVES}
-    return simulate(schedule, durations_of([costs] * schedule.stages, CollectiveCosts(**together)))
+    return simulate(program, durations_of([costs] * program.stages, CollectiveCosts(**together)), wire)
 
 
-def _chunks(stage_ms: float, schedule: Schedule) -> tuple[float, ...]:
-    return (stage_ms / 1e3 / schedule.chunks,) * schedule.chunks
+def _program(arguments: argparse.Namespace) -> Program:
+    sizes = {"stages": arguments.stages, "micro_batches": arguments.micro_batches, "chunks": arguments.chunks}
+    if not OBJECTIVES[arguments.objective].distils:
+        _refuse(arguments, ("teacher_ms",))
+        return ContrastiveProgram(**sizes, keep=arguments.keep)
+    _refuse(arguments, ("keep", "replay_ms", "encode_text_ms", "backward_text_ms", "loss_ms"))
+    return MimProgram(**sizes)
+
+
+def _refuse(arguments: argparse.Namespace, names: Sequence[str]) -> None:
+    for name in names:
+        if getattr(arguments, name):
+            raise CommandError(f"--{name.replace('_', '-')} is no part of a step of --objective {arguments.objective}")
+
+
+def _chunks(stage_ms: float, program: Program) -> tuple[float, ...]:
+    return (stage_ms / 1e3 / program.chunks,) * program.chunks
 
 
 def _from_config(arguments: argparse.Namespace) -> Simulation:
@@ -104,26 +118,31 @@ def _from_config(arguments: argparse.Namespace) -> Simulation:
     phase = job.phase(arguments.phase)
     if phase.name:
         print(f"phase {phase.name} of {', '.join(each.name for each in job.phases)}")
-    config = phase.config
-    layout, hardware = layout_of(config, arguments.world_size), load_hardware(arguments.gpu)
+    hardware = load_hardware(arguments.gpu)
     cluster = Cluster(hardware=hardware, gpus=arguments.world_size, per_node=arguments.nodes_of)
-    planned = (config.model, layout, cluster)
-    return simulate(planned_schedule(*planned), durations_of(planned_stages(*planned), planned_collectives(*planned)))
+    return simulate_config(phase.config, cluster)
 
 
 def report(simulation: Simulation) -> str:
     """The step in words and numbers."""
-    schedule = simulation.schedule
-    kept = schedule.keep if isinstance(schedule.keep, int) else f"{min(schedule.keep)} to {max(schedule.keep)}"
-    bound = bubble_bound(schedule.stages, schedule.micro_batches, schedule.chunks)
+    program = simulation.program
+    backprop = f"{simulation.backprop_s:10.4f} s   bubble {simulation.backprop_bubble:.2%}"
+    if isinstance(program, ContrastiveProgram):
+        keep = program.keep
+        held = f"{keep if isinstance(keep, int) else f'{min(keep)} to {max(keep)}'} kept"
+        encode = f"encode   {simulation.encode_s:10.4f} s   bubble {simulation.encode_bubble:.2%}"
+        parts, without = [encode, f"backprop {backprop}"], "captions"
+    else:
+        held = f"at most {program.in_flight(0)} units in flight"
+        parts, without = [f"1F1B     {backprop}"], "teacher"
     return "\n".join(
         [
-            f"{schedule.stages} stages of {schedule.chunks} chunk{'s' if schedule.chunks > 1 else ''}, "
-            f"{schedule.micro_batches} micro-batches, {kept} kept",
+            f"{program.stages} stages of {program.chunks} chunk{'s' if program.chunks > 1 else ''}, "
+            f"{program.micro_batches} micro-batches, {held}",
             f"step     {simulation.step_s:10.4f} s   idle {simulation.idle:.2%}",
-            f"encode   {simulation.encode_s:10.4f} s   bubble {simulation.encode_bubble:.2%}",
-            f"backprop {simulation.backprop_s:10.4f} s   bubble {simulation.backprop_bubble:.2%}",
-            f"(P - 1) / (v m + P - 1) = {bound:.2%}, the bubble of a phase of equal units without captions",
+            *parts,
+            f"(P - 1) / (v m + P - 1) = {bubble_bound(program):.2%}, "
+            f"the bubble of a phase of equal units without {without}",
             table(simulation.timeline),
         ]
     )

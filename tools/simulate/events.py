@@ -1,9 +1,9 @@
-"""The contrastive step as a discrete-event simulation: who computes what when, where it waits, how long the step takes.
+"""A step as a discrete-event simulation: who computes what when, where it waits, how long the step takes.
 
-Each stage works through the program of engine/pipeline/executor.py (encode, loss, backprop; captions where it would
-wait) in the order of engine/pipeline/links.py. A stage is busy while it computes and waits for messages and
-collectives, as the engine does: sends cost it nothing, a receive is posted one message ahead, a link carries one
-message at a time. The ranks of a stage (tensor, data) do the same at the same time, so one row stands for all of them.
+Each stage works through the actions of the engine's own program (engine/pipeline/program.py), of any objective. A stage
+is busy while it computes and waits for messages and collectives, as the executor does: sends cost it nothing, a receive
+is posted one message ahead, a link carries one message at a time. The ranks of a stage (tensor, data) do the same at
+the same time, so one row stands for all of them.
 
 What is not in it: kernels that slow down because a transfer or another rank uses the same hardware.
 """
@@ -13,9 +13,23 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 
-from engine.pipeline.links import Unit
-from tools.simulate.step_program import Action, Compute, Open, Receive, Schedule, Send, Together, program
+from engine.pipeline.program import (
+    UPDATE,
+    Action,
+    Alone,
+    Backward,
+    Forward,
+    Open,
+    Program,
+    Receive,
+    Replay,
+    Send,
+    Together,
+    Unit,
+    Way,
+)
 from tools.timeline.spans import COMPUTE, WAIT, Row, Span, StepTimeline
 
 Durations = Callable[[int, str, Unit | None], float]
@@ -26,14 +40,23 @@ Durations = Callable[[int, str, Unit | None], float]
 class StageCosts:
     """Seconds of one stage; a backward is without its replay."""
 
-    encode_s: tuple[float, ...]
+    forward_s: tuple[float, ...]
     """Forward of one micro-batch through each of its chunks."""
-    replay_s: tuple[float, ...]
     backward_s: tuple[float, ...]
+    replay_s: tuple[float, ...] | None = None
+    """Forward once more; None: as long as the first time."""
     encode_text_s: float = 0.0
     """All captions of a rank."""
     backward_text_s: float = 0.0
     """The same backward, their replay included."""
+    teacher_s: float = 0.0
+    """A rank's share of the teaching."""
+
+    def unit_s(self, span: str, chunk: int) -> float:
+        """Seconds of one micro-batch through one chunk."""
+        if span == "backward":
+            return self.backward_s[chunk]
+        return (self.forward_s if span != "replay" or self.replay_s is None else self.replay_s)[chunk]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +75,9 @@ def durations_of(stages: Sequence[StageCosts], together: CollectiveCosts | None 
     together = together or CollectiveCosts()
 
     def duration(stage: int, phase: str, unit: Unit | None) -> float:
-        name = f"{phase}_s"
         if unit is not None:
-            return getattr(stages[stage], name)[unit.chunk]
-        return getattr(stages[stage] if phase in ("encode_text", "backward_text") else together, name)
+            return stages[stage].unit_s(phase, unit.chunk)
+        return getattr(stages[stage] if hasattr(StageCosts, f"{phase}_s") else together, f"{phase}_s")
 
     return duration
 
@@ -64,7 +86,7 @@ def durations_of(stages: Sequence[StageCosts], together: CollectiveCosts | None 
 class Simulation:
     """A simulated step."""
 
-    schedule: Schedule
+    program: Program
     timeline: StepTimeline
     """One row a stage, for tools/timeline/picture.py and tools/timeline/trace.py. Waiting for a message is a span
     (`wait`), as in a recording; waiting for a collective is a gap."""
@@ -76,12 +98,12 @@ class Simulation:
 
     @property
     def encode_s(self) -> float:
-        """Until the embeddings of all micro-batches are there."""
+        """Until the embeddings of all micro-batches are there; 0 without a barrier."""
         return min(span.start_s for span in self._spans("exchange"))
 
     @property
     def backprop_s(self) -> float:
-        """Seconds from the embeddings' gradients to the last backward."""
+        """Seconds from the embeddings' gradients, or the teacher's targets, to the last backward."""
         return self._backprop_ends_at_s - self._gradients_at_s
 
     @property
@@ -121,15 +143,25 @@ class Simulation:
         return 1 - busy / available if available else 0.0
 
 
-def bubble_bound(stages: int, micro_batches: int, chunks: int = 1) -> float:
+@dataclass(frozen=True, kw_only=True)
+class Wire:
+    """What a message between stages takes."""
+
+    latency_s: float = 0.0
+    """Seconds from the end of a message's transfer to its arrival."""
+    transfer_s: float = 0.0
+    """How long a message occupies its link: bytes / bandwidth."""
+
+
+def bubble_bound(program: Program) -> float:
     """(P - 1) / (v m + P - 1): the bubble of a phase whose units all take the same time (arXiv 2104.04473)."""
-    return (stages - 1) / (chunks * micro_batches + stages - 1)
+    return (program.stages - 1) / (program.chunks * program.micro_batches + program.stages - 1)
 
 
-def simulate(schedule: Schedule, durations: Durations) -> Simulation:
-    """Run every stage's program. The order of work follows from the schedule alone, the times from the durations."""
-    world = _World(schedule, durations)
-    stages = [_Stage(world, stage) for stage in range(schedule.stages)]
+def simulate(program: Program, durations: Durations, wire: Wire | None = None) -> Simulation:
+    """Run every stage's actions. The order of work follows from the program alone, the times from the durations."""
+    world = _World(program, durations, wire or Wire())
+    stages = [_Stage(world, stage) for stage in range(program.stages)]
     running = list(stages)
     while running:
         moved = [stage.advance() for stage in running]
@@ -137,14 +169,14 @@ def simulate(schedule: Schedule, durations: Durations) -> Simulation:
             raise RuntimeError(f"stages {[stage.index for stage in running]} wait for each other for ever")
         running = [stage for stage in running if not stage.done]
     rows = [Row(rank=s.index, tensor=0, pipeline=s.index, data=0, spans=s.spans) for s in stages]
-    return Simulation(schedule=schedule, timeline=StepTimeline(step=None, rows=rows))
+    return Simulation(program=program, timeline=StepTimeline(step=None, rows=rows))
 
 
 @dataclass
 class _Link:
     """Messages to one inbox, in order; a transfer starts when both sides are ready and the link is free."""
 
-    schedule: Schedule
+    wire: Wire
     sent_s: list[float] = field(default_factory=list)
     posted_s: list[float] = field(default_factory=list)
     free_s: float = -math.inf
@@ -155,23 +187,25 @@ class _Link:
         if self.received == len(self.sent_s):
             return None
         start = max(self.sent_s[self.received], self.posted_s[self.received], self.free_s)
-        self.free_s = start + self.schedule.transfer_s
+        self.free_s = start + self.wire.transfer_s
         self.received += 1
-        return self.free_s + self.schedule.latency_s
+        return self.free_s + self.wire.latency_s
 
 
 @dataclass
 class _World:
     """What the stages share."""
 
-    schedule: Schedule
+    program: Program
     durations: Durations
-    links: dict[tuple[str, int], _Link] = field(init=False)
+    wire: Wire
+    links: dict[tuple[Way, int], _Link] = field(init=False)
+    """Inboxes, by way and receiving stage."""
     arrivals: dict[Together, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
 
     def __post_init__(self) -> None:
-        stages = range(self.schedule.stages)
-        self.links = {(way, stage): _Link(self.schedule) for way in ("forward", "backward") for stage in stages}
+        ways: tuple[Way, ...] = ("forward", "backward")
+        self.links = {(way, stage): _Link(self.wire) for way in ways for stage in range(self.program.stages)}
 
 
 class _Stage:
@@ -181,7 +215,7 @@ class _Stage:
         self.world, self.index = world, index
         self.clock_s = 0.0
         self.spans: list[Span] = []
-        self._actions = program(world.schedule, index)
+        self._actions = chain(world.program.actions(index), UPDATE)
         self._action = next(self._actions, None)
 
     @property
@@ -200,17 +234,27 @@ class _Stage:
     def _do(self, action: Action) -> bool:
         """Whether it could be done now."""
         match action:
-            case Compute(phase, unit):
-                self._spend(phase, self.world.durations(self.index, phase, unit), unit)
-            case Together(phase):
-                return self._meet(action, phase)
-            case Open(inbox):
-                self.world.links[inbox].posted_s.append(self.clock_s)
-            case Send(inbox):
-                self.world.links[inbox].sent_s.append(self.clock_s)
-            case Receive(inbox):
-                return self._receive(self.world.links[inbox])
+            case Forward(unit, span):
+                self._work(span, unit)
+            case Replay(unit):
+                self._work("replay", unit)
+            case Backward(unit):
+                self._work("backward", unit)
+            case Alone(span):
+                self._work(span)
+            case Together(span):
+                return self._meet(action, span)
+            case Open(way):
+                self.world.links[way, self.index].posted_s.append(self.clock_s)
+            case Send(way):
+                there = self.index + (1 if way == "forward" else -1)
+                self.world.links[way, there % self.world.program.stages].sent_s.append(self.clock_s)
+            case Receive(way):
+                return self._receive(self.world.links[way, self.index])
         return True
+
+    def _work(self, span: str, unit: Unit | None = None) -> None:
+        self._spend(span, self.world.durations(self.index, span, unit), unit)
 
     def _receive(self, link: _Link) -> bool:
         there_s = link.receive()
@@ -223,7 +267,7 @@ class _Stage:
     def _meet(self, action: Together, phase: str) -> bool:
         arrivals = self.world.arrivals[action]
         arrivals.setdefault(self.index, self.clock_s)
-        if len(arrivals) < self.world.schedule.stages:
+        if len(arrivals) < self.world.program.stages:
             return False
         self.clock_s = max(arrivals.values())
         self._spend(phase, self.world.durations(self.index, phase, None))

@@ -1,4 +1,4 @@
-"""A recorded step (engine/pipeline/clock.py) as input of the simulator: its schedule, and the time of each work.
+"""A recorded step (engine/pipeline/clock.py) as input of the simulator: its program, and the time of each work.
 
 Simulating a step with its own durations shows what the simulator leaves out; with other numbers of micro-batches or
 kept activations it answers what-if questions about a real machine.
@@ -6,11 +6,13 @@ kept activations it answers what-if questions about a real machine.
 
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from typing import Any
 
-from engine.pipeline.links import Unit
+from engine.objectives.contrastive.program import ContrastiveProgram
+from engine.objectives.mim.program import MimProgram
+from engine.pipeline.program import Program, Unit
 from tools.cli import CommandError
 from tools.simulate.events import Durations
-from tools.simulate.step_program import Schedule
 from tools.timeline.spans import COMMUNICATION, WAIT, Row, Span, StepTimeline
 
 
@@ -19,24 +21,28 @@ def stage_rows(timeline: StepTimeline) -> list[Row]:
     return [row for row in timeline.rows if row.data == 0 and row.tensor == 0]
 
 
-def schedule_of(timeline: StepTimeline) -> Schedule:
-    """Stages, micro-batches, chunks and kept micro-batches, read off the spans."""
+def program_of(timeline: StepTimeline) -> Program:
+    """Stages, micro-batches, chunks, rounds and kept micro-batches, read off the spans."""
     rows = stage_rows(timeline)
-    encoded = [span for span in rows[0].spans if span.phase == "encode"]
-    if not encoded:
-        raise CommandError("the recording has no encode spans: it is not of a contrastive step")
-    micro_batches = 1 + max(span.micro_batch or 0 for span in encoded)
+    forward = [span for span in rows[0].spans if span.phase in ("encode", "forward")]
+    if not forward:
+        raise CommandError("the recording has no encode or forward spans: it is not of a training step")
+    micro_batches = 1 + max(span.micro_batch or 0 for span in forward)
+    sizes: dict[str, Any] = {
+        "stages": len(rows),
+        "micro_batches": micro_batches,
+        "chunks": 1 + max(span.chunk or 0 for span in forward),
+    }
+    if forward[0].phase == "forward":
+        return MimProgram(**sizes)
     replayed = [{span.micro_batch for span in row.spans if span.phase == "replay"} for row in rows]
-    return Schedule(
-        stages=len(rows),
-        micro_batches=micro_batches,
-        chunks=1 + max(span.chunk or 0 for span in encoded),
-        keep=tuple(micro_batches - len(of_stage) for of_stage in replayed),
-    )
+    keep = tuple(micro_batches - len(of_stage) for of_stage in replayed)
+    in_a_row = next(i for i, span in enumerate([*forward, None]) if span is None or span.chunk != forward[0].chunk)
+    return ContrastiveProgram(**sizes, keep=keep, round_size=in_a_row if sizes["chunks"] > 1 else None)
 
 
 def recorded_durations(timeline: StepTimeline) -> Durations:
-    """What each piece of work took, for one simulation of `schedule_of(timeline)`.
+    """What each piece of work took, for one simulation of `program_of(timeline)`.
 
     What all stages do together ends for all at about the same time: it takes what it took the stage that came last. The
     optimizer is one of these: it begins with the norm of all gradients, in which early stages wait for the last.

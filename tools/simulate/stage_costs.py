@@ -1,52 +1,63 @@
-"""What the simulator needs of a config on planned hardware: schedule, seconds of each stage, collectives. Projected."""
+"""What the simulator needs of a config on planned hardware: program, seconds of each stage, collectives. Projected."""
 
+from collections.abc import Sequence
+
+from engine.config.read import Config
+from engine.objectives.registry import objective_of
 from models.config import ModelConfig
 from tools.cost.cluster import Cluster
 from tools.cost.compute import text_seconds
-from tools.cost.layout import Layout, Stage, stages_of
-from tools.cost.time import loss_seconds, step_time, unit_time
-from tools.simulate.events import CollectiveCosts, StageCosts
-from tools.simulate.step_program import Schedule
+from tools.cost.layout import Layout, Stage, layout_of, stages_of
+from tools.cost.mim import mim_costs, student_of
+from tools.cost.time import UnitTime, loss_seconds, step_time, unit_time
+from tools.simulate.events import CollectiveCosts, Simulation, StageCosts, Wire, durations_of, simulate
 
 
-def planned_schedule(model: ModelConfig, layout: Layout, cluster: Cluster) -> Schedule:
-    """Units and messages."""
-    latency_s = cluster.hardware.latency_us * 1e-6
-    return Schedule(
-        stages=layout.pipeline,
-        micro_batches=layout.micro_batches,
-        chunks=layout.virtual,
-        keep=layout.keep,
-        latency_s=latency_s,
-        transfer_s=cluster.message_seconds(layout, layout.message_bytes(model.vision)) - latency_s,
+def simulate_config(config: Config, cluster: Cluster) -> Simulation:
+    """A step of a config without phases, of any objective, on all GPUs of the cluster."""
+    layout, objective = layout_of(config, cluster.gpus), objective_of(config)
+    costs = _mim_costs if objective.distils else _contrastive_costs
+    return simulate(
+        objective.program(config, layout.data),
+        durations_of(*costs(config, layout, cluster)),
+        _wire(config.model, layout, cluster),
     )
 
 
-def planned_stages(model: ModelConfig, layout: Layout, cluster: Cluster) -> list[StageCosts]:
-    """Costs of every stage, tensor-parallel collectives included."""
+def _wire(model: ModelConfig, layout: Layout, cluster: Cluster) -> Wire:
+    latency_s = cluster.hardware.latency_us * 1e-6
+    message_s = cluster.message_seconds(layout, layout.message_bytes(model.vision))
+    return Wire(latency_s=latency_s, transfer_s=message_s - latency_s)
+
+
+def _contrastive_costs(config: Config, layout: Layout, cluster: Cluster) -> tuple[list[StageCosts], CollectiveCosts]:
+    """What no work hides: `data` of the planner is reduction and gathering of weights together."""
+    model = config.model
     encode_text, backward_text = text_seconds(
         model, layout.own_rows, layout.captions_at_once, cluster.hardware, layout.element_bytes
     )
     replay_text = 0.0 if layout.keep == layout.micro_batches else encode_text
-    costs = []
-    for stage in stages_of(model, layout):
-        unit = unit_time(model, layout, stage, cluster)
-        costs.append(
-            StageCosts(
-                encode_s=_by_chunk(unit.f, stage),
-                replay_s=_by_chunk(unit.f, stage),
-                backward_s=_by_chunk(unit.b, stage),
-                encode_text_s=encode_text,
-                backward_text_s=replay_text + backward_text,
-            )
-        )
-    return costs
-
-
-def planned_collectives(model: ModelConfig, layout: Layout, cluster: Cluster) -> CollectiveCosts:
-    """What no work hides; `data` of the planner is reduction and gathering of weights together."""
+    stages = stages_of(model, layout)
+    units = [unit_time(model, layout, stage, cluster) for stage in stages]
     time = step_time(model, layout, cluster)
-    return CollectiveCosts(loss_s=loss_seconds(model, layout, cluster), reduce_s=time.data, optimizer_s=time.optimizer)
+    together = CollectiveCosts(
+        loss_s=loss_seconds(model, layout, cluster), reduce_s=time.data, optimizer_s=time.optimizer
+    )
+    return _stage_costs(stages, units, encode_text_s=encode_text, backward_text_s=replay_text + backward_text), together
+
+
+def _mim_costs(config: Config, layout: Layout, cluster: Cluster) -> tuple[list[StageCosts], CollectiveCosts]:
+    costs = mim_costs(config, layout, cluster)
+    stages = _stage_costs(stages_of(student_of(config), layout), costs.units, teacher_s=costs.teacher_s)
+    return stages, CollectiveCosts(exchange_s=costs.exchange_s, reduce_s=costs.state_s, optimizer_s=costs.optimizer_s)
+
+
+def _stage_costs(stages: Sequence[Stage], units: Sequence[UnitTime], **alone: float) -> list[StageCosts]:
+    """Collectives of the tensor axis are part of the units."""
+    return [
+        StageCosts(forward_s=_by_chunk(unit.f, stage), backward_s=_by_chunk(unit.b, stage), **alone)
+        for stage, unit in zip(stages, units, strict=True)
+    ]
 
 
 def _by_chunk(seconds: float, stage: Stage) -> tuple[float, ...]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from engine.config.checks import changed_settings
 from engine.config.errors import require
 from engine.config.schema import Config, MimConfig
+from engine.objectives.contrastive.program import ContrastiveProgram, contrastive_program
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,10 @@ class Contrastive:
         from models.tensors.init import clip_rule
 
         return clip_rule
+
+    def program(self, config: Config, data: int) -> ContrastiveProgram:
+        """Encode, loss, backprop; train.activation_budget_gb counts as train.keep_activations."""
+        return contrastive_program(config, data, config.train.keep_activations)
 
     def step(
         self,

@@ -9,6 +9,7 @@ from data.pixels.masks import BlockMasks
 from engine.config.checks import changed_settings
 from engine.config.errors import ConfigError, require
 from engine.config.schema import Config
+from engine.objectives.mim.program import MimProgram, mim_program
 from models.config import ModelConfig, ModelConfigError
 from models.kernel_checks import check_kernels
 
@@ -94,6 +95,10 @@ class Mim:
         from models.tensors.init import student_rule
 
         return student_rule
+
+    def program(self, config: Config, data: int) -> MimProgram:
+        """The teacher, then 1F1B."""
+        return mim_program(config, data)
 
     def step(
         self,

@@ -9,17 +9,17 @@ from torch import Tensor
 from engine.build import DTYPES, Towers
 from engine.config.read import Config
 from engine.feed import LocalBatch
-from engine.objectives.mim.exchange import collect_targets, deal_images
 from engine.objectives.mim.loss import global_masked_count
 from engine.objectives.mim.objective import block_masks
+from engine.objectives.mim.passes import MimPasses
+from engine.objectives.mim.program import mim_program
 from engine.objectives.mim.student import MaskedBatch, StudentRunner
 from engine.objectives.mim.teacher import Teacher, load_teacher, teacher_model
 from engine.objectives.update import StepOutcome, Update
 from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.mesh import Mesh
-from engine.parallel.rows import own_rows, split_rows
 from engine.pipeline.clock import Phases
-from engine.pipeline.one_f_one_b import OneForwardOneBackward
+from engine.pipeline.executor import Executor, Work
 from engine.pipeline.outputs import keep_of
 from models.towers.mim import StudentTower
 from models.towers.vision import VisionTower
@@ -49,12 +49,17 @@ class MimStep:
         self.teacher = Teacher(teacher, width=teacher_model(config).embed_dim, micro_batch=train.micro_batch_size)
         self.local_batch = train.global_batch_size // mesh.data.size
         self.student = [self._runner(chunk) for chunk in towers.vision]
-        self.outputs = [keep_of(chunk.block.layers, train.keep_outputs, config, device) for chunk in towers.vision]
+        self.work = Work(
+            chunks=self.student,
+            backward=[part.last_backward for part in towers.parts],
+            outputs=[keep_of(chunk.block.layers, train.keep_outputs, config, device) for chunk in towers.vision],
+            parts=[part.sharded for part in towers.parts],
+        )
         split = mesh.tensor.size if config.parallel.sequence else 1
-        self.schedule = OneForwardOneBackward(
+        self.program = mim_program(config, mesh.data.size)
+        self.executor = Executor(
             mesh,
-            micro_batches=self.local_batch // train.micro_batch_size,
-            chunks=config.parallel.virtual,
+            self.program,
             hidden=(train.micro_batch_size * vision.tokens // split, 1, vision.width),
             dtype=DTYPES[train.precision],
             device=device,
@@ -79,26 +84,15 @@ class MimStep:
         self.towers.zero_gradients()
         masked = torch.from_numpy(self.masks.of_samples(self.config.train.seed, batch.positions))
         masked_count = global_masked_count(int(masked.sum()), self.mesh.data, self.device)
-        targets = self._targets(batch.images, masked, phases)
-        shown = MaskedBatch(images=batch.images, masked=masked, targets=targets, masked_count=masked_count)
-        for runner in self.student:
-            runner.batch = shown
-        backward = [part.last_backward for part in self.towers.parts]
-        return masked_count, self.schedule.run(self.student, backward, self.outputs, phases)
-
-    def _targets(self, images: Tensor | None, masked: Tensor, phases: Phases) -> Tensor | None:
-        """The teacher's features of the masked patches of the local batch, on the last stage. Collective over replica.
-
-        Ahead of 1F1B: the weights that the last update gathers may still be under way meanwhile.
-        """
-        mesh, rows = self.mesh, self.local_batch
-        with phases.time("exchange"):
-            own = deal_images(images, rows, self.config.model.vision.image_size, mesh, self.device)
-        with phases.time("teacher"):
-            features = self.teacher.targets(own, masked[own_rows(rows, mesh)])
-        counts = [int(masked[part].sum()) for part in split_rows(rows, mesh.replica.size)]
-        with phases.time("exchange"):
-            return collect_targets(features, counts, mesh)
+        passes = MimPasses(
+            mesh=self.mesh,
+            device=self.device,
+            teacher=self.teacher,
+            student=self.student,
+            batch=MaskedBatch(images=batch.images, masked=masked, targets=None, masked_count=masked_count),
+        )
+        self.executor.run(self.work, passes, phases)
+        return masked_count, passes.loss
 
     def global_loss(self, own: Tensor) -> Tensor:
         """Sum over replicas, on every rank; the tensor ranks of a last stage hold the same part."""

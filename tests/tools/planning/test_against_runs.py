@@ -122,7 +122,7 @@ def _all_cases(cases: list[Case]) -> dict[str, Any]:
 
 def _measured(config: Config, mesh: Mesh, device: Any) -> dict[str, Any]:
     trainer = Trainer(first_phase(config), mesh, device)
-    saved = trainer.training_step.activation_bytes()
+    saved = trainer.training_step.activations.micro_batch_bytes()
     parts = trainer.towers.parts
     padding = [
         sum(buffer.numel for buffer in part.ddp.buffers) - sum(p.numel() for p in part.ddp.parameters())

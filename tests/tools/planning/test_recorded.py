@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -9,15 +10,16 @@ import torch.distributed as dist
 
 from engine.config.phases import first_phase
 from engine.config.read import Config, resolve
+from engine.objectives.contrastive.program import ContrastiveProgram
 from engine.parallel.device import prepare
 from engine.parallel.mesh import build_mesh
 from engine.pipeline.clock import Phases, write_spans
+from engine.pipeline.program import UPDATE, Alone, Backward, Forward, Receive, Replay, Send, Together
 from engine.trainer import Trainer
 from tests.distributed import run_distributed
 from tools.benchmark.synthetic import SyntheticFeed
 from tools.simulate.events import simulate
-from tools.simulate.recorded import order_of_work, recorded_durations, schedule_of, stage_rows
-from tools.simulate.step_program import Compute, Open, Receive, Schedule, Send, Together, program
+from tools.simulate.recorded import order_of_work, program_of, recorded_durations, stage_rows
 from tools.timeline.spans import Row, Span, StepTimeline, read_step
 
 
@@ -77,41 +79,39 @@ def test_a_real_step_works_in_the_simulated_order(tmp_path: Path, ranks: int) ->
 
 
 def _check_order(timeline: StepTimeline, case: Case) -> None:
-    simulation = simulate(schedule_of(timeline), recorded_durations(timeline))
+    simulation = simulate(program_of(timeline), recorded_durations(timeline))
     chunks = int(dict(option.split("=") for option in case.options).get("parallel.virtual", 1))
-    assert (simulation.schedule.stages, simulation.schedule.chunks) == (case.pipeline, chunks)
+    assert (simulation.program.stages, simulation.program.chunks) == (case.pipeline, chunks)
     for row in timeline.rows:  # of every tensor rank and replica
         assert order_of_work(row) == order_of_work(simulation.timeline.rows[row.pipeline])
 
 
 def _check_dependencies(timeline: StepTimeline) -> None:
     """In the recorded times nothing runs before what the simulator lets it wait for."""
-    schedule = schedule_of(timeline)
+    program = program_of(timeline)
     sent, received, met = defaultdict(list), defaultdict(list), defaultdict(list)
     for row in stage_rows(timeline):
         before: Span | None = None
         spans = iter(row.spans)
-        for action in program(schedule, row.pipeline):
+        for action in chain(program.actions(row.pipeline), UPDATE):
             match action:
-                case Compute(phase):
+                case Forward() | Replay() | Backward() | Alone():
                     before = next(spans)
-                    assert before.phase == phase
                 case Together():
                     before = next(spans)
                     met[action].append(before)
-                case Receive(inbox):
+                case Receive(way):
                     before = next(spans)
-                    received[inbox].append(before.stop_s)
-                case Send(inbox):
+                    received[way, row.pipeline].append(before.stop_s)
+                case Send(way):
                     assert before is not None
-                    sent[inbox].append(before.stop_s)
-                case Open():
-                    pass
+                    there = (row.pipeline + (1 if way == "forward" else -1)) % program.stages
+                    sent[way, there].append(before.stop_s)
     assert {inbox: len(times) for inbox, times in sent.items()} == {i: len(times) for i, times in received.items()}
     for inbox, times in received.items():
         assert all(there >= left for there, left in zip(times, sent[inbox], strict=True))
     for action, spans_of_all in met.items():
-        if action.phase == "loss":  # what every rank contributes to before any has it
+        if action.span == "loss":  # what every rank contributes to before any has it
             assert max(s.start_s for s in spans_of_all) <= min(s.stop_s for s in spans_of_all)
 
 
@@ -140,12 +140,12 @@ def test_a_recorded_collective_takes_what_it_took_the_last_to_come() -> None:
     second = [("encode_text", 0, 1, None), ("wait", 1, 1, None), ("encode", 1, 6, 0), ("exchange", 6, 7, None)]
     second += [("loss", 7, 8, None), ("exchange", 8, 9, None), ("backward", 9, 10, 0), ("backward_text", 10, 10, None)]
     timeline = _recording(first + last, second + early)
-    simulation = simulate(schedule_of(timeline), recorded_durations(timeline))
-    assert simulation.schedule == Schedule(stages=2, micro_batches=1, keep=(1, 1))
+    simulation = simulate(program_of(timeline), recorded_durations(timeline))
+    assert simulation.program == ContrastiveProgram(stages=2, micro_batches=1, keep=(1, 1))
     assert simulation.step_s == pytest.approx(14)
     assert [[s.start_s for s in row.spans if s.phase == "loss"] for row in simulation.timeline.rows] == [[7], [7]]
 
 
-def test_a_recording_without_encode_spans_is_refused() -> None:
-    with pytest.raises(ValueError, match="no encode spans"):
-        schedule_of(_recording([("loss", 0, 1, None)]))
+def test_a_recording_without_units_is_refused() -> None:
+    with pytest.raises(ValueError, match="no encode or forward spans"):
+        program_of(_recording([("loss", 0, 1, None)]))

@@ -9,29 +9,30 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from engine.config.read import load_config
+from engine.objectives.contrastive.program import ContrastiveProgram
+from engine.pipeline.program import Program
 from tools.cost.cluster import Cluster
 from tools.cost.hardware import load_hardware
 from tools.cost.layout import layout_of
+from tools.cost.mim import mim_costs
 from tools.cost.time import step_time
 from tools.simulate.__main__ import main
-from tools.simulate.events import CollectiveCosts, StageCosts, bubble_bound, durations_of, simulate
-from tools.simulate.step_program import Schedule
+from tools.simulate.events import CollectiveCosts, StageCosts, Wire, bubble_bound, durations_of, simulate
 from tools.timeline.picture import COLOURS, IDLE
 
 FORWARD, BACKWARD = 3.0, 7.0
 
 
-def _uniform(schedule: Schedule, *, text_s: float = 0.0, replay_s: float = FORWARD, **together: float):
+def _uniform(program: Program, *, text_s: float = 0.0, wire: Wire | None = None, **together: float):
     """Every chunk takes as long as any other of its stage; a stage FORWARD and BACKWARD."""
-    chunks = schedule.chunks
+    chunks = program.chunks
     costs = StageCosts(
-        encode_s=(FORWARD / chunks,) * chunks,
-        replay_s=(replay_s / chunks,) * chunks,
+        forward_s=(FORWARD / chunks,) * chunks,
         backward_s=(BACKWARD / chunks,) * chunks,
         encode_text_s=text_s,
         backward_text_s=text_s,
     )
-    return simulate(schedule, durations_of([costs] * schedule.stages, CollectiveCosts(**together)))
+    return simulate(program, durations_of([costs] * program.stages, CollectiveCosts(**together)), wire)
 
 
 # --- closed forms ------------------------------------------------------------------------------------------------
@@ -39,7 +40,7 @@ def _uniform(schedule: Schedule, *, text_s: float = 0.0, replay_s: float = FORWA
 
 @pytest.mark.parametrize(("stages", "micro_batches"), [(1, 4), (2, 1), (2, 8), (4, 6), (12, 450)])
 def test_bubble_of_equal_stages(stages: int, micro_batches: int) -> None:
-    step = _uniform(Schedule(stages=stages, micro_batches=micro_batches, keep=micro_batches))
+    step = _uniform(ContrastiveProgram(stages=stages, micro_batches=micro_batches, keep=micro_batches))
     assert step.encode_s == pytest.approx((micro_batches + stages - 1) * FORWARD)
     assert step.backprop_s == pytest.approx((micro_batches + stages - 1) * BACKWARD)
     bubble = pytest.approx((stages - 1) / (micro_batches + stages - 1))
@@ -48,59 +49,60 @@ def test_bubble_of_equal_stages(stages: int, micro_batches: int) -> None:
 
 @pytest.mark.parametrize(("stages", "micro_batches", "chunks"), [(2, 4, 2), (4, 8, 3), (4, 4, 2), (8, 64, 2)])
 def test_bubble_of_virtual_stages(stages: int, micro_batches: int, chunks: int) -> None:
-    step = _uniform(Schedule(stages=stages, micro_batches=micro_batches, chunks=chunks, keep=micro_batches))
+    program = ContrastiveProgram(stages=stages, micro_batches=micro_batches, chunks=chunks, keep=micro_batches)
+    step = _uniform(program)
     bubble = pytest.approx((stages - 1) / (chunks * micro_batches + stages - 1))
     assert (step.encode_bubble, step.backprop_bubble) == (bubble, bubble)
-    assert bubble_bound(stages, micro_batches, chunks) == bubble
+    assert bubble_bound(program) == bubble
 
 
 @pytest.mark.parametrize(("stages", "micro_batches"), [(2, 3), (4, 9)])
 def test_a_replay_runs_while_the_gradient_travels(stages: int, micro_batches: int) -> None:
     """Only backwards follow each other down the pipeline: the first replay of every stage but the last is hidden."""
-    step = _uniform(Schedule(stages=stages, micro_batches=micro_batches))
+    step = _uniform(ContrastiveProgram(stages=stages, micro_batches=micro_batches))
     assert step.backprop_s == pytest.approx(micro_batches * (FORWARD + BACKWARD) + (stages - 1) * BACKWARD)
 
 
 def test_kept_micro_batches_are_not_replayed() -> None:
     for keep in range(4):
-        step = _uniform(Schedule(stages=1, micro_batches=3, keep=keep))
+        step = _uniform(ContrastiveProgram(stages=1, micro_batches=3, keep=keep))
         assert step.backprop_s == pytest.approx(3 * BACKWARD + (3 - keep) * FORWARD)
 
 
 def test_captions_live_in_the_bubble() -> None:
-    schedule = Schedule(stages=4, micro_batches=8)
-    without = _uniform(schedule)
-    within = _uniform(schedule, text_s=FORWARD)  # as long as the second stage waits, the shortest wait of all
+    program = ContrastiveProgram(stages=4, micro_batches=8)
+    without = _uniform(program)
+    within = _uniform(program, text_s=FORWARD)  # as long as the second stage waits, the shortest wait of all
     assert within.step_s == pytest.approx(without.step_s)
-    beyond = _uniform(schedule, text_s=FORWARD + 1)
+    beyond = _uniform(program, text_s=FORWARD + 1)
     assert beyond.encode_s == pytest.approx(without.encode_s + 1)
 
 
 def test_the_slowest_stage_sets_the_pace() -> None:
     seconds = (1.0, 4.0, 2.0)
-    costs = [StageCosts(encode_s=(s,), replay_s=(s,), backward_s=(2 * s,)) for s in seconds]
-    step = simulate(Schedule(stages=3, micro_batches=5, keep=5), durations_of(costs))
+    costs = [StageCosts(forward_s=(s,), backward_s=(2 * s,)) for s in seconds]
+    step = simulate(ContrastiveProgram(stages=3, micro_batches=5, keep=5), durations_of(costs))
     assert step.encode_s == pytest.approx(sum(seconds) + 4 * max(seconds))
     assert step.backprop_s == pytest.approx(2 * step.encode_s)
 
 
 def test_messages_take_their_time_on_the_way() -> None:
-    plain = Schedule(stages=3, micro_batches=6, keep=6)
-    late = _uniform(replace(plain, latency_s=0.5))
+    plain = ContrastiveProgram(stages=3, micro_batches=6, keep=6)
+    late = _uniform(plain, wire=Wire(latency_s=0.5))
     assert late.encode_s == pytest.approx(_uniform(plain).encode_s + 2 * 0.5)
     # A link that is slower than the stages sets the pace: one message leaves when the one before has arrived.
-    slow = _uniform(replace(plain, stages=2, transfer_s=5.0))
+    slow = _uniform(replace(plain, stages=2), wire=Wire(transfer_s=5.0))
     assert slow.encode_s == pytest.approx(FORWARD + 6 * 5.0 + FORWARD)
     # A link that is faster only adds the first message's time.
-    fast = _uniform(replace(plain, stages=2, transfer_s=2.0))
+    fast = _uniform(replace(plain, stages=2), wire=Wire(transfer_s=2.0))
     assert fast.encode_s == pytest.approx(7 * FORWARD + 2.0)
 
 
 def test_collectives_wait_for_the_last_stage() -> None:
-    schedule = Schedule(stages=2, micro_batches=4)
+    program = ContrastiveProgram(stages=2, micro_batches=4)
     costs = {"loss_s": 1.0, "exchange_s": 0.5, "reduce_s": 2.0, "optimizer_s": 3.0, "gather_weights_s": 0.25}
-    step = _uniform(schedule, **costs)
-    assert step.step_s == pytest.approx(_uniform(schedule).step_s + 1.0 + 2 * 0.5 + 2.0 + 3.0 + 0.25)
+    step = _uniform(program, **costs)
+    assert step.step_s == pytest.approx(_uniform(program).step_s + 1.0 + 2 * 0.5 + 2.0 + 3.0 + 0.25)
     starts = [[s.start_s for s in row.spans if s.phase == "loss"] for row in step.timeline.rows]
     assert starts[0] == starts[1] == pytest.approx([step.encode_s + 0.5])
 
@@ -116,7 +118,7 @@ def test_collectives_wait_for_the_last_stage() -> None:
 )
 def test_what_the_engine_refuses_is_refused(numbers: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Schedule(**numbers)
+        ContrastiveProgram(**numbers)
 
 
 # --- the command -------------------------------------------------------------------------------------------------
@@ -185,6 +187,26 @@ def _step_s(printed: str) -> float:
     return float(printed.split("step ", 1)[1].split()[0])
 
 
+def test_masked_feature_distillation_on_the_planners_hardware(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """1F1B takes (m + (P - 1) / v) (f + b) behind the teacher, whatever the layout."""
+    config = tmp_path / "job.yaml"
+    config.write_text(JOB)
+    for options in ([], ["parallel.virtual=4"], ["parallel.pipeline=1", "parallel.tensor=8"]):
+        printed = _printed(capsys, [str(config), *MIM, *options, "--world-size=48", "--gpu=a100-40"])
+        job = load_config(config, [*MIM, *options])
+        layout, cluster = layout_of(job, 48), Cluster(hardware=load_hardware("a100-40"), gpus=48, per_node=8)
+        costs = mim_costs(job, layout, cluster)
+        alone = costs.teacher_s + 2 * costs.exchange_s + costs.state_s + costs.optimizer_s
+        unit = max(costs.units, key=lambda unit: unit.f + unit.b)
+        units = layout.micro_batches + (layout.pipeline - 1) / layout.virtual
+        assert _step_s(printed) == pytest.approx(alone + units * (unit.f + unit.b), rel=0.03)
+        stages, chunks = layout.pipeline, layout.virtual
+        flying = stages if chunks == 1 else 2 * (stages - 1) + (chunks - 1) * stages + 1
+        assert f"at most {flying} units in flight" in printed
+
+
 BUDGET = ("train.keep_activations=0", "train.activation_budget_gb=8")
 MIM = ("objective=mim", "mim.teacher=t.pt", "mim.teacher_model=18b", "train.keep_activations=0")
 
@@ -200,7 +222,8 @@ MIM = ("objective=mim", "mim.teacher=t.pt", "mim.teacher_model=18b", "train.keep
         (["@job", "--world-size=48", "--gpu=z80"], "--gpu z80 is neither a file nor a profile"),
         (["@job", "--world-size=48", "--gpu=h100", "--phase=video"], "phase 'video' is not one of the config's"),
         (["@job", "--world-size=48", "--gpu=h100", *BUDGET], "train.activation_budget_gb=8.0 becomes a number"),
-        (["@job", "--world-size=48", "--gpu=h100", *MIM], "objective=mim is not planned or simulated"),
+        (["--objective=mim", "--stages=2", "--micro-batches=4", "--encode-ms=1", "--keep=1"], "--keep is no part of"),
+        (["--stages=2", "--micro-batches=4", "--encode-ms=1", "--teacher-ms=1"], "--teacher-ms is no part of"),
     ],
 )
 def test_mistakes_are_one_clear_line(

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from engine.config.read import preset_model
+from engine.objectives.contrastive.program import ContrastiveProgram
 from tools.cost.cluster import Cluster
 from tools.cost.compute import block_seconds
 from tools.cost.estimate import estimate
@@ -12,7 +13,6 @@ from tools.cost.hardware import load_hardware
 from tools.cost.layout import Layout, stages_of
 from tools.cost.time import step_time, text_step, unit_time
 from tools.simulate.events import StageCosts, durations_of, simulate
-from tools.simulate.step_program import Schedule
 
 MODEL = preset_model("18b")
 A100 = load_hardware("a100-40")
@@ -35,7 +35,9 @@ def test_the_simulated_schedule_takes_as_long(layout: Layout) -> None:
     time = step_time(MODEL, layout, CLUSTER)
     expected = time.compute + time.tensor + time.bubble + time.text
     simulated = simulate(
-        Schedule(stages=layout.pipeline, micro_batches=layout.micro_batches, chunks=layout.virtual, keep=layout.keep),
+        ContrastiveProgram(
+            stages=layout.pipeline, micro_batches=layout.micro_batches, chunks=layout.virtual, keep=layout.keep
+        ),
         durations_of(_costs(layout)),
     )
     assert simulated.step_s == pytest.approx(expected, rel=0.005)
@@ -49,8 +51,7 @@ def _costs(layout: Layout) -> list[StageCosts]:
     chunks = layout.virtual
     forward, backward = (unit.f / chunks,) * chunks, (unit.b / chunks,) * chunks
     costs = StageCosts(
-        encode_s=forward,
-        replay_s=forward,
+        forward_s=forward,
         backward_s=backward,
         encode_text_s=encode_text,
         backward_text_s=backward_text,

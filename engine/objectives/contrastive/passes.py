@@ -1,0 +1,112 @@
+"""What a contrastive step does beside the units of its pipeline: captions, loss, and the rows on their way there."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.objectives.contrastive.sigmoid import SigmoidLoss
+from engine.objectives.contrastive.softmax import ContrastiveLoss
+from engine.parallel.mesh import Mesh
+from engine.parallel.rows import deal_from_last_stage, gather_rows
+from engine.pipeline.executor import BackwardContext
+from engine.pipeline.outputs import KeptOutputs
+from engine.pipeline.program import Unit
+
+LossResult = ContrastiveLoss | SigmoidLoss
+Loss = Callable[[Tensor, Tensor], LossResult]
+"""(image rows, text rows) of this rank -> global loss and the gradients of these rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captions:
+    """How a rank encodes the captions of its rows."""
+
+    tower: Callable[[int], Tensor]
+    """part -> embeddings [·, D], fp32."""
+    rows: list[slice]
+    """This rank's own rows of the local batch, in parts for the tower."""
+    backward: BackwardContext
+    outputs: KeptOutputs
+    keeps: bool
+    """Whether they keep their activations."""
+
+    def encode(self) -> list[Tensor]:
+        """Embeddings of every part, with their graphs where they keep them."""
+        with torch.set_grad_enabled(self.keeps):
+            return [self._encode_part(part) for part in range(len(self.rows))]
+
+    def _encode_part(self, part: int) -> Tensor:
+        with self.outputs.leaving(part):
+            return self.tower(part)
+
+    def backprop(self, embeddings: list[Tensor], gradient: Tensor) -> None:
+        """Gradient [·, D] of this rank's rows -> gradients of the tower, the last part first."""
+        first = self.rows[0].start if self.rows else 0
+        for part in reversed(range(len(self.rows))):
+            rows = slice(self.rows[part].start - first, self.rows[part].stop - first)
+            with self.outputs.taking(part):
+                embedding = embeddings[part] if self.keeps else self.tower(part)
+                with self.backward(part == 0):
+                    torch.autograd.backward(embedding, gradient[rows])
+
+
+@dataclass(kw_only=True)
+class ContrastivePasses:
+    """One step: embeddings in, gradients of embeddings out."""
+
+    mesh: Mesh
+    device: torch.device
+    captions: Captions
+    loss: Loss
+    local_batch: int
+    """b, pairs of the replica."""
+    micro_batches: int
+    embed_dim: int
+    """D."""
+
+    def __post_init__(self) -> None:
+        self._embeddings: list[Tensor] = []
+        self._text_embeddings: list[Tensor] = []
+        self._rows: tuple[Tensor, Tensor] | None = None
+        self._image_gradients: tuple[Tensor, ...] = ()
+        self.result: LossResult | None = None
+        """The loss, once it is there."""
+
+    def take(self, unit: Unit, output: Tensor) -> None:
+        """Embeddings [M, D] of a micro-batch; they come in order."""
+        self._embeddings.append(output)
+
+    def gradient(self, unit: Unit) -> Tensor:
+        """Gradient of a micro-batch's embeddings."""
+        return self._image_gradients[unit.micro_batch]
+
+    def alone(self, span: str) -> None:
+        """The captions' way forward and back."""
+        if span == "encode_text":
+            self._text_embeddings = self.captions.encode()
+        else:
+            assert span == "backward_text" and self.result is not None
+            self.captions.backprop(self._text_embeddings, self.result.grad_text)
+            self._text_embeddings = []
+
+    def together(self, span: str, number: int) -> None:
+        """Embeddings to their rows' owners; the loss; gradients back to the last stage."""
+        if span == "loss":
+            assert self._rows is not None
+            self.result = self.loss(*self._rows)
+        elif number == 0:
+            self._rows = self._deal()
+        else:
+            assert self.result is not None
+            gradient = gather_rows(self.result.grad_image, self.local_batch, self.mesh.replica)
+            self._image_gradients = gradient.split(self.local_batch // self.micro_batches)
+
+    def _deal(self) -> tuple[Tensor, Tensor]:
+        """(image rows, text rows) of this rank, [·, D] fp32 without graph."""
+        mine = torch.cat(self._embeddings) if self._embeddings else None
+        self._embeddings = []
+        rows = deal_from_last_stage(mine, self.local_batch, self.embed_dim, self.mesh, self.device)
+        own_text = [embedding.detach() for embedding in self._text_embeddings]
+        return rows, torch.cat(own_text) if own_text else rows.new_empty(0, self.embed_dim)

@@ -1,0 +1,192 @@
+"""The contrastive step as a program: encode, loss, backprop (docs/contrastive_step.md).
+
+The loss needs every embedding of the global batch before any gradient exists, so there is a barrier:
+1. encode: each micro-batch runs through the stages without grad; a stage keeps ("stashes") its inputs only;
+2. loss: exact, over the rows of all ranks, gradients of the embeddings in closed form; no graph crosses it;
+3. backprop: each stage replays a micro-batch from its stash with grad and sends the input's gradient upstream.
+The last k micro-batches may keep their activations and are not replayed: (4 - k / m) forwards of compute instead of 4.
+Backprop goes from the last micro-batch to the first, whatever k: kept activations are freed first, and the sum of
+gradients has the same order for every k.
+
+Every rank also encodes captions of its own, where its stage would otherwise wait: before the first input arrives, and
+before the first gradient does.
+
+Parts of a rank (chunks of the vision tower, and the captions' side, the last part) take turns. The weights of a part
+that is sharded are gathered while the part before it works and leave behind its turn; its gradients are reduced while
+the part after it works. So at most two chunks are whole at any time. The captions are shared by all ranks, whose stages
+take their turn at different times: no rank may wait for the others there. On a pipeline their weights are asked for by
+every rank at once, ahead of both phases, and their gradients are whole until the step's end.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from engine.config.schema import Config
+from engine.pipeline.program import (
+    Accumulate,
+    Action,
+    Alone,
+    Await,
+    Backward,
+    Forward,
+    Gather,
+    Open,
+    Program,
+    Receive,
+    Reduced,
+    Release,
+    Replay,
+    Send,
+    Together,
+    Unit,
+)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Units of one chunk in a row, or the captions, which have none; and whose turn is next."""
+
+    part: int
+    units: list[Unit]
+    then: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveProgram(Program):
+    """Encode, loss, backprop, and the captions of a rank."""
+
+    keep: int | tuple[int, ...] = 0
+    """k, the last micro-batches that are not replayed; a tuple where stages differ."""
+    sharded_weights: frozenset[int] = frozenset()
+    """Parts whose weights are gathered for their turns."""
+    sharded_gradients: frozenset[int] = frozenset()
+    """Parts whose gradients are whole from their turn backward to their reduction only."""
+    gathers_ahead: bool = True
+    """Whether the weights of the next turn are gathered during this one."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what the engine refuses, too."""
+        super().__post_init__()
+        wrong = [k for k in map(self.kept, range(self.stages)) if not 0 <= k <= self.micro_batches]
+        if wrong:
+            raise ValueError(f"keep {wrong[0]} is not within 0 and the {self.micro_batches} micro-batches")
+
+    def kept(self, stage: int) -> int:
+        """k of a stage."""
+        return self.keep[stage] if isinstance(self.keep, tuple) else self.keep
+
+    @property
+    def captions(self) -> int:
+        """Number of the part that is the captions' side."""
+        return self.chunks
+
+    def actions(self, stage: int) -> Iterator[Action]:
+        """Encode, exchange of embeddings, loss, exchange of their gradients, backprop."""
+        yield from self._encode(stage)
+        yield Together("exchange", 0)
+        # Before the loss, what backprop needs first is asked for.
+        yield from self._ask_for_captions()
+        yield from self._expect(self._backward_turns(stage)[0].part)
+        yield Together("loss")
+        yield Together("exchange", 1)
+        yield from self._backprop(stage)
+
+    def _encode(self, stage: int) -> Iterator[Action]:
+        yield Open("forward")
+        yield from self._ask_for_captions()
+        first_kept = self.micro_batches - self.kept(stage)
+        for turn in self._turns(self.units(), captions_first=stage > 0):
+            yield from self._begin(turn)
+            if turn.part == self.captions:
+                yield Alone("encode_text")
+            for unit in turn.units:
+                if not self.starts(stage, unit):
+                    yield Receive("forward")
+                yield Forward(unit, "encode", keeps=unit.micro_batch >= first_kept)
+                if not self.ends(stage, unit):
+                    yield Send("forward")
+            yield from self._end(turn)
+
+    def _backprop(self, stage: int) -> Iterator[Action]:
+        yield Open("backward")
+        reducing: list[Action] = []
+        for turn in self._backward_turns(stage):
+            yield from self._begin(turn)
+            is_sharded = turn.part in self.sharded_gradients
+            if is_sharded:
+                yield Accumulate(turn.part)
+            if turn.part == self.captions:
+                yield Alone("backward_text")
+            for unit in turn.units:
+                yield from self._back(stage, unit, reducing)
+            yield from self._end(turn)
+            if is_sharded and turn.part != self.captions:
+                yield from reducing  # no other reduction may begin in its group
+                reducing = [Reduced(turn.part)]
+        yield from reducing
+
+    def _back(self, stage: int, unit: Unit, reducing: list[Action]) -> Iterator[Action]:
+        """A replay needs nothing from other stages: it runs while the gradient travels."""
+        if unit.micro_batch < self.micro_batches - self.kept(stage):
+            yield Replay(unit)
+        if not self.ends(stage, unit):
+            yield Receive("backward")
+        is_last = unit.micro_batch == 0  # of this chunk: units come in reverse order
+        if is_last:
+            yield from reducing
+            reducing.clear()
+        yield Backward(unit, is_last)
+        if not self.starts(stage, unit):
+            yield Send("backward")
+
+    def _backward_turns(self, stage: int) -> list[_Turn]:
+        return self._turns(self.units()[::-1], captions_first=stage < self.stages - 1)
+
+    def _turns(self, units: Sequence[Unit], *, captions_first: bool) -> list[_Turn]:
+        """Captions go where the stage would otherwise wait."""
+        runs = [(chunk, list(run)) for chunk, run in groupby(units, key=lambda unit: unit.chunk)]
+        captions: tuple[int, list[Unit]] = (self.captions, [])
+        turns = [captions, *runs] if captions_first else [*runs, captions]
+        following = [*(part for part, _ in turns[1:]), None]
+        return [_Turn(part, run, then) for (part, run), then in zip(turns, following, strict=True)]
+
+    def _begin(self, turn: _Turn) -> Iterator[Action]:
+        if turn.part in self.sharded_weights:
+            yield Await(turn.part)
+        if turn.then is not None and turn.then != turn.part:
+            yield from self._expect(turn.then)
+
+    def _end(self, turn: _Turn) -> Iterator[Action]:
+        if turn.part in self.sharded_weights:
+            yield Release(turn.part)
+
+    def _expect(self, part: int) -> Iterator[Action]:
+        is_asked_for = self.stages > 1 and part == self.captions
+        if self.gathers_ahead and part in self.sharded_weights and not is_asked_for:
+            yield Gather(part)
+
+    def _ask_for_captions(self) -> Iterator[Action]:
+        """On all ranks at once: on a pipeline some have the captions' turn first, and others last."""
+        if self.stages > 1 and self.captions in self.sharded_weights:
+            yield Gather(self.captions)
+
+
+def contrastive_program(config: Config, data: int, keep: int) -> ContrastiveProgram:
+    """The program of a config on `data` replicas. keep: k, micro-batches that keep their activations; -1: all."""
+    parallel = config.parallel
+    micro_batches = config.train.global_batch_size // (data * config.micro_batch_samples)
+    vision = range(parallel.virtual if data > 1 else 0)
+    captions = [parallel.virtual] if parallel.tensor * parallel.pipeline * data > 1 else []
+    shared = frozenset([*vision, *captions])
+    return ContrastiveProgram(
+        stages=parallel.pipeline,
+        micro_batches=micro_batches,
+        chunks=parallel.virtual,
+        keep=micro_batches if keep < 0 else keep,
+        # All micro-batches in a row where a chunk's weights come and go.
+        round_size=parallel.round_size or (micro_batches if parallel.shard != "optimizer" else None),
+        sharded_weights=shared if parallel.shard == "weights" else frozenset(),
+        sharded_gradients=shared if parallel.shard != "optimizer" else frozenset(),
+        gathers_ahead=parallel.overlap,
+    )

@@ -1,0 +1,225 @@
+"""The programs of both objectives on all stages at once: complete, without deadlock, in bounded memory, in order."""
+
+from collections import deque
+from itertools import pairwise, product
+from types import SimpleNamespace
+
+import pytest
+from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
+
+from engine.config.read import resolve
+from engine.objectives.contrastive.program import ContrastiveProgram
+from engine.objectives.mim.program import MimProgram
+from engine.objectives.registry import OBJECTIVES
+from engine.pipeline.program import (
+    Accumulate,
+    Action,
+    Alone,
+    Await,
+    Backward,
+    Forward,
+    Gather,
+    Open,
+    Program,
+    Receive,
+    Reduced,
+    Release,
+    Replay,
+    Send,
+    Together,
+    Unit,
+)
+
+SHAPES = [
+    *product((1, 2, 3, 4, 5), (1, 2, 5, 8), (1,)),
+    *((stages, stages * groups, chunks) for stages in (2, 3, 4) for groups in (1, 2, 3) for chunks in (2, 3)),
+]
+"""(stages, micro-batches, chunks)."""
+ONE_F_ONE_B = [MimProgram(stages=p, micro_batches=m, chunks=v) for p, m, v in SHAPES]
+PARTS = frozenset(range(3))
+SHARDED = ContrastiveProgram(
+    stages=3, micro_batches=4, chunks=2, keep=1, round_size=4, sharded_weights=PARTS, sharded_gradients=PARTS
+)
+BARRIER = [
+    *(ContrastiveProgram(stages=p, micro_batches=m, chunks=v, keep=m // 2) for p, m, v in SHAPES),
+    ContrastiveProgram(stages=3, micro_batches=7, chunks=2, round_size=5, keep=(0, 3, 7)),
+    SHARDED,
+]
+
+
+class _Ring:
+    """All stages, each doing its actions as soon as the messages and the others that they need are there."""
+
+    def __init__(self, program: Program):
+        self.program, self.stages = program, program.stages
+        self.todo = [deque(program.actions(stage)) for stage in range(self.stages)]
+        self.done: list[list[Action]] = [[] for _ in range(self.stages)]
+        self.boxes: dict[tuple[str, int], deque[Unit]] = {}
+        self.met: dict[Together, set[int]] = {}
+
+    def run(self) -> None:
+        while any(self.todo):
+            moved = [stage for stage in range(self.stages) if self.todo[stage] and self._act(stage)]
+            assert moved, f"every stage waits: {[list(left)[:1] for left in self.todo]}"
+        assert not any(self.boxes.values()), "messages are left"
+
+    def _act(self, stage: int) -> bool:
+        action = self.todo[stage][0]
+        if isinstance(action, Together):
+            met = self.met.setdefault(action, set())
+            met.add(stage)
+            if len(met) < self.stages:
+                return False
+        if isinstance(action, Receive):
+            box = self.boxes.get((action.way, stage))
+            if not box:
+                return False
+            assert box.popleft() == self._taker(stage), "messages come in another order than they are wanted"
+        if isinstance(action, Send):
+            self._send(stage, action)
+        self.todo[stage].popleft()
+        self.done[stage].append(action)
+        return True
+
+    def _taker(self, stage: int) -> Unit:
+        """The unit that the message is for: whose forward or backward is next."""
+        return next(action.unit for action in self.todo[stage] if isinstance(action, Forward | Backward))
+
+    def _send(self, stage: int, action: Send) -> None:
+        """To the unit of the neighbour that lies behind, or in front of, the one that was just worked."""
+        unit = next(done.unit for done in reversed(self.done[stage]) if isinstance(done, Forward | Backward))
+        step = 1 if action.way == "forward" else -1
+        at_end = stage == (self.stages - 1 if step == 1 else 0)
+        there = Unit(unit.chunk + step * at_end, unit.micro_batch)
+        self.boxes.setdefault((action.way, (stage + step) % self.stages), deque()).append(there)
+
+
+@pytest.mark.parametrize("programs", [ONE_F_ONE_B, BARRIER], ids=["1f1b", "barrier"])
+def test_every_message_is_there_when_it_is_wanted(programs: list[Program]) -> None:
+    for program in programs:
+        ring = _Ring(program)
+        ring.run()
+        for stage, actions in enumerate(ring.done):
+            for way in ("forward", "backward"):
+                asked = [i for i, action in enumerate(actions) if action == Open(way)]
+                receives = [i for i, action in enumerate(actions) if action == Receive(way)]
+                assert len(asked) == 1 and all(i > asked[0] for i in receives), (program, stage)
+
+
+@pytest.mark.parametrize("programs", [ONE_F_ONE_B, BARRIER], ids=["1f1b", "barrier"])
+def test_every_unit_goes_forward_once_and_back_once(programs: list[Program]) -> None:
+    for program in programs:
+        units = {Unit(chunk, i) for chunk in range(program.chunks) for i in range(program.micro_batches)}
+        for stage in range(program.stages):
+            actions = list(program.actions(stage))
+            forwards, backwards, replays = (
+                [(i, action) for i, action in enumerate(actions) if isinstance(action, kind)]
+                for kind in (Forward, Backward, Replay)
+            )
+            assert {a.unit for _, a in forwards} == {a.unit for _, a in backwards} == units
+            assert len(forwards) == len(backwards) == len(units)
+            kept = {a.unit for _, a in forwards if a.keeps}
+            assert sorted({a.unit for _, a in replays} | kept, key=str) == sorted(units, key=str)
+            assert len(replays) + len(kept) == len(units), "what keeps its activations is not replayed"
+            at = {a.unit: i for i, a in forwards}
+            assert all(at[a.unit] < i for i, a in (*backwards, *replays))
+            last = {a.unit.chunk: a.is_last for _, a in backwards}
+            assert all(last.values()) and sum(a.is_last for _, a in backwards) == program.chunks
+
+
+def test_no_stage_goes_back_before_every_stage_has_the_loss() -> None:
+    for program in BARRIER:
+        for stage in range(program.stages):
+            actions = list(program.actions(stage))
+            loss = actions.index(Together("loss"))
+            assert all(isinstance(a, Forward) <= (i < loss) for i, a in enumerate(actions))
+            assert all(isinstance(a, Backward | Replay) <= (i > loss) for i, a in enumerate(actions))
+            assert actions.index(Alone("encode_text")) < loss < actions.index(Alone("backward_text"))
+
+
+def test_a_stage_holds_the_units_of_the_papers_schedules() -> None:
+    """Narayanan et al. 2021, section 2.2: P - stage forwards; interleaved 2 (P - 1 - stage) + (v - 1) P + 1."""
+    plain, interleaved = (MimProgram(stages=4, micro_batches=12, chunks=v) for v in (1, 3))
+    assert [plain.in_flight(stage) for stage in range(4)] == [4, 3, 2, 1]
+    assert [interleaved.in_flight(stage) for stage in range(4)] == [15, 13, 11, 9]
+    # With the barrier: what is kept, and the one that is replayed once the kept are gone.
+    for keep, held in ((0, 1), (3, 3), (12, 12)):
+        assert ContrastiveProgram(stages=2, micro_batches=12, keep=keep).in_flight(1) == held
+
+
+@pytest.mark.parametrize(("stages", "micro_batches", "chunks"), [shape for shape in SHAPES if shape[0] > 1])
+def test_the_order_is_that_of_megatron_core(stages: int, micro_batches: int, chunks: int) -> None:
+    table = get_schedule_table(micro_batches, chunks, stages if chunks > 1 else micro_batches)
+    for stage in range(stages):
+        order = MimProgram(stages=stages, micro_batches=micro_batches, chunks=chunks).turns(stage)
+        forwards = [(unit.micro_batch, unit.chunk) for unit, is_forward in order if is_forward]
+        backwards = [(unit.micro_batch, chunks - 1 - unit.chunk) for unit, is_forward in order if not is_forward]
+        assert forwards == backwards == table
+        place = SimpleNamespace(
+            pp_group=SimpleNamespace(size=lambda: stages, rank=lambda stage=stage: stage),
+            virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        )
+        _, _, ahead, _ = get_pp_rank_microbatches(micro_batches, chunks, stages, p2p_communicator=place)
+        assert [is_forward for _, is_forward in order].index(False) == min(ahead + 1, len(table))
+
+
+# --- parts that come and go -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_weights_are_here_for_their_turns_and_gradients_are_reduced_once(ahead: bool) -> None:
+    program = ContrastiveProgram(**{**vars(SHARDED), "gathers_ahead": ahead})
+    for stage in range(program.stages):
+        whole: set[int] = set()
+        gathering: set[int] = set()
+        met: set[int] = set()
+        open_gradients: list[int] = []
+        most = 0
+        for action in program.actions(stage):
+            match action:
+                case Gather(part):
+                    assert part not in gathering, "it is asked for twice"
+                    gathering.add(part)
+                case Await(part):
+                    assert part in gathering or not ahead or not met, "nobody has asked for it"
+                    met.add(part)
+                    whole.add(part)
+                case Release(part):
+                    whole.remove(part)
+                    gathering.discard(part)
+                case Forward(unit) | Replay(unit) | Backward(unit):
+                    assert unit.chunk in whole
+                case Alone():
+                    assert program.captions in whole
+                case Accumulate(part):
+                    assert part not in open_gradients
+                    open_gradients.append(part)
+                case Reduced(part):
+                    open_gradients.remove(part)
+            most = max(most, len((whole | gathering) - {program.captions}))
+        assert open_gradients == [program.captions], "those of the captions are whole until the step's end"
+        assert most <= 2 and not whole
+
+
+def test_no_two_reductions_are_under_way() -> None:
+    """A reduction starts in the last backward of a chunk: the one of the chunk before has ended."""
+    for stage in range(SHARDED.stages):
+        actions = list(SHARDED.actions(stage))
+        last = [i for i, action in enumerate(actions) if isinstance(action, Backward) and action.is_last]
+        for before, after in pairwise(last):
+            assert any(isinstance(action, Reduced) for action in actions[before:after])
+
+
+def test_what_is_not_sharded_neither_comes_nor_goes() -> None:
+    for program in (ContrastiveProgram(stages=2, micro_batches=4), MimProgram(stages=2, micro_batches=4)):
+        kinds = {type(action) for action in program.actions(0)}
+        assert not kinds & {Gather, Await, Release, Accumulate, Reduced}
+
+
+def test_a_program_of_a_config() -> None:
+    config = resolve(
+        {"model": "tiny-18b", "data": {"shards": ["-"]}},
+        ["parallel.pipeline=2", "parallel.virtual=2", "train.global_batch_size=24", "train.micro_batch_size=2"],
+    )
+    program = OBJECTIVES["contrastive"].program(config, 3)
+    assert program == ContrastiveProgram(stages=2, micro_batches=4, chunks=2)
