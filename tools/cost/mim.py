@@ -21,7 +21,7 @@ class MimCosts:
     """What the stages of a job spend, in seconds."""
 
     units: list[UnitTime]
-    """Of each stage."""
+    """A micro-batch of each stage."""
     teacher_s: float
     """A rank's share of the teaching."""
     exchange_s: float

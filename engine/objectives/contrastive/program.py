@@ -167,7 +167,7 @@ class ContrastiveProgram(Program):
             yield Gather(part)
 
     def _ask_for_captions(self) -> Iterator[Action]:
-        """On all ranks at once: on a pipeline some have the captions' turn first, and others last."""
+        """All ranks ask at once: on a pipeline some have the captions' turn first, and others last."""
         if self.stages > 1 and self.captions in self.sharded_weights:
             yield Gather(self.captions)
 

@@ -17,6 +17,7 @@ from engine.pipeline.clock import Phases, write_spans
 from engine.pipeline.program import UPDATE, Alone, Backward, Forward, Receive, Replay, Send, Together
 from engine.trainer import Trainer
 from tests.distributed import run_distributed
+from tests.engine.mim_jobs import Layout, mim_config
 from tools.benchmark.synthetic import SyntheticFeed
 from tools.simulate.events import simulate
 from tools.simulate.recorded import order_of_work, program_of, recorded_durations, stage_rows
@@ -30,9 +31,13 @@ class Case:
     tensor: int
     pipeline: int
     options: tuple[str, ...] = ()
+    is_mim: bool = False
 
     def config(self, run_dir: Path) -> Config:
         """The job: four micro-batches a replica, two at two replicas."""
+        if self.is_mim:
+            layout_of_mim = Layout(self.tensor, self.pipeline, micro_batch=4, options=self.options)
+            return mim_config(layout_of_mim, f"run_dir={run_dir}")
         layout = (f"parallel.tensor={self.tensor}", f"parallel.pipeline={self.pipeline}")
         sizes = ("train.global_batch_size=8", "train.micro_batch_size=2", "train.steps=4", f"run_dir={run_dir}")
         return resolve({"model": "tiny-18b", "data": {"shards": ["-"]}}, [*layout, *sizes, *self.options])
@@ -44,6 +49,9 @@ CASES = {
         Case(1, 4, ("train.keep_activations=-1",)),
         Case(2, 2, ("train.keep_activations=3",)),
         Case(1, 2, ("parallel.virtual=2", "parallel.overlap=false")),
+        Case(1, 2, ("parallel.virtual=2", "parallel.shard=weights")),
+        Case(1, 4, is_mim=True),
+        Case(2, 2, ("parallel.virtual=2",), is_mim=True),
     ],
 }
 
