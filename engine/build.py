@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch import Tensor, nn
 
 from engine.config.read import Config
@@ -18,6 +17,7 @@ from engine.objectives.registry import objective_of
 from engine.optim.groups import tensor_group
 from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.mesh import Axis, Mesh
+from engine.parallel.replicas import Buckets, in_buckets
 from engine.parallel.sharded import ShardedPart
 from engine.parallel.shards import TowerShards
 from models.clip import LogitBias, LogitScale
@@ -43,7 +43,7 @@ class TextSide(nn.Module):
 class Part:
     """One wrapped module and who shares it."""
 
-    ddp: DistributedDataParallel
+    ddp: Buckets
     logical: dict[str, LogicalTensor]
     """Local parameter name -> logical tensor."""
     owners: Axis
@@ -168,7 +168,7 @@ def build_towers(config: Config, mesh: Mesh, device: torch.device) -> Towers:
     rule = objective_of(config).initial_values()
     for chunk in _vision_chunks(config, mesh, device):
         part = Part(
-            ddp=_wrap(chunk, chunk.config, mesh.vision_groups(), config),
+            ddp=in_buckets(chunk, chunk.config, mesh.vision_groups(), config.parallel),
             logical=logical_tensors(chunk, "vision", chunk.layers.start, mesh.tensor.size),
             owners=mesh.data,
             holders=mesh.stage,
@@ -180,7 +180,7 @@ def build_towers(config: Config, mesh: Mesh, device: torch.device) -> Towers:
         parts.append(part)
     side = _build_text_side(config, mesh, device) if objective_of(config).reads_captions else None
     if side is not None:
-        ddp = _wrap(side, side.tower.config, mesh.text_groups(), config)
+        ddp = in_buckets(side, side.tower.config, mesh.text_groups(), config.parallel)
         part = Part(ddp, _text_side_tensors(side), owners=mesh.world, holders=mesh.world, tensor_rank=0)
         initialise(side, part.logical, config.model, config.train.seed, 0, 1, rule)
         # The loss, between the turns of the captions, reads the learned scalars and gives them their gradients.
@@ -246,24 +246,6 @@ def _text_side_tensors(side: TextSide) -> dict[str, LogicalTensor]:
         name = logical_name(rest, "text") if part == "tower" else local
         table[local] = LogicalTensor(name, tuple(parameter.shape), None)
     return table
-
-
-def _wrap(module: nn.Module, transformer_config, groups, config: Config) -> DistributedDataParallel:
-    """Flat buckets, fp32 gradient sums, reduce-scatter and all-gather over groups.dp."""
-    overlap = config.parallel.overlap and groups.dp.size() > 1
-    settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=True,
-        overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap and config.parallel.shard != "weights",
-        bucket_size=config.parallel.bucket_size,
-    )
-    ddp = DistributedDataParallel(transformer_config, settings, module, pg_collection=groups)
-    for group in ddp.bucket_groups:
-        # Fresh weights are the same everywhere; without this the first forward would gather them, and an evaluation
-        # in which some ranks have nothing to do would wait for ever.
-        group.param_gather_dispatched = True
-    return ddp
 
 
 def build_optimizer(config: Config, towers: Towers, schedule_steps: int | None = None) -> ShardedOptimizer:

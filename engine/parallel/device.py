@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import layers, mappings
 from megatron.core.tensor_parallel import random as megatron_random
 from torch import Tensor
 
@@ -117,6 +118,38 @@ def prepare() -> Device:
     # Nothing draws from it (no dropout inside the layers), but the sequence-parallel block forks it.
     megatron_random.model_parallel_cuda_manual_seed(0, tp_rank=0, ep_rank=0, etp_rank=0)
     return device
+
+
+def gathered_tokens() -> list[torch.Tensor]:
+    """megatron-core's buffers of gathered tokens, which stay between steps."""
+    return list(parallel_state.get_global_memory_buffer().buffer.values())
+
+
+def forget_gathered_tokens() -> None:
+    """Drop these buffers; the next `prepare` makes room for new ones."""
+    parallel_state.destroy_global_memory_buffer()
+
+
+_FORGETFUL = "get_tensor_model_parallel_group_if_none"
+"""megatron-core's function that answers None for every group where torch.distributed is not initialised."""
+
+
+def keep_given_groups() -> None:
+    """Let megatron-core's layers answer with the group that they are given; nothing else about them changes."""
+    for module in (layers, mappings):
+        _keep_given_groups(module)
+
+
+def _keep_given_groups(module: Any) -> None:
+    original = getattr(module, _FORGETFUL)
+    if getattr(original, "keeps", False):
+        return
+
+    def group_or_default(tp_group: Any, *more: Any, **named: Any) -> Any:
+        return original(tp_group, *more, **named) if tp_group is None else tp_group
+
+    group_or_default.keeps = True  # type: ignore[attr-defined]
+    setattr(module, _FORGETFUL, group_or_default)
 
 
 _STAND_INS: dict[str, Any] = {

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from engine.parallel.device import priority_options
+from engine.parallel.replicas import Groups, groups_of
 
 Group = dist.ProcessGroup
 
@@ -110,18 +110,13 @@ class Mesh:
             self.gathering[owners, together] = GatherAxes(inner, outer)
         return self.gathering[owners, together]
 
-    def vision_groups(self) -> ProcessGroupCollection:
+    def vision_groups(self) -> Groups:
         """What megatron-core's layers and gradient buffers of the vision stage need."""
-        return _collection(tp=self.tensor.group, dp=self.data.group, alone=self.alone.group)
+        return groups_of(tensor=self.tensor.group, data=self.data.group, alone=self.alone.group)
 
-    def text_groups(self) -> ProcessGroupCollection:
+    def text_groups(self) -> Groups:
         """The same for the text tower: never split, replicated over all ranks."""
-        return _collection(tp=self.alone.group, dp=self.world.group, alone=self.alone.group)
-
-
-def _collection(*, tp: Group, dp: Group, alone: Group) -> ProcessGroupCollection:
-    # Stages are cut by models/towers/vision.py, so megatron-core is told of a pipeline of one.
-    return ProcessGroupCollection(tp=tp, dp=dp, dp_cp=dp, cp=alone, pp=alone, ep=alone, expt_dp=alone)
+        return groups_of(tensor=self.alone.group, data=self.world.group, alone=self.alone.group)
 
 
 def meet(axis: Axis, device: torch.device) -> None:

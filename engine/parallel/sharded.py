@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
 
 from engine.parallel.mesh import Axis, GatherAxes
+from engine.parallel.replicas import Buckets
 
 
 class Store:
@@ -52,7 +52,7 @@ class ShardedPart:
 
     def __init__(
         self,
-        ddp: DistributedDataParallel,
+        ddp: Buckets,
         owners: Axis,
         axes: GatherAxes | None,
         resident: Sequence[nn.Parameter] = (),

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
 
 from engine.parallel.mesh import Axis
+from engine.parallel.replicas import Buckets
 from engine.parallel.sharded import ShardedPart
 from models.tensors.naming import LogicalTensor
 
@@ -45,11 +45,11 @@ class Shard:
 
 
 class TowerShards:
-    """Shards of one module wrapped in megatron-core's DistributedDataParallel."""
+    """Shards of one module in buckets."""
 
     def __init__(
         self,
-        ddp: DistributedDataParallel,
+        ddp: Buckets,
         logical: dict[str, LogicalTensor],
         *,
         owners: Axis,

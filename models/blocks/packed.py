@@ -5,6 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from torch import Tensor
 
 
@@ -65,3 +69,13 @@ class PackedTokens(PackedSeqParams):
     def by_sample(self, packed: Tensor) -> Tensor:
         """[T, …] -> [M, S, …]; [M, …], one token a sample, -> [M, 1, …]."""
         return packed.unflatten(0, (self.samples, len(packed) // max(1, self.samples)))
+
+
+def whole_tokens(own: Tensor, group) -> Tensor:
+    """[T / tp, ...] of each tensor rank -> [T, ...] on all; they all compute the same of it, so its gradient is cut."""
+    return gather_from_sequence_parallel_region(own, tensor_parallel_output_grad=False, group=group)
+
+
+def sum_over_ranks(part: Tensor, group) -> Tensor:
+    """Summands of each tensor rank -> the sum on all; its gradient goes to each as it is."""
+    return reduce_from_tensor_model_parallel_region(part, group=group)

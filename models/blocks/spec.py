@@ -39,6 +39,8 @@ from models.blocks.rope import rotate_both
 from models.config import VisionConfig
 
 Spec = Any  # ModuleSpec or class, as megatron-core's submodule tables take them
+Groups = ProcessGroupCollection
+"""Process groups that a tower is built for."""
 
 
 class SwiGLU(MegatronModule):
@@ -104,9 +106,7 @@ def _gelu_mlp(config: TransformerConfig, kernels: Kernels) -> ModuleSpec:
     )
 
 
-def vision_layer_spec(
-    vision: VisionConfig, config: TransformerConfig, groups: ProcessGroupCollection, kernels: Kernels
-) -> ModuleSpec:
+def vision_layer_spec(vision: VisionConfig, config: TransformerConfig, groups: Groups, kernels: Kernels) -> ModuleSpec:
     """One block of the image tower."""
 
     class SwiGLUMlp(SwiGLU):
@@ -162,7 +162,7 @@ def text_layer_spec(config: TransformerConfig, causal: bool) -> ModuleSpec:
 
 
 def build_block(
-    spec: ModuleSpec, layers: int, config: TransformerConfig, groups: ProcessGroupCollection, *, ends_tower: bool
+    spec: ModuleSpec, layers: int, config: TransformerConfig, groups: Groups, *, ends_tower: bool
 ) -> TransformerBlock:
     """`layers` blocks of one pipeline stage; the final norm belongs to the tower's head, not to the block."""
     specs = [spec] * layers

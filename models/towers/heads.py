@@ -2,16 +2,12 @@
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.mappings import (
-    gather_from_sequence_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
 from torch import Tensor, nn
 
 from models.blocks.activations import ACTIVATION
 from models.blocks.last_block import own_rows
 from models.blocks.norms import NORMS
-from models.blocks.packed import PackedTokens
+from models.blocks.packed import PackedTokens, sum_over_ranks, whole_tokens
 from models.config import ModelConfig, VisionConfig
 
 
@@ -35,7 +31,7 @@ class TowerHead(nn.Module):
         rows = hidden.squeeze(1)
         if not self.sequence_parallel:
             return rows.index_select(0, row)
-        return reduce_from_tensor_model_parallel_region(own_rows(rows, row, self.tp_group), group=self.tp_group)
+        return sum_over_ranks(own_rows(rows, row, self.tp_group), self.tp_group)
 
 
 class VisionHead(TowerHead):
@@ -54,9 +50,7 @@ class VisionHead(TowerHead):
     def forward(self, hidden: Tensor, tokens: PackedTokens) -> Tensor:
         """hidden: [R or R / tp, 1, H], what the last block answers with: class tokens and padding, or all T tokens."""
         if self.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=False, group=self.tp_group
-            )
+            hidden = whole_tokens(hidden, self.tp_group)
         rows = hidden.squeeze(1)
         if self.pools == "class":
             return self.projected(self.norm(rows[: tokens.samples]))

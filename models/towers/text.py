@@ -6,12 +6,11 @@ the mesh holds a whole one and encodes its own captions.
 
 import torch
 import torch.nn.functional as F
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from models.blocks.norms import LayerNorm
 from models.blocks.packed import PackedTokens
-from models.blocks.spec import build_block, text_layer_spec
+from models.blocks.spec import Groups, build_block, text_layer_spec
 from models.blocks.transformer_config import text_transformer_config
 from models.config import ModelConfig
 
@@ -19,7 +18,7 @@ from models.config import ModelConfig
 class TextTower(nn.Module):
     """Token ids -> features."""
 
-    def __init__(self, model: ModelConfig, *, groups: ProcessGroupCollection, dtype: torch.dtype = torch.float32):
+    def __init__(self, model: ModelConfig, *, groups: Groups, dtype: torch.dtype = torch.float32):
         """`groups`: tp, cp and pp, each of this rank alone."""
         super().__init__()
         text = model.text

@@ -9,14 +9,13 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from models.blocks.kernels import vision_kernels
 from models.blocks.norms import NORMS, mark_sequence_parallel
 from models.blocks.packed import PackedTokens
 from models.blocks.rope import rope_tables
-from models.blocks.spec import build_block, vision_layer_spec
+from models.blocks.spec import Groups, build_block, vision_layer_spec
 from models.blocks.transformer_config import vision_transformer_config
 from models.config import ModelConfig, VisionConfig
 from models.towers.heads import VisionHead
@@ -105,7 +104,7 @@ class VisionTower(nn.Module):
         self,
         model: ModelConfig,
         *,
-        groups: ProcessGroupCollection,
+        groups: Groups,
         layers: range | None = None,
         sequence_parallel: bool = False,
         dtype: torch.dtype = torch.float32,

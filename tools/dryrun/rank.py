@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -25,7 +24,7 @@ from engine.objectives.mim.step import MimStep
 from engine.objectives.mim.teacher import teacher_tower
 from engine.objectives.registry import objective_of
 from engine.optim.optimizer import ShardedOptimizer
-from engine.parallel.device import prepare
+from engine.parallel.device import forget_gathered_tokens, prepare
 from engine.parallel.mesh import Group, Mesh, build_mesh
 from models.config import ModelConfig
 from tools.dryrun.absent import Absent
@@ -84,7 +83,7 @@ def dry_run(config: Config, world_size: int, rank: int, *, every_micro_batch: bo
     """One step of `rank` of `world_size`. The config has passed check_layout; this process is in no process group."""
     started = time.perf_counter()
     config = _as_on_a_gpu(config)
-    parallel_state.destroy_global_memory_buffer()  # may hold fake tensors of another rank
+    forget_gathered_tokens()  # they may hold fake tensors of another rank
     device = prepare().torch_device
     with _fake_ranks(world_size, rank) as world:
         mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, world)

@@ -6,7 +6,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from engine.config.read import Config
@@ -15,7 +14,7 @@ from engine.objectives.contrastive.step import ContrastiveStep
 from engine.objectives.mim.step import MimStep
 from engine.objectives.mim.student import MaskedBatch
 from engine.objectives.registry import objective_of
-from engine.parallel.device import SideStream
+from engine.parallel.device import SideStream, gathered_tokens
 from engine.parallel.mesh import Mesh
 from engine.parallel.rows import own_rows
 from engine.parallel.sharded import ShardedPart
@@ -118,7 +117,7 @@ def _adopt(recorder: Recorder, step: TrainingStep, batch: LocalBatch) -> None:
         if part.sharded is not None:
             _adopt_sharded(recorder, part.sharded, tower)
         _book(recorder, tower + "optimizer", [flat for flats in state.kinds().values() for flat in flats])
-    _book(recorder, "buffers", parallel_state.get_global_memory_buffer().buffer.values())
+    _book(recorder, "buffers", gathered_tokens())
     _book(recorder, "batch", [tensor for tensor in (batch.images, batch.tokens) if tensor is not None])
 
 
