@@ -4,6 +4,8 @@ The one place of the engine that imports its DistributedDataParallel and its col
 below are what the rest of the engine says instead.
 """
 
+from typing import TypeAlias
+
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -11,9 +13,9 @@ from torch import nn
 
 from engine.config.schema import ParallelConfig
 
-Buckets = DistributedDataParallel
+Buckets: TypeAlias = DistributedDataParallel
 """A module whose parameters lie in flat buckets, with fp32 gradient sums beside them."""
-Groups = ProcessGroupCollection
+Groups: TypeAlias = ProcessGroupCollection
 """Process groups of megatron-core's layers and buckets."""
 
 

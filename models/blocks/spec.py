@@ -12,7 +12,7 @@ Notable choices:
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -39,7 +39,7 @@ from models.blocks.rope import rotate_both
 from models.config import VisionConfig
 
 Spec = Any  # ModuleSpec or class, as megatron-core's submodule tables take them
-Groups = ProcessGroupCollection
+Groups: TypeAlias = ProcessGroupCollection
 """Process groups that a tower is built for."""
 
 

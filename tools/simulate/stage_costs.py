@@ -1,6 +1,7 @@
 """What the simulator needs of a config on planned hardware: program, seconds of each stage, collectives. Projected."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from engine.config.read import Config
 from engine.objectives.registry import objective_of
@@ -52,7 +53,7 @@ def _mim_costs(config: Config, layout: Layout, cluster: Cluster) -> tuple[list[S
     return stages, CollectiveCosts(exchange_s=costs.exchange_s, reduce_s=costs.state_s, optimizer_s=costs.optimizer_s)
 
 
-def _stage_costs(stages: Sequence[Stage], units: Sequence[UnitTime], **alone: float) -> list[StageCosts]:
+def _stage_costs(stages: Sequence[Stage], units: Sequence[UnitTime], **alone: Any) -> list[StageCosts]:
     """Collectives of the tensor axis are part of the units."""
     return [
         StageCosts(forward_s=_by_chunk(unit.f, stage), backward_s=_by_chunk(unit.b, stage), **alone)
