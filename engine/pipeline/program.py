@@ -179,10 +179,10 @@ class Program:
             raise ValueError(
                 f"stages {self.stages}, micro-batches {self.micro_batches} and chunks {self.chunks} must be at least 1"
             )
-        if self.chunks > 1 and (self.stages == 1 or (self.round_size is None and self.micro_batches % self.stages)):
+        if self.chunks > 1 and self.round_size is None and self.micro_batches % self.stages:
             raise ValueError(
-                f"{self.chunks} chunks a stage need more than one stage ({self.stages}) and a multiple of them as "
-                f"micro-batches ({self.micro_batches})"
+                f"{self.chunks} chunks a stage work groups of as many micro-batches as stages ({self.stages}): give a "
+                f"multiple of them as micro-batches, not {self.micro_batches}"
             )
 
     def actions(self, stage: int) -> Iterator[Action]:

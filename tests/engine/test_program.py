@@ -32,7 +32,7 @@ from engine.pipeline.program import (
 
 SHAPES = [
     *product((1, 2, 3, 4, 5), (1, 2, 5, 8), (1,)),
-    *((stages, stages * groups, chunks) for stages in (2, 3, 4) for groups in (1, 2, 3) for chunks in (2, 3)),
+    *((stages, stages * groups, chunks) for stages in (1, 2, 3, 4) for groups in (1, 2, 3) for chunks in (2, 3)),
 ]
 """(stages, micro-batches, chunks)."""
 ONE_F_ONE_B = [MimProgram(stages=p, micro_batches=m, chunks=v) for p, m, v in SHAPES]

@@ -112,7 +112,6 @@ def test_collectives_wait_for_the_last_stage() -> None:
     [
         ({"stages": 0, "micro_batches": 4}, "must be at least 1"),
         ({"stages": 4, "micro_batches": 6, "chunks": 2}, "a multiple of them"),
-        ({"stages": 1, "micro_batches": 6, "chunks": 2}, "more than one stage"),
         ({"stages": 2, "micro_batches": 3, "keep": 4}, "keep 4 is not within 0 and the 3"),
     ],
 )
