@@ -16,7 +16,7 @@ from engine.build import build_optimizer, build_towers
 from engine.checkpoint.continuity import accept_data
 from engine.checkpoint.format.lock import RunLock
 from engine.checkpoint.format.manifest import Position
-from engine.checkpoint.reader import WHOLE, Checkpoint
+from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.resume import Start, choose, lock_run, start
 from engine.config.origin import model_in_words
 from engine.config.phases import Phase
@@ -262,8 +262,7 @@ class Trainer:
     def begin(self, checkpoint: Checkpoint | None, lock: RunLock | None) -> None:
         """Load a checkpoint, or, without one, what init asks for. lock: of the run folder, released at the end."""
         self.lock = lock
-        # A rewind to it would leave the tensors that it does not give as they are.
-        self.recovery.began = checkpoint.folder if checkpoint is not None and checkpoint.exceptions == WHOLE else None
+        self.recovery.go_on_from(checkpoint)
         self._begin = begin = start(self.towers, self.optimizer, self.phase, self.mesh, checkpoint)
         self.position, self._resumed_states = begin.position, begin.callbacks
         self.position.phase = self.phase.name

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.folders import Retention, step_folder
+from engine.checkpoint.local.saver import LocalSaver
 from engine.checkpoint.save import CheckpointSaver
 from engine.record import Callback, Record
 from engine.trainer import Trainer
@@ -34,6 +35,10 @@ class CheckpointCallback(Callback):
         self.run_dir = Path(trainer.config.run_dir)
         self.saver = CheckpointSaver(self.run_dir, trainer.optimizer, trainer.config, trainer.mesh, retention)
         trainer.recovery.saver = self.saver
+        self.local: LocalSaver | None = None
+        if settings.local_every_steps:
+            self.local = LocalSaver(trainer.optimizer, trainer.config, trainer.mesh)
+            trainer.recovery.local = self.local
 
     def secure(self, record: Record) -> None:
         """Save when it is time."""
@@ -43,6 +48,14 @@ class CheckpointCallback(Callback):
         self._saved_now = done % self.settings.every_steps == 0 or done == self.trainer.phase.last_step
         if self._saved_now:
             self._save(record, wait=not self.settings.async_save)
+        elif self.local is not None and done % self.settings.local_every_steps == 0:
+            with self._stall():
+                trainer = self.trainer
+                self.local.save(
+                    self.saver.head(
+                        trainer.position, trainer.callback_states(), _numbers(record), trainer.data_fingerprint
+                    )
+                )
 
     def on_step(self, record: Record) -> None:
         """Complete the record of the checkpoint that was begun; the last one of a phase is waited for."""
@@ -90,6 +103,8 @@ class CheckpointCallback(Callback):
 
     def on_end(self, record: Record) -> None:
         """Bring a save under way to its end, after an error too, if all ranks' files arrive."""
+        if self.local is not None:
+            self.local.abandon()
         problem = self.saver.abandon()
         if problem:
             print(f"WARNING: the last checkpoint was not completed: {problem}", file=sys.stderr, flush=True)

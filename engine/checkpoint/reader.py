@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.format.errors import CheckpointError, listed
-from engine.checkpoint.format.flat_slice import FlatSlice, copy_overlap
+from engine.checkpoint.format.flat_slice import FlatSlice, RangeReader, copy_overlap
 from engine.checkpoint.format.manifest import WEIGHT, Manifest, read_manifest
 from engine.checkpoint.format.matching import Exceptions
 from engine.checkpoint.format.tensor_file import TensorFile, hash_file
@@ -22,6 +22,8 @@ class Checkpoint:
         """exceptions: what a run that goes on from it leaves out. Raises CheckpointError: not a checkpoint."""
         self.folder, self.exceptions = folder, exceptions
         self.manifest: Manifest = read_manifest(folder)
+        self.is_local = False
+        """Whether each host has the files of its own ranks only (engine/checkpoint/local.py)."""
         self._files: dict[str, TensorFile] = {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -35,8 +37,7 @@ class Checkpoint:
         out = torch.empty(where.numel(), dtype=stored.dtype)
         copied = 0
         for part in stored.parts:
-            read_range = _range_reader(self._open(part.file), key)
-            copied += copy_overlap(out, where, part.where, read_range)
+            copied += copy_overlap(out, where, part.where, self._range_reader(part.file, key))
         if copied != where.numel():
             raise CheckpointError(f"{self.folder}: {key} has {copied:,} of {where.numel():,} wanted elements")
         return out
@@ -52,6 +53,14 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} holds no {kind} of the weights (optim.ema_decay keeps one)")
         return KindOf(self, kind)
 
+    def _range_reader(self, file: str, key: str) -> RangeReader:
+        """Opens the file only where there is something to read in it."""
+
+        def read_range(out: Tensor, start: int) -> None:
+            self._open(file).read_into(out, key, start)
+
+        return read_range
+
     def _open(self, file: str) -> TensorFile:
         if file not in self._files:
             self._files[file] = TensorFile(self.folder / file)
@@ -64,9 +73,16 @@ class Checkpoint:
         self._files.clear()
 
     def problems(self, rank: int = 0, ranks: int = 1, hashes: bool = True) -> list[str]:
-        """What is wrong with this rank's share of the files: missing, of another size, of another hash."""
+        """What is wrong with this rank's share of the files: missing, of another size, of another hash.
+
+        Ranks take turns from the largest file on, there and back, so that all read about as much.
+        """
         found = []
-        for file in sorted(self.manifest.files)[rank::ranks]:
+        by_size = sorted(self.manifest.files, key=lambda file: (-self.manifest.files[file].size_bytes, file))
+        for number, file in enumerate(by_size):
+            turn, place = divmod(number, ranks)
+            if rank != (ranks - 1 - place if turn % 2 else place):
+                continue
             problem = self._problem(file, hashes)
             if problem:
                 found.append(problem)
@@ -103,10 +119,3 @@ class KindOf:
     def read(self, name: str, where: FlatSlice) -> Tensor:
         """Some elements of a logical tensor, 1-D."""
         return self._checkpoint.read(name, where, self._kind)
-
-
-def _range_reader(file: TensorFile, key: str):
-    def read_range(out: Tensor, start: int) -> None:
-        file.read_into(out, key, start)
-
-    return read_range

@@ -1,6 +1,7 @@
 """What a job starts from: its newest good checkpoint, a given one, initial weights from elsewhere, or nothing."""
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from engine.checkpoint.format.folders import (
     resolve_checkpoint,
     set_aside,
     set_aside_before,
+    step_of,
     strange_pointer,
 )
 from engine.checkpoint.format.lock import RunLock
@@ -24,6 +26,7 @@ from engine.checkpoint.format.manifest import Position, step_record
 from engine.checkpoint.format.matching import Exceptions
 from engine.checkpoint.initial import initialise_from
 from engine.checkpoint.load import resume_training, training_position
+from engine.checkpoint.local.sets import newest_local
 from engine.checkpoint.reader import Checkpoint
 from engine.config.phases import Phase
 from engine.config.read import Config, to_dict
@@ -117,7 +120,9 @@ def choose(config: Config, mesh: Mesh) -> Checkpoint | None:
     """The checkpoint that checkpoint.resume asks for, checked; None for a fresh run. Collective over the mesh."""
     run_dir, wish = Path(config.run_dir), config.checkpoint.resume
     if wish == "auto":
-        return newest_good(run_dir, config, mesh)
+        shared = everyone(all_checkpoints(run_dir)[-1:], mesh.control)[0]
+        local = newest_local(config, mesh, newer_than=step_of(shared[0]) if shared else 0)
+        return local or newest_good(run_dir, config, mesh)
     if wish != "none":
         exceptions = Exceptions(skip=config.checkpoint.skip, reinit=config.checkpoint.reinit)
         checkpoint = Checkpoint(resolve_checkpoint(Path(wish)), exceptions)
@@ -194,9 +199,19 @@ def _try_open(folder: Path, config: Config, mesh: Mesh) -> tuple[Checkpoint | No
 
 
 def _problems(checkpoint: Checkpoint, config: Config, mesh: Mesh) -> list[str]:
-    """Every file checked by one rank."""
-    own = checkpoint.problems(mesh.world.rank, mesh.world.size, hashes=config.checkpoint.verify_hashes)
-    return [problem for part in everyone(own, mesh.world) for problem in part]
+    """Every file checked by one rank, all ranks at the same time; says how fast."""
+    hashes, began = config.checkpoint.verify_hashes, time.perf_counter()
+    own = checkpoint.problems(mesh.world.rank, mesh.world.size, hashes=hashes)
+    problems = [problem for part in everyone(own, mesh.world) for problem in part]
+    if hashes and not problems:
+        seconds, gb = time.perf_counter() - began, checkpoint.manifest.size_bytes() / 1e9
+        files = len(checkpoint.manifest.files)
+        _say(
+            f"checked {files} files of {checkpoint.folder.name}, {gb:.3g} GB in {seconds:.2f} s: "
+            f"{gb / seconds:.2g} GB/s over {min(files, mesh.world.size)} ranks",
+            mesh,
+        )
+    return problems
 
 
 def _set_aside(folder: Path) -> str:

@@ -75,9 +75,9 @@ class CheckpointSaver:
         self._sound: Path | None = None
         """A save under way after which a step was sound already."""
         self._snapshot = Snapshot(optimizer, mesh)
-        self._writing: _BackgroundTask | None = None
-        self._committing: _BackgroundTask | None = None
-        self._completing: _BackgroundTask | None = None
+        self._writing: BackgroundTask | None = None
+        self._committing: BackgroundTask | None = None
+        self._completing: BackgroundTask | None = None
         self._cancelled = threading.Event()
 
     def save(
@@ -98,10 +98,10 @@ class CheckpointSaver:
             return
         rank = self.mesh.world.rank
         self.rejected = ""
-        self._writing = _BackgroundTask(lambda: _write_rank(saving_folder(final), rank, parts))
+        self._writing = BackgroundTask(lambda: write_rank(saving_folder(final), rank, parts))
         if rank == 0:
-            manifest = self._manifest(position, callbacks, metrics, data or {})
-            self._committing = _BackgroundTask(lambda: self._commit(final, manifest))
+            manifest = self.head(position, callbacks, metrics, data or {})
+            self._committing = BackgroundTask(lambda: self._commit(final, manifest))
         self.saved.append(final)
 
     def certify(self) -> None:
@@ -114,7 +114,7 @@ class CheckpointSaver:
             return
         self.certified.append(self.saved[-1])
         if self.mesh.world.rank == 0 and self._completing is None:
-            self._completing = _BackgroundTask(lambda: self._prune(self.certified[-1]))
+            self._completing = BackgroundTask(lambda: self._prune(self.certified[-1]))
 
     def finish(self) -> None:
         """Wait for the last save of a run; nothing comes after it that could certify it. Collective over the mesh."""
@@ -132,9 +132,9 @@ class CheckpointSaver:
         commit = self._committing
         if commit is not None:
             final = self.saved[-1]
-            self._completing = _BackgroundTask(lambda: self._complete(commit, final, metrics))
+            self._completing = BackgroundTask(lambda: self._complete(commit, final, metrics))
 
-    def _complete(self, commit: "_BackgroundTask", final: Path, metrics: dict[str, float]) -> None:
+    def _complete(self, commit: "BackgroundTask", final: Path, metrics: dict[str, float]) -> None:
         commit.join()
         if (final / MANIFEST).is_file():
             write_synced(final / RECORD, json.dumps(metrics).encode())
@@ -206,9 +206,10 @@ class CheckpointSaver:
                 return not everyone(error, self.mesh.control)[0]
             time.sleep(_WAIT_S)
 
-    def _manifest(
+    def head(
         self, position: Position, callbacks: dict[str, Any], metrics: dict[str, float], data: dict[str, Any]
     ) -> Manifest:
+        """The manifest of such a checkpoint, before anything of it is written."""
         mesh = self.mesh
         return Manifest(
             content="training",
@@ -235,7 +236,7 @@ class CheckpointSaver:
             if content["not_finite"]:
                 rejected.append(f"rank {rank} on {content['host']} holds {', '.join(content['not_finite'][:3])}")
             else:
-                _merge(manifest, content)
+                merge_report(manifest, content)
             report.unlink()
         if rejected:
             self.rejected = f"not finite: {'; '.join(rejected[:4])}"
@@ -249,7 +250,7 @@ class CheckpointSaver:
         self._prune(self.certified[-1] if self.certified else None)
 
 
-class _BackgroundTask:
+class BackgroundTask:
     """A thread whose failure waits to be picked up."""
 
     def __init__(self, work):
@@ -289,9 +290,10 @@ def _prepare(folder: Path, total_bytes: int) -> None:
     folder.mkdir()
 
 
-def _write_rank(folder: Path, rank: int, parts: list[SnapshotPart]) -> None:
+def write_rank(folder: Path, rank: int, parts: list[SnapshotPart]) -> dict[str, Any]:
+    """Write what a rank owns, unless it is not finite, and at last the report that says so; returns the report."""
     not_finite = [part.key for part in parts if not bool(torch.isfinite(part.values).all())]
-    report = {"host": socket.gethostname(), "not_finite": not_finite}
+    report: dict[str, Any] = {"host": socket.gethostname(), "not_finite": not_finite}
     if not not_finite:
         report |= _write_parts(folder / f"rank_{rank:05d}.safetensors", parts)
     # Complete as soon as it has its name: rank 0 looks for that.
@@ -299,6 +301,7 @@ def _write_rank(folder: Path, rank: int, parts: list[SnapshotPart]) -> None:
     write_synced(hidden, json.dumps(report).encode())
     hidden.rename(folder / f"rank_{rank:05d}.json")
     sync_folder(folder)
+    return report
 
 
 def _write_parts(file: Path, parts: list[SnapshotPart]) -> dict[str, Any]:
@@ -311,7 +314,8 @@ def _write_parts(file: Path, parts: list[SnapshotPart]) -> dict[str, Any]:
     return {"file": file.name, "record": asdict(record), "tensors": tensors}
 
 
-def _merge(manifest: Manifest, report: dict[str, Any]) -> None:
+def merge_report(manifest: Manifest, report: dict[str, Any]) -> None:
+    """Add a rank's file and tensors. Raises CheckpointError where ranks disagree on a tensor."""
     manifest.files[report["file"]] = FileRecord(**report["record"])
     for key, entry in report["tensors"].items():
         tensor = parse_tensor(entry)

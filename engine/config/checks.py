@@ -233,6 +233,25 @@ def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
         kept >= 0 and (kept == 0 or (every > 0 and kept % every == 0)),
         f"checkpoint.keep_every_steps is {kept}: 0, or a multiple of checkpoint.every_steps {every}",
     )
+    local = checkpoint.local_every_steps
+    require(
+        local == 0 or 0 < local < every,
+        f"checkpoint.local_every_steps is {local}: 0 (never), or fewer than checkpoint.every_steps {every}, whose "
+        "checkpoints outlive the loss of two hosts",
+    )
+    require(
+        local == 0 or checkpoint.resume == "auto",
+        f"checkpoint.local_every_steps {local} is for runs that go on by themselves: checkpoint.resume=auto, not "
+        f"{checkpoint.resume}",
+    )
+    require(
+        checkpoint.local_dir.startswith("/"),
+        f"checkpoint.local_dir is {checkpoint.local_dir!r}: a whole path, the same on every host",
+    )
+    require(
+        local > 0 or checkpoint.local_dir == CheckpointConfig().local_dir,
+        f"checkpoint.local_dir {checkpoint.local_dir} has no effect without checkpoint.local_every_steps",
+    )
     partial = [key for key in ("skip", "reinit") if getattr(checkpoint, key)]
     require(
         not partial or checkpoint.resume not in ("auto", "none"),

@@ -146,6 +146,11 @@ class CheckpointConfig:
     """0: never (also not at the end)."""
     async_save: bool = True
     """Write in the background; training waits for the copy to host memory only (checkpoint_stall_s of the metrics)."""
+    local_every_steps: int = 0
+    """Also save every n steps on the hosts themselves, with a copy on the next one, for a start at the same layout; 0:
+    never."""
+    local_dir: str = "/dev/shm"
+    """Where on each host: memory, or a disk of its own."""
     keep_last: int = 2
     """Older checkpoints are deleted, unless one of the next two keeps them."""
     keep_every_steps: int = 0

@@ -15,6 +15,8 @@ from engine.build import Towers
 from engine.checkpoint.format.folders import all_checkpoints, checkpoints_folder, set_aside, step_of
 from engine.checkpoint.format.manifest import MANIFEST, Position
 from engine.checkpoint.load import publish
+from engine.checkpoint.local.saver import LocalSaver
+from engine.checkpoint.reader import WHOLE, Checkpoint
 from engine.checkpoint.resume import first_good, load_state
 from engine.checkpoint.save import CheckpointSaver
 from engine.config.phases import Phase
@@ -37,6 +39,15 @@ class Recovery:
         """The checkpoint that the run went on from, whole."""
         self.began_sound = False
         """A step since then was sound."""
+        self.local: LocalSaver | None = None
+        """Whose sets are forgotten where their state may be at fault."""
+
+    def go_on_from(self, checkpoint: Checkpoint | None) -> None:
+        """What the run begins with; of one that is on the hosts only, the newest of the run folder, which is sound."""
+        self.began = checkpoint.folder if checkpoint is not None and checkpoint.exceptions == WHOLE else None
+        self.began_sound = checkpoint is not None and checkpoint.is_local
+        if self.began_sound:
+            self.began = next(reversed(all_checkpoints(Path(self.phase.config.run_dir))), None)
 
     def act(self, verdict: Verdict, position: Position, rate: float) -> None:
         """position: after the step; its counts go up here. Raises UnhealthyStep where the run cannot go on."""
@@ -45,6 +56,8 @@ class Recovery:
             if self.saver is not None:
                 self.saver.certify()
             return
+        if verdict.state_at_fault and self.local is not None:
+            self.local.forget()
         where = f"step {position.step - 1}: {verdict.problem} (lr {rate:g})"
         if verdict.action == "skip":
             position.skipped_steps += 1

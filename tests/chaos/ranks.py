@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 PATIENCE_S = 180.0
-GRACE_S = 20.0
+GRACE_S = 60.0
 """From the SIGTERM that follows the first failure to the SIGKILL."""
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -97,7 +97,9 @@ def launch(
 ) -> Start:
     """Start the ranks. prepare(rank, *prepared_with): run in each of them before the job (module level)."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["engine.job", "engine.callbacks.console", "engine.callbacks.suite"])
+    context.set_forkserver_preload(
+        ["engine.job", "engine.callbacks.console", "engine.callbacks.suite", "data.vocabulary"]
+    )
     port = _free_port()
     log.write_bytes(b"")
     ranks: list[BaseProcess] = [

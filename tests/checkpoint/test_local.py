@@ -1,0 +1,126 @@
+"""Checkpoints on the hosts: a host that is lost, damaged bytes, other layouts, folders of others."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.callbacks.checkpoint import CheckpointCallback
+from engine.checkpoint.local import sets
+from engine.checkpoint.local.copies import partner_of
+from engine.checkpoint.local.sets import local_folder
+from engine.config.errors import ConfigError
+from engine.parallel.agree import everyone
+from tests.checkpoint.jobs import build, callback_of, drive, job_config, run_steps, world_mesh
+from tests.distributed import run_distributed
+
+LOCAL = ("checkpoint.every_steps=4", "checkpoint.local_every_steps=1")
+
+
+def test_every_copy_is_on_another_host() -> None:
+    hosts = ["a", "a", "b", "b", "c", "c"]
+    partners = [partner_of(rank, hosts) for rank in range(6)]
+    assert partners == [2, 3, 4, 5, 0, 1]
+    assert all(hosts[rank] != hosts[partner] for rank, partner in enumerate(partners))
+    assert partner_of(1, ["a", "a"]) is None
+    assert [partner_of(rank, ["a", "a", "b"]) for rank in range(3)] == [2, 2, 0]
+
+
+def test_settings_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    for wrong, why in (
+        ("checkpoint.local_every_steps=2", "fewer than checkpoint.every_steps 2"),
+        ("checkpoint.local_dir=/tmp", "no effect without"),
+        ("checkpoint.local_dir=here", "a whole path"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            job_config(tmp_path, wrong)
+    with pytest.raises(ConfigError, match="go on by themselves"):
+        job_config(tmp_path, *LOCAL, "checkpoint.resume=none")
+
+
+def _lose_a_host(folder: str) -> dict[str, list]:
+    """Two ranks on two hosts, as far as the code can tell: each has a folder and a name of its own."""
+    root = Path(folder)
+    rank = int(os.environ["RANK"])
+    sets.host_name = lambda: f"host{rank}"
+    config = job_config(root / "run", *LOCAL, f"checkpoint.local_dir={root / f'disk{rank}'}")
+    (root / f"disk{rank}").mkdir()
+    mesh, own = world_mesh(config), local_folder(config)
+    trainer = build(config, mesh)
+    callback = callback_of(trainer)
+    drive(trainer, callback, 3)
+    callback.local.wait()
+    kept = sorted(str(path.relative_to(own)) for path in own.rglob("*") if path.is_file())
+    wanted = run_steps(trainer, 3)
+    trainer._release_run()
+
+    def again() -> tuple[int, list[float]]:
+        everyone(None, mesh.control)
+        second = build(config, mesh)
+        step, losses = second.position.step, run_steps(second, 6 - second.position.step)
+        second._release_run()
+        return step, losses
+
+    if rank == 1:
+        shutil.rmtree(own)  # a new host has nothing
+    lost = again()
+    if rank == 0:
+        file = next(own.glob("step_00000003*/rank_00000.safetensors"))
+        with file.open("r+b") as stream:
+            stream.seek(-1, os.SEEK_END)
+            stream.write(b"\xff")
+    damaged = again()
+    return {
+        "kept": kept, "wanted": wanted, "lost": [lost[0], lost[1]], "damaged": [damaged[0], len(damaged[1])],
+    }  # fmt: skip
+
+
+@pytest.mark.dist
+def test_a_run_goes_on_when_one_of_two_hosts_is_lost(tmp_path: Path) -> None:
+    ranks = run_distributed(_lose_a_host, 2, folder=str(tmp_path))
+    both = [f"rank_{rank:05d}.{end}" for rank in (0, 1) for end in ("json", "safetensors")]
+    for found in ranks:
+        sets = {name.split("/")[0] for name in found["kept"]}
+        assert sets == {"step_00000003.t1p1d2"}, "older sets go"
+        assert [name.split("/", 1)[1] for name in found["kept"]] == ["head/manifest.json", *both]
+        assert found["lost"] == [3, found["wanted"]]
+        assert found["damaged"] == [0, 6]  # the run folder holds none yet
+
+
+def _one_rank(folder: str) -> dict[str, object]:
+    config = job_config(Path(folder) / "run", *LOCAL, f"checkpoint.local_dir={folder}")
+    mesh = world_mesh(config)
+    trainer = build(config, mesh)
+    callback = callback_of(trainer)
+    drive(trainer, callback, 2)
+    callback.local.wait()
+    own = local_folder(config)
+    held = sets.held_sets(own, mesh)
+    with torch.no_grad():
+        trainer.optimizer.towers[0].master[0][0] = float("nan")
+    trainer.position.step = 3
+    callback.secure({"step": 2, "loss": 1.0})
+    trainer._release_run()
+    callback.local.wait()
+    second = build(config, mesh)
+    step, began = second.position.step, str(second.recovery.began)
+    second.recovery.local = CheckpointCallback(second).local
+    second.recovery.local.forget()
+    second._release_run()
+    top = own.parent
+    top.chmod(0o777)
+    return {
+        "held": json.dumps(held), "step": step, "began": began, "left": [path.name for path in own.iterdir()],
+        "refused": sets.make_own(own), "mode": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.dist
+def test_what_is_not_finite_is_no_set_and_a_folder_of_others_is_refused(tmp_path: Path) -> None:
+    (found,) = run_distributed(_one_rank, 1, folder=str(tmp_path))
+    assert json.loads(found["held"]) == {"2": ["rank_00000", "head"]}
+    assert (found["step"], found["began"], found["left"]) == (2, "None", [])
+    assert "is not a folder that only this user can write" in found["refused"]
