@@ -1,7 +1,8 @@
 """Real jobs under torchrun, disturbed: what they say, what they leave, and that they go on to the bit.
 
 Every case disturbs a job of two stages after its sixth step. `EVA_WRITE_TABLES=1 pytest tests/chaos -m ""` writes the
-table of docs/reliability.md.
+table of docs/reliability.md. Slow, all of them: torchrun and its imports take ten seconds a start. What torchrun has no
+part in is in test_matrix.py.
 """
 
 import json
@@ -134,7 +135,6 @@ CASES = [
         overrides=("parallel.hang_minutes=0.1",),
     ),
 ]
-QUICK = {"SIGTERM to torchrun"}
 
 
 @pytest.fixture(scope="module")
@@ -161,13 +161,8 @@ def table() -> Iterator[list[str]]:
         PAGE.write_text("".join([before, BEGIN, *lines, END, after]), encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=case.name, marks=[] if case.name in QUICK else [pytest.mark.slow])
-        for case in CASES
-    ],
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_disturbed_job_says_so_in_one_line_and_goes_on_to_the_bit(
     case: Case, shards: list[str], undisturbed: list[tuple[Any, ...]], table: list[str], tmp_path: Path
 ) -> None:
