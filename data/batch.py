@@ -36,6 +36,8 @@ class SampleBatch:
     """Sample keys within their tars."""
     bad: list[BadSample]
     """What was replaced on the way to these n."""
+    picture_ids: torch.Tensor | None = None
+    """int64 [n]: hashes of the encoded pictures, where they are asked for."""
     caption_fallbacks: int = 0
     """Samples of these n whose chosen text could not be used, so that another stands in for it."""
 
@@ -76,6 +78,8 @@ class EncodedSample:
     """Within its tar."""
     place: tuple[int, int]
     """(shard, sample) it came from."""
+    picture_id: int = 0
+    """Hash (63 bits) of the encoded pictures, where it is asked for."""
     passed_over: int
     """Bad samples between the position's own sample and this one."""
 

@@ -11,6 +11,7 @@ pixels. Reader processes run both, or only the first where the decoder works on 
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -41,11 +42,10 @@ class SampleReader:
 
     train: the shuffled, mixed order of `seed` with random resized crops; otherwise the listed order, seen
     through `evaluation` ("squash" or "crop"). captions: false neither reads nor judges them, and samples need
-    none; tokens are zeros. global_batch_size: needed for data.mix=one_per_batch.
-    first_position: where in the run the order begins (crops still follow the position in the run). device: where
-    DALI decodes. listing: of the config's shards; without it, building the reader asks for every shard and reads (or
-    builds) its index. Raises DataError for unusable
-    shards or settings.
+    none; tokens are zeros. picture_ids: whether batches hold a hash of each sample's encoded pictures.
+    global_batch_size: needed for data.mix=one_per_batch. first_position: where in the run the order begins (crops still
+    follow the position in the run). device: where DALI decodes. listing: of the config's shards; without it, building
+    the reader asks for every shard and reads (or builds) its index. Raises DataError for unusable shards or settings.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class SampleReader:
         train: bool,
         evaluation: str = "squash",
         captions: bool = True,
+        picture_ids: bool = False,
         global_batch_size: int = 1,
         first_position: int = 0,
         device: torch.device = _CPU,
@@ -88,6 +89,7 @@ class SampleReader:
             check_available()
         self._tokenizer = Tokenizer(context_length)
         self._captions = captions
+        self._picture_ids = picture_ids
         self._choice = CaptionChoice(config.captions, config.sentences, seed=seed, train=train)
         self.reads = 0
         """Samples read by this reader, the bad ones included."""
@@ -145,6 +147,7 @@ class SampleReader:
             captions=[sample.caption for sample in samples],
             keys=[sample.key for sample in samples],
             bad=bad,
+            picture_ids=torch.tensor([sample.picture_id for sample in samples]) if self._picture_ids else None,
             caption_fallbacks=sum(sample.fell_back for sample in samples),
         )
 
@@ -257,6 +260,7 @@ class SampleReader:
             fell_back=caption[2],
             key=self.sources.index(shard).key(sample),
             place=place,
+            picture_id=_hash(pictures) if self._picture_ids else 0,
             passed_over=passed_over,
         )
 
@@ -325,6 +329,13 @@ class SampleReader:
             reason=reason,
             position=position,
         )
+
+
+def _hash(pictures: list[bytes]) -> int:
+    digest = blake2b(digest_size=8)
+    for picture in pictures:
+        digest.update(picture)
+    return int.from_bytes(digest.digest(), "big") >> 1  # a positive int64
 
 
 def _missing(member: str, index: ShardIndex, sample: int) -> Rejected:

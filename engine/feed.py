@@ -59,6 +59,8 @@ class LocalBatch:
     """int64 [own rows, context] on the host: this rank's captions; none of them with objective=mim."""
     bad: Sequence[BadSample] = ()
     """Samples that this rank read and replaced."""
+    picture_ids: Tensor | None = None
+    """int64 [own rows] on the host: hashes of the pictures of this rank's captions, for train.mask_false_negatives."""
     source_counts: Mapping[str, int] = field(default_factory=dict)
     """Samples of each named source in the run up to this step's end, on the first stage."""
 
@@ -141,6 +143,7 @@ class Feed:
         self._first_position = first_position
         self.loader: PrefetchLoader[SampleBatch | EncodedBatch] | None = None
         self._read: list[SampleBatch] = []
+        self._picture_ids = config.train.mask_false_negatives in ("images", "both")
         self.units = self._units(config.micro_batch_samples)
         if mesh.is_first_stage:
             self.reader = SampleReader(
@@ -150,6 +153,7 @@ class Feed:
                 seed=config.train.seed,
                 train=True,
                 captions=self.captions,
+                picture_ids=self._picture_ids,
                 global_batch_size=self.global_batch,
                 first_position=first_position,
                 device=device,
@@ -206,25 +210,36 @@ class Feed:
     def share(self) -> LocalBatch:
         """The step's batch from what the ranks have read. Collective over the replica."""
         positions = self._positions(self.next_position)
-        tokens = self._own_captions([unit.tokens.int() for unit in self._read])
+        tokens, picture_ids = self._own_captions([self._columns(unit) for unit in self._read])
         images = self._pixels([unit.images for unit in self._read]) if self.loader is not None else None
         self.next_position += self.global_batch
-        return LocalBatch(positions, images, tokens, self.bad, self._source_counts())
+        return LocalBatch(positions, images, tokens, self.bad, picture_ids, self._source_counts())
 
-    def _own_captions(self, read: list[Tensor]) -> Tensor:
-        """int64 [own rows, context] from what the first stage has read; none without captions. Collective."""
+    def _columns(self, unit: SampleBatch) -> Tensor:
+        """int32 [n, context], with two further columns for the hash of each picture where it is asked for."""
+        if unit.picture_ids is None:
+            return unit.tokens.int()
+        return torch.cat([unit.tokens.int(), unit.picture_ids.view(torch.int32).view(-1, 2)], dim=1)
+
+    def _own_captions(self, read: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """int64 [own rows, context] and [own rows] from what the first stage has read; none without captions.
+        Collective.
+        """
         if not self.captions:
-            return torch.empty(0, self.context, dtype=torch.int64)
+            return torch.empty(0, self.context, dtype=torch.int64), None
         alone = bool(read) and self.mesh.tensor.size == 1
-        tokens = torch.cat(read) if alone else None
-        if tokens is None or self.mesh.pipeline.size > 1:
+        columns = torch.cat(read) if alone else None
+        if columns is None or self.mesh.pipeline.size > 1:
             shared = self._share_captions(read)
-            tokens = shared.cpu() if tokens is None else tokens  # the only wait: nothing else is under way yet
-        return tokens[own_rows(self.local_batch, self.mesh)].long()
+            columns = shared.cpu() if columns is None else columns  # the only wait: nothing else is under way yet
+        own = columns[own_rows(self.local_batch, self.mesh)]
+        pictures = own[:, self.context :].contiguous().view(torch.int64)[:, 0] if self._picture_ids else None
+        return own[:, : self.context].long(), pictures
 
     def _share_captions(self, read: list[Tensor]) -> Tensor:
-        """int32 [b, context] on the device: from the first stage's tensor ranks to all ranks of the replica."""
-        tokens = torch.empty(self.local_batch, self.context, dtype=torch.int32, device=self.device)
+        """int32 [b, columns] on the device: from the first stage's tensor ranks to all ranks of the replica."""
+        columns = self.context + 2 * self._picture_ids
+        tokens = torch.empty(self.local_batch, columns, dtype=torch.int32, device=self.device)
         if read:
             tokens = self._gather(read)
         if self.mesh.pipeline.size > 1:

@@ -4,6 +4,7 @@ Beside them: what an objective needs (engine/objectives), what goes on around th
 (layout.py). What they accept works together.
 """
 
+from itertools import pairwise
 from typing import Any
 
 from data.errors import DataError
@@ -40,6 +41,7 @@ def check(config: Config) -> None:
     _check_kernels(config)
     _check_offload(config)
     _check_outputs(config)
+    _check_matryoshka(config.train.matryoshka, config.model.embed_dim)
     _check_optim(config.optim)
     _check_checkpoint(config.checkpoint)
     _check_init(config.init)
@@ -147,6 +149,10 @@ def _check_train(train: TrainConfig) -> None:
     )
     require(train.loss_tile is None or train.loss_tile >= 1, f"train.loss_tile is {train.loss_tile}: at least 1")
     require(train.loss in ("softmax", "sigmoid"), f"train.loss is {train.loss!r}: choose softmax or sigmoid")
+    require(
+        train.mask_false_negatives in ("none", "captions", "images", "both"),
+        f"train.mask_false_negatives is {train.mask_false_negatives!r}: none, captions, images or both",
+    )
     require(train.loss_variant in ("gather", "ring"), f"train.loss_variant is {train.loss_variant!r}: gather or ring")
     require(
         train.recompute in ("none", "selective", "full"),
@@ -222,6 +228,14 @@ def _check_outputs(config: Config) -> None:
         train.recompute == "full" or train.keep_activations != -1,
         f"{asked} has nothing to keep with train.keep_activations=-1 and train.recompute={train.recompute}: no product "
         "is repeated",
+    )
+
+
+def _check_matryoshka(widths: list[int], embed_dim: int) -> None:
+    rises = all(earlier < later for earlier, later in pairwise([0, *widths]))
+    require(
+        not widths or (rises and widths[-1] == embed_dim),
+        f"train.matryoshka is {widths}: give rising widths, the last the model's embed_dim {embed_dim}",
     )
 
 

@@ -88,6 +88,14 @@ class TrainConfig:
     """Fixed scale 1 / temperature (paper, section 3: temperature 0.01); null learns it from 1 / 0.07, at most 100."""
     loss: str = "softmax"
     """softmax (the paper's) | sigmoid (SigLIP, with a learned bias)."""
+    mask_false_negatives: str = "none"
+    """none | captions | images | both: pairs of the global batch with the same caption (as far as the context reaches),
+    or the same picture file, are no negatives of each other.
+    """
+    matryoshka: list[int] = field(default_factory=list)
+    """Widths of nested embeddings, such as [256, 768, 1024], the last embed_dim: the mean of the losses of the first so
+    many numbers, each L2-normalised anew; empty trains the whole embedding alone.
+    """
     loss_variant: str = "gather"
     """gather (every rank gathers the embeddings) | ring (blocks travel round, O(B D / ranks) memory)."""
     loss_tile: int | None = None

@@ -40,7 +40,7 @@ def _config(folder: str, tensor: int = 1, pipeline: int = 1, **data: Any) -> Con
         "model": {"embed_dim": 8, "vision": vision, "text": text},
         "data": {"sources": sources, "shuffle_group_shards": 2, "max_bad_fraction": 0.5} | data,
         "parallel": {"tensor": tensor, "pipeline": pipeline, "sequence": False},
-        "train": {"global_batch_size": BATCH, "micro_batch_size": 2, "seed": 3},
+        "train": {"global_batch_size": BATCH, "micro_batch_size": 2, "seed": 3, "mask_false_negatives": "both"},
     }
     return resolve(tree, [])
 
@@ -60,7 +60,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def _expected(shards: str) -> Any:
     config = _config(shards)
-    reader = SampleReader(config.data, image_size=SIDE, context_length=CONTEXT, seed=3, train=True)
+    reader = SampleReader(config.data, image_size=SIDE, context_length=CONTEXT, seed=3, train=True, picture_ids=True)
     return reader.read(np.arange(BATCH * STEPS))
 
 
@@ -98,6 +98,7 @@ def _feed_steps(folder: str, run_dir: Path, mesh: Mesh, *, first: int) -> dict[s
                 "positions": torch.from_numpy(batch.positions),
                 "images": batch.images,
                 "tokens": batch.tokens,
+                "pictures": batch.picture_ids,
                 "sources": dict(batch.source_counts),
             }
         )
@@ -113,7 +114,8 @@ def test_every_layout_feeds_the_same_batches_and_lists_bad_samples_once(shards: 
     for number in range(1, len(LAYOUTS)):
         runs = [run for rank in ranks for run in rank[2 * (number - 1) : 2 * number]]
         _check_images(runs, expected.images)
-        _check_tokens(runs, expected.tokens)
+        _check_own_rows(runs, "tokens", expected.tokens)
+        _check_own_rows(runs, "pictures", expected.picture_ids)
         listed = [json.loads(line) for line in (tmp_path / f"{number}" / QUARANTINE_FILE).read_text().splitlines()]
         wanted = sorted((bad.shard, bad.key, bad.reason, bad.position) for bad in expected.bad)
         assert sorted((e["shard"], e["key"], e["reason"], e["position"]) for e in listed) == wanted and wanted
@@ -136,11 +138,11 @@ def _check_images(runs: list[dict[str, Any]], expected: torch.Tensor) -> None:
     assert sorted(seen) == list(range(BATCH * STEPS))
 
 
-def _check_tokens(runs: list[dict[str, Any]], expected: torch.Tensor) -> None:
-    """The captions of a step, in the order of data, stage and tensor rank, are those of the global batch."""
+def _check_own_rows(runs: list[dict[str, Any]], what: str, expected: torch.Tensor) -> None:
+    """The ranks' own rows of a step, in the order of data, stage and tensor rank, are those of the global batch."""
     for number in range(STEPS):
-        parts = [(run["place"], step["tokens"]) for run in runs for step in run["steps"] if step["step"] == number]
-        rows = torch.cat([tokens for _, tokens in sorted(parts, key=lambda part: part[0])])
+        parts = [(run["place"], step[what]) for run in runs for step in run["steps"] if step["step"] == number]
+        rows = torch.cat([own for _, own in sorted(parts, key=lambda part: part[0])])
         assert rows.equal(expected[number * BATCH : (number + 1) * BATCH])
 
 

@@ -1,6 +1,7 @@
 """What the tests of the losses compare with: the full B × B matrix in float64 under autograd, and input."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,20 +29,47 @@ def pairs(rows: int, width: int = 24, *, noise: float = 0.3, seed: int = 0) -> t
     return F.normalize(image, dim=1), F.normalize(F.normalize(image, dim=1) + noise * other, dim=1)
 
 
-def contrastive_reference(image: Tensor, text: Tensor, scale: float) -> Reference:
-    """Mean of the cross-entropies of rows and columns."""
+def equal_in_some_column(ids: Tensor) -> Tensor:
+    """bool [B, B]: which two other rows of ids [B, k] share an entry."""
+    equal = (ids[:, None] == ids[None]).any(2)
+    return equal & ~torch.eye(len(ids), dtype=torch.bool)
+
+
+def contrastive_reference(image: Tensor, text: Tensor, scale: float, copies: Tensor | None = None) -> Reference:
+    """Mean of the cross-entropies of rows and columns; pairs with equal `copies` are no negatives of each other."""
     image, text, sigma = _leaves(image, text, scale)
     logits = sigma * image @ text.t()
+    if copies is not None:
+        logits = logits.masked_fill(equal_in_some_column(copies), float("-inf"))
     labels = torch.arange(len(logits))
     loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2
     return _reference(loss, logits, image, text, sigma)
 
 
-def sigmoid_reference(image: Tensor, text: Tensor, scale: float, bias: float) -> Reference:
-    """Sum of -log sigmoid(z · logit) over all pairs, over the number of rows."""
+def nested_reference(
+    reference: Callable[..., Reference], image: Tensor, text: Tensor, *arguments: float, widths: Sequence[int]
+) -> Reference:
+    """The mean over the widths, by the chain rule through the normalisation, under autograd."""
+    image, text = (rows.detach().double().requires_grad_() for rows in (image, text))
+    parts = []
+    for width in widths:
+        units = [F.normalize(rows[:, :width], dim=1) for rows in (image, text)]
+        part = reference(*units, *arguments)
+        pulled = torch.autograd.grad(units, [image, text], [part.grad_image, part.grad_text])
+        parts.append(replace(part, grad_image=pulled[0], grad_text=pulled[1]))
+    names = [name for name, value in vars(parts[0]).items() if value is not None and not name.endswith("top1")]
+    return replace(parts[-1], **{name: torch.stack([getattr(part, name) for part in parts]).mean(0) for name in names})
+
+
+def sigmoid_reference(
+    image: Tensor, text: Tensor, scale: float, bias: float, copies: Tensor | None = None
+) -> Reference:
+    """Sum of -log sigmoid(z · logit) over all pairs, over the number of rows; without those of equal `copies`."""
     image, text, sigma = _leaves(image, text, scale)
     beta = torch.tensor(bias, dtype=torch.float64, requires_grad=True)
     logits = sigma * image @ text.t() + beta
+    if copies is not None:
+        logits = logits.masked_fill(equal_in_some_column(copies), float("-inf"))
     signs = 2 * torch.eye(len(logits), dtype=torch.float64) - 1
     loss = -F.logsigmoid(signs * logits).sum() / len(logits)
     return _reference(loss, logits, image, text, sigma, beta)

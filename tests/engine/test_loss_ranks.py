@@ -1,6 +1,7 @@
 """The losses over several ranks equal one process with the whole batch, whatever the split and variant."""
 
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import Tensor
 
 from engine.objectives.contrastive.exchange import RowExchange, Variant
+from engine.objectives.contrastive.matryoshka import nested_loss
 from engine.objectives.contrastive.sigmoid import sigmoid_loss
 from engine.objectives.contrastive.softmax import contrastive_loss
 from tests.distributed import run_distributed
-from tests.engine.loss_reference import contrastive_reference, pairs, sigmoid_reference, worst_error
+from tests.engine.loss_reference import (
+    contrastive_reference,
+    nested_reference,
+    pairs,
+    sigmoid_reference,
+    worst_error,
+)
 
 pytestmark = pytest.mark.dist
 
@@ -44,6 +53,26 @@ def _compare_splits(splits: list[list[int]]) -> dict[str, float]:
             errors[f"contrastive {case} keep {keep_bytes}"] = worst_error(result, reference, own)
         sigmoid = sigmoid_loss(image[own], text[own], 10.0, -5.0, **common, row_counts=counts)
         errors[f"sigmoid {case}"] = worst_error(sigmoid, sigmoid_reference(image, text, 10.0, -5.0), own)
+        if tile == 3:
+            errors |= _compare_copies(image, text, own, case, common)
+    return errors
+
+
+def _compare_copies(image: Tensor, text: Tensor, own: slice, case: str, common: dict[str, Any]) -> dict[str, float]:
+    """The same where some pairs are no negatives of each other, for nested widths."""
+    rows = torch.arange(len(image))
+    ids = torch.stack([rows % 4, rows // 2], dim=1)  # copies within a rank and across ranks
+    errors = {}
+    for keep_bytes in (0, 2**20):
+        softmax = partial(contrastive_loss, logit_scale=12.0, **common, copies=ids[own], keep_bytes=keep_bytes)
+        expected = nested_reference(partial(contrastive_reference, copies=ids), image, text, 12.0, widths=[5, 24])
+        result = nested_loss(softmax, image[own], text[own], [5, 24])
+        errors[f"contrastive with copies {case} keep {keep_bytes}"] = worst_error(result, expected, own)
+    sigmoid = partial(sigmoid_loss, logit_scale=10.0, logit_bias=-5.0, **common, copies=ids[own])
+    expected = nested_reference(partial(sigmoid_reference, copies=ids), image, text, 10.0, -5.0, widths=[5, 24])
+    errors[f"sigmoid with copies {case}"] = worst_error(
+        nested_loss(sigmoid, image[own], text[own], [5, 24]), expected, own
+    )
     return errors
 
 

@@ -47,7 +47,13 @@ MODELS: dict[str, tuple[str, ...]] = {
     "18b": ("model.preset=tiny-18b", "train.logit_scale=20"),
     "18b-deep": ("model.preset=tiny-18b", "train.logit_scale=20", "model.vision.depth=8"),
     "18b-learned-scale": ("model.preset=tiny-18b", "train.logit_scale=null"),
-    "18b-sigmoid": ("model.preset=tiny-18b", "train.logit_scale=null", "train.loss=sigmoid"),
+    "18b-sigmoid": (
+        "model.preset=tiny-18b",
+        "train.logit_scale=null",
+        "train.loss=sigmoid",
+        "train.matryoshka=[8,20,32]",
+        "train.mask_false_negatives=captions",
+    ),
     "eva-02": ("model.preset=tiny-b16", "train.logit_scale=20", "model.vision.width=64"),
 }
 """What changes the mathematics: case and reference share it."""

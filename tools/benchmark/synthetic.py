@@ -26,13 +26,15 @@ class SyntheticFeed:
         samples = range(self.first, self.first + rows)
         self.images = _images(config, samples).to(device) if mesh.is_first_stage else None
         self.tokens = _captions(config, samples[own_rows(rows, mesh)]).to(device)
+        own = samples[own_rows(rows, mesh)]
+        self.picture_ids = torch.arange(own.start, own.stop, device=device)
         self.positions = np.arange(samples.start, samples.stop, dtype=np.int64)
 
     def __iter__(self) -> Iterator[LocalBatch]:
         return self
 
     def __next__(self) -> LocalBatch:
-        batch = LocalBatch(self.positions, self.images, self.tokens)
+        batch = LocalBatch(self.positions, self.images, self.tokens, picture_ids=self.picture_ids)
         self.positions = self.positions + self.global_batch
         return batch
 

@@ -40,6 +40,7 @@ def placeholder_batch(config: Config, mesh: Mesh) -> LocalBatch:
         positions=np.arange(mesh.data.rank * rows, (mesh.data.rank + 1) * rows),
         images=torch.zeros(rows, *clip, 3, side, side, dtype=torch.uint8) if mesh.is_first_stage else None,
         tokens=torch.zeros(captions, context, dtype=torch.int64),
+        picture_ids=torch.zeros(captions, dtype=torch.int64),
     )
 
 

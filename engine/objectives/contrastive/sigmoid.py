@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.objectives.contrastive.copies import Copies, shifted
 from engine.objectives.contrastive.exchange import Block, RowExchange, Variant, check_variant
 from engine.objectives.contrastive.tiles import (
     Tiling,
@@ -60,6 +61,7 @@ def sigmoid_loss(
     variant: Variant = "gather",
     *,
     row_counts: Sequence[int] | None = None,
+    copies: Tensor | None = None,
 ) -> SigmoidLoss:
     """Exact sigmoid loss of the global batch and its gradients; no autograd graph is read or made.
 
@@ -78,6 +80,7 @@ def sigmoid_loss(
         scale=torch.as_tensor(logit_scale, dtype=dtype, device=image.device),
         bias=torch.as_tensor(logit_bias, dtype=dtype, device=image.device),
         tiling=Tiling.create(image, tile, own_rows=image.shape[0], largest_block=exchange.largest_block(variant)),
+        copies=Copies.gather(exchange, copies),
     )
     sums = _Sums.empty(pairs)
     pairs.image_strip(exchange.blocks(text, variant), sums)
@@ -151,6 +154,7 @@ class _SigmoidStrips:
     scale: Tensor
     bias: Tensor
     tiling: Tiling
+    copies: Copies | None
 
     def image_strip(self, text_blocks: Iterable[Block], sums: _Sums) -> None:
         """Loss, maxima and all that the own images and the own block give."""
@@ -160,6 +164,7 @@ class _SigmoidStrips:
                 tile = self.tiling.logits_of(self.image[i], texts[j], self.scale).add_(self.bias)
                 if block.is_own:
                     mask_pairs(tile, i, j, sums.own)
+                self._leave_out(tile, shifted(self.exchange.own_rows, i), shifted(block.rows, j))
                 sums.add_logits(tile, i, block_columns[j], self.tiling.work_like(tile))
                 weights = tile.sigmoid_()
                 if block.is_own:
@@ -177,4 +182,9 @@ class _SigmoidStrips:
             images = block.embeddings
             for i, j in self.tiling.cut(images.shape[0], self.text.shape[0]):
                 tile = self.tiling.logits_of(images[i], self.text[j], self.scale).add_(self.bias)
+                self._leave_out(tile, shifted(block.rows, i), shifted(self.exchange.own_rows, j))
                 accumulate(sums.grad_text[j], tile.sigmoid_().t(), images[i])
+
+    def _leave_out(self, tile: Tensor, images: slice, texts: slice) -> None:
+        if self.copies is not None:
+            self.copies.leave_out(tile, images, texts)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.objectives.contrastive.copies import Copies, shifted
 from engine.objectives.contrastive.exchange import Block, RowExchange, Variant, check_variant
 from engine.objectives.contrastive.tiles import (
     KEEP_BYTES,
@@ -66,6 +67,7 @@ def contrastive_loss(
     variant: Variant = "gather",
     *,
     row_counts: Sequence[int] | None = None,
+    copies: Tensor | None = None,
     keep_bytes: int = KEEP_BYTES,
 ) -> ContrastiveLoss:
     """Exact contrastive loss of the global batch and its gradients; no autograd graph is read or made.
@@ -76,6 +78,8 @@ def contrastive_loss(
     group. tile: largest side of a logit tile, in rows; None picks one for the device. variant: "gather" holds
     the embeddings of one tower at a time, "ring" two blocks of them, whose transfer overlaps the compute.
     row_counts: rows of every rank, where known; otherwise one small collective asks, and a GPU waits for it.
+    copies: int64 [rows, k], identifiers of this rank's pairs (`engine.objectives.contrastive.copies`): two pairs that
+    share one are no negatives of each other, and their logits take no part in sums and accuracies.
     keep_bytes: up to this size, the logits of rows × B are kept for the second pass; beyond, computed again.
     Raises ValueError for shapes, dtypes, counts or options that do not fit.
     """
@@ -88,6 +92,7 @@ def contrastive_loss(
         text=text,
         scale=torch.as_tensor(logit_scale, dtype=dtype, device=image.device),
         tiling=Tiling.create(image, tile, own_rows=image.shape[0], largest_block=exchange.largest_block(variant)),
+        copies=Copies.gather(exchange, copies),
         kept=KeptTiles(active=image.shape[0] * exchange.total * dtype.itemsize <= keep_bytes),
     )
     text_blocks = exchange.blocks(text, variant)
@@ -181,6 +186,7 @@ class _Strips:
     text: Tensor
     scale: Tensor
     tiling: Tiling
+    copies: Copies | None
     kept: KeptTiles
 
     def sums(self, text_blocks: Iterable[Block]) -> tuple[_OtherSums, _OtherSums, Tensor]:
@@ -194,6 +200,7 @@ class _Strips:
                 tile = self.tiling.logits_of(self.image[i], texts[j], self.scale, out=keep)
                 if block.is_own:
                     mask_pairs(tile, i, j, own)
+                self._leave_out(tile, shifted(self.exchange.own_rows, i), shifted(block.rows, j))
                 work = self.tiling.work_like(tile)
                 rows.part(i).add(tile, 1, work)
                 block_columns.part(j).add(tile, 0, work)
@@ -216,6 +223,7 @@ class _Strips:
                 tile = self.kept.take((i.start, block.rows.start + j.start))
                 if tile is None:
                     tile = self.tiling.logits_of(self.image[i], texts[j], self.scale)
+                    self._leave_out(tile, shifted(self.exchange.own_rows, i), shifted(block.rows, j))
                 weights = self._softmaxes(tile, own_r[i], c[j])
                 if block.is_own:
                     write_pairs(weights, i, j, pair_weights)
@@ -232,7 +240,12 @@ class _Strips:
             r, images = normalisers[block.rows, 0], block.embeddings
             for i, j in self.tiling.cut(images.shape[0], len(own_c)):
                 tile = self.tiling.logits_of(images[i], self.text[j], self.scale)
+                self._leave_out(tile, shifted(block.rows, i), shifted(self.exchange.own_rows, j))
                 accumulate(grad_text[j], self._softmaxes(tile, r[i], own_c[j]).t(), images[i])
+
+    def _leave_out(self, tile: Tensor, images: slice, texts: slice) -> None:
+        if self.copies is not None:
+            self.copies.leave_out(tile, images, texts)
 
     def _softmaxes(self, tile: Tensor, r: Tensor, c: Tensor) -> Tensor:
         """exp(s − r) + exp(s − c), written over the logits."""

@@ -1,5 +1,6 @@
 """One optimizer step on one global batch: towers, program, loss, gradient reduction and update put together."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from engine.build import DTYPES, Towers
 from engine.config.read import Config
 from engine.feed import LocalBatch
 from engine.objectives.contrastive.activations import Activations, message_shape
+from engine.objectives.contrastive.copies import caption_ids
+from engine.objectives.contrastive.matryoshka import nested_loss
 from engine.objectives.contrastive.passes import Captions, ContrastivePasses, Loss, LossResult
 from engine.objectives.contrastive.program import contrastive_program
 from engine.objectives.contrastive.sigmoid import sigmoid_loss
@@ -141,17 +144,32 @@ class ContrastiveStep:
             "tile": train.loss_tile,
             "variant": train.loss_variant,
             "row_counts": self.row_counts,
+            "copies": self._copies(),
         }
         result: LossResult
         if side.logit_bias is not None:
             bias = side.logit_bias()
-            result = sigmoid_loss(image_rows, text_rows, scale.detach(), bias.detach(), **where)
-            self._backward_scalar(bias, result.grad_bias)
+            sigmoid = partial(sigmoid_loss, logit_scale=scale.detach(), logit_bias=bias.detach(), **where)
+            result = of_sigmoid = nested_loss(sigmoid, image_rows, text_rows, train.matryoshka)
+            self._backward_scalar(bias, of_sigmoid.grad_bias)
         else:
-            result = contrastive_loss(image_rows, text_rows, scale.detach(), **where)
+            softmax = partial(contrastive_loss, logit_scale=scale.detach(), **where)
+            result = nested_loss(softmax, image_rows, text_rows, train.matryoshka)
         if scale.requires_grad:
             self._backward_scalar(scale, result.grad_logit_scale)
         return result
+
+    def _copies(self) -> Tensor | None:
+        """Identifiers of this rank's pairs by which the loss tells false negatives."""
+        kinds, batch = self.config.train.mask_false_negatives, self.text.batch
+        if kinds == "none":
+            return None
+        assert batch is not None
+        ids = [caption_ids(batch.tokens)] if kinds in ("captions", "both") else []
+        if kinds in ("images", "both"):
+            assert batch.picture_ids is not None
+            ids.append(batch.picture_ids)
+        return torch.stack([column.to(self.device) for column in ids], dim=1)
 
     def _backward_scalar(self, value: Tensor, gradient: Tensor) -> None:
         """Every rank knows the whole gradient and the text side sums over ranks: one rank adds it."""
