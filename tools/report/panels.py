@@ -124,7 +124,7 @@ def _losses(runs: Sequence[Run]) -> list[Panel]:
 def _loss_of(objective: str) -> Line:
     def values(run: Run) -> np.ndarray:
         losses = run.column("loss")
-        return losses if run.objective == objective else np.full_like(losses, np.nan)
+        return {run.objective: losses}.get(objective, np.full_like(losses, np.nan))
 
     return Line(label="", values=values)
 
