@@ -18,8 +18,8 @@ from tools.benchmark.__main__ import main
 from tools.benchmark.measure import measure
 from tools.benchmark.options import TRACED_STEPS, Options, benchmark_config
 from tools.benchmark.result import Result, Spread, load_result, summary
-from tools.benchmark.work import executed_flops, model_flops, tokens_per_sample
 from tools.cost.counts import text_executed_flops, vision_executed_flops, vision_forward_flops
+from tools.cost.work import executed_flops, model_flops, tokens_per_sample
 from tools.timeline.spans import read_step
 
 CONFIG = {

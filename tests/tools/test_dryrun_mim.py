@@ -10,8 +10,8 @@ from engine.config.read import Config, load_config
 from engine.objectives.mim.objective import block_masks
 from models.tensors.flops import block_flops, head_flops
 from tests.engine.mim_jobs import Layout, mim_config
-from tools.benchmark.work import model_flops
 from tools.cost.counts import vision_parameters
+from tools.cost.work import model_flops
 from tools.dryrun import __main__ as dryrun
 from tools.dryrun.rank import RankReport, dry_run
 from tools.dryrun.report import flops_by_part
@@ -26,7 +26,7 @@ def replica(config: Config, layout: Layout) -> list[RankReport]:
 
 
 def more_than_the_formulas(config: Config, rows: int, masked: int) -> int:
-    """FLOPs of `rows` images with `masked` masked patches that run and that tools/benchmark/work.py does not count.
+    """FLOPs of `rows` images with `masked` masked patches that run and that tools/cost/work.py does not count.
 
     Masked patches and the class token are rows of zeros of the patch projection, which has one product in the backward,
     not two: pixels need no gradient. Masks end short. Each tensor rank predicts. The teacher projects every patch.

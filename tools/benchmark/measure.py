@@ -21,7 +21,7 @@ from tools.benchmark.options import TRACED_STEPS, Options
 from tools.benchmark.peak import peak_flops_per_s
 from tools.benchmark.result import Result, Spread
 from tools.benchmark.synthetic import SyntheticFeed
-from tools.benchmark.work import executed_flops, model_flops, tokens_per_sample
+from tools.cost.work import executed_flops, model_flops, tokens_per_sample
 
 
 class BatchFeed(Protocol):
