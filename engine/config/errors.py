@@ -1,4 +1,6 @@
-"""The error of every check of a config."""
+"""What every check of a config needs: its error, and which settings somebody has changed."""
+
+from typing import Any
 
 
 class ConfigError(Exception):
@@ -9,3 +11,9 @@ def require(condition: bool, message: str) -> None:
     """Raise ConfigError unless the condition holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def changed_settings(section: Any, names: list[str]) -> list[str]:
+    """Those of a section's settings that differ from their defaults."""
+    default = type(section)()
+    return [name for name in names if getattr(section, name) != getattr(default, name)]

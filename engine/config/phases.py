@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.config.checks import check
+from engine.config.checks import check, check_run
 from engine.config.errors import require
-from engine.config.run_checks import check_run
 from engine.config.schema import Config, PhaseConfig
 from engine.config.stages import balanced_layers
 from engine.config.tree import whole_model

@@ -18,9 +18,9 @@ from engine.callbacks.endpoint import MetricsEndpoint, as_text
 from engine.callbacks.history import History, read_history, toll
 from engine.callbacks.json_log import JsonLog
 from engine.callbacks.metrics import MetricsFile, read_metrics
-from engine.config import run_checks
 from engine.config.errors import ConfigError
 from engine.config.read import resolve
+from engine.config.sections import log as log_section
 from tests.engine.test_callbacks import record, run_info
 from tools.report.page import render
 from tools.report.runs import load_runs
@@ -129,7 +129,7 @@ def test_what_would_listen_everywhere_is_refused(monkeypatch: pytest.MonkeyPatch
         _job(metrics_address="10.0.0.7")
     with pytest.raises(ConfigError, match=r"log.metrics_port is 70000"):
         _job(metrics_port=70000)
-    monkeypatch.setattr(run_checks, "find_spec", lambda name: None)
+    monkeypatch.setattr(log_section, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'eva-megatron\[wandb\]'"):
         _job(wandb="eva")
 

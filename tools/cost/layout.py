@@ -17,7 +17,7 @@ class PlanError(CommandError):
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The settings of a job that decide its memory, its traffic and its time (fields as in engine/config/schema.py)."""
+    """The settings of a job that decide its memory, its traffic and its time (fields as in engine/config/sections)."""
 
     tensor: int = 1
     """TP."""

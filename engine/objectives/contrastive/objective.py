@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from engine.config.checks import changed_settings
-from engine.config.errors import require
+from engine.config.errors import changed_settings, require
 from engine.config.schema import Config, MimConfig
 from engine.objectives.contrastive.program import ContrastiveProgram, contrastive_program
 

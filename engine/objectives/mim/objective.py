@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.errors import DataError
 from data.pixels.masks import BlockMasks
-from engine.config.checks import changed_settings
-from engine.config.errors import ConfigError, require
+from engine.config.errors import ConfigError, changed_settings, require
 from engine.config.schema import Config
 from engine.objectives.mim.program import MimProgram, mim_program
 from models.config import ModelConfig, ModelConfigError
