@@ -16,9 +16,9 @@ from engine.checkpoint.reader import Checkpoint
 from engine.config.read import Config, ConfigError, resolve
 from engine.evaluation.embedder import Encoders, build_encoders, inference_config, load_encoders
 from engine.evaluation.vocabulary import remark_on
+from engine.notebook.alone import lone_mesh
 from engine.notebook.model import ClipModel
 from engine.notebook.pictures import Pictures
-from engine.parallel.alone import lone_mesh
 from engine.parallel.device import prepare
 from engine.parallel.mesh import Mesh
 from models.tensors.init import initialise

@@ -68,7 +68,7 @@ class LocalSaver:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def forget(self) -> None:
-        """Their state may be at fault: no start goes on from them. Collective."""
+        """Delete them all, because their state may be at fault: no start goes on from them. Collective."""
         self.wait()
         if self.is_lead:
             for folder in self.folder.glob("step_*"):
@@ -81,7 +81,7 @@ class LocalSaver:
             self._writing.join(1.0)
 
     def _write(self, folder: Path, parts: list[SnapshotPart], head: Manifest) -> None:
-        """In a thread: write, then exchange copies; a partner hears of a failure, too, and does not wait."""
+        """Write in a thread, then exchange copies; a partner hears of a failure, too, and does not wait."""
         error: Exception | None = None
         rank = self.mesh.world.rank
         files: list[str] = []

@@ -134,7 +134,7 @@ def make_own(folder: Path) -> str:
 
 
 def require_one_host(hosts: Sequence[str], mesh: Mesh) -> None:
-    """Of what all tensor ranks hold one of them writes the only copy, so they read each other's files."""
+    """One tensor rank writes what all of them hold, so they read each other's files."""
     ranks = dist.get_process_group_ranks(mesh.world.group)
     own = {hosts[ranks.index(member)] for member in dist.get_process_group_ranks(mesh.tensor.group)}
     if max(everyone(len(own), mesh.control)) > 1:
