@@ -56,6 +56,13 @@ def test_the_version_is_that_of_the_files_that_would_be_imported(
     assert megatron_core_version() == "0.7.3"
 
 
+def test_what_is_asked_or_mistyped_waits_for_no_torch() -> None:
+    modules = ("engine.train", "engine.config.help.command", "tools.plan.__main__", "tools.report.__main__")
+    code = f"import sys, {', '.join(modules)}; print([name for name in ('torch', 'megatron') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
 @pytest.mark.parametrize("module", ["engine.train", "tools.plan", "tools.evaluate"])
 def test_an_old_megatron_core_ends_every_command_with_one_line(module: str, tmp_path: Path) -> None:
     path = os.pathsep.join([str(_megatron(tmp_path, 15)), str(ROOT)])

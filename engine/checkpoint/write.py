@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.checkpoint.format.disk import sync_folder
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.flat_slice import FlatSlice
 from engine.checkpoint.format.folders import saving_folder
-from engine.checkpoint.format.manifest import Manifest, StoredPart, StoredTensor, sync_folder, write_manifest
+from engine.checkpoint.format.manifest import Manifest, StoredPart, StoredTensor, write_manifest
 from engine.checkpoint.format.tensor_file import TensorSpec, write_tensor_file
 
 FILE_BYTES = 4 * 10**9

@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine.build import Towers
+from engine.checkpoint.format.disk import MANIFEST
 from engine.checkpoint.format.folders import all_checkpoints, checkpoints_folder, set_aside, step_of
-from engine.checkpoint.format.manifest import MANIFEST, Position
+from engine.checkpoint.format.manifest import Position
 from engine.checkpoint.load import publish
 from engine.checkpoint.local.saver import LocalSaver
 from engine.checkpoint.reader import WHOLE, Checkpoint

@@ -8,7 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from engine.checkpoint.format.manifest import AVERAGE, WEIGHT, write_synced
+from engine.checkpoint.format.disk import write_synced
+from engine.checkpoint.format.manifest import AVERAGE, WEIGHT
 from engine.checkpoint.state_dicts.files import read_json
 from engine.config.read import ConfigError
 from models.formats import LAYOUTS

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from data.pixels.transforms import CLIP_MEAN, CLIP_STD
+from engine.checkpoint.format.disk import write_synced
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.folders import resolve_checkpoint
-from engine.checkpoint.format.manifest import WEIGHT, write_synced
+from engine.checkpoint.format.manifest import WEIGHT
 from engine.checkpoint.format.tensor_file import TensorSpec
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.write import FILE_BYTES, refuse_existing

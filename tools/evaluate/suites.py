@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.checkpoint.format.manifest import MANIFEST
+from engine.checkpoint.format.disk import MANIFEST
 from engine.evaluation.embedder import Embedder
 from engine.evaluation.probe.run import PROBES
 from engine.evaluation.ranking import tiles

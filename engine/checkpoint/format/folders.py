@@ -17,8 +17,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.checkpoint.format.disk import MANIFEST, sync_folder, write_synced
 from engine.checkpoint.format.errors import CheckpointError
-from engine.checkpoint.format.manifest import MANIFEST, step_record, sync_folder, write_synced
 
 _LATEST = "latest"
 _STEP = re.compile(r"step_\d{8,}")
@@ -176,6 +176,9 @@ def prune(run_dir: Path, retention: Retention, spare: Path | None = None) -> lis
 
 
 def _best(folders: list[Path], retention: Retention) -> list[Path]:
+    # Needs torch, for which who only looks for a folder need not wait.
+    from engine.checkpoint.format.manifest import step_record
+
     values: dict[Path, float] = {}
     for folder in folders:
         try:

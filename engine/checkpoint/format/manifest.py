@@ -9,7 +9,6 @@ kept, `average` (optim.ema_decay).
 import base64
 import hashlib
 import json
-import os
 import platform
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -20,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.checkpoint.format.disk import MANIFEST, sync_folder, write_synced
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.flat_slice import FlatSlice
 from engine.checkpoint.format.tensor_file import DTYPE_NAMES, DTYPES, FileRecord, bytes_of
 
 FORMAT = 2
-MANIFEST = "manifest.json"
 RECORD = "record.json"
 """Beside the manifest: the record of its step with what was measured after the checkpoint had begun."""
 WEIGHT, MOMENT1, MOMENT2, AVERAGE = "weight", "moment1", "moment2", "average"
@@ -248,23 +247,3 @@ def incomplete(manifest: Manifest) -> list[str]:
         for name, tensor in manifest.tensors.items()
         if sum(part.where.numel() for part in tensor.parts) != wholes[name]
     ]
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write and fsync a small file. Raises CheckpointError when the disk refuses."""
-    try:
-        with open(path, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise CheckpointError(f"writing {path} failed: {error.strerror or error}") from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable (a rename is not, until its folder is synced)."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
