@@ -1,19 +1,24 @@
 """The stand-ins of tests/fakes have the constructors and calls of the real packages, read from their wheels' Python.
 
-A wheel is looked for in .whl/ and in the folder that WHEELS names; `pip download --no-deps --dest .whl NAME==VERSION`
-gets one (1.2 and 0.5 MB). Without it a test is skipped and says so. Nothing of the real packages is imported or run.
+tests/fakes/signatures.json holds what the wheels say, with their versions. Where a wheel is at hand, in .whl/ or the
+folder that WHEELS names, it is read again: `pip download --no-deps --dest .whl NAME==VERSION` gets one (1.2 and 0.5
+MB), EVA_WRITE_TABLES=1 writes the file. Nothing of the real packages is imported or run.
 """
 
 import ast
+import json
 import os
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKES = ROOT / "tests" / "fakes"
 TE, FLASH_4 = ("transformer_engine", "2.20.2"), ("flash_attn_4", "4.0.0b36")
+FIXTURE = FAKES / "signatures.json"
+RECIPES = "transformer_engine/common/recipe/__init__.py"
 _DOT = "pytorch/attention/dot_product_attention/dot_product_attention.py"
 CALLS = [
     (TE, f"transformer_engine/{real}", f"transformer_engine/pytorch/{fake}", name)
@@ -54,9 +59,35 @@ def _signature(source: str, name: str) -> tuple[list[str], bool]:
     return names, arguments.kwarg is not None
 
 
+def _recipes(source: str) -> list[str]:
+    names = {node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    return sorted(name for name in names if name.endswith(("Scaling", "Recipe")))
+
+
+def _read(package: tuple[str, str]) -> dict[str, Any]:
+    """What the wheel of a package says."""
+    calls = {name: _signature(_source(package, real), name) for owner, real, _, name in CALLS if owner == package}
+    found: dict[str, Any] = {name: {"parameters": names, "others": more} for name, (names, more) in calls.items()}
+    return found | ({"recipes": _recipes(_source(TE, RECIPES))} if package == TE else {})
+
+
+def _kept(package: tuple[str, str]) -> dict[str, Any]:
+    return json.loads(FIXTURE.read_text())[" ".join(package)]
+
+
+@pytest.mark.parametrize("package", [TE, FLASH_4], ids=lambda package: package[0])
+def test_the_kept_signatures_are_the_wheels(package: tuple[str, str]) -> None:
+    found = _read(package)
+    if os.environ.get("EVA_WRITE_TABLES"):
+        kept = json.loads(FIXTURE.read_text()) if FIXTURE.exists() else {}
+        FIXTURE.write_text(json.dumps(kept | {" ".join(package): found}, indent=1) + "\n")
+    assert found == _kept(package)
+
+
 @pytest.mark.parametrize(("package", "real", "fake", "name"), CALLS, ids=[call[3] for call in CALLS])
 def test_a_stand_in_is_called_like_the_real_one(package: tuple[str, str], real: str, fake: str, name: str) -> None:
-    real_names, real_takes_more = _signature(_source(package, real), name)
+    kept = _kept(package)[name]
+    real_names, real_takes_more = kept["parameters"], kept["others"]
     own = name.replace("RMSNorm", "_Norm").replace("LayerNorm", "_Norm")  # the stand-ins of the norms share it
     fake_names, fake_takes_more = _signature((FAKES / fake).read_text(), own)
     if fake_takes_more:  # what it leaves out stands behind what it has
@@ -67,8 +98,6 @@ def test_a_stand_in_is_called_like_the_real_one(package: tuple[str, str], real: 
 
 
 def test_the_recipes_exist_that_the_config_offers() -> None:
-    source = _source(TE, "transformer_engine/common/recipe/__init__.py")
-    names = {node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
     offered = {"Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling"}
     refused = {"DelayedScaling", "NVFP4BlockScaling", "CustomRecipe"}
-    assert offered | refused | {"Recipe"} == {name for name in names if name.endswith(("Scaling", "Recipe"))}
+    assert offered | refused | {"Recipe"} == set(_kept(TE)["recipes"])
