@@ -24,12 +24,15 @@ PARTS: dict[str, Callable[[Part], None]] = {
     "golden": numbers.golden,
     "curve-cpu": numbers.curve_cpu,
     "curve": numbers.curve,
+    "quickstart-cpu": numbers.quickstart_cpu,
+    "quickstart": numbers.quickstart,
     "gemm": speed.gemm,
     "blocks": speed.blocks,
     "fp8": speed.fp8,
     "loss": rest.loss,
     "lamb": rest.lamb,
     "copies": rest.copies,
+    "tokenizer": rest.tokenizer,
 }
 PROFILE = "h200-measured.yaml"
 
