@@ -4,6 +4,7 @@
 #   bash tools/check_stack.sh                              the cells of the active environment's Python and torch
 #   bash tools/check_stack.sh 3.13:2.14.1:0.19.2 …         these cells; another Python or torch gets an environment of its own
 #   FULL=1 bash tools/check_stack.sh …                     the whole suite but for the slow tests, in place of the subset
+#   KEEP=FOLDER bash tools/check_stack.sh …                environments are made in, and taken from, FOLDER/PYTHON-TORCH
 #
 # A cell is Python:torch:megatron-core. Prints one row a cell and leaves the output of its tests in runs/stack/CELL.log. From
 # PyPI torch is a CUDA build of 3 GB unless pip is pointed at builds for CPUs. Ends with status 1 if a cell failed.
@@ -13,11 +14,16 @@ cd "$(dirname "$0")/.." || exit 1
 ensure_environment test || exit 1
 logs=runs/stack
 mkdir -p "$logs"
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
+if [ -n "${KEEP:-}" ]; then
+  mkdir -p "$KEEP" && folder=$(cd "$KEEP" && pwd) || exit 1
+else
+  folder=$(mktemp -d)
+  trap 'rm -rf "$folder"' EXIT
+fi
 
+# Devices; the authors' numbers on one rank and on several; checkpoints; training, saving, converting and scoring in turn.
 subset=(tests/engine/test_device.py tests/models/test_golden.py tests/models/test_golden_parallel.py
-  tests/models/test_backends.py tests/models/test_mim_parallel.py tests/checkpoint/test_saving.py)
+  tests/checkpoint/test_saving.py tests/tools/test_pairs.py)
 if [ -n "${FULL:-}" ]; then subset=(tests); fi
 here=$(python -c 'import sys, torch; print(f"{sys.version_info[0]}.{sys.version_info[1]}:" + torch.__version__.split("+")[0])')
 cells=("$@")
@@ -26,8 +32,11 @@ if [ $# -eq 0 ]; then cells=("$here:0.16.1" "$here:0.17.1" "$here:0.18.2" "$here
 # interpreter PYTHON TORCH: prints the Python to use, in a fresh environment where the active one has other versions
 interpreter() {
   if [ "$1:$2" = "$here" ]; then command -v python; return; fi
-  "python$1" -m venv "$folder/$1-$2" && "$folder/$1-$2/bin/pip" install --quiet "torch==$2" setuptools >&2 &&
-    "$folder/$1-$2/bin/pip" install --quiet --editable ".[test]" >&2 && echo "$folder/$1-$2/bin/python"
+  local made=$folder/$1-$2
+  if [ ! -x "$made/bin/python" ]; then
+    "python$1" -m venv "$made" && "$made/bin/pip" install --quiet "torch==$2" setuptools >&2 || return 1
+  fi
+  "$made/bin/pip" install --quiet --editable ".[test]" >&2 && echo "$made/bin/python"
 }
 
 # unpacked PYTHON VERSION: prints a folder with that megatron-core's Python; 0.17 and later have wheels for 3.12 and later
