@@ -11,13 +11,20 @@ ensure_environment() {
     . .venv/bin/activate
   fi
   # torch first: a bare range would pull the CUDA build onto a machine that has no use for it.
-  python -c "import torch" 2>/dev/null || python -m pip install --quiet torch==2.13.0
+  _present torch || python -m pip install --quiet torch==2.13.0
   if ! _has_requirements "$@"; then
     echo "installing eva-megatron[$extras] into $VIRTUAL_ENV"
     python -m pip install --quiet --editable ".[$extras]"
   fi
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # ranks share the cores
   export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"  # idle OpenMP threads would spin on them
+  # Each script starts dozens of processes; without byte code on disk each of them would compile what it imports.
+  unset PYTHONDONTWRITEBYTECODE
+}
+
+# _present MODULE: it can be imported; importing torch to see so takes seconds in each script
+_present() {
+  python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)' "$1"
 }
 
 _has_requirements() {

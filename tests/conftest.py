@@ -11,17 +11,20 @@ MOST_WORKERS = 4
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Start a worker a core where all tests were asked for, no number (-n) was, and pytest-xdist is installed.
+    """Start a worker a core where all tests are asked for, or as many as TEST_WORKERS says, if pytest-xdist is here.
 
     A file stays with one worker, because its tests share launches of ranks. Some tests asked for by name start sooner
-    without workers, each of which imports everything once more.
+    without workers, each of which imports everything once more. What -n says is left as it is.
     """
-    options = config.option
-    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS or not config.pluginmanager.hasplugin("xdist"):
+    options, wanted = config.option, os.environ.get("TEST_WORKERS", "")
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
         return
-    if options.numprocesses is None and options.dist == "no" and not (options.usepdb or options.collectonly):
-        options.numprocesses = min(len(os.sched_getaffinity(0)), MOST_WORKERS)
-        options.dist = "loadfile"
+    if options.numprocesses is not None or options.dist != "no":
+        return
+    if options.usepdb or options.collectonly or not (wanted or config.args == config.getini("testpaths")):
+        return
+    options.numprocesses = int(wanted or min(len(os.sched_getaffinity(0)), MOST_WORKERS))
+    options.dist = "loadfile"
 
 
 def pytest_collection_finish() -> None:

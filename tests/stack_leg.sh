@@ -23,7 +23,7 @@ from models.versions import megatron_core_version
 found = megatron_core_version()
 sys.exit(0 if found == sys.argv[1] else f"megatron-core {found} would be imported, not {sys.argv[1]}")
 PY
-python -m pytest -q -m "not slow" tests/engine/test_device.py tests/models/test_golden.py \
+TEST_WORKERS=2 python -m pytest -q -m "not slow" tests/engine/test_device.py tests/models/test_golden.py \
   tests/models/test_golden_parallel.py tests/models/test_backends.py tests/models/test_mim_parallel.py \
   tests/checkpoint/test_saving.py
 bash examples/quickstart/run.sh --short

@@ -126,14 +126,15 @@ def _layout(case: Case) -> tuple[int, int, int]:
 
 
 LEARNED = ("train.logit_scale=null", "train.text_micro_batch_size=1", "train.keep_activations=1")
-OF_8 = cases_of(8)
-FIRST_OF_8 = list({_layout(case): case for case in reversed(OF_8)}.values())
-"""One of each factorisation; the rest of 8 ranks is slow."""
+OF_4, OF_8 = cases_of(4), cases_of(8)
+FIRST_OF_4, FIRST_OF_8 = (list({_layout(case): case for case in reversed(cases)}.values()) for cases in (OF_4, OF_8))
+"""One of each factorisation; the rest of 4 and 8 ranks is slow."""
 LAUNCHES = {
     "1rank": [Case(micro_batch=4), Case(micro_batch=8), Case(micro_batch=1)],
     "2ranks": cases_of(2),
     # Last: local batches that the ranks of a replica cannot share evenly, and a learned scale.
-    "4ranks": [*cases_of(4), Case(1, 4, 1, 6, batch=18), Case(2, 1, 2, 2, options=LEARNED)],
+    "4ranks": [*FIRST_OF_4, Case(1, 4, 1, 6, batch=18), Case(2, 1, 2, 2, options=LEARNED)],
+    "4ranks-more": [case for case in OF_4 if case not in FIRST_OF_4],
     "8ranks": FIRST_OF_8,
     "8ranks-more": [
         *(case for case in OF_8 if case not in FIRST_OF_8),
@@ -141,7 +142,7 @@ LAUNCHES = {
         Case(2, 2, 2, 2, options=LEARNED),
     ],
 }
-SLOW = "8ranks-more"
+SLOW = ("4ranks-more", "8ranks-more")
 
 
 def random_pairs(config: Config, step: int) -> tuple[Tensor, Tensor]:
@@ -211,7 +212,7 @@ def outcomes() -> Iterator[Outcomes]:
 
 
 EVERY_CASE = [
-    pytest.param(launch, case, id=f"{launch}-{case}", marks=[pytest.mark.slow] if launch == SLOW else [])
+    pytest.param(launch, case, id=f"{launch}-{case}", marks=[pytest.mark.slow] if launch in SLOW else [])
     for launch, cases in LAUNCHES.items()
     for case in cases
 ]

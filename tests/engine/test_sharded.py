@@ -30,7 +30,7 @@ from tests.golden import local_batch
 
 pytestmark = pytest.mark.dist
 
-RANKS, STEPS, DEPTH = 4, 3, 4
+RANKS, STEPS, DEPTH = 4, 2, 4
 COMMON = (
     "model.preset=tiny-18b",
     f"model.vision.depth={DEPTH}",
@@ -94,6 +94,11 @@ CASES = [
     Case("pp2-dp2-bf16", PP2_DP2, 2, options=("train.precision=bf16", "optim.ema_decay=0.5")),
     Case("dp4-sigmoid", DP4, 2, options=("train.loss=sigmoid", "optim.name=adamw", "train.logit_scale=20")),
 ]
+SLOW = {
+    "dp4-whole", "dp4-alone", "tp2-dp2", "tp2-dp2-node", "pp2-dp2-gradients", "dp4-kept-all", "dp4-budget",
+    "dp4-buckets",
+}  # fmt: skip
+"""More places for the same parts, in a launch of the slow tests."""
 MEASURED = ("dp4-blocks", "dp4-gradients", "pp2-dp2", "dp4-node")
 """Cases whose memory and traffic are looked at."""
 
@@ -184,8 +189,8 @@ def _resident_bytes(trainer: Trainer) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def run_all() -> dict[str, Any]:
-    """Every case and every reference on this rank."""
+def run_all(slow: bool = False) -> dict[str, Any]:
+    """The fast or the slow cases and their references on this rank."""
     torch.compiler.set_stance("force_eager")  # fused kernels as their functions are written
     mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, dist.group.WORLD))
     references = cache(
@@ -200,6 +205,7 @@ def run_all() -> dict[str, Any]:
             **(_measured(case, mesh(*case.layout)) if case.name in MEASURED else {}),
         }
         for case in CASES
+        if (case.name in SLOW) == slow
     }
 
 
@@ -208,10 +214,15 @@ def ranks() -> list[dict[str, Any]]:
     return run_distributed(run_all, RANKS, timeout_s=300)
 
 
+@pytest.fixture(scope="module")
+def slow_ranks() -> list[dict[str, Any]]:
+    return run_distributed(run_all, RANKS, timeout_s=300, slow=True)
+
+
 # --- what is true of them ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in CASES if case.name not in SLOW], ids=lambda case: case.name)
 def test_nothing_shows(case: Case, ranks: list[dict[str, Any]]) -> None:
     for rank, results in enumerate(ranks):
         found, reference = results[case.name]["found"], results[case.name]["reference"]
@@ -219,6 +230,12 @@ def test_nothing_shows(case: Case, ranks: list[dict[str, Any]]) -> None:
         for what in ("weights", "averages"):
             for name, value in reference.get(what, {}).items():
                 assert torch.equal(found[what][name], value), f"rank {rank}: {what} of {name}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in SLOW], ids=lambda case: case.name)
+def test_nothing_shows_of_more_options(case: Case, slow_ranks: list[dict[str, Any]]) -> None:
+    test_nothing_shows(case, slow_ranks)
 
 
 def test_the_references_move(ranks: list[dict[str, Any]]) -> None:
