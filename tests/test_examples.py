@@ -16,7 +16,7 @@ import pytest
 from engine.config.phases import plan_job
 from engine.config.read import check_layout, load_config, preset_model, to_dict
 from tools.cost.cluster import Cluster
-from tools.cost.estimate import estimate
+from tools.plan.estimate import estimate
 from tools.cost.hardware import load_hardware
 from tools.cost.layout import layout_of
 

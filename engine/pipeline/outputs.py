@@ -6,7 +6,6 @@ encode to its replay, a part of the captions likewise, and under full recomputat
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -16,7 +15,7 @@ from engine.config.read import Config, ConfigError
 from engine.parallel.device import SideStream
 from engine.parallel.mesh import Mesh
 from models.blocks.outputs import Outputs, can_keep, keep_outputs
-from models.tensors.kept import LEVELS, kept_elements
+from models.tensors.kept import LEVELS, choose_levels, kept_elements
 from models.towers.text import TextTower
 from models.towers.vision import VisionTower
 
@@ -127,21 +126,6 @@ def output_levels(
     agreed = torch.tensor([order.index(level) for level in chosen[:-1]], device=device)
     dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=mesh.tensor.group)
     return [*(order[i] for i in agreed.tolist()), chosen[-1]]
-
-
-def choose_levels(budget_bytes: float, sizes: Sequence[dict[str, int]]) -> list[str]:
-    """The highest level of every part that the budget holds; what spares more FLOPs per byte goes first.
-
-    sizes: of each part, its bytes by level.
-    """
-    chosen = ["none"] * len(sizes)
-    order = list(LEVELS)
-    for below, level in pairwise(order):
-        for i, size in enumerate(sizes):
-            taken = sum(other[of] for other, of in zip(sizes, chosen, strict=True))
-            if chosen[i] == below and taken - size[below] + size[level] <= budget_bytes:
-                chosen[i] = level
-    return chosen
 
 
 class Passes:

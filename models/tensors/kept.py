@@ -1,5 +1,8 @@
 """Which outputs of a block's matrix products may be kept, and what they take; plain arithmetic, no torch."""
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 from models.config import TextConfig, VisionConfig
 
 LEVELS: dict[str, tuple[str, ...]] = {
@@ -39,6 +42,20 @@ def spared_flops(
         2 * _rows(kind, blocks, tokens, pooled) * _width(tower, kind) * _inputs(tower, kind) // tensor
         for kind in LEVELS[level]
     )
+
+
+def choose_levels(budget_bytes: float, sizes: Sequence[dict[str, int]]) -> list[str]:
+    """The highest level of every part that the budget holds; what spares more FLOPs per byte goes first.
+
+    sizes: of each part, its bytes by level.
+    """
+    chosen, left = ["none"] * len(sizes), budget_bytes - sum(size["none"] for size in sizes)
+    for below, level in pairwise(LEVELS):
+        for i, size in enumerate(sizes):
+            more = size[level] - size[below]
+            if chosen[i] == below and more <= left:
+                chosen[i], left = level, left - more
+    return chosen
 
 
 def _rows(kind: str, blocks: int, tokens: int, pooled: int | None) -> int:

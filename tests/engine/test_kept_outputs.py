@@ -15,9 +15,9 @@ from engine.objectives.contrastive.step import ContrastiveStep
 from engine.objectives.mim.step import MimStep
 from engine.parallel.launch import job
 from engine.pipeline.clock import Phases
-from engine.pipeline.outputs import KeptOutputs, choose_levels
+from engine.pipeline.outputs import KeptOutputs
 from engine.trainer import Trainer
-from models.tensors.kept import LEVELS
+from models.tensors.kept import LEVELS, choose_levels
 from tests.engine.mim_jobs import Layout, mim_config, pictures_of_step
 from tests.engine.test_layouts import random_pairs
 from tests.gather import backward_only, whole_gradients

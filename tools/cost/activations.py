@@ -14,10 +14,13 @@ The last block of a tower keeps that of the qkv projection for all tokens, what 
 (models/blocks/last_block.py); its queries are a copy.
 """
 
+from functools import lru_cache
+
 from models.config import ModelConfig, VisionConfig
+from models.tensors.kept import LEVELS, choose_levels, kept_elements
+from tools.cost.kernels import FP32, Kernels
 from tools.cost.layout import Layout, Stage, text_blocks
 
-FP32 = 4
 INDEX = 8
 
 
@@ -30,14 +33,16 @@ def block_saved_bytes(
     splits_tokens: bool = False,
     lse: bool = True,
     pooled: int | None = None,
+    kernels: Kernels | None = None,
 ) -> float:
     """One block on one tensor rank; lse: keep the attention's log-sum-exp (recompute "selective" drops only that).
 
     pooled: rows of the tokens that go on behind the attention of a tower's last block; None: all.
     """
-    return sum(_attention_bytes(block, tokens, element, tensor, splits_tokens, lse, pooled)) + sum(
-        _mlp_bytes(block, tokens if pooled is None else pooled, element, tensor, splits_tokens)
-    )
+    fused = kernels is not None and kernels.elementwise == "fused"
+    behind = tokens if pooled is None else pooled
+    attention = _attention_bytes(block, tokens, element, tensor, splits_tokens, lse, pooled, fused)
+    return sum(attention) + sum(_mlp_bytes(block, behind, element, tensor, splits_tokens, fused))
 
 
 def norm_saved_bytes(block: VisionConfig, tokens: float, element: int) -> float:
@@ -46,7 +51,14 @@ def norm_saved_bytes(block: VisionConfig, tokens: float, element: int) -> float:
 
 
 def _attention_bytes(
-    block: VisionConfig, tokens: int, element: int, tensor: int, splits_tokens: bool, lse: bool, pooled: int | None
+    block: VisionConfig,
+    tokens: int,
+    element: int,
+    tensor: int,
+    splits_tokens: bool,
+    lse: bool,
+    pooled: int | None,
+    fused: bool,
 ) -> list[float]:
     asking, row = tokens if pooled is None else pooled, block.width * element
     share = tensor if splits_tokens else 1
@@ -55,9 +67,11 @@ def _attention_bytes(
     kept.append(norm_saved_bytes(block, normed / share, element))
     if lse:
         kept.append(FP32 * asking * block.heads / tensor)
-    if block.rope or block.qk_norm:
+    # Where q and k are tensors of their own, the fused kernel keeps them once, as they are turned.
+    turned = block.qk_norm or (block.rope and not (fused and block.separate_qkv))
+    if turned:
         kept.append(tokens * row / tensor)  # k turned or normed
-    if block.rope or block.qk_norm or pooled is not None:
+    if turned or pooled is not None:
         kept.append(asking * row / tensor)  # q turned, normed or picked
     if block.qk_norm:
         kept.append(2 * FP32 * tokens)
@@ -68,10 +82,14 @@ def _attention_bytes(
     return kept
 
 
-def _mlp_bytes(block: VisionConfig, tokens: int, element: int, tensor: int, splits_tokens: bool) -> list[float]:
+def _mlp_bytes(
+    block: VisionConfig, tokens: int, element: int, tensor: int, splits_tokens: bool, fused: bool
+) -> list[float]:
     hidden = tokens * block.mlp_hidden * element
     rows = tokens / tensor if splits_tokens else tokens
     kept = [rows * block.width * element, norm_saved_bytes(block, rows, element)]
+    if fused and block.mlp == "swiglu" and tensor == 1:  # gate, up, and what the kernel makes of them
+        return [*kept, 3 * hidden, 2 * FP32 * tokens * block.mlp_norm]
     # With a sub-LN over ranks, SwiGLU's product is not kept itself: the norm keeps the gathered one.
     gathered = block.mlp_norm and tensor > 1
     kept.append((4 - gathered if block.mlp == "swiglu" else 2) * hidden / tensor)
@@ -137,6 +155,7 @@ def _vision_block_bytes(vision: VisionConfig, layout: Layout, lse: bool = True, 
         splits_tokens=layout.splits_tokens,
         lse=lse,
         pooled=pooled,
+        kernels=layout.kernels,
     )
 
 
@@ -150,16 +169,67 @@ def text_saved_bytes(model: ModelConfig, captions: int, element: int) -> float:
     return whole + block_saved_bytes(blocks, tokens, element=element, pooled=captions) + tokens * INDEX + head
 
 
+@lru_cache(maxsize=256)
+def output_levels(model: ModelConfig, layout: Layout, stage: Stage) -> list[str]:
+    """Level of kept outputs of each chunk, then of the captions (engine/pipeline/outputs.py)."""
+    if layout.outputs_budget_gb is None:
+        return [layout.keep_outputs] * (len(stage.chunks) + 1)
+    parts = [*range(len(stage.chunks)), None]
+    # All chunks of one size keep the same; the last one of a tower does not.
+    alike = [None if part is None else (stage.chunks[part], part == len(stage.chunks) - 1) for part in parts]
+    sizes = {
+        kind: {level: kept_output_bytes(model, layout, stage, part, level) for level in LEVELS}
+        for kind, part in dict(zip(alike, parts, strict=True)).items()
+    }
+    return choose_levels(layout.outputs_budget_gb * 1e9, [sizes[kind] for kind in alike])
+
+
+def kept_output_bytes(model: ModelConfig, layout: Layout, stage: Stage, chunk: int | None, level: str) -> int:
+    """All passes of one chunk of a stage at a level; chunk None: the captions."""
+    if chunk is None:
+        captions = 0 if layout.keep >= layout.micro_batches else layout.own_rows
+        text = model.text
+        rows = captions * text.context_length
+        elements = kept_elements(text, level, blocks=text.depth, tokens=rows, pooled=captions)
+        return elements * layout.element_bytes
+    return layout.passes_kept * pass_output_bytes(model, layout, stage, chunk, level)
+
+
+def pass_output_bytes(model: ModelConfig, layout: Layout, stage: Stage, chunk: int, level: str) -> int:
+    """One micro-batch through one chunk of a stage."""
+    pools = stage.has_head and chunk == len(stage.chunks) - 1 and model.vision.reads_one_token
+    elements = kept_elements(
+        model.vision,
+        level,
+        blocks=stage.chunks[chunk],
+        tokens=layout.packed_tokens(model.vision),
+        pooled=layout.pooled_rows if pools else None,
+        tensor=layout.tensor,
+        sequence=layout.splits_tokens,
+    )
+    return elements * layout.element_bytes
+
+
+def outputs_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> tuple[float, float]:
+    """(vision, captions) of a rank's kept outputs, wherever they are."""
+    if not layout.keeps_outputs:
+        return 0, 0
+    *levels, of_text = output_levels(model, layout, stage)
+    vision = sum(kept_output_bytes(model, layout, stage, chunk, level) for chunk, level in enumerate(levels))
+    return vision, kept_output_bytes(model, layout, stage, None, of_text)
+
+
 def backward_temporary_bytes(
-    block: VisionConfig, tokens: int, *, element: int, tensor: int, splits_tokens: bool
+    block: VisionConfig, tokens: int, *, element: int, tensor: int, splits_tokens: bool, kernels: Kernels
 ) -> float:
     """Live in the backward of the last block beyond what autograd kept: the higher of two moments.
 
-    In the norm: the gradient of the stream, its fp32 copy and two fp32 products. In fc2, when the norm's share has been
-    freed: the stream's and the branch's gradient, the gathered one, the gradient of fc2's input and of its weight.
+    In the norm: the gradient of the stream, and of an eager RMSNorm its fp32 copy and two fp32 products. In fc2, when
+    the norm's share has been freed: the stream's and the branch's gradient, the gathered one, the gradient of fc2's
+    input and of its weight.
     """
     rows = tokens / tensor if splits_tokens else tokens
-    wide = 3 * FP32 if block.norm == "rms" else element
+    wide = 3 * FP32 if has_copies(block, kernels) else element
     in_norm = rows * block.width * (element + wide)
     gathered = tokens * block.width * element if splits_tokens else 0
     hidden = tokens * block.mlp_hidden * element / tensor
@@ -167,8 +237,20 @@ def backward_temporary_bytes(
     return max(in_norm, in_mlp - norm_saved_bytes(block, rows, element))
 
 
+def has_copies(block: VisionConfig, kernels: Kernels) -> bool:
+    """Whether the norms make fp32 copies of their rows."""
+    return block.norm == "rms" and kernels.elementwise == "eager"
+
+
 def forward_temporary_bytes(
-    block: VisionConfig, tokens: int, *, element: int, tensor: int, splits_tokens: bool, pooled: int | None = None
+    block: VisionConfig,
+    tokens: int,
+    *,
+    element: int,
+    tensor: int,
+    splits_tokens: bool,
+    kernels: Kernels,
+    pooled: int | None = None,
 ) -> float:
     """Live in a forward with grad through the last block of a chunk, beyond what autograd keeps of the whole chunk.
 
@@ -177,12 +259,15 @@ def forward_temporary_bytes(
     little (pooled).
     """
     rows = (tokens if pooled is None else pooled) / (tensor if splits_tokens else 1)
-    in_norm = rows * block.width * (2 * FP32 + element if block.norm == "rms" else 4 * element)
-    if not block.rope:
+    in_norm = rows * block.width * (2 * FP32 + element if has_copies(block, kernels) else 4 * element)
+    if not block.rope or kernels.elementwise == "fused":
         return in_norm
     turning = tokens * block.width * (5 * FP32 + 2 * element) / tensor
     behind = tokens if pooled is None else pooled
-    later = sum(_mlp_bytes(block, behind, element, tensor, splits_tokens)) + behind * block.width * element / tensor
+    later = (
+        sum(_mlp_bytes(block, behind, element, tensor, splits_tokens, fused=False))
+        + behind * block.width * element / tensor
+    )
     return max(in_norm, turning - later)
 
 
@@ -205,6 +290,7 @@ def vision_forward_temporary_bytes(model: ModelConfig, layout: Layout, stage: St
         element=layout.element_bytes,
         tensor=layout.tensor,
         splits_tokens=layout.splits_tokens,
+        kernels=layout.kernels,
         pooled=layout.pooled_rows if stage.has_head else None,
     )
 
@@ -219,6 +305,7 @@ def vision_temporary_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> 
         element=layout.element_bytes,
         tensor=layout.tensor,
         splits_tokens=layout.splits_tokens,
+        kernels=layout.kernels,
     )
     if layout.recompute == "full":
         live += _vision_block_bytes(vision, layout)

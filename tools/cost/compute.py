@@ -1,23 +1,46 @@
-"""Seconds of compute on one GPU: matrix products at the profile's efficiency, elementwise kernels at its bandwidth.
+"""Seconds of compute on one GPU: matrix products at the profile's efficiency, all else at its bandwidth (kernels.py).
 
-Kernels are the ones of models/blocks/spec.py, not fused: what an RMSNorm, a bias or a GELU reads and writes is counted
-as eager PyTorch does it. A backward has twice the products and bytes of its forward (scores 2.5 x, as flash attention
-computes them again), and adds the weight gradients of each micro-batch to the fp32 sums. All of it is projected.
+A backward has twice the products of its forward (scores 2.5 x, as flash attention computes them again), and adds the
+weight gradients of each micro-batch to the fp32 sums, unless the product does. A replay is spared the products whose
+outputs were kept. All of it is projected.
 """
+
+from dataclasses import dataclass
+from functools import lru_cache
 
 from models.config import ModelConfig, VisionConfig
 from models.tensors.flops import attention_flops, embedding_flops, head_flops
-from tools.cost.activations import FP32
+from models.tensors.kept import LEVELS
+from tools.cost.activations import FP32, output_levels
 from tools.cost.counts import text_parameters
 from tools.cost.hardware import Hardware
+from tools.cost.kernels import Kernels, elementwise_bytes
 from tools.cost.layout import Layout, Stage, text_blocks
 from tools.cost.memory import stage_parameters
 
 BACKWARD_PRODUCTS = 2
 BACKWARD_ATTENTION = 2.5
-BACKWARD_ELEMENTWISE = 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class PassSeconds:
+    """One pass through a block, a stage or a tower."""
+
+    forward: float = 0.0
+    spared: float = 0.0
+    """Share of the forward that a repeated one does not multiply."""
+    backward: float = 0.0
+
+    def plus(self, other: "PassSeconds", times: float = 1) -> "PassSeconds":
+        """Both, the other one `times` over."""
+        return PassSeconds(
+            forward=self.forward + times * other.forward,
+            spared=self.spared + times * other.spared,
+            backward=self.backward + times * other.backward,
+        )
+
+
+@lru_cache(maxsize=8192)
 def block_seconds(
     block: VisionConfig,
     samples: int,
@@ -28,53 +51,52 @@ def block_seconds(
     tensor: int = 1,
     splits_tokens: bool = False,
     is_last: bool = False,
-) -> tuple[float, float]:
-    """(forward, backward without gradient sums) of `samples` of `tokens` tokens each through one block.
+    kernels: Kernels,
+    level: str = "none",
+) -> PassSeconds:
+    """`samples` of `tokens` tokens each through one block, gradient sums not included.
 
-    is_last: of its tower, so that only the pooled token of each sample goes on behind the attention.
+    is_last: of its tower, so that only the pooled token of each sample goes on behind the attention. level: kept
+    outputs.
     """
-    behind = samples * (1 if is_last else tokens)
-    products = _product_seconds(block, samples * tokens, behind, tensor, hardware)
+    rows, behind = samples * tokens, samples * (1 if is_last else tokens)
+    products = _product_seconds(block, rows, behind, tensor, hardware, kernels.fp8)
     scores = samples * attention_flops(tokens, block.width, queries=1 if is_last else tokens) / tensor
     attention = scores / (hardware.bf16_flops * hardware.attention_efficiency)
-    moved = _elementwise_bytes(block, samples * tokens, behind, element, tensor, splits_tokens)
-    elementwise = moved / hardware.memory_bytes_s
-    return (
-        products + attention + elementwise,
-        BACKWARD_PRODUCTS * products + BACKWARD_ATTENTION * attention + BACKWARD_ELEMENTWISE * elementwise,
+    moved = elementwise_bytes(
+        block, rows, behind, element=element, tensor=tensor, splits_tokens=splits_tokens, kernels=kernels
+    )
+    multiplied = sum(products.values())
+    return PassSeconds(
+        forward=multiplied + attention + moved.forward / hardware.memory_bytes_s,
+        spared=sum(products[kind] for kind in LEVELS[level]),
+        backward=BACKWARD_PRODUCTS * multiplied
+        + BACKWARD_ATTENTION * attention
+        + moved.backward / hardware.memory_bytes_s,
     )
 
 
-def _product_seconds(block: VisionConfig, rows: int, behind: int, tensor: int, hardware: Hardware) -> float:
+def _product_seconds(
+    block: VisionConfig, rows: int, behind: int, tensor: int, hardware: Hardware, fp8: bool
+) -> dict[str, float]:
+    """Seconds of each kind of product (models/tensors/kept.py)."""
     h, f = block.width, block.mlp_hidden / tensor
     gates = 2 if block.mlp == "swiglu" else 1
-    weights = [(rows, 3 * h / tensor, h), (behind, h / tensor, h), *[(behind, f, h)] * (gates + 1)]
-    return sum(2 * n * a * b / hardware.gemm_flops(n, min(a, b)) for n, a, b in weights)
+    shapes = {"qkv": (rows, 3 * h / tensor, 1), "proj": (behind, h / tensor, 1), "fc1": (behind, f, gates)}
+    shapes["fc2"] = behind, f, 1
+    return {
+        kind: times * 2 * n * side * h / hardware.gemm_flops(n, min(side, h), fp8)
+        for kind, (n, side, times) in shapes.items()
+    }
 
 
-def _elementwise_bytes(
-    block: VisionConfig, tokens: int, behind: int, element: int, tensor: int, splits_tokens: bool
-) -> float:
-    """Read and written in a forward: norms (RMSNorm in fp32 steps), biases, residuals, activation, attention's own."""
-    share = tensor if splits_tokens else 1
-    norm = 2 * element if block.norm == "layer" else 7 * FP32 + 4 * element
-    first = behind if block.post_norm else tokens
-    stream = (first + behind) / share * block.width * norm + 2 * behind / share * block.width * 5 * element
-    heads = (2 * (tokens + behind) + (6 * tokens if block.qkv_bias else 0)) * block.width * element
-    if block.layer_scale is not None:
-        stream += 2 * behind / share * block.width * 3 * element
-    if block.qk_norm:
-        heads += 2 * tokens * block.width * (7 * FP32 + 4 * element)
-    hidden = behind * block.mlp_hidden * (9 if block.mlp == "swiglu" else 4) * element
-    return stream + (heads + hidden) / tensor
-
-
-def stage_seconds(model: ModelConfig, layout: Layout, stage: Stage, hardware: Hardware) -> tuple[float, float]:
-    """(forward, backward) of one micro-batch through all chunks of a stage, collectives not included."""
+def stage_seconds(model: ModelConfig, layout: Layout, stage: Stage, hardware: Hardware) -> PassSeconds:
+    """One micro-batch through all chunks of a stage, collectives not included."""
     vision, samples = model.vision, layout.micro_batch
     tokens = vision.kept_tokens(layout.patch_dropout)
-    forward = backward = 0.0
-    for is_last, blocks in ((False, stage.whole_blocks), (True, int(stage.has_head))):
+    total = PassSeconds()
+    *levels, _ = output_levels(model, layout, stage)
+    for (level, is_last), blocks in _blocks_by_level(stage, levels).items():
         once = block_seconds(
             vision,
             samples,
@@ -84,31 +106,63 @@ def stage_seconds(model: ModelConfig, layout: Layout, stage: Stage, hardware: Ha
             tensor=layout.tensor,
             splits_tokens=layout.splits_tokens,
             is_last=is_last and vision.reads_one_token,
+            kernels=layout.kernels,
+            level=level,
         )
-        forward, backward = forward + blocks * once[0], backward + blocks * once[1]
+        total = total.plus(once, blocks)
     if stage.has_embedding:
         shared = layout.tensor if layout.splits_tokens else 1
         rate = hardware.gemm_flops(samples * tokens, 3 * vision.patch_size**2)
         embedding = samples * embedding_flops(vision, tokens) / shared / rate
-        forward, backward = forward + embedding, backward + embedding  # images want no gradient
+        total = total.plus(PassSeconds(forward=embedding, backward=embedding))  # images want no gradient
     if stage.has_head:
         head = samples * head_flops(model, tokens) / hardware.gemm_flops(samples, model.embed_dim)
-        forward, backward = forward + head, backward + 2 * head
-    sums = stage_parameters(model, layout, stage) * (layout.element_bytes + 2 * FP32) / hardware.memory_bytes_s
-    return forward, backward + sums
+        total = total.plus(PassSeconds(forward=head, backward=2 * head))
+    sums = _sum_bytes(stage_parameters(model, layout, stage), layout.element_bytes, layout.kernels)
+    return total.plus(PassSeconds(backward=sums / hardware.memory_bytes_s))
+
+
+def _blocks_by_level(stage: Stage, levels: list[str]) -> dict[tuple[str, bool], int]:
+    """(level of kept outputs, is the tower's last) -> blocks."""
+    found: dict[tuple[str, bool], int] = {}
+    last = len(stage.chunks) - 1
+    for number, (blocks, level) in enumerate(zip(stage.chunks, levels, strict=True)):
+        ends = int(stage.has_head and number == last)
+        for key, count in (((level, False), blocks - ends), ((level, True), ends)):
+            found[key] = found.get(key, 0) + count
+    return found
+
+
+def _sum_bytes(elements: int, element: int, kernels: Kernels) -> float:
+    """Read and written to add weight gradients to the fp32 sums, where no product does."""
+    return 0.0 if kernels.sums else elements * (element + 2 * FP32)
 
 
 def text_seconds(
-    model: ModelConfig, captions: int, at_once: int, hardware: Hardware, element: int
-) -> tuple[float, float]:
-    """(forward, backward) of `captions` of full length through the caption tower, `at_once` a pass."""
-    text = model.text
+    model: ModelConfig,
+    captions: int,
+    at_once: int,
+    hardware: Hardware,
+    element: int,
+    kernels: Kernels | None = None,
+    level: str = "none",
+) -> PassSeconds:
+    """`captions` of full length through the caption tower, `at_once` a pass; on torch's kernels, sums apart."""
+    text, kernels = model.text, kernels or Kernels()
     passes = -(-captions // at_once)
-    (forward, backward), (last_forward, last_backward) = (
-        block_seconds(text_blocks(text), at_once, text.context_length, hardware, element=element, is_last=is_last)
+    inner, last = (
+        block_seconds(
+            text_blocks(text),
+            at_once,
+            text.context_length,
+            hardware,
+            element=element,
+            is_last=is_last,
+            kernels=Kernels(),
+            level=level,
+        )
         for is_last in (False, True)
     )
     times = captions / at_once  # the last pass may be short
-    inner = text.depth - 1
-    sums = passes * text_parameters(model) * (element + 2 * FP32) / hardware.memory_bytes_s
-    return times * (inner * forward + last_forward), times * (inner * backward + last_backward) + sums
+    sums = passes * _sum_bytes(text_parameters(model), element, kernels) / hardware.memory_bytes_s
+    return PassSeconds(backward=sums).plus(inner, times * (text.depth - 1)).plus(last, times)

@@ -6,6 +6,8 @@ The model is counted as its authors run it, with every row of every block; what 
 of the last blocks (models/blocks/last_block.py).
 """
 
+from functools import cache
+
 from models.config import ModelConfig, TextConfig, VisionConfig
 from models.tensors.flops import attention_flops, block_flops, embedding_flops, head_flops, last_block_flops
 from models.tensors.inventory import (
@@ -22,6 +24,7 @@ TRAINING_FORWARDS = 3
 REPLAY_FORWARDS = 1
 
 
+@cache
 def vision_block_parameters(vision: VisionConfig) -> int:
     """Elements of one block of the image tower."""
     return elements(vision_block_shapes(vision))
@@ -33,6 +36,7 @@ def vision_parameters(model: ModelConfig) -> int:
     return ends + model.vision.depth * vision_block_parameters(model.vision)
 
 
+@cache
 def text_parameters(model: ModelConfig) -> int:
     """Elements of the caption tower: tables, pre-norm blocks with biases, norm, projection."""
     ends = elements(text_table_shapes(model.text)) + elements(text_head_shapes(model))

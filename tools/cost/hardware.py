@@ -45,7 +45,17 @@ class Hardware:
     latency_us: float
     """Latency of one hop of a collective between nodes."""
     pcie_gb_s: float
-    """Host to device."""
+    """Host to device, or back, of one GPU alone."""
+    pcie_all_gb_s: float
+    """The same of each where all of a node's GPUs copy at once."""
+    host_gb: float
+    """Pinned host memory that a GPU may use for what it moves there."""
+    fp8_tflops: float
+    """Peak of dense fp8 products; 0: none."""
+    fp8_gemm_limit: float
+    """Share of it that a very large product reaches."""
+    multiprocessors: float
+    """Streaming multiprocessors."""
     decode_images_s: float
     """Images that the CPUs of one node decode and crop in a second."""
 
@@ -64,10 +74,11 @@ class Hardware:
         """What elementwise kernels move in a second."""
         return self.memory_gb_s * 1e9 * self.memory_efficiency
 
-    def gemm_flops(self, rows: float, width: float) -> float:
+    def gemm_flops(self, rows: float, width: float, fp8: bool = False) -> float:
         """FLOP/s of a product of `rows` tokens with a weight whose smaller dimension is `width`."""
         saturation = rows / (rows + self.gemm_half_rows) * width / (width + self.gemm_half_width)
-        return self.bf16_flops * self.gemm_limit * saturation
+        best = self.fp8_tflops * 1e12 * self.fp8_gemm_limit if fp8 else self.bf16_flops * self.gemm_limit
+        return best * saturation
 
     def bus_bytes_s(self, ranks: int, ranks_per_node: int) -> float:
         """Bus bandwidth of a collective of `ranks`, of which `ranks_per_node` share a node and thus its network cards.

@@ -1,12 +1,13 @@
 """One way to lay a job out over GPUs, and what each pipeline stage then holds. Plain numbers, no torch."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
 from engine.config.read import Config, check_layout
 from engine.config.stages import even_layers
 from models.config import ModelConfig, TextConfig, VisionConfig
 from tools.cli import CommandError
+from tools.cost.kernels import Kernels
 
 BYTES = {"fp32": 4, "bf16": 2}
 
@@ -47,8 +48,22 @@ class Layout:
     """Gradients are reduced during the last backward, weights gathered during the first encode."""
     offload_stash: bool = False
     """Stage inputs wait in host memory for their replay."""
+    keep_outputs: str = "none"
+    """Outputs of products that a replay takes: a level of models/tensors/kept.py."""
+    outputs_budget_gb: float | None = None
+    """Instead: each chunk keeps as many kinds of them as fit into this much."""
+    offload_outputs: bool = False
+    """They wait in host memory."""
+    shard: str = "optimizer"
+    """optimizer | gradients | weights: what the data-parallel ranks share."""
+    shard_ranks: int | None = None
+    """Data-parallel ranks that gather sharded weights among themselves; None: all."""
+    group_size: int | None = None
+    """G, micro-batches that a chunk works in a row, where virtual > 1; None: P, or m where more than states is shared.
+    """
     layers: tuple[int, ...] | None = None
     """Blocks of each chunk in tower order; None: even."""
+    kernels: Kernels = field(default_factory=Kernels)
 
     @property
     def replica(self) -> int:
@@ -69,6 +84,28 @@ class Layout:
     def micro_batches(self) -> int:
         """m of a replica."""
         return self.local_images // self.micro_batch
+
+    @property
+    def round_size(self) -> int:
+        """G: micro-batches of one chunk's turn."""
+        if self.virtual == 1 or self.shard != "optimizer":
+            return self.micro_batches
+        return min(self.group_size or self.pipeline, self.micro_batches)
+
+    @property
+    def keeps_outputs(self) -> bool:
+        """Whether a replay finds outputs of products."""
+        return self.keep_outputs != "none" or self.outputs_budget_gb is not None
+
+    @property
+    def passes_kept(self) -> int:
+        """Passes of each chunk that leave outputs for one that repeats them."""
+        return self.micro_batches if self.recompute == "full" else self.micro_batches - self.keep
+
+    @property
+    def gathering_ranks(self) -> int:
+        """Data-parallel ranks that hold the weights once among them."""
+        return self.data if self.shard == "weights" and self.shard_ranks is None else self.shard_ranks or 1
 
     @property
     def local_images(self) -> int:
@@ -112,7 +149,11 @@ class Layout:
 
     def __str__(self) -> str:
         virtual = f" (v {self.virtual})" if self.virtual > 1 else ""
-        return f"TP {self.tensor} × PP {self.pipeline}{virtual} × DP {self.data}"
+        name = f"TP {self.tensor} × PP {self.pipeline}{virtual} × DP {self.data}"
+        if self.shard == "optimizer":
+            return name
+        within = f" of {self.shard_ranks} ranks" if self.shard_ranks else ""
+        return f"{name}, {self.shard} sharded{within}"
 
 
 def layout_of(config: Config, ranks: int) -> Layout:
@@ -143,8 +184,24 @@ def layout_of(config: Config, ranks: int) -> Layout:
         precision=train.precision,
         overlap=parallel.overlap,
         offload_stash=train.offload_stash,
+        keep_outputs=train.keep_outputs,
+        outputs_budget_gb=train.outputs_budget_gb,
+        offload_outputs=train.offload_outputs,
+        shard=parallel.shard,
+        shard_ranks=parallel.shard_ranks,
+        group_size=parallel.round_size,
         layers=tuple(parallel.layers) if parallel.layers else None,
+        kernels=kernels_of(config.model),
     )
+
+
+def kernels_of(model: ModelConfig) -> Kernels:
+    """What the settings of a model choose on a GPU (models/blocks/kernels.py)."""
+    if model.backend == "transformer_engine":
+        return Kernels(elementwise="compiled", fp8=model.fp8 != "none")
+    if model.block_kernels == "fused" or (model.block_kernels == "auto" and model.norm_kernel == "auto"):
+        return Kernels(elementwise="fused", sums=True)
+    return Kernels(elementwise="compiled" if model.norm_kernel in ("compiled", "apex") else "eager")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +228,12 @@ class Stage:
 
 def stages_of(model: ModelConfig, layout: Layout) -> list[Stage]:
     """Every stage of the pipeline; rank r holds chunks r, r + P, r + 2P, … of the tower."""
-    stages = layout.pipeline
-    counts = layout.layers or even_layers(model.vision.depth, stages * layout.virtual)
+    return _stages(model.vision.depth, layout.pipeline, layout.virtual, layout.layers)
+
+
+@lru_cache(maxsize=1024)
+def _stages(depth: int, stages: int, virtual: int, layers: tuple[int, ...] | None) -> list[Stage]:
+    counts = layers or even_layers(depth, stages * virtual)
     return [
         Stage(
             rank=rank,

@@ -1,16 +1,20 @@
 """Memory of the fullest rank at the fullest moment of a step, by part. Bytes.
 
 What lies there all the time: weights, their fp32 gradients (whole on each rank: megatron-core's buffers), and the
-optimizer's fp32 master, m and v of the owned elements (vision over DP, text over all ranks). On top, by phase:
+optimizer's fp32 master, m and v of the owned elements (vision over DP, text over all ranks). Where more is sharded only
+the owned elements stay; a part is whole in its turn and the next one is gathered, the one before it reduced meanwhile
+(engine/pipeline/executor.py, engine/parallel/sharded.py). On top, by phase:
 - encode: the stash, k kept micro-batches, what the forward of the last one needs; then, on the first stage, what the
   captions' encoding needs: the others encode theirs before the first image;
 - loss: the stash, k kept micro-batches, the gathered embeddings of one tower;
 - captions' backward, before the first gradient arrives: the stash, k kept, the captions of one pass; the last stage
   has it at the end, when stash and kept activations are gone;
 - backprop: the stash, k kept or the chunk that is replayed if that is more, what a block's forward or backward needs.
+Kept outputs lie there from their encoding to their replay; in host memory only those on their way count.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 
 from models.config import ModelConfig
 from models.tensors.inventory import (
@@ -24,6 +28,9 @@ from tools.cost.activations import (
     FP32,
     backward_temporary_bytes,
     micro_batch_saved_bytes,
+    output_levels,
+    outputs_bytes,
+    pass_output_bytes,
     text_forward_temporary_bytes,
     text_saved_bytes,
     text_stream_bytes,
@@ -31,6 +38,7 @@ from tools.cost.activations import (
     vision_temporary_bytes,
 )
 from tools.cost.counts import text_parameters, vision_parameters
+from tools.cost.kernels import Kernels
 from tools.cost.layout import Layout, Stage, stages_of, telling_stages, text_blocks
 
 GPU_TILE = 8192
@@ -58,6 +66,8 @@ class Memory:
     """Vision."""
     stash: float
     """Stage inputs of the local batch."""
+    outputs: float = 0.0
+    """Kept outputs of products, of all micro-batches that are replayed."""
     activations: float
     """Vision: kept or replayed, and what a backward needs beyond them."""
     text: float
@@ -70,17 +80,23 @@ class Memory:
     @property
     def total(self) -> float:
         """All of it."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(vars(self).values())
 
 
 def stage_parameters(model: ModelConfig, layout: Layout, stage: Stage) -> int:
     """Elements of the vision tower on one tensor rank of this stage."""
-    count = stage.blocks * block_parameters(model, layout.tensor)
-    if stage.has_embedding:
-        count += elements(vision_embedding_shapes(model.vision))
-    return count + (elements(vision_head_shapes(model)) if stage.has_head else 0)
+    embedding, head = _end_parameters(model)
+    blocks = stage.blocks * block_parameters(model, layout.tensor)
+    return blocks + stage.has_embedding * embedding + stage.has_head * head
 
 
+@cache
+def _end_parameters(model: ModelConfig) -> tuple[int, int]:
+    """Elements of the embedding and of the head."""
+    return elements(vision_embedding_shapes(model.vision)), elements(vision_head_shapes(model))
+
+
+@cache
 def block_parameters(model: ModelConfig, tensor: int) -> int:
     """Elements of one block on one tensor rank: projections and their column biases are split, the rest is whole."""
     shapes = vision_block_shapes(model.vision)
@@ -93,10 +109,75 @@ def optimizer_bytes_per_element(layout: Layout) -> int:
     return 2 * FP32 if layout.precision == "fp32" else 3 * FP32
 
 
-def state_bytes(layout: Layout, elements: int, owners: int) -> tuple[float, float, float]:
-    """Weights, gradients and optimizer of `elements`, the last sharded over `owners` ranks."""
+def state_bytes(layout: Layout, elements: int, owners: int, gathering: int) -> tuple[float, float, float]:
+    """Weights, gradients and optimizer of `elements` that always lie there, the last sharded over `owners` ranks.
+
+    gathering: ranks that hold sharded weights once among them.
+    """
     optimizer = elements * optimizer_bytes_per_element(layout) / owners
-    return elements * layout.element_bytes, elements * FP32, optimizer
+    weights: float = elements * layout.element_bytes
+    if layout.shard == "optimizer" or owners == 1:
+        return weights, elements * FP32, optimizer
+    if layout.shard == "weights":
+        # Of the neighbours' slices in other groups there is a copy, beside the own one.
+        weights *= 1 / owners + (1 / gathering if gathering < owners else 0)
+    return weights, elements * FP32 / owners, optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visitors:
+    """Bytes of parts that are whole for their turn."""
+
+    weights: float = 0.0
+    gradients: float = 0.0
+    text: float = 0.0
+    """Weights and gradients of the captions' tower."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weights + self.gradients + self.text
+
+
+def visitors(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, Visitors]:
+    """Phase -> what is whole on this stage at its fullest, where weights or gradients are sharded.
+
+    The first stage has its captions' turn last in the encode phase, the last stage last in backprop; on a pipeline all
+    ranks gather the captions' weights when a phase begins, and their gradients stay to the end.
+    """
+    phases = ("encode", "encode_text", "loss", "text", "backprop")
+    if layout.shard == "optimizer":
+        return dict.fromkeys(phases, Visitors())
+    element = layout.element_bytes if layout.shard == "weights" else 0
+    chunks = [stage_parameters(model, layout, chunk) for chunk in _single_chunks(stage)]
+    if layout.data == 1:
+        chunks = [0] * len(chunks)
+    loose = 2 if layout.gathering_ranks < layout.data else 1
+    """A gather within a node lands in memory of its own first."""
+    text = text_parameters(model) if layout.ranks > 1 else 0
+    of_text, text_sums = text * element, text * FP32
+    alone = layout.pipeline == 1
+    waiting = 0 if alone else of_text
+    following = [*chunks[1:], 0]
+    ahead = loose if layout.overlap else 0
+    encode = max(now + ahead * then for now, then in zip(chunks, following, strict=True)) * element
+    first, last = chunks[0], chunks[-1]
+    reversed_pairs = zip(chunks, [0, *chunks[:-1]], following, strict=True)
+    turns = [((now + ahead * then) * element, (now + before) * FP32) for now, then, before in reversed_pairs]
+    weights, gradients = max(turns, key=sum)
+    return {
+        "encode": Visitors(weights=encode, text=waiting if stage.has_embedding else 0),
+        "encode_text": Visitors(weights=0 if stage.has_embedding else ahead * first * element, text=of_text),
+        "loss": Visitors(
+            weights=ahead * last * element if stage.has_head else 0, text=0 if stage.has_head and alone else of_text
+        ),
+        "text": Visitors(
+            weights=0 if stage.has_head else ahead * last * element,
+            gradients=first * FP32 if stage.has_head else 0,
+            text=of_text + text_sums,
+        ),
+        "backprop": Visitors(weights=weights, gradients=gradients, text=waiting if stage.has_head else text_sums),
+    }
 
 
 def stash_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
@@ -104,11 +185,15 @@ def stash_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
 
     In host memory, of those that will be replayed: the one at work and the one on its way stay here.
     """
-    chunks = len(stage.chunks) - (1 if stage.has_embedding else 0)
-    inputs = layout.micro_batches * chunks
+    inputs = stash_inputs(stage, layout.micro_batches)
     if layout.offload_stash:
-        inputs = min(inputs, layout.keep * chunks + OFFLOADED_INPUTS_HERE)
+        inputs = min(inputs, stash_inputs(stage, layout.keep) + OFFLOADED_INPUTS_HERE)
     return inputs * layout.message_bytes(model.vision)
+
+
+def stash_inputs(stage: Stage, micro_batches: int) -> int:
+    """Inputs of a stage's chunks that so many micro-batches leave in the stash."""
+    return micro_batches * (len(stage.chunks) - (1 if stage.has_embedding else 0))
 
 
 def loss_bytes(model: ModelConfig, layout: Layout) -> float:
@@ -123,7 +208,9 @@ def loss_bytes(model: ModelConfig, layout: Layout) -> float:
 def buffer_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
     """Messages between stages, megatron-core's buffer of gathered tokens, the replica's pixels on the first stage."""
     vision = model.vision
-    messages = MESSAGES_UNDER_WAY * layout.message_bytes(vision) if layout.pipeline > 1 else 0
+    messages: float = MESSAGES_UNDER_WAY * layout.message_bytes(vision) if layout.pipeline > 1 else 0
+    if layout.pipeline == 1 and layout.virtual > 1 and layout.offload_stash:
+        messages = layout.micro_batches * layout.message_bytes(vision)  # a turn's, between the chunks of the only stage
     gathered = layout.packed_tokens(vision) * vision.width * layout.element_bytes if layout.splits_tokens else 0
     pixels = layout.local_images * 3 * vision.image_size**2 if stage.has_embedding else 0
     return messages + gathered + pixels
@@ -136,14 +223,18 @@ def stage_memory(model: ModelConfig, layout: Layout, stage: Stage) -> Memory:
 
 def phase_memory(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, Memory]:
     """The peak of each phase that can be the step's: encode, encode_text, loss, text, backprop."""
-    weights, gradients, optimizer = state_bytes(layout, stage_parameters(model, layout, stage), layout.data)
-    text_states = sum(state_bytes(layout, text_parameters(model), layout.ranks))
+    parameters, neighbours = stage_parameters(model, layout, stage), layout.gathering_ranks
+    weights, gradients, optimizer = state_bytes(layout, parameters, layout.data, neighbours)
+    text_neighbours = neighbours * layout.tensor if layout.shard_ranks else layout.ranks
+    text_states = sum(state_bytes(layout, text_parameters(model), layout.ranks, text_neighbours))
+    whole = visitors(model, layout, stage)
+    outputs, text_outputs, moving = kept_outputs(model, layout, stage)
     keeps_all = layout.keep >= layout.micro_batches
     text_kept = text_saved_bytes(model, layout.own_rows, layout.element_bytes) if keeps_all else 0
     gradients_of_rows = (layout.local_batch + layout.own_rows) * model.embed_dim * FP32
     kept = layout.keep * own_saved_bytes(model, layout, stage)
     # Replays go chunk by chunk, and the kept have freed a chunk of theirs before that of another is replayed.
-    live = max(kept, *(own_saved_bytes(model, layout, chunk) for chunk in _single_chunks(stage)))
+    live = max(kept, *(own_saved_bytes(model, layout, chunk) for chunk in set(_single_chunks(stage))))
     forward = vision_forward_temporary_bytes(model, layout, stage)
     captions = layout.captions_at_once, layout.element_bytes
     encoding = max(text_kept + text_stream_bytes(model, *captions), text_forward_temporary_bytes(model, *captions))
@@ -160,21 +251,36 @@ def phase_memory(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, 
         ),
     }
     stash, buffers = stash_bytes(model, layout, stage), buffer_bytes(model, layout, stage)
+    without = _WITHOUT_STASH[stage.has_head, stage.has_embedding]
     return {
         phase: Memory(
-            weights=weights,
-            gradients=gradients,
+            weights=weights + whole[phase].weights,
+            gradients=gradients + whole[phase].gradients,
             optimizer=optimizer,
-            stash=0 if phase in _WITHOUT_STASH[stage.has_head, stage.has_embedding] else stash,
+            stash=0 if phase in without else stash,
+            outputs=0 if phase in without else outputs,
             activations=activations,
-            text=text_states + text,
+            text=text_states + text + whole[phase].text + text_outputs,
             loss=loss,
-            buffers=buffers,
+            buffers=buffers + (moving if phase in ("encode", "backprop") else 0),
         )
         for phase, (activations, text, loss) in phases.items()
     }
 
 
+def kept_outputs(model: ModelConfig, layout: Layout, stage: Stage) -> tuple[float, float, float]:
+    """(vision, captions, on their way) of a rank's kept outputs on the device."""
+    if not layout.keeps_outputs:
+        return 0, 0, 0
+    vision, text = outputs_bytes(model, layout, stage)
+    if not layout.offload_outputs:
+        return vision, text, 0
+    *levels, _ = output_levels(model, layout, stage)
+    passes = [pass_output_bytes(model, layout, stage, chunk, level) for chunk, level in enumerate(levels)]
+    return 0, 0, OFFLOADED_INPUTS_HERE * max(passes)
+
+
+@lru_cache(maxsize=4096)
 def _single_chunks(stage: Stage) -> list[Stage]:
     """Each chunk of a stage as a stage of its own: a micro-batch is replayed chunk by chunk."""
     last = len(stage.chunks) - 1
@@ -200,7 +306,12 @@ def _text_pass_bytes(model: ModelConfig, layout: Layout) -> float:
     text, element = model.text, layout.element_bytes
     captions = layout.captions_at_once
     temporary = backward_temporary_bytes(
-        text_blocks(text), captions * text.context_length, element=element, tensor=1, splits_tokens=False
+        text_blocks(text),
+        captions * text.context_length,
+        element=element,
+        tensor=1,
+        splits_tokens=False,
+        kernels=Kernels(),
     )
     table = text.vocab_size * text.width * element
     saved = 0 if layout.keep >= layout.micro_batches else text_saved_bytes(model, captions, element)

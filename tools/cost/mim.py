@@ -64,8 +64,8 @@ def _teacher_seconds(config: Config, layout: Layout, cluster: Cluster) -> float:
     precision = config.mim.teacher_precision or layout.precision
     alone = replace(layout, tensor=1, pipeline=1, virtual=1, patch_dropout=0.0, precision=precision, layers=None)
     vision = replace(teacher.vision, pool="mean")  # the patches are looked at
-    forward, _ = stage_seconds(replace(teacher, vision=vision), alone, whole, cluster.hardware)
-    return forward * layout.own_rows / layout.micro_batch
+    once = stage_seconds(replace(teacher, vision=vision), alone, whole, cluster.hardware)
+    return once.forward * layout.own_rows / layout.micro_batch
 
 
 def _exchange_seconds(config: Config, layout: Layout, cluster: Cluster) -> float:

@@ -2,27 +2,33 @@
 
 The program is engine/objectives/contrastive/program.py's. With m micro-batches, k of them kept, v chunks a rank and P
 stages, f and b the forward and backward of one micro-batch on a stage (collectives over the tensor axis included):
-- the stage works (2 m - k) f + m b (+ m f with full recomputation inside it);
+- the stage works m f + (m - k) r + m b (+ m r with full recomputation inside it); r, a replay, is f without the
+  products whose outputs were kept, and without the collectives that these spare;
+- where there is a pipeline a receive that was posted ahead waits on multiprocessors, which are missing elsewhere;
 - the bubble is (P - 1) / v x (f + b): the replay of the first micro-batch runs while its gradient travels;
-- with v > 1 micro-batches go round in groups of P. Where a rank's chunks are uneven, its stages are apart by the time
-  of the largest and have the work of the smallest to cover it; and a group's first message is waited for once a round;
+- with v > 1 micro-batches go round in groups. Where a rank's chunks are uneven, its stages are apart by the time of the
+  largest and have the work of the smallest to cover it; and the first message of a group of P is waited for once a
+  round, that of a larger one has come already;
 - captions hide only before the first message: the second stage has f / v for their encoding, the last but one b / v
   for their backward; the rest delays everyone;
 - collectives over the tensor axis are not overlapped; messages between stages are, while they take less than a unit;
 - gradients are reduced during the last backward and weights gathered during the first forward: what exceeds these
-  windows is left over.
+  windows is left over. A chunk that works all its micro-batches in a row is reduced behind its turn and, where weights
+  are sharded, gathered for two turns during the turn before: what a turn does not hide, and the first gather, is left;
+- copies to the host and back have the encode phase and backprop to hide behind.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from models.config import ModelConfig
-from tools.cost.activations import FP32
+from models.tensors.kept import LEVELS
+from tools.cost.activations import FP32, output_levels, outputs_bytes
 from tools.cost.cluster import Cluster, decoding_nodes
-from tools.cost.compute import stage_seconds, text_seconds
+from tools.cost.compute import PassSeconds, stage_seconds, text_seconds
 from tools.cost.counts import text_parameters
 from tools.cost.hardware import Hardware
 from tools.cost.layout import Layout, Stage, stages_of, telling_stages
-from tools.cost.memory import optimizer_bytes_per_element, stage_parameters
+from tools.cost.memory import optimizer_bytes_per_element, stage_parameters, stash_inputs
 from tools.cost.traffic import (
     block_backward_collectives,
     block_forward_collectives,
@@ -33,6 +39,8 @@ from tools.cost.traffic import (
 LOSS_PRODUCTS = 5
 """Strips of logits or gradients of own rows x all rows x D: logits three times, gradients twice."""
 BUCKET_ELEMENTS = 40_000_000
+RECEIVE_CHANNELS = 2
+"""Channels, each on a multiprocessor of its own, of a message that is waited for (NVIDIA/nccl issue 1424)."""
 OPTIMIZER_PASSES = 5
 """Reads and writes of the optimizer's state by LAMB's separate kernels, in units of that state."""
 
@@ -72,6 +80,13 @@ class UnitTime:
     backward: float
     tensor_forward: float
     tensor_backward: float
+    spared: float = 0.0
+    """Seconds of a forward that a replay does not take, tensor axis included."""
+
+    @property
+    def r(self) -> float:
+        """A replay with its collectives."""
+        return self.f - self.spared
 
     @property
     def f(self) -> float:
@@ -86,18 +101,41 @@ class UnitTime:
 
 def unit_time(model: ModelConfig, layout: Layout, stage: Stage, cluster: Cluster) -> UnitTime:
     """Time of one micro-batch through all chunks of `stage`; full recomputation is part of the backward."""
-    forward, backward = stage_seconds(model, layout, stage, cluster.hardware)
+    computed = stage_seconds(model, layout, stage, cluster.hardware)
+    waiting = RECEIVE_CHANNELS / cluster.hardware.multiprocessors if layout.pipeline > 1 else 0.0
+    computed = PassSeconds().plus(computed, 1 / (1 - waiting))
     tensor_forward, tensor_backward = (
         _tensor_seconds(layout, stage_collectives(of_block, model.vision, layout, stage), cluster)
         for of_block in (block_forward_collectives, block_backward_collectives)
     )
+    spared = computed.spared + _spared_collectives(model, layout, stage) * tensor_forward
     again = 1 if layout.recompute == "full" else 0
     return UnitTime(
-        forward=forward,
-        backward=backward + again * forward,
+        forward=computed.forward,
+        backward=computed.backward + again * (computed.forward - computed.spared),
         tensor_forward=tensor_forward,
-        tensor_backward=tensor_backward + again * tensor_forward,
+        tensor_backward=tensor_backward + again * (tensor_forward - spared + computed.spared),
+        spared=spared,
     )
+
+
+_COLLECTIVES_BEFORE = {"fc2": 0.25, "proj": 0.25, "qkv": 0.25, "fc1": 0.25}
+"""Kind of product -> share of a block's forward over the tensor axis that goes with it, under sequence parallelism."""
+
+
+def _spared_collectives(model: ModelConfig, layout: Layout, stage: Stage) -> float:
+    """Share of the forward's collectives that a replay does not need."""
+    if layout.tensor == 1 or not layout.keeps_outputs:
+        return 0.0
+    *levels, _ = output_levels(model, layout, stage)
+    shares = [_spared_share(layout, level) * blocks for level, blocks in zip(levels, stage.chunks, strict=True)]
+    return sum(shares) / stage.blocks
+
+
+def _spared_share(layout: Layout, level: str) -> float:
+    if layout.splits_tokens:
+        return sum(_COLLECTIVES_BEFORE[kind] for kind in LEVELS[level])
+    return sum(0.5 for kind in LEVELS[level] if kind in ("fc2", "proj"))
 
 
 def _tensor_seconds(layout: Layout, collectives: dict[str, tuple[int, float]], cluster: Cluster) -> float:
@@ -113,16 +151,17 @@ def step_time(model: ModelConfig, layout: Layout, cluster: Cluster) -> StepTime:
     """The whole step."""
     stages = telling_stages(stages_of(model, layout))
     units = [unit_time(model, layout, stage, cluster) for stage in stages]
-    slow = max(range(len(stages)), key=lambda i: units[i].f + units[i].b)
+    m, replays = layout.micro_batches, layout.micro_batches - layout.keep
+    slow = max(range(len(stages)), key=lambda i: m * (units[i].f + units[i].b) + replays * units[i].r)
     unit, stage, hardware = units[slow], stages[slow], cluster.hardware
-    m, forwards = layout.micro_batches, 2 * layout.micro_batches - layout.keep
+    spared_tensor = _spared_collectives(model, layout, stage) * unit.tensor_forward
     fill = (layout.pipeline - 1) / layout.virtual
     bubble = fill * (unit.f + unit.b) + _uneven_rounds(layout, stage, unit)
     text_forward, text_backward = text_step(model, layout, hardware)
     before = dict(
-        compute=forwards * unit.forward + m * unit.backward,
-        tensor=forwards * unit.tensor_forward + m * unit.tensor_backward,
-        p2p=_message_time(model, layout, unit, cluster),
+        compute=m * (unit.forward + unit.backward) + replays * (unit.r - unit.tensor_forward + spared_tensor),
+        tensor=m * (unit.tensor_forward + unit.tensor_backward) + replays * (unit.tensor_forward - spared_tensor),
+        p2p=_message_time(model, layout, stage, unit, cluster),
         bubble=bubble,
         text=_left_over(text_forward, unit.f, layout) + _left_over(text_backward, unit.b, layout),
         data=_state_time(model, layout, stage, unit, text_backward, cluster),
@@ -137,34 +176,58 @@ def _uneven_rounds(layout: Layout, stage: Stage, unit: UnitTime) -> float:
     """Waiting of the groups' rounds for each other, none with equal chunks. Backprop has the replay to cover it."""
     largest, smallest = (size(stage.chunks) / stage.blocks for size in (max, min))
     encode = (largest - smallest) * unit.f
-    backprop = largest * unit.b - smallest * (unit.f + unit.b)
-    groups = layout.micro_batches / layout.pipeline
+    backprop = largest * unit.b - smallest * (unit.r + unit.b)
+    groups = layout.micro_batches / layout.round_size
     return groups * (layout.pipeline - 1) * (encode + max(0.0, backprop))
 
 
 def text_step(model: ModelConfig, layout: Layout, hardware: Hardware) -> tuple[float, float]:
     """(encoding, backward with its replay) of a rank's captions; kept whole where every micro-batch is."""
-    forward, backward = text_seconds(model, layout.own_rows, layout.captions_at_once, hardware, layout.element_bytes)
-    replay = 0 if layout.keep >= layout.micro_batches else forward
-    return forward, replay + backward
+    once = text_seconds(
+        model,
+        layout.own_rows,
+        layout.captions_at_once,
+        hardware,
+        layout.element_bytes,
+        layout.kernels,
+        layout.keep_outputs,
+    )
+    replay = 0 if layout.keep >= layout.micro_batches else once.forward - once.spared
+    return once.forward, replay + once.backward
 
 
 def _left_over(text: float, window: float, layout: Layout) -> float:
     return text if layout.pipeline == 1 else max(0.0, text - window / layout.virtual)
 
 
-def _message_time(model: ModelConfig, layout: Layout, unit: UnitTime, cluster: Cluster) -> float:
+def _message_time(model: ModelConfig, layout: Layout, stage: Stage, unit: UnitTime, cluster: Cluster) -> float:
+    copies = _host_time(model, layout, stage, unit, cluster.hardware)
     if layout.pipeline == 1:
-        return 0.0
+        return copies
     each = cluster.message_seconds(layout, layout.message_bytes(model.vision))
-    ways = [each]
-    if layout.offload_stash:
-        ways.append(layout.message_bytes(model.vision) / (cluster.hardware.pcie_gb_s * 1e9))
     units, chunk = layout.micro_batches * layout.virtual, 1 / layout.virtual
-    slow = max(ways)
-    left = max(0.0, slow - unit.f * chunk) + max(0.0, slow - (unit.f + unit.b) * chunk)
-    rounds = (layout.micro_batches + layout.keep) * (layout.virtual - 1)  # replays hide those of backprop
-    return units * left + (rounds + 2 * (layout.pipeline - 1)) * each
+    left = max(0.0, each - unit.f * chunk) + max(0.0, each - (unit.r + unit.b) * chunk)
+    rounds = 0
+    if layout.round_size <= layout.pipeline:  # of a longer round the first message has come; replays hide backprop's
+        rounds = (layout.micro_batches + layout.keep) * (layout.virtual - 1)
+    return copies + units * left + (rounds + 2 * (layout.pipeline - 1)) * each
+
+
+def _host_time(model: ModelConfig, layout: Layout, stage: Stage, unit: UnitTime, hardware: Hardware) -> float:
+    """Copies to the host and back beyond the encode phase and backprop."""
+    moved = host_bytes(model, layout, stage)
+    if not moved:
+        return 0.0
+    each, m = moved / (hardware.pcie_all_gb_s * 1e9), layout.micro_batches
+    return max(0.0, each - m * unit.f) + max(0.0, each - m * unit.b - (m - layout.keep) * unit.r)
+
+
+def host_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
+    """Bytes of a rank in host memory: stage inputs of micro-batches that are replayed, and kept outputs."""
+    stash = 0.0
+    if layout.offload_stash:
+        stash = stash_inputs(stage, layout.micro_batches - layout.keep) * layout.message_bytes(model.vision)
+    return stash + (sum(outputs_bytes(model, layout, stage)) if layout.offload_outputs else 0)
 
 
 def _state_time(
@@ -174,6 +237,10 @@ def _state_time(
     buckets = -(-text // BUCKET_ELEMENTS)
     reduce = cluster.collective_seconds(layout, "world", text * FP32, buckets)
     gather = cluster.collective_seconds(layout, "world", text * layout.element_bytes, buckets)
+    if layout.shard == "weights":
+        gather *= 2
+    if layout.overlap and layout.pipeline == 1:  # captions come last
+        gather = max(0.0, gather - layout.micro_batches * unit.f / layout.virtual)
     if layout.overlap:
         # The last stage, which does its captions last, is done (P - 1) b / v before the first.
         slack = (layout.pipeline - 1) * unit.b / layout.virtual - text_backward
@@ -184,13 +251,39 @@ def _state_time(
 def vision_state_seconds(model: ModelConfig, layout: Layout, stage: Stage, unit: UnitTime, cluster: Cluster) -> float:
     """Reduction of the image tower's gradients and gathering of its weights that no work hides."""
     elements = stage_parameters(model, layout, stage)
-    buckets = -(-elements // BUCKET_ELEMENTS)
+    buckets = max(layout.virtual, -(-elements // BUCKET_ELEMENTS))
     reduce = cluster.collective_seconds(layout, "data", elements * FP32, buckets)
-    gather = cluster.collective_seconds(layout, "data", elements * layout.element_bytes, buckets)
-    if layout.overlap:
-        reduce, gather = max(0.0, reduce - unit.b), max(0.0, gather - unit.f)
+    gather = _gather_seconds(layout, elements * layout.element_bytes, buckets, cluster)
+    turns, m = layout.virtual if layout.round_size == layout.micro_batches else 1, layout.micro_batches
+    if layout.shard == "weights":
+        left = _turns(layout, unit, reduce, gather)
+    elif layout.overlap:
+        left = max(0.0, (reduce - unit.b) / turns, reduce - m * (unit.f + unit.b))
+        left += max(0.0, (gather - unit.f) / turns, gather - m * unit.f)
+    else:
+        left = reduce + gather
     partial = token_gradient_elements(model, stage) * FP32 if layout.splits_tokens else 0
-    return reduce + gather + 2 * cluster.collective_seconds(layout, "tensor", partial)
+    return left + 2 * cluster.collective_seconds(layout, "tensor", partial)
+
+
+def _gather_seconds(layout: Layout, whole_bytes: float, count: int, cluster: Cluster) -> float:
+    """All-gather of a stage's weights: over the data axis, or over the neighbours that hold them once among them."""
+    if layout.gathering_ranks in (1, layout.data):
+        return cluster.collective_seconds(layout, "data", whole_bytes, count)
+    neighbours = replace(layout, data=layout.gathering_ranks, global_batch=layout.gathering_ranks)
+    return cluster.collective_seconds(neighbours, "data", whole_bytes, count)
+
+
+def _turns(layout: Layout, unit: UnitTime, reduce: float, gather: float) -> float:
+    """Seconds of sharded weights that turns of chunks do not hide; each is gathered twice and reduced once."""
+    if not layout.overlap:
+        return reduce + 2 * gather
+    v, m = layout.virtual, layout.micro_batches
+    forward, backward = m * unit.f / v, (m * unit.b + (m - layout.keep) * unit.r) / v
+    first, last = 2 * gather / v, reduce / v
+    encode = max(0.0, gather / v - forward)
+    backprop = max(0.0, (gather + reduce) / v - backward)
+    return first + last + (v - 1) * (encode + backprop)
 
 
 def loss_seconds(model: ModelConfig, layout: Layout, cluster: Cluster) -> float:

@@ -12,7 +12,8 @@ from pathlib import Path
 from engine.config.read import preset_model
 from tools.cli import amount, answer, check_folder, command_parser, complain, positive
 from tools.cost.cluster import Cluster
-from tools.cost.hardware import load_hardware, profile_names
+from tools.cost.hardware import Hardware, load_hardware, profile_names
+from tools.cost.kernels import ELEMENTWISE, Kernels
 from tools.cost.layout import PlanError
 from tools.plan.search import Found, Job, search
 from tools.plan.table import as_json, new_console, show
@@ -46,7 +47,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     length.add_argument("--tokens", type=amount, help="the same as image tokens that are kept")
     parser.add_argument("--patch-dropout", type=float, default=0.5, metavar="P", help="share of patches dropped")
     parser.add_argument("--frames", type=int, default=1, metavar="N", help="images of a pair: those of a clip")
-    parser.add_argument("--offload-stash", action="store_true", help="keep stage inputs in host memory")
+    parser.add_argument("--host-gb", type=float, metavar="GB", help="pinned host memory a GPU may use; 0: none")
+    parser.add_argument("--kernels", choices=ELEMENTWISE, default="fused", help="kernels between the products")
+    parser.add_argument("--fp8", action="store_true", help="products of the blocks in fp8")
     parser.add_argument("--top", type=positive, default=10, metavar="N", help="layouts to print")
     parser.add_argument("--write", type=Path, metavar="DIR", help="write the best layout as config and scripts")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -62,16 +65,18 @@ def _plan(arguments: argparse.Namespace) -> int:
     model = preset_model(arguments.model)
     hardware = load_hardware(arguments.gpu)
     cluster = Cluster(hardware=hardware, gpus=arguments.gpus, per_node=arguments.nodes_of)
+    kernels = _kernels(arguments, hardware)
     job = Job(
         model=model,
         cluster=cluster,
         global_batch=arguments.global_batch,
         patch_dropout=arguments.patch_dropout,
         frames=arguments.frames,
-        offload_stash=arguments.offload_stash,
+        host_gb=arguments.host_gb,
+        kernels=kernels,
     )
     found = search(job)
-    zero3 = best_zero3(model, cluster, job.global_batch, job.patch_dropout, job.frames)
+    zero3 = best_zero3(model, cluster, job.global_batch, job.patch_dropout, job.frames, kernels)
     if arguments.tokens is not None:
         samples /= job.frames * model.vision.kept_tokens(job.patch_dropout)
     if arguments.json:
@@ -84,6 +89,12 @@ def _plan(arguments: argparse.Namespace) -> int:
         for path in write_plan(arguments.model, found.best[0], samples, arguments.write):
             print(f"wrote {path}", file=sys.stderr)
     return 0
+
+
+def _kernels(arguments: argparse.Namespace, hardware: Hardware) -> Kernels:
+    if arguments.fp8 and not hardware.fp8_tflops:
+        raise PlanError(f"--fp8: {hardware.name} has no fp8 products")
+    return Kernels(elementwise=arguments.kernels, sums=arguments.kernels == "fused", fp8=arguments.fp8)
 
 
 def _does_not_fit(job: Job, found: Found) -> str:

@@ -1,24 +1,38 @@
 """All layouts of a job, each with the micro-batches it can keep; the fastest of every TP × PP that fits.
 
-Searched: TP (within a node) × PP × virtual stages × micro-batch × sequence parallelism on or off × recomputation (only
-where nothing fits without) × k, the most that fits × captions a pass. `selective` recomputation is left out: with an
-attention that keeps no S × S it saves the log-sum-exp alone, 0.05 % of a block of the 18B.
+Searched: TP (within a node) × PP × chunks × what the data-parallel ranks share (states, gradients, weights; among all
+or within a node) × micro-batch × sequence parallelism on or off × recomputation (only where nothing fits without); of
+each the best of: k, the most micro-batches that fit with their activations; outputs of products as far as memory goes;
+as many of them in host memory as the copies hide, the stash there or here, with k of what is left. `selective`
+recomputation is left out: with an attention that keeps no S × S it saves the log-sum-exp alone, 0.05 % of a block of
+the 18B.
 """
 
+import math
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
 
 from engine.config.stages import balanced_layers, even_layers
 from models.config import ModelConfig
 from tools.cost.activations import micro_batch_saved_bytes, text_saved_bytes, vision_temporary_bytes
 from tools.cost.cluster import Cluster
-from tools.cost.estimate import Estimate, priced
+from tools.cost.kernels import Kernels
 from tools.cost.layout import Layout, PlanError, stages_of, telling_stages
 from tools.cost.memory import Memory, peak_memory
+from tools.cost.time import host_bytes, unit_time
+from tools.plan.estimate import Estimate, priced
 
 MOST_CHUNKS = 8
 MOST_IMAGES = 1024
 """Sizes of a micro-batch that are tried."""
+FEWEST_TOKENS = 500
+"""Packed tokens below which no product is worth a pass, where the batch allows for more."""
+MOST_PRICED = 24
+"""Ways to run that fit and are priced for each TP × PP, those with the least work first."""
+HIDDEN = 0.95
+"""Share of a phase that copies to the host may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +45,15 @@ class Job:
     patch_dropout: float
     frames: int = 1
     """Images of a pair: 1, or those of a clip."""
-    offload_stash: bool = False
-    """Consider layouts that keep the stash in host memory only, where there is a pipeline."""
+    host_gb: float | None = None
+    """Pinned host memory of a GPU; None: the profile's."""
+    kernels: Kernels = field(default_factory=Kernels)
+    """Kernels of every layout."""
+
+    @property
+    def host_bytes(self) -> float:
+        """The same in bytes."""
+        return 1e9 * (self.cluster.hardware.host_gb if self.host_gb is None else self.host_gb)
 
     @property
     def whole_batch(self) -> int:
@@ -74,19 +95,23 @@ def search(job: Job) -> Found:
     """Raises PlanError where no layout divides GPUs, model and batch."""
     job.check()
     best: dict[tuple[int, int], Estimate] = {}
+    priced_of: Counter[tuple[int, int]] = Counter()
     smallest: tuple[Memory, Layout] | None = None
     tried = 0
-    for candidate in candidates(job):
+    for least, candidate in _promising_first(job):
         tried += 1
-        layout, memory = with_kept(job, candidate)
-        if memory.total > job.cluster.hardware.usable_bytes:
-            if smallest is None or memory.total < smallest[0].total:
-                smallest = memory, layout
+        place = candidate.tensor, candidate.pipeline
+        if place in best and (least > best[place].time.total or priced_of[place] >= MOST_PRICED):
             continue
-        found = priced(job.model, layout, job.cluster, memory)
-        place = layout.tensor, layout.pipeline
-        if place not in best or speed(found) < speed(best[place]):
-            best[place] = found
+        for layout, memory in filled(job, _with_recompute(job, _with_captions(job, candidate))):
+            if memory.total > job.cluster.hardware.usable_bytes:
+                if smallest is None or memory.total < smallest[0].total:
+                    smallest = memory, layout
+                continue
+            found = priced(job.model, layout, job.cluster, memory)
+            priced_of[place] += 1
+            if place not in best or speed(found) < speed(best[place]):
+                best[place] = found
     if not tried:
         raise PlanError(_nothing_divides(job))
     nearest = None
@@ -96,27 +121,47 @@ def search(job: Job) -> Found:
     return Found(best=sorted(refined, key=speed), tried=tried, nearest=nearest)
 
 
+def _promising_first(job: Job) -> list[tuple[float, Layout]]:
+    """Candidates with `least_seconds`, the same for all that differ in what is shared only."""
+    bounds: dict[Layout, float] = {}
+    found = []
+    for one in candidates(job):
+        shape = replace(one, shard="optimizer", shard_ranks=None, group_size=one.micro_batches)
+        if shape not in bounds:
+            bounds[shape] = least_seconds(job, shape)
+        found.append((bounds[shape], one))
+    return sorted(found, key=itemgetter(0))
+
+
 def speed(entry: Estimate) -> tuple[float, float]:
     """Step time; between layouts that wait for the decoding CPUs alike, what the GPUs take."""
     return round(entry.time.total, 6), entry.time.total - entry.time.input
 
 
+def least_seconds(job: Job, layout: Layout) -> float:
+    """What no amount of memory makes shorter: an inner stage's work and its bubble with every output kept."""
+    stages = telling_stages(stages_of(job.model, layout))
+    unit = unit_time(job.model, replace(layout, keep_outputs="all"), stages[len(stages) // 2], job.cluster)
+    m, fill = layout.micro_batches, (layout.pipeline - 1) / layout.virtual
+    return m * (unit.f + unit.b) + fill * (unit.f + unit.b)
+
+
 def candidates(job: Job) -> Iterator[Layout]:
-    """Every layout that engine/config/read.py accepts, with no micro-batch kept; with full recomputation only
-    as needed.
-    """
+    """Every layout that engine/config/read.py accepts, with nothing kept."""
+    tokens = job.model.vision.kept_tokens(job.patch_dropout)
     for layout in _cuts(job):
-        for samples in _divisors(layout.local_batch):
-            if samples * job.frames > MOST_IMAGES:
-                break
+        sizes = [n for n in _divisors(layout.local_batch) if n * job.frames <= MOST_IMAGES]
+        large = [n for n in sizes if n * job.frames * tokens >= FEWEST_TOKENS]
+        for samples in large or sizes:
             one = replace(layout, micro_batch=samples * job.frames)
-            if one.virtual > 1 and one.micro_batches % one.pipeline:
-                continue
-            for sequence in (True, False) if one.tensor > 1 else (True,):
-                tokens = one.packed_tokens(job.model.vision)
-                if sequence and tokens % one.tensor:
+            if one.virtual > 1 and one.shard == "optimizer":
+                if one.micro_batches < one.pipeline:
                     continue
-                yield _with_recompute(job, _with_captions(job, replace(one, sequence=sequence)))
+                one = replace(one, group_size=one.micro_batches)
+            for sequence in (True, False) if one.tensor > 1 else (True,):
+                if sequence and one.packed_tokens(job.model.vision) % one.tensor:
+                    continue
+                yield replace(one, sequence=sequence)
 
 
 def _cuts(job: Job) -> Iterator[Layout]:
@@ -129,21 +174,47 @@ def _cuts(job: Job) -> Iterator[Layout]:
             data = gpus // (tensor * pipeline)
             if pipeline > vision.depth or job.global_batch % data:
                 continue
-            for virtual in range(1, 1 + (min(MOST_CHUNKS, vision.depth // pipeline) if pipeline > 1 else 1)):
+            for virtual, shares in _chunks_and_shares(job, tensor, pipeline, data):
                 counts = balanced_layers(job.model, stages=pipeline, virtual=virtual, tokens=tokens)
                 even = counts == even_layers(vision.depth, pipeline * virtual)
-                yield Layout(
-                    tensor=tensor,
-                    pipeline=pipeline,
-                    virtual=virtual,
-                    data=data,
-                    global_batch=job.global_batch,
-                    micro_batch=job.frames,
-                    frames=job.frames,
-                    patch_dropout=job.patch_dropout,
-                    offload_stash=job.offload_stash and pipeline > 1,
-                    layers=None if even else tuple(counts),
-                )
+                for shard, neighbours in shares:
+                    yield Layout(
+                        tensor=tensor,
+                        pipeline=pipeline,
+                        virtual=virtual,
+                        data=data,
+                        global_batch=job.global_batch,
+                        micro_batch=job.frames,
+                        frames=job.frames,
+                        patch_dropout=job.patch_dropout,
+                        shard=shard,
+                        shard_ranks=neighbours,
+                        layers=None if even else tuple(counts),
+                        kernels=job.kernels,
+                    )
+
+
+Shares = list[tuple[str, int | None]]
+"""(parallel.shard, parallel.shard_ranks)."""
+
+
+def _chunks_and_shares(job: Job, tensor: int, pipeline: int, data: int) -> Iterator[tuple[int, Shares]]:
+    """v, and what may be shared then: more than states pays where a chunk is a small part of a rank's blocks."""
+    blocks = job.model.vision.depth // pipeline
+    few = min(MOST_CHUNKS, blocks) if pipeline > 1 else 1
+    neighbours = job.cluster.per_node // tensor
+    more: Shares = []
+    if data > 1:
+        more = [("weights", None), ("gradients", None)]
+        if 1 < neighbours < data and data % neighbours == 0:
+            more.append(("weights", neighbours))
+    many = {blocks, -(-blocks // 2), -(-blocks // 4)} - {1}
+    for virtual in sorted({*range(1, few + 1), *many}):
+        shares: Shares = [("optimizer", None)] if virtual <= few else []
+        if virtual in many:
+            shares += more
+        if shares:
+            yield virtual, shares
 
 
 def _with_captions(job: Job, layout: Layout) -> Layout:
@@ -164,6 +235,40 @@ def _with_recompute(job: Job, layout: Layout) -> Layout:
     return layout if fits else replace(layout, recompute="full")
 
 
+def filled(job: Job, layout: Layout) -> Iterator[tuple[Layout, Memory]]:
+    """Ways to use the memory that a layout leaves, each with what it then needs."""
+    yield with_kept(job, layout)
+    if job.kernels.fp8 or layout.recompute == "full":
+        return
+    room = job.cluster.hardware.usable_bytes - peak_memory(job.model, layout).total
+    if room > 0:
+        kept = replace(layout, outputs_budget_gb=_rounded_gb(room))
+        yield kept, peak_memory(job.model, kept)
+    if job.host_bytes:
+        for stashed in (False, True):
+            there = replace(layout, offload_stash=stashed and layout.pipeline * layout.virtual > 1)
+            if stashed and not there.offload_stash:
+                break
+            gigabytes = _host_outputs_gb(job, there)
+            if gigabytes < 0:
+                continue
+            if gigabytes > 0:
+                there = replace(there, outputs_budget_gb=gigabytes, offload_outputs=True)
+            yield with_kept(job, there)
+
+
+def _host_outputs_gb(job: Job, layout: Layout) -> float:
+    """Outputs that host memory holds and the encode phase hides, beside the stash; below 0 where that is too much."""
+    inner = telling_stages(stages_of(job.model, layout))[-1]
+    unit = unit_time(job.model, layout, inner, job.cluster)
+    hidden = HIDDEN * layout.micro_batches * unit.f * job.cluster.hardware.pcie_all_gb_s * 1e9
+    return _rounded_gb(min(job.host_bytes, hidden) - host_bytes(job.model, layout, inner))
+
+
+def _rounded_gb(room: float) -> float:
+    return math.floor(room / 1e8) / 10
+
+
 def with_kept(job: Job, layout: Layout) -> tuple[Layout, Memory]:
     """The layout with the largest k that fits, and its memory; k = 0 where that does not fit either."""
     base = peak_memory(job.model, layout)
@@ -171,7 +276,9 @@ def with_kept(job: Job, layout: Layout) -> tuple[Layout, Memory]:
     if room < 0 or layout.recompute == "full":
         return layout, base
     one, two = (peak_memory(job.model, replace(layout, keep=keep)).total for keep in (1, 2))
-    most = min(layout.micro_batches, 1 + int(room / max(1.0, two - one)))
+    # A replay is all that offloading and kept outputs are for.
+    limit = layout.micro_batches - (layout.offload_stash or layout.keeps_outputs)
+    most = min(limit, 1 + int(room / max(1.0, two - one)))
     for keep in range(most, max(0, most - 3), -1):
         kept = replace(layout, keep=keep)
         memory = peak_memory(job.model, kept)
@@ -181,14 +288,16 @@ def with_kept(job: Job, layout: Layout) -> tuple[Layout, Memory]:
 
 
 def with_fewer_captions(job: Job, entry: Estimate) -> Estimate:
-    """The same with passes of fewer captions, if the micro-batches that then fit save more than the passes cost."""
+    """The same with passes of fewer captions, if what then fits saves more than the passes cost."""
     layout, tried = entry.layout, [entry]
     assert layout is not None
     captions = layout.captions_at_once
+    bare = replace(layout, keep=0, outputs_budget_gb=None, offload_outputs=False, offload_stash=False)
     while captions > 8:
         captions = -(-captions // 2)
-        fewer, memory = with_kept(job, replace(layout, text_micro_batch=captions, keep=0))
-        tried.append(priced(job.model, fewer, job.cluster, memory))
+        for fewer, memory in filled(job, replace(bare, text_micro_batch=captions)):
+            if memory.total <= job.cluster.hardware.usable_bytes:
+                tried.append(priced(job.model, fewer, job.cluster, memory))
     return min(tried, key=speed)
 
 

@@ -8,15 +8,29 @@ from rich.console import Console
 from rich.table import Table
 
 from models.config import ModelConfig
-from tools.cost.estimate import Estimate
 from tools.cost.memory import Memory, checkpoint_bytes
 from tools.cost.time import StepTime
+from tools.plan.estimate import Estimate
 from tools.plan.search import Found, Job
 
-WIDTH = 168
+WIDTH = 190
 EQUAL = 0.005
 """Step times that differ by less than this share are called equal."""
-_COLUMNS = ["layout", "M", "k of m", "recompute", "SP", "text\nM", "GB", "step s", "MFU", "HFU", "pairs/s", "days"]
+_COLUMNS = [
+    "layout",
+    "M",
+    "k of m",
+    "recompute",
+    "SP",
+    "text\nM",
+    "kept outputs\nGB",
+    "stash",
+    "GB",
+    "step s",
+    "MFU",
+    "HFU",
+]
+_COLUMNS += ["pairs/s", "days"]
 _COLUMNS += ["GPU-hours", "images/s\na node"]
 
 
@@ -29,7 +43,8 @@ def show(job: Job, found: Found, zero3: Estimate, samples: float, top: int, cons
     console.print(
         f"{job.model.preset or 'model'}: batch {job.global_batch:,} of {per_pair} image tokens on {cluster.gpus} x "
         f"{hardware.name} ({cluster.nodes} nodes of {cluster.per_node}); {found.tried:,} layouts tried, "
-        f"{hardware.usable_bytes / 1e9:.1f} GB usable a GPU"
+        f"{hardware.usable_bytes / 1e9:.1f} GB usable a GPU and {job.host_bytes / 1e9:.0f} of its host, kernels: "
+        f"{job.kernels}"
     )
     console.print(_summary(shown, samples))
     console.print(_parts("Memory of the fullest rank at its peak, GB (derived)", Memory, shown, 1e9))
@@ -69,13 +84,17 @@ def _summary(shown: Sequence[Estimate], samples: float) -> Table:
 def _settings(entry: Estimate) -> list[str]:
     layout = entry.layout
     if layout is None:
-        return [""] * 5
+        return [""] * 7
     return [
         str(layout.micro_batch),
         f"{layout.keep} of {layout.micro_batches}",
         layout.recompute,
         ("yes" if layout.sequence else "no") if layout.tensor > 1 else "",
         str(layout.captions_at_once),
+        f"{layout.outputs_budget_gb:g}{' on host' if layout.offload_outputs else ''}"
+        if layout.outputs_budget_gb
+        else "",
+        "host" if layout.offload_stash else "",
     ]
 
 
@@ -131,8 +150,8 @@ def verdict(job: Job, found: Found, zero3: Estimate) -> list[str]:
         lines.append(f"Choose {best.name}: {gain:.1%} more pairs/s than ZeRO-3.")
     else:
         lines.append(
-            f"ZeRO-3 wins: the best 3D layout, {best.name}, makes {-gain:.1%} less pairs/s. This engine has no ZeRO-3; "
-            "take 3D for an optimizer that does not depend on the number of GPUs and checkpoints for any layout."
+            f"Another engine's ZeRO-3 wins: the best layout, {best.name}, makes {-gain:.1%} less pairs/s; it has an "
+            "optimizer that does not depend on the number of GPUs and checkpoints for any layout."
         )
     return lines
 

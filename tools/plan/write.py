@@ -7,10 +7,13 @@ from typing import Any
 import yaml
 
 from engine.config.read import check_layout, load_config
-from tools.cost.estimate import Estimate
+from tools.cost.layout import Layout
+from tools.plan.estimate import Estimate
 
 _NO_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 """What neither a file nor a job is named by; profiles of one's own are named by people."""
+HOPPER_TFLOPS = 1000
+"""Peak in bf16 above which a GPU has the scaled formats of Blackwell."""
 SHARDS = "PATH_TO_SHARDS/{00000..99999}.tar"
 
 _LAUNCH = """\
@@ -116,11 +119,15 @@ def settings(model: str, entry: Estimate, samples: float) -> dict[str, Any]:
         parallel["virtual"] = layout.virtual
     if layout.layers is not None:
         parallel["layers"] = "balanced"
-    # Where every micro-batch is kept nothing is stashed, and the engine refuses to move it.
-    offload = layout.offload_stash and layout.keep < layout.micro_batches
+    if layout.shard != "optimizer":
+        parallel["shard"] = layout.shard
+    elif layout.round_size not in (layout.pipeline, layout.micro_batches) or layout.group_size:
+        parallel["round_size"] = layout.round_size
+    if layout.shard_ranks is not None:
+        parallel["shard_ranks"] = layout.shard_ranks
     return {
         "run_dir": f"runs/{model}",
-        "model": model,
+        "model": {"preset": model, **_kernel_settings(entry)},
         "data": {"shards": SHARDS} | ({"frames": layout.frames} if layout.frames > 1 else {}),
         "parallel": parallel,
         "train": {
@@ -132,7 +139,32 @@ def settings(model: str, entry: Estimate, samples: float) -> dict[str, Any]:
             "recompute": layout.recompute,
             "patch_dropout": layout.patch_dropout,
             "precision": layout.precision,
-            **({"offload_stash": True} if offload else {}),
+            **_moved(layout),
         },
         "checkpoint": {"every_steps": 500},
     }
+
+
+def _kernel_settings(entry: Estimate) -> dict[str, Any]:
+    """Settings of the model for the kernels that were planned with."""
+    assert entry.layout is not None
+    kernels = entry.layout.kernels
+    if kernels.fp8:
+        recipe = "mxfp8" if entry.cluster.hardware.bf16_tflops > HOPPER_TFLOPS else "current"
+        return {"backend": "transformer_engine", "fp8": recipe}
+    return {
+        "fused": {"block_kernels": "fused"},
+        "compiled": {"block_kernels": "torch", "norm_kernel": "compiled"},
+        "eager": {"block_kernels": "torch"},
+    }[kernels.elementwise]
+
+
+def _moved(layout: Layout) -> dict[str, Any]:
+    """Settings of what is kept, and where. Where every micro-batch is kept, the engine refuses to move a stash."""
+    repeats = layout.keep < layout.micro_batches
+    found: dict[str, Any] = {"offload_stash": True} if layout.offload_stash and repeats else {}
+    if layout.outputs_budget_gb and (repeats or layout.recompute == "full"):
+        found["outputs_budget_gb"] = layout.outputs_budget_gb
+        if layout.offload_outputs:
+            found["offload_outputs"] = True
+    return found

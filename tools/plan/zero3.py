@@ -28,10 +28,11 @@ from tools.cost.counts import (
     vision_block_parameters,
     vision_parameters,
 )
-from tools.cost.estimate import Estimate
+from tools.cost.kernels import Kernels
 from tools.cost.layout import Layout, Stage
 from tools.cost.memory import Memory, loss_bytes
 from tools.cost.time import StepTime, input_seconds, loss_seconds, optimizer_seconds
+from tools.plan.estimate import Estimate
 
 STATE_BYTES = (2, 4, 12)
 """bf16 weight; fp32 gradient; fp32 master, m and v: of each element, sharded over all GPUs."""
@@ -80,7 +81,9 @@ def zero3_memory(model: ModelConfig, layout: Layout, zero3: Zero3) -> Memory:
     vision, text = model.vision, model.text
     one, whole = _whole_tower(model, layout, zero3)
     if zero3.checkpoints:
-        live = block_saved_bytes(vision, one.packed_tokens(vision), element=layout.element_bytes)
+        live = block_saved_bytes(
+            vision, one.packed_tokens(vision), element=layout.element_bytes, kernels=layout.kernels
+        )
         kept = vision.depth * one.message_bytes(vision) + live
         rows = zero3.pairs_at_once * text.context_length
         text_kept: float = text.depth * rows * text.width * layout.element_bytes
@@ -106,10 +109,9 @@ def zero3_memory(model: ModelConfig, layout: Layout, zero3: Zero3) -> Memory:
 def zero3_time(model: ModelConfig, layout: Layout, zero3: Zero3, cluster: Cluster) -> StepTime:
     """Compute of all forwards, and what the gathers and the reduce-scatter take beyond the compute they overlap."""
     one, whole = _whole_tower(model, layout, zero3)
-    forward, backward = stage_seconds(model, one, whole, cluster.hardware)
-    text_forward, text_backward = text_seconds(
-        model, zero3.pairs, zero3.pairs_at_once, cluster.hardware, layout.element_bytes
-    )
+    vision = stage_seconds(model, one, whole, cluster.hardware)
+    forward, backward = vision.forward, vision.backward
+    text = text_seconds(model, zero3.pairs, zero3.pairs_at_once, cluster.hardware, layout.element_bytes, layout.kernels)
     again = zero3.forwards - TRAINING_FORWARDS
     forward_s, backward_s = zero3.chunks * forward, zero3.chunks * backward
     elements = vision_parameters(model) + text_parameters(model)
@@ -123,7 +125,7 @@ def zero3_time(model: ModelConfig, layout: Layout, zero3: Zero3, cluster: Cluste
         tensor=0.0,
         p2p=0.0,
         bubble=0.0,
-        text=(1 + again) * text_forward + text_backward,
+        text=(1 + again) * text.forward + text.backward,
         data=exposed + gather / blocks,
         loss=loss_seconds(model, layout, cluster),
         optimizer=optimizer_seconds(elements / layout.ranks, elements / layout.ranks, layout, cluster.hardware),
@@ -132,7 +134,12 @@ def zero3_time(model: ModelConfig, layout: Layout, zero3: Zero3, cluster: Cluste
 
 
 def best_zero3(
-    model: ModelConfig, cluster: Cluster, global_batch: int, patch_dropout: float, frames: int = 1
+    model: ModelConfig,
+    cluster: Cluster,
+    global_batch: int,
+    patch_dropout: float,
+    frames: int = 1,
+    kernels: Kernels | None = None,
 ) -> Estimate:
     """The fastest form that fits, or the one that needs the least memory."""
     pairs = -(-global_batch // cluster.gpus)
@@ -142,6 +149,7 @@ def best_zero3(
         micro_batch=pairs * frames,
         frames=frames,
         patch_dropout=patch_dropout,
+        kernels=kernels or Kernels(),
     )
     found = list(_forms(model, cluster, layout, pairs))
     fitting = [form for form in found if form.fits]

@@ -7,10 +7,9 @@ from engine.config.read import Config
 from engine.objectives.registry import objective_of
 from models.config import ModelConfig
 from tools.cost.cluster import Cluster
-from tools.cost.compute import text_seconds
 from tools.cost.layout import Layout, Stage, layout_of, stages_of
 from tools.cost.mim import mim_costs, student_of
-from tools.cost.time import UnitTime, loss_seconds, step_time, unit_time
+from tools.cost.time import UnitTime, loss_seconds, step_time, text_step, unit_time
 from tools.simulate.events import CollectiveCosts, Simulation, StageCosts, Wire, durations_of, simulate
 
 
@@ -34,17 +33,14 @@ def _wire(model: ModelConfig, layout: Layout, cluster: Cluster) -> Wire:
 def _contrastive_costs(config: Config, layout: Layout, cluster: Cluster) -> tuple[list[StageCosts], CollectiveCosts]:
     """What no work hides: `data` of the planner is reduction and gathering of weights together."""
     model = config.model
-    encode_text, backward_text = text_seconds(
-        model, layout.own_rows, layout.captions_at_once, cluster.hardware, layout.element_bytes
-    )
-    replay_text = 0.0 if layout.keep == layout.micro_batches else encode_text
+    encode_text, backward_text = text_step(model, layout, cluster.hardware)
     stages = stages_of(model, layout)
     units = [unit_time(model, layout, stage, cluster) for stage in stages]
     time = step_time(model, layout, cluster)
     together = CollectiveCosts(
         loss_s=loss_seconds(model, layout, cluster), reduce_s=time.data, optimizer_s=time.optimizer
     )
-    return _stage_costs(stages, units, encode_text_s=encode_text, backward_text_s=replay_text + backward_text), together
+    return _stage_costs(stages, units, encode_text_s=encode_text, backward_text_s=backward_text), together
 
 
 def _mim_costs(config: Config, layout: Layout, cluster: Cluster) -> tuple[list[StageCosts], CollectiveCosts]:
@@ -56,7 +52,12 @@ def _mim_costs(config: Config, layout: Layout, cluster: Cluster) -> tuple[list[S
 def _stage_costs(stages: Sequence[Stage], units: Sequence[UnitTime], **alone: Any) -> list[StageCosts]:
     """Collectives of the tensor axis are part of the units."""
     return [
-        StageCosts(forward_s=_by_chunk(unit.f, stage), backward_s=_by_chunk(unit.b, stage), **alone)
+        StageCosts(
+            forward_s=_by_chunk(unit.f, stage),
+            backward_s=_by_chunk(unit.b, stage),
+            replay_s=_by_chunk(unit.r, stage),
+            **alone,
+        )
         for stage, unit in zip(stages, units, strict=True)
     ]
 

@@ -17,7 +17,6 @@ from tools.cost.counts import (
     vision_forward_flops,
     vision_parameters,
 )
-from tools.cost.estimate import estimate
 from tools.cost.hardware import load_hardware
 from tools.cost.layout import Layout, stages_of
 from tools.cost.memory import (
@@ -32,6 +31,7 @@ from tools.cost.memory import (
 )
 from tools.cost.time import LOSS_PRODUCTS
 from tools.cost.traffic import step_traffic
+from tools.plan.estimate import estimate
 from tools.plan.zero3 import Zero3, zero3_memory
 
 MODEL = preset_model("18b")

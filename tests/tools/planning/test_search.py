@@ -11,11 +11,11 @@ import yaml
 
 from engine.config.read import check_layout, load_config, preset_model
 from tools.cost.cluster import Cluster
-from tools.cost.estimate import estimate
 from tools.cost.hardware import Hardware, load_hardware, profile_names
 from tools.cost.layout import Layout, PlanError
 from tools.cost.memory import peak_memory
 from tools.plan.__main__ import main
+from tools.plan.estimate import estimate
 from tools.plan.search import Found, Job, candidates, search
 from tools.plan.write import settings
 from tools.plan.zero3 import Zero3, best_zero3, zero3_memory, zero3_time
@@ -44,7 +44,7 @@ def test_layouts_fit_and_keep_all_that_fits(paper: Found) -> None:
     assert any(layout.keep for layout in layouts) and len(layouts) > 10
     for layout in layouts:
         assert peak_memory(model, layout).total <= usable
-        if layout.recompute == "none":
+        if layout.recompute == "none" and layout.keep + 1 < layout.micro_batches:
             assert peak_memory(model, replace(layout, keep=layout.keep + 1)).total > usable
 
 

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 from models.config import ModelConfig
+from models.tensors.kept import spared_flops
+from tools.cost.activations import output_levels
 from tools.cost.cluster import Cluster, decoding_nodes
 from tools.cost.counts import executed_flops, training_flops, vision_executed_flops
-from tools.cost.layout import Layout
+from tools.cost.layout import Layout, stages_of
 from tools.cost.memory import Memory, peak_memory
 from tools.cost.time import StepTime, step_time
 
@@ -72,6 +74,7 @@ def priced(model: ModelConfig, layout: Layout, cluster: Cluster, memory: Memory)
     flops = executed_flops(model, layout.patch_dropout, layout.keep / layout.micro_batches, layout.frames)
     if layout.recompute == "full":
         flops += layout.frames * vision_executed_flops(model, model.vision.kept_tokens(layout.patch_dropout))
+    flops -= _spared_flops(model, layout) / layout.local_batch
     return Estimate(
         name=str(layout),
         memory=memory,
@@ -83,3 +86,17 @@ def priced(model: ModelConfig, layout: Layout, cluster: Cluster, memory: Memory)
         images_per_node_s=layout.global_batch * layout.frames / time.total / decoding_nodes(layout, cluster),
         layout=layout,
     )
+
+
+def _spared_flops(model: ModelConfig, layout: Layout) -> float:
+    """FLOPs of a replica's images that no repeated pass multiplies, because their outputs were kept."""
+    if not layout.keeps_outputs:
+        return 0.0
+    tokens, total = layout.packed_tokens(model.vision), 0.0
+    for stage in stages_of(model, layout):
+        *levels, _ = output_levels(model, layout, stage)
+        for number, (blocks, level) in enumerate(zip(stage.chunks, levels, strict=True)):
+            pools = stage.has_head and number == len(stage.chunks) - 1 and model.vision.reads_one_token
+            pooled = layout.pooled_rows if pools else None
+            total += spared_flops(model.vision, level, blocks=blocks, tokens=tokens, pooled=pooled)
+    return total * layout.passes_kept
