@@ -10,8 +10,8 @@
 # RUN_DIR        what is written, on storage that all nodes share
 #
 # Expected on A100-40 (tools.plan, projected; not run on a GPU):
-#   NODES=1                   batch 4,096, 6,400 samples/s, 7 GB a GPU, 0.7 days for 0.41 B samples
-#   NODES=8                   batch 32,768, 51,200 samples/s, 7 GB a GPU, 0.1 days for 0.41 B samples
+#   NODES=1                   batch 4,096, 6,400 samples/s, 5 GB a GPU, 0.7 days for 0.41 B samples
+#   NODES=8                   batch 32,768, 51,200 samples/s, 5 GB a GPU, 0.1 days for 0.41 B samples
 #
 # NODES, HEAD_NODE, PORT, JOB_ID, GPUS_PER_NODE, DRY_RUN: examples/launch.sh. On another number of nodes give the batch.
 set -euo pipefail
