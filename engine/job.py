@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data.errors import DataError
 from data.sources import check_shards
+from engine.callbacks.checkpoint import CheckpointCallback
 from engine.checkpoint.load import training_position
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.resume import choose, lock_run, newest_good
@@ -71,6 +72,9 @@ def _run_next(
     trainer.begin(checkpoint, lock)
     with together(mesh.control):
         watching = callbacks(trainer)
+    for callback in watching:  # what asks other ranks must not be among what one rank may fail at alone
+        if isinstance(callback, CheckpointCallback):
+            callback.open_local()
     return phase, _train(trainer, watching, wishes)
 
 

@@ -36,9 +36,13 @@ class CheckpointCallback(Callback):
         self.saver = CheckpointSaver(self.run_dir, trainer.optimizer, trainer.config, trainer.mesh, retention)
         trainer.recovery.saver = self.saver
         self.local: LocalSaver | None = None
-        if settings.local_every_steps:
-            self.local = LocalSaver(trainer.optimizer, trainer.config, trainer.mesh)
-            trainer.recovery.local = self.local
+        """Made by `open_local`, which is collective."""
+
+    def open_local(self) -> None:
+        """Look at every host's folder for checkpoints, where such are asked for. Collective; raises on every rank."""
+        if self.settings.local_every_steps and self.local is None:
+            self.local = LocalSaver(self.trainer.optimizer, self.trainer.config, self.trainer.mesh)
+            self.trainer.recovery.local = self.local
 
     def secure(self, record: Record) -> None:
         """Save when it is time."""
@@ -48,14 +52,9 @@ class CheckpointCallback(Callback):
         self._saved_now = done % self.settings.every_steps == 0 or done == self.trainer.phase.last_step
         if self._saved_now:
             self._save(record, wait=not self.settings.async_save)
-        elif self.local is not None and done % self.settings.local_every_steps == 0:
+        elif self.settings.local_every_steps and done % self.settings.local_every_steps == 0:
             with self._stall():
-                trainer = self.trainer
-                self.local.save(
-                    self.saver.head(
-                        trainer.position, trainer.callback_states(), _numbers(record), trainer.data_fingerprint
-                    )
-                )
+                self._save_local(record)
 
     def on_step(self, record: Record) -> None:
         """Complete the record of the checkpoint that was begun; the last one of a phase is waited for."""
@@ -94,6 +93,13 @@ class CheckpointCallback(Callback):
             self.saver.save(trainer.position, trainer.callback_states(), _numbers(record), trainer.data_fingerprint)
             if wait:
                 self.saver.wait()
+
+    def _save_local(self, record: Record) -> None:
+        self.open_local()
+        assert self.local is not None
+        trainer = self.trainer
+        states, data = trainer.callback_states(), trainer.data_fingerprint
+        self.local.save(self.saver.head(trainer.position, states, _numbers(record), data))
 
     @contextmanager
     def _stall(self) -> Iterator[None]:

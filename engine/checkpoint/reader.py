@@ -22,6 +22,7 @@ class Checkpoint:
         """exceptions: what a run that goes on from it leaves out. Raises CheckpointError: not a checkpoint."""
         self.folder, self.exceptions = folder, exceptions
         self.manifest: Manifest = read_manifest(folder)
+        _require_plain_names(self.manifest, folder)
         self.is_local = False
         """Whether each host has the files of its own ranks only (engine/checkpoint/local.py)."""
         self._files: dict[str, TensorFile] = {}
@@ -104,6 +105,14 @@ class Checkpoint:
         problems = self.problems()
         if problems:
             raise CheckpointError(f"{self.folder} is damaged:{listed(problems)}")
+
+
+def _require_plain_names(manifest: Manifest, folder: Path) -> None:
+    """Nothing that a manifest names lies outside its folder."""
+    parts = (part.file for tensor in manifest.tensors.values() for part in tensor.parts)
+    for name in dict.fromkeys([*manifest.files, *parts]):
+        if Path(name).name != name or name == "..":
+            raise CheckpointError(f"{folder} names the file {name!r}: files of a checkpoint lie in its folder")
 
 
 class KindOf:

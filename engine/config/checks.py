@@ -3,6 +3,8 @@
 Beside them: what an objective needs (engine/objectives), the ranks (layout.py).
 """
 
+import re
+
 from data.errors import DataError
 from engine.config.errors import ConfigError, require
 from engine.config.schema import Config
@@ -17,6 +19,8 @@ from engine.config.sections.train import check_train
 from engine.objectives.registry import objective_of
 from models.config import ModelConfigError
 
+_CREDENTIALS = re.compile(r"[\w+.-]+://[^/@]*:[^/@]*@(?P<host>[^/]*)")
+
 
 def check(config: Config) -> None:
     """Raise ConfigError for the first thing that cannot be run."""
@@ -26,6 +30,7 @@ def check(config: Config) -> None:
         raise ConfigError(str(error)) from None
     _check_run_dir(config.run_dir)
     _check_data(config)
+    _check_secrets(config)
     check_parallel(config)
     check_train(config)
     check_optim(config.optim)
@@ -67,4 +72,17 @@ def _check_data(config: Config) -> None:
             config.data.mix != "one_per_batch" or switch.at_samples % batch == 0,
             f"data.mixture_schedule switches at {switch.at_samples} samples, within a batch of train.global_batch_size "
             f"{batch} that data.mix=one_per_batch takes from one source: use a multiple of {batch}",
+        )
+
+
+def _check_secrets(config: Config) -> None:
+    """The config is printed, written to run_dir and kept in checkpoints, so it holds no password."""
+    given = {"data.shards": config.data.shards, "evaluate.shards": config.evaluate.shards}
+    given |= {f"data.sources {source.name}": source.shards for source in config.data.sources}
+    for key, shards in given.items():
+        found = next(filter(None, map(_CREDENTIALS.match, shards)), None)
+        require(
+            found is None,
+            f"{key} holds a password for {found['host'] if found else ''}: it would be written to logs, run_dir and "
+            "checkpoints; keep it where the store's package looks for it (~/.netrc, ~/.aws, the environment)",
         )

@@ -107,7 +107,7 @@ def _one_rank(folder: str) -> dict[str, object]:
     callback.local.wait()
     second = build(config, mesh)
     step, began = second.position.step, str(second.recovery.began)
-    second.recovery.local = CheckpointCallback(second).local
+    CheckpointCallback(second).open_local()
     second.recovery.local.forget()
     second._release_run()
     top = own.parent
