@@ -22,6 +22,7 @@ def origin(given: Given) -> list[str]:
         f"the {name} of {given.source} ({_keys(old)}) is replaced by the preset {_at(given.arguments, name)['preset']}"
         for name, old in given.replaced.items()
     ]
+    lines += [str(found) for found in given.followed()]
     if said:
         lines.append(f"command line: {_listed(said)}")
     if inherited:

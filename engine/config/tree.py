@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.errors import ConfigError
+from engine.config.heads import Followed, follow
 from engine.config.schema import Config
 from engine.config.text import nested, read_file, split_override
 from engine.config.typed import merged, typed
@@ -41,7 +42,21 @@ class Given:
             model = _at(given, path)
             if model is not None:
                 whole = merged(_without(whole, path), nested(path, whole_model(model)))
+        for found in self.followed():
+            whole = merged(whole, nested((*found.model.split("."), "vision", "head_width"), found.head_width))
         return whole
+
+    def followed(self) -> list[Followed]:
+        """Head widths that follow a width of the command line."""
+        found = []
+        for path in _MODELS:
+            asked = _at(self.arguments, (*path, "vision"))
+            if not isinstance(asked, Mapping):
+                continue
+            preset = _at(self.arguments, (*path, "preset"))
+            before = whole_model(merged(_at(self.file, path) or {}, {} if preset is None else {"preset": preset}))
+            found.append(follow(".".join(path), before.get("vision", {}), asked))
+        return [one for one in found if one is not None]
 
 
 def given_settings(tree: Mapping[str, Any], overrides: Sequence[str], source: str) -> Given:

@@ -21,6 +21,7 @@ from engine.config.read import (
     to_dict,
 )
 from engine.config.text import read_text
+from engine.config.tree import given_settings
 
 GOOD = {"model": "tiny-18b", "data": {"shards": ["some.tar"]}}
 
@@ -369,3 +370,34 @@ def test_explicit_keys_beside_a_preset_are_named() -> None:
     assert model_in_words(resolve(GOOD | {"model": plain}, []).model) == (
         "own model (3 x 64 image tower, 2 x 512 text tower)"
     )
+
+
+def _heads(*arguments: str) -> tuple[int, list[str]]:
+    file = {"model": {"vision": {"width": 96, "head_width": 24}}, "data": {"shards": ["a.tar"]}}
+    vision = resolve(file, list(arguments)).model.vision
+    return vision.head_width, [
+        line for line in origin(given_settings(file, arguments, "run.yaml")) if "head_width is" in line
+    ]
+
+
+def test_a_width_alone_keeps_as_many_heads_and_says_so() -> None:
+    head_width, lines = _heads("model.vision.width=256")
+    assert head_width == 64
+    assert lines == [
+        "model.vision.head_width is 64: 24 does not divide model.vision.width=256 of the command line, and the 4 heads "
+        "stay as many"
+    ]
+    assert _heads("model=18b", "model.vision.width=5000")[0] == 125  # 40 heads, the preset's
+    assert _heads("model.vision.width=192") == (24, []), "what divides stays as it is"
+    assert _heads("model.vision.width=256", "model.vision.head_width=32") == (32, [])
+
+
+@pytest.mark.parametrize("more", ["model.vision.width=250", "model.vision.width=2"])
+def test_a_width_that_no_heads_divide_is_refused(more: str) -> None:
+    with pytest.raises(ConfigError, match=r"width \d+ is not a multiple of model\.vision\.head_width 24"):
+        _heads(more)
+
+
+def test_a_file_that_does_not_fit_is_refused_as_it_is() -> None:
+    with pytest.raises(ConfigError, match="is not a multiple"):
+        resolve({"model": {"vision": {"width": 256, "head_width": 24}}, "data": {"shards": ["a.tar"]}}, [])
