@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.objectives.contrastive.sigmoid import sigmoid_loss
 from engine.objectives.contrastive.softmax import contrastive_loss
+from engine.objectives.contrastive.tiles import bfloat16_factors
 from tests.engine.loss_reference import contrastive_reference, pairs, sigmoid_reference, worst_error
 
 ROWS = 37
@@ -137,3 +138,18 @@ def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
     arguments: dict[str, Any] = {"image": torch.zeros(2, 4), "text": torch.zeros(2, 4), "logit_scale": 1.0} | change
     with pytest.raises(ValueError, match=message):
         contrastive_loss(**arguments)
+
+
+def test_three_bfloat16_products_are_a_float32_one() -> None:
+    """As a GPU multiplies embeddings (tensor cores add exact products of bfloat16 in float32)."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.nn.functional.normalize(torch.randn(64, 1536, generator=generator), dim=-1)
+    text = torch.nn.functional.normalize(image + 0.5 * torch.randn(64, 1536, generator=generator) / 39, dim=-1)
+    exact = 100 * image.double() @ text.double().t()
+    factors = bfloat16_factors(image, text.t())
+    assert len(factors) == 3
+    assert all(part.dtype == torch.bfloat16 for pair in factors for part in pair)
+    error = (100 * sum(a.float() @ b.float() for a, b in factors) - exact).abs().max()
+    assert error < 1e-4
+    assert (100 * (image.bfloat16().float() @ text.bfloat16().float().t()) - exact).abs().max() > 1e-2
+    assert bfloat16_factors(image.bfloat16(), text.bfloat16().t())[0][0].dtype == torch.bfloat16

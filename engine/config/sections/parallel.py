@@ -36,7 +36,8 @@ class ParallelConfig:
     overlap: bool = True
     """Reduce gradients during the last backward and gather weights during the next encode, bucket by bucket."""
     bucket_size: int | None = None
-    """Elements of one bucket of gradients; null: megatron-core's choice (at least 40 million)."""
+    """Elements of one bucket of gradients; null: megatron-core's choice (at least 40 million, a million a rank), but at
+    most an eighth of a tower that is larger."""
     start_timeout_minutes: float = 10.0
     """A start whose ranks have not all come by then ends with the names of those that are missing."""
     hang_minutes: float = 10.0
