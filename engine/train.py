@@ -105,6 +105,7 @@ def _callbacks(config: Config, trainer: "Trainer") -> list["Callback"]:
     from engine.callbacks.checkpoint import CheckpointCallback
     from engine.callbacks.evaluation import Evaluation
     from engine.callbacks.json_log import JsonLog
+    from engine.callbacks.speed import Speed
     from engine.callbacks.suite import SuiteEvaluation
 
     evaluation: list[Callback] = [JsonLog(trainer.mesh.world.rank)] if config.log.json else []
@@ -114,7 +115,7 @@ def _callbacks(config: Config, trainer: "Trainer") -> list["Callback"]:
     if trainer.mesh.world.rank != 0:
         return [*evaluation, CheckpointCallback(trainer)]
     _write_config(config)
-    return [*evaluation, *_logging_callbacks(config), CheckpointCallback(trainer)]
+    return [*evaluation, Speed(trainer), *_logging_callbacks(config), CheckpointCallback(trainer)]
 
 
 def _logging_callbacks(config: Config) -> list["Callback"]:

@@ -1,9 +1,15 @@
-"""`run_dir/tensorboard/`: the same numbers as metrics.jsonl as TensorBoard scalars, tagged `train/<name>`."""
+"""`run_dir/tensorboard/`: the same numbers as metrics.jsonl as TensorBoard scalars.
+
+Tags are `train/NAME`, `evaluation/NAME` (its `eval_` cut off) and `speed/NAME` for times, rates and memory.
+"""
 
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from engine.record import Callback, Record, RunInfo
+
+_SPEED = ("samples_per_s", "tflops", "mfu", "memory_gb", "slowest_rank", "slowest_over_median")
+"""Numbers of the job's speed whose names are no times."""
 
 
 class TensorBoard(Callback):
@@ -22,8 +28,15 @@ class TensorBoard(Callback):
         assert self._writer is not None, "on_start comes first"
         for name, value in record.items():
             if name not in ("step", "phase"):
-                self._writer.add_scalar(f"train/{name}", value, global_step=int(record["step"]))
+                self._writer.add_scalar(tag_of(name), value, global_step=int(record["step"]))
 
     def on_end(self, record: Record) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def tag_of(name: str) -> str:
+    """The tag of a number of the step records."""
+    if name.startswith("eval_"):
+        return f"evaluation/{name.removeprefix('eval_')}"
+    return f"speed/{name}" if name in _SPEED or name.endswith("_s") else f"train/{name}"

@@ -19,6 +19,16 @@ from megatron.core.tensor_parallel import random as megatron_random
 from torch import Tensor
 
 CPU = torch.device("cpu")
+PEAK_TFLOPS = {
+    "NVIDIA A100-SXM4-40GB": {"bf16": 312.0, "fp32": 19.5},
+    "NVIDIA A100-SXM4-80GB": {"bf16": 312.0, "fp32": 19.5},
+    "NVIDIA H100 80GB HBM3": {"bf16": 989.4, "fp32": 67.0},
+    "NVIDIA H200": {"bf16": 989.4, "fp32": 67.0},
+    "NVIDIA B200": {"bf16": 2250.0, "fp32": 75.0},
+}
+"""Device name as the driver gives it -> peak of dense matrix products by precision, from the vendors' data sheets
+(tools/cost/hardware cites them). Other forms of a GPU (PCIe, NVL) have other clocks: they are not listed.
+"""
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,12 @@ class Device:
         if self.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
+
+    def peak_tflops(self, precision: str) -> float | None:
+        """Peak of dense matrix products in fp32 or bf16; None for a device that the table does not know."""
+        if not self.is_cuda:
+            return None
+        return PEAK_TFLOPS.get(torch.cuda.get_device_name(self.torch_device), {}).get(precision)
 
     def peak_memory_gb(self) -> float:
         """Peak memory of this rank in GB: allocated on a GPU, resident on the CPU."""

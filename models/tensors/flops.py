@@ -3,7 +3,10 @@
 Norms, activations and softmax are left out, as usual. No torch: planning and layer placement are arithmetic.
 """
 
-from models.config import ModelConfig, VisionConfig
+from models.config import ModelConfig, TextConfig, VisionConfig
+
+TRAINING_FORWARDS = 3
+"""Forwards that a training step costs: its backward is two."""
 
 
 def block_flops(vision: VisionConfig, tokens: int) -> int:
@@ -47,3 +50,17 @@ def attention_pool_flops(vision: VisionConfig, tokens: int) -> int:
 def attention_flops(tokens: int, width: int, queries: int | None = None) -> int:
     """Scores and weighted sum over all heads; queries: how many of the tokens ask, by default all."""
     return 4 * (tokens if queries is None else queries) * tokens * width
+
+
+def vision_forward_flops(model: ModelConfig, tokens: int) -> int:
+    """One image of `tokens` kept tokens (prefix tokens included) through the image tower."""
+    vision = model.vision
+    return vision.depth * block_flops(vision, tokens) + embedding_flops(vision, tokens) + head_flops(model, tokens)
+
+
+def text_forward_flops(model: ModelConfig) -> int:
+    """One caption of full context length through the caption tower (the causal half is not deducted)."""
+    text: TextConfig = model.text
+    w, length = text.width, text.context_length
+    products = 4 * w * w + 2 * w * text.hidden
+    return text.depth * (2 * length * products + attention_flops(length, w)) + 2 * w * model.embed_dim

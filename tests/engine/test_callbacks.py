@@ -17,8 +17,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data.sources import SourceSize
 from engine.callbacks.console import ConsoleProgress, start_line
 from engine.callbacks.metrics import MetricsFile, read_metrics
+from engine.callbacks.speed import Speed
 from engine.callbacks.tensorboard import TensorBoard
+from engine.model_flops import model_flops
+from engine.parallel.device import PEAK_TFLOPS
 from engine.record import RunInfo
+from tests.checkpoint.jobs import BATCH, alone, build, job_config
+from tools.cost.hardware import load_hardware
 
 
 def run_info(run_dir: Path, *, start_step: int = 0, total_steps: int = 100) -> RunInfo:
@@ -154,11 +159,13 @@ def test_tensorboard_curve_is_clean_after_resume(tmp_path):
         board = TensorBoard()
         board.on_start(run_info(tmp_path, start_step=start))
         for step in range(start, stop):
-            board.on_step(record(step, loss=loss))
+            board.on_step(record(step, loss=loss) | {"eval_zero_shot_top1": 0.5, "mfu": 0.4, "samples_per_s": 9.0})
         board.on_end({})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert "train/step" not in events.Tags()["scalars"]
+    tags = set(events.Tags()["scalars"])
+    assert {"evaluation/zero_shot_top1", "speed/mfu", "speed/samples_per_s", "speed/step_time_s"} <= tags
+    assert not {"train/step", "train/eval_zero_shot_top1", "train/step_time_s"} & tags
     curve = events.Scalars("train/loss")
     assert [event.step for event in curve] == list(range(10))
     assert [event.value for event in curve] == [1.0] * 5 + [2.0] * 5
@@ -225,3 +232,24 @@ def test_terminal_shows_a_bar_with_loss_and_rate(tmp_path):
 def test_log_every_steps_must_be_positive():
     with pytest.raises(ValueError, match="log_every_steps is 0"):
         ConsoleProgress(log_every_steps=0)
+
+
+def test_the_speed_of_a_step_is_in_its_record(tmp_path):
+    with alone() as mesh:
+        trainer = build(job_config(tmp_path), mesh)
+        flops = model_flops(trainer.config)
+        found = Speed(trainer).measure({"step_time_s": 0.5})
+        known = Speed(trainer)
+        known._peak_tflops = 2 * found["tflops"]
+    assert found["samples_per_s"] == 2 * BATCH and found["tflops"] == pytest.approx(2 * BATCH * flops / 1e12)
+    assert found["memory_gb"] > 0 and "mfu" not in found, "nobody knows the peak of this CPU"
+    assert known.measure({"step_time_s": 0.5})["mfu"] == pytest.approx(0.5)
+
+
+def test_known_gpus_have_the_peaks_of_their_data_sheets():
+    profiles = {"NVIDIA A100-SXM4-40GB": "a100-40", "NVIDIA A100-SXM4-80GB": "a100-80", "NVIDIA H100 80GB HBM3": "h100"}
+    profiles |= {"NVIDIA H200": "h200", "NVIDIA B200": "b200"}
+    assert profiles.keys() == PEAK_TFLOPS.keys()
+    for name, profile in profiles.items():
+        sheet = load_hardware(profile)
+        assert PEAK_TFLOPS[name] == {"bf16": sheet.bf16_tflops, "fp32": sheet.fp32_tflops}, name

@@ -11,27 +11,15 @@ from engine.build import DTYPES
 from engine.parallel.device import Device
 from engine.parallel.mesh import Mesh, meet
 from tools.benchmark.options import GEMM_SIDE
-from tools.cost.hardware import load_hardware
 
-# Device name as the driver gives it -> profile of tools/cost/hardware, which cites its data sheet. Other forms of a
-# GPU (PCIe, NVL) have other clocks: those that are not listed are measured.
-PROFILES = {
-    "NVIDIA A100-SXM4-40GB": "a100-40",
-    "NVIDIA A100-SXM4-80GB": "a100-80",
-    "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA H200": "h200",
-    "NVIDIA B200": "b200",
-}
 GEMM_ROUNDS = 4
 
 
 def peak_flops_per_s(precision: str, mesh: Mesh, device: Device, gemm_side: int = GEMM_SIDE) -> tuple[float, str]:
     """(FLOP/s of all ranks together, where the number is from). Collective over the mesh."""
-    if device.is_cuda:
+    if (tflops := device.peak_tflops(precision)) is not None:
         name = torch.cuda.get_device_name(device.torch_device)
-        if name in PROFILES:
-            tflops = getattr(load_hardware(PROFILES[name]), f"{precision}_tflops")
-            return mesh.world.size * tflops * 1e12, f"{name}: {tflops} TFLOP/s in {precision}, by its data sheet"
+        return mesh.world.size * tflops * 1e12, f"{name}: {tflops:g} TFLOP/s in {precision}, by its data sheet"
     rate = torch.tensor(_gemm_flops_per_s(precision, mesh, device, gemm_side), dtype=torch.float64)
     rate = rate.to(device.torch_device)
     dist.all_reduce(rate, group=mesh.world.group)

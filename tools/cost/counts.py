@@ -8,8 +8,15 @@ of the last blocks (models/blocks/last_block.py).
 
 from functools import cache
 
-from models.config import ModelConfig, TextConfig, VisionConfig
-from models.tensors.flops import attention_flops, block_flops, embedding_flops, head_flops, last_block_flops
+from models.config import ModelConfig, VisionConfig
+from models.tensors.flops import (
+    TRAINING_FORWARDS,
+    attention_flops,
+    block_flops,
+    last_block_flops,
+    text_forward_flops,
+    vision_forward_flops,
+)
 from models.tensors.inventory import (
     elements,
     text_block_shapes,
@@ -20,7 +27,6 @@ from models.tensors.inventory import (
     vision_head_shapes,
 )
 
-TRAINING_FORWARDS = 3
 REPLAY_FORWARDS = 1
 
 
@@ -43,25 +49,11 @@ def text_parameters(model: ModelConfig) -> int:
     return ends + model.text.depth * elements(text_block_shapes(model.text))
 
 
-def vision_forward_flops(model: ModelConfig, tokens: int) -> int:
-    """One image of `tokens` kept tokens (prefix tokens included) through the image tower."""
-    vision = model.vision
-    return vision.depth * block_flops(vision, tokens) + embedding_flops(vision, tokens) + head_flops(model, tokens)
-
-
 def vision_executed_flops(model: ModelConfig, tokens: int) -> int:
     """The same without what nobody reads."""
     vision = model.vision
     unread = block_flops(vision, tokens) - last_block_flops(vision, tokens)
     return vision_forward_flops(model, tokens) - unread
-
-
-def text_forward_flops(model: ModelConfig) -> int:
-    """One caption of full context length through the caption tower (the causal half is not deducted)."""
-    text: TextConfig = model.text
-    w, length = text.width, text.context_length
-    products = 4 * w * w + 2 * w * text.hidden
-    return text.depth * (2 * length * products + attention_flops(length, w)) + 2 * w * model.embed_dim
 
 
 def text_executed_flops(model: ModelConfig) -> int:

@@ -7,19 +7,21 @@ projection's backward has the weight gradient only, since pixels want none. Capt
 from collections import Counter
 
 from engine.config.read import Config
+from engine.model_flops import image_tokens, model_flops, student_flops
 from engine.objectives.contrastive.program import ContrastiveProgram
 from engine.objectives.registry import objective_of
 from engine.pipeline.program import Backward, Forward, Program, Replay
 from models.config import ModelConfig
-from models.tensors.flops import attention_flops, block_flops, embedding_flops, head_flops, last_block_flops
-from tools.cost.activations import FP32
-from tools.cost.counts import (
+from models.tensors.flops import (
     TRAINING_FORWARDS,
-    text_executed_flops,
-    text_forward_flops,
-    vision_executed_flops,
-    vision_forward_flops,
+    attention_flops,
+    block_flops,
+    embedding_flops,
+    head_flops,
+    last_block_flops,
 )
+from tools.cost.activations import FP32
+from tools.cost.counts import text_executed_flops, vision_executed_flops
 from tools.cost.layout import Layout, Stage
 from tools.cost.memory import KEPT_LOGITS
 
@@ -28,14 +30,7 @@ from tools.cost.memory import KEPT_LOGITS
 
 def tokens_per_sample(config: Config) -> int:
     """Image tokens that pass through the trained blocks: kept patches and the class token, of every frame."""
-    return config.data.frames * _image_tokens(config)
-
-
-def model_flops(config: Config) -> float:
-    """Three forwards of every trained tower and one of a teacher; nothing runs twice."""
-    if objective_of(config).distils:
-        return TRAINING_FORWARDS * _student_flops(config) + _teacher_flops(config)
-    return TRAINING_FORWARDS * (_images_flops(config) + text_forward_flops(config.model))
+    return config.data.frames * image_tokens(config)
 
 
 def executed_flops(config: Config, *, kept_share: float, keeps_text: bool) -> float:
@@ -46,39 +41,10 @@ def executed_flops(config: Config, *, kept_share: float, keeps_text: bool) -> fl
     """
     layers_again = config.train.recompute == "full"
     if objective_of(config).distils:
-        return model_flops(config) + layers_again * _student_flops(config)
-    images = config.data.frames * vision_executed_flops(config.model, _image_tokens(config))
+        return model_flops(config) + layers_again * student_flops(config)
+    images = config.data.frames * vision_executed_flops(config.model, image_tokens(config))
     captions = (TRAINING_FORWARDS + (not keeps_text)) * text_executed_flops(config.model)
     return (TRAINING_FORWARDS + 1 - kept_share + layers_again) * images + captions
-
-
-def _image_tokens(config: Config) -> int:
-    return config.model.vision.kept_tokens(config.train.patch_dropout)
-
-
-def _images_flops(config: Config) -> int:
-    """A forward of every frame of a sample."""
-    return config.data.frames * vision_forward_flops(config.model, _image_tokens(config))
-
-
-def _student_flops(config: Config) -> int:
-    """All tokens pass through the blocks; masked patches are not projected, and predicted at the end."""
-    vision, masked = config.model.vision, config.mim.masked_patches
-    blocks = vision.depth * block_flops(vision, vision.tokens)
-    targets = 2 * masked * vision.width * _teacher(config).embed_dim
-    return blocks + embedding_flops(vision, vision.tokens - masked) + targets
-
-
-def _teacher_flops(config: Config) -> int:
-    teacher = _teacher(config)
-    vision = teacher.vision
-    projections = config.mim.masked_patches * (2 * vision.width * teacher.embed_dim if vision.projection else 0)
-    return vision_forward_flops(teacher, vision.tokens) - head_flops(teacher, vision.tokens) + projections
-
-
-def _teacher(config: Config) -> ModelConfig:
-    assert config.mim.teacher_model is not None, "objective=mim without a teacher passes no config check"
-    return config.mim.teacher_model
 
 
 # --- of a rank --------------------------------------------------------------------------------------------------------

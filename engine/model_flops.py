@@ -1,0 +1,50 @@
+"""Model FLOPs of a sample, the numerator of every MFU of this project (docs/benchmarking.md)."""
+
+from engine.config.read import Config
+from engine.objectives.registry import objective_of
+from models.config import ModelConfig
+from models.tensors.flops import (
+    TRAINING_FORWARDS,
+    block_flops,
+    embedding_flops,
+    head_flops,
+    text_forward_flops,
+    vision_forward_flops,
+)
+
+
+def model_flops(config: Config) -> float:
+    """Three forwards of every trained tower and one of a teacher; nothing runs twice."""
+    if objective_of(config).distils:
+        return TRAINING_FORWARDS * student_flops(config) + _teacher_flops(config)
+    return TRAINING_FORWARDS * (_images_flops(config) + text_forward_flops(config.model))
+
+
+def image_tokens(config: Config) -> int:
+    """Image tokens of a frame that pass through the trained blocks."""
+    return config.model.vision.kept_tokens(config.train.patch_dropout)
+
+
+def _images_flops(config: Config) -> int:
+    """A forward of every frame of a sample."""
+    return config.data.frames * vision_forward_flops(config.model, image_tokens(config))
+
+
+def student_flops(config: Config) -> int:
+    """All tokens pass through the blocks; masked patches are not projected, and predicted at the end."""
+    vision, masked = config.model.vision, config.mim.masked_patches
+    blocks = vision.depth * block_flops(vision, vision.tokens)
+    targets = 2 * masked * vision.width * _teacher(config).embed_dim
+    return blocks + embedding_flops(vision, vision.tokens - masked) + targets
+
+
+def _teacher_flops(config: Config) -> int:
+    teacher = _teacher(config)
+    vision = teacher.vision
+    projections = config.mim.masked_patches * (2 * vision.width * teacher.embed_dim if vision.projection else 0)
+    return vision_forward_flops(teacher, vision.tokens) - head_flops(teacher, vision.tokens) + projections
+
+
+def _teacher(config: Config) -> ModelConfig:
+    assert config.mim.teacher_model is not None, "objective=mim without a teacher passes no config check"
+    return config.mim.teacher_model
