@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from data.errors import DataError
-from engine.config.phases import Job
+from engine.config.phases import Job, naming
 from engine.config.read import Config, ConfigError, check_layout, check_vocabulary, read_job, to_dict
 from engine.paths import check_paths
 from engine.resilience.elastic import fit_job, in_words
@@ -35,8 +35,9 @@ def main(arguments: list[str]) -> int:
             job, fit = fit_job(job, came)
             job, working = replace(job, origin=(*job.origin, in_words(fit, came))), fit.ranks
         for phase in job.phases:
-            check_layout(phase.config, working)
-            check_vocabulary(phase.config)
+            with naming(phase.name, phase.own):
+                check_layout(phase.config, working)
+                check_vocabulary(phase.config)
         check_paths(job)
     except (ConfigError, DataError) as error:
         return refuse(error)

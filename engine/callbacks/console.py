@@ -35,8 +35,7 @@ class ConsoleProgress(Callback):
         self._run = run
         self._print(f"{run.layout} on {run.world_size} {'rank' if run.world_size == 1 else 'ranks'}")
         self._print(start_line(run))
-        phase = f"phase {run.phase}, " if run.phase else ""
-        self._print(f"{phase}steps {run.start_step:,} to {run.total_steps:,}, files in {run.run_dir}")
+        self._print(f"{_steps(run)}, files in {run.run_dir}")
         if self._console.is_terminal:
             self._progress = Progress(
                 BarColumn(),
@@ -102,6 +101,17 @@ class ConsoleProgress(Callback):
         except UnicodeEncodeError:
             return text.replace("×", "x").encode(encoding, "replace").decode(encoding)
         return text
+
+
+def _steps(run: RunInfo) -> str:
+    """Which steps are to come."""
+    phase = f"phase {run.phase}, " if run.phase else ""
+    if run.start_step < run.total_steps:
+        return f"{phase}steps {run.start_step:,} to {run.total_steps:,}"
+    return (
+        f"{phase}nothing is left to train: {run.start_step:,} steps are done and train.steps is {run.total_steps:,}; "
+        "raise it to go on, or name another run_dir to begin anew"
+    )
 
 
 def start_line(run: RunInfo) -> str:

@@ -6,20 +6,24 @@ crops and dropped patches follow the position in the whole job.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.config.checks import check, check_run
-from engine.config.errors import require
+from engine.config.errors import ConfigError, require
 from engine.config.schema import Config, PhaseConfig
 from engine.config.stages import balanced_layers
 from engine.config.tree import whole_model
 from engine.config.typed import built, merged
 from engine.objectives.registry import objective_of
-from models.config import LOCAL_KERNELS, ModelConfig
+from models.config import LOCAL_KERNELS, ModelConfig, ModelConfigError
 
 _SECTIONS = ("model", "data", "train", "optim")
+_KEY = re.compile(rf"\b(?:{'|'.join(_SECTIONS)})(?:\.[a-z0-9_]+)+")
+"""A setting as messages name it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,8 @@ class Phase:
     """Steps of the whole job."""
     reset_optimizer: bool
     """Whether the optimizer's moments start at 0."""
+    own: tuple[str, ...] = ()
+    """Settings that the phase itself gives; it has the others from the job."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +84,8 @@ def plan_job(config: Config, *, given_steps: int | None = None, origin: Sequence
         return Job(config=config, phases=(phase,), origin=tuple(origin))
     configs = [_resolved(config, phase) for phase in config.phases]
     _check_together(config, configs)
-    phases = _in_order(config.phases, [_settled(own) for own in configs])
+    settled = [_settled_phase(phase, own) for phase, own in zip(config.phases, configs, strict=True)]
+    phases = _in_order(config.phases, settled)
     total = phases[-1].total_steps
     require(
         given_steps in (None, total),
@@ -106,6 +113,7 @@ def _in_order(phases: Sequence[PhaseConfig], configs: Sequence[Config]) -> tuple
                 schedule=_schedule(phases, lengths, i),
                 total_steps=sum(lengths),
                 reset_optimizer=phase.optimizer == "reset",
+                own=_own(phase),
             )
         )
         first_step += own.train.steps
@@ -122,6 +130,7 @@ def _phase(
     schedule: tuple[int, int],
     total_steps: int,
     reset_optimizer: bool,
+    own: tuple[str, ...] = (),
 ) -> Phase:
     return Phase(
         config=config,
@@ -133,6 +142,7 @@ def _phase(
         schedule_steps=schedule[1],
         total_steps=total_steps,
         reset_optimizer=reset_optimizer,
+        own=own,
     )
 
 
@@ -147,6 +157,33 @@ def _settled(config: Config) -> Config:
     tokens = model.vision.kept_tokens(config.train.patch_dropout)
     layers = balanced_layers(model, stages=parallel.pipeline, virtual=parallel.virtual, tokens=tokens)
     return replace(config, parallel=replace(parallel, layers=layers))
+
+
+def _settled_phase(phase: PhaseConfig, config: Config) -> Config:
+    with naming(phase.name, _own(phase)):
+        return _settled(config)
+
+
+def _own(phase: PhaseConfig) -> tuple[str, ...]:
+    """The settings that the phase itself gives."""
+    return tuple(f"{section}.{key}" for section in _SECTIONS for key in getattr(phase, section))
+
+
+@contextmanager
+def naming(phase: str, own: Sequence[str]) -> Iterator[None]:
+    """What is refused in the block names the phase, and which of the values it has from the job. phase: empty for none.
+
+    own: settings that the phase itself gives.
+    """
+    try:
+        yield
+    except (ConfigError, ModelConfigError) as error:
+        if not phase:
+            raise
+        named = dict.fromkeys(_KEY.findall(str(error)))
+        inherited = [key for key in named if not any(key == k or key.startswith(f"{k}.") for k in own)]
+        told = f" (from the job, not set by the phase: {', '.join(inherited)})" if inherited else ""
+        raise ConfigError(f"phase {phase!r}: {error}{told}") from None
 
 
 def _schedule(phases: Sequence[PhaseConfig], lengths: Sequence[int], i: int) -> tuple[int, int]:

@@ -93,8 +93,12 @@ def _typed_choice(value: Any, kind: Any, key: str) -> Any:
 def _typed_section(value: Any, section: Any, key: str) -> dict[str, Any]:
     if section is ModelConfig and isinstance(value, str) and not _opens(value, "{"):
         return {"preset": str(value)}
-    what = "a preset's name or a mapping" if section is ModelConfig else f"a section ({section.__name__}), a mapping"
     kinds = kinds_of(section)
+    first = next(iter(kinds))
+    what = f"a section with keys of its own, such as {_joined(key, first)}=…"
+    if key == "evaluate":
+        what += "; evaluate.every_steps=0 switches it off"
+    what = "a preset's name or a mapping" if section is ModelConfig else what
     tree = _mapping(value, key, what)
     for name in tree:
         if name not in kinds:

@@ -253,3 +253,8 @@ def test_known_gpus_have_the_peaks_of_their_data_sheets():
     for name, profile in profiles.items():
         sheet = load_hardware(profile)
         assert PEAK_TFLOPS[name] == {"bf16": sheet.bf16_tflops, "fp32": sheet.fp32_tflops}, name
+
+
+def test_a_job_with_nothing_left_says_so(tmp_path):
+    said = console_output(tmp_path, terminal=False, encoding="utf-8", steps=1, start_step=6)
+    assert "nothing is left to train: 6 steps are done and train.steps is 1; raise it" in said and "6 to 1" not in said

@@ -72,6 +72,13 @@ def test_a_setting_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
         ("train.lr_vision", "did you mean optim.lr_vision?"),
         ("data.worker", "did you mean data.workers?"),
         ("model.vision.depht", "did you mean model.vision.depth"),
+        ("parallel.dp", "(no setting: DP is what is left of the ranks)"),
+        ("gpus", "(no setting: the ranks are torchrun's"),
+        ("zero_stage", "here it is parallel.shard"),
+        ("gradient_accumulation_steps", "here it is train.micro_batch_size"),
+        ("resume_from_checkpoint", "here it is checkpoint.resume"),
+        ("exp_name", "here it is run_dir"),
+        ("max_grad_norm", "here it is optim.clip_grad_norm"),
         ("train.qqqq", "is not a setting; train has steps, "),
     ],
 )
@@ -93,6 +100,29 @@ def test_names_of_others_lead_to_settings_that_there_are() -> None:
         words = [word.partition("=")[0].strip("(),:") for word in ours.split()]
         named = [word for word in words if "." in word or word == "run_dir"]
         assert all(word in settings() for word in named) and (named or ours.startswith("no setting")), ours
+
+
+def test_a_section_is_no_switch() -> None:
+    with pytest.raises(ConfigError, match=r"evaluate is 'false': it takes a section .*every_steps=0 switches it"):
+        resolve(GOOD, ["evaluate=false"])
+    assert resolve(GOOD | {"evaluate": {"every_steps": 5, "shards": ["a"]}}, ["evaluate.every_steps=0"])
+
+
+def test_a_refused_phase_is_named_with_what_it_has_from_the_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(of_high: dict) -> str:
+        train = {"global_batch_size": 32, "micro_batch_size": 8}
+        phases = [{"name": "low", "steps": 5}, {"name": "high", "steps": 5, "train": of_high}]
+        file = tmp_path / "c.yaml"
+        file.write_text(yaml.safe_dump(GOOD | {"train": train, "phases": phases, "checkpoint": {"every_steps": 5}}))
+        assert main([str(file)]) != 0
+        return capsys.readouterr().err
+
+    assert said({"patch_dropout": 2.0}) == "error: phase 'high': train.patch_dropout is 2.0: it must be in [0, 1)\n"
+    layout = said({"global_batch_size": 12})
+    assert layout.startswith("error: phase 'high': train.global_batch_size 12 is not a multiple of DP 1")
+    assert layout.endswith("(from the job, not set by the phase: train.micro_batch_size)\n")
 
 
 def test_a_temperature_is_no_scale() -> None:
