@@ -189,6 +189,13 @@ def progress(what: str, total: float | None, unit: str, *, shown: bool = True) -
         yield lambda done: bar.advance(task, done)
 
 
+@contextmanager
+def hashing(size_bytes: float) -> Iterator[Callable[[int], None]]:
+    """The progress of reading a checkpoint's files once; yields what `Checkpoint.verify` tells its bytes."""
+    with progress("checking hashes", size_bytes / 1e6, "MB") as done:
+        yield lambda read_bytes: done(read_bytes / 1e6)
+
+
 # --- option types ------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from engine.checkpoint.format.folders import resolve_checkpoint
 from engine.checkpoint.format.manifest import step_record
 from engine.checkpoint.format.tensor_file import DTYPE_NAMES
 from engine.checkpoint.reader import Checkpoint
-from tools.cli import answer, command_parser, progress, table
+from tools.cli import answer, command_parser, hashing, progress, table
 
 _EXAMPLES = (
     "python -m tools.inspect runs/quickstart",
@@ -125,7 +125,8 @@ def _tensors(checkpoint: Checkpoint) -> None:
 
 
 def _check(checkpoint: Checkpoint, hashes: bool) -> bool:
-    problems = checkpoint.problems(hashes=hashes)
+    with hashing(checkpoint.manifest.size_bytes() if hashes else 0) as hashed:
+        problems = checkpoint.problems(hashes=hashes, hashed=hashed)
     what = "sizes and hashes" if hashes else "sizes"
     print(f"\n  damaged:{listed(problems)}" if problems else f"\n  {what} of all files are those of the manifest")
     return not problems

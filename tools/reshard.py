@@ -14,7 +14,7 @@ from engine.checkpoint.format.folders import resolve_checkpoint
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.reshard import TargetLayout, plan_reshard
 from engine.checkpoint.write import PlannedFile, PlannedPart, refuse_existing, write_checkpoint
-from tools.cli import answer, check_folder, command_parser, positive, progress
+from tools.cli import answer, check_folder, command_parser, hashing, positive, progress
 
 _EXAMPLES = (
     "python -m tools.reshard runs/18b runs/18b-tp8 --tensor 8 --pipeline 4 --dry-run",
@@ -45,7 +45,8 @@ def _reshard(arguments: argparse.Namespace) -> int:
     refuse_existing(arguments.target)
     check_folder(arguments.target.parent, sum(file.size_bytes for file in files))
     began = time.perf_counter()
-    source.verify()
+    with hashing(source.manifest.size_bytes()) as hashed:
+        source.verify(hashed)
     verified = time.perf_counter()
 
     def read(part: PlannedPart):

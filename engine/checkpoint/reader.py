@@ -1,5 +1,6 @@
 """An open checkpoint: any range of any tensor, whatever layout wrote it; and the check of its files."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -73,10 +74,13 @@ class Checkpoint:
             file.close()
         self._files.clear()
 
-    def problems(self, rank: int = 0, ranks: int = 1, hashes: bool = True) -> list[str]:
+    def problems(
+        self, rank: int = 0, ranks: int = 1, hashes: bool = True, hashed: Callable[[int], object] = lambda _: None
+    ) -> list[str]:
         """What is wrong with this rank's share of the files: missing, of another size, of another hash.
 
-        Ranks take turns from the largest file on, there and back, so that all read about as much.
+        Ranks take turns from the largest file on, there and back, so that all read about as much. hashed: called with
+        the bytes read since the last call.
         """
         found = []
         by_size = sorted(self.manifest.files, key=lambda file: (-self.manifest.files[file].size_bytes, file))
@@ -84,25 +88,25 @@ class Checkpoint:
             turn, place = divmod(number, ranks)
             if rank != (ranks - 1 - place if turn % 2 else place):
                 continue
-            problem = self._problem(file, hashes)
+            problem = self._problem(file, hashes, hashed)
             if problem:
                 found.append(problem)
         return found
 
-    def _problem(self, file: str, hashes: bool) -> str | None:
+    def _problem(self, file: str, hashes: bool, hashed: Callable[[int], object]) -> str | None:
         path, record = self.folder / file, self.manifest.files[file]
         if not path.is_file():
             return f"{file} is missing"
         size = path.stat().st_size
         if size != record.size_bytes:
             return f"{file} has {size:,} bytes, the manifest says {record.size_bytes:,} (truncated or replaced)"
-        if hashes and hash_file(path).sha256 != record.sha256:
+        if hashes and hash_file(path, hashed).sha256 != record.sha256:
             return f"{file} has another sha256 than the manifest says (its bytes changed after it was written)"
         return None
 
-    def verify(self) -> None:
-        """Raise CheckpointError that lists every bad file."""
-        problems = self.problems()
+    def verify(self, hashed: Callable[[int], object] = lambda _: None) -> None:
+        """Raise CheckpointError that lists every bad file. hashed: as in `problems`."""
+        problems = self.problems(hashed=hashed)
         if problems:
             raise CheckpointError(f"{self.folder} is damaged:{listed(problems)}")
 

@@ -22,6 +22,7 @@ from engine.checkpoint.load import load_weights
 from engine.checkpoint.reader import Checkpoint
 from engine.config.read import Config, ConfigError, check_layout, refuse_repeats, resolve
 from engine.config.typed import typed
+from engine.evaluation.progress import Progress
 from engine.parallel.agree import everyone
 from engine.parallel.mesh import Mesh
 from engine.parallel.rows import gather_rows, split_rows
@@ -154,7 +155,16 @@ def load_encoders(
 
 def verify_together(checkpoint: Checkpoint, mesh: Mesh, hashes: bool) -> None:
     """Check every file, each on one rank; raise CheckpointError on all. Collective over the mesh."""
-    own = checkpoint.problems(mesh.world.rank, mesh.world.size, hashes)
+    total_mb = checkpoint.manifest.size_bytes() // mesh.world.size // 1_000_000
+    progress, read_bytes = Progress("checking hashes", total_mb, shown=mesh.world.rank == 0, unit="MB"), 0
+
+    def hashed(more_bytes: int) -> None:
+        nonlocal read_bytes
+        read_bytes += more_bytes
+        progress.advance(min(read_bytes // 1_000_000, total_mb))
+
+    own = checkpoint.problems(mesh.world.rank, mesh.world.size, hashes, hashed)
+    progress.clear()
     problems = [problem for part in everyone(own, mesh.world) for problem in part]
     if problems:
         raise CheckpointError(f"{checkpoint.folder} is damaged: {'; '.join(problems)}")

@@ -9,10 +9,11 @@ _BAR_CELLS = 24
 
 
 class Progress:
-    """Counts samples against a clock."""
+    """Counts samples, or another unit, against a clock."""
 
-    def __init__(self, what: str, total: int, *, shown: bool, done: int = 0):
-        """what: the name at the head of the line. done: samples of an earlier run, which cost no time now."""
+    def __init__(self, what: str, total: int, *, shown: bool, done: int = 0, unit: str = "samples"):
+        """what: the name at the head of the line. done: of an earlier run, which cost no time now. unit: of both."""
+        self._unit = unit
         self._what, self._total, self._shown, self._first = what, total, shown, done
         self._terminal = sys.stderr.isatty()
         self._began = self._last = time.perf_counter()
@@ -29,13 +30,18 @@ class Progress:
             return
         self._last = now
         rate = max(done - self._first, 1) / (now - self._began)
-        words = f"{done:,} of {self._total:,}  {rate:,.1f} samples/s  {(self._total - done) / rate:,.0f} s left"
+        words = f"{done:,} of {self._total:,}  {rate:,.1f} {self._unit}/s  {(self._total - done) / rate:,.0f} s left"
         if self._terminal:
             filled = _BAR_CELLS * done // max(self._total, 1)
             bar = "█" * filled + "░" * (_BAR_CELLS - filled)
             print(f"\r\033[K{self._what} {bar} {words}", end="", file=sys.stderr, flush=True)
         elif done < self._total:
             print(f"{self._what}: {words}", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Leave no line behind."""
+        if self._shown and self._terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
     def finish(self, words: str) -> None:
         """The last line."""

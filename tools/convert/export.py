@@ -30,7 +30,7 @@ from models.formats.image_tower_config import image_tower_from_model
 from models.formats.open_clip_config import open_clip_from_model
 from models.formats.transformers_config import transformers_from_model
 from models.tensors.inventory import MIM_TENSORS
-from tools.cli import check_folder, progress
+from tools.cli import check_folder, hashing, progress
 from tools.convert.outputs import Report, cast, check_new_file, check_weights_file, dtype_of, write_weights
 
 _SCALE = "logit_scale.log_scale"
@@ -89,7 +89,7 @@ def export_single_file(
     of_model = {"eva": eva_from_model, "openclip": _open_clip_json}.get(layout_name, _no_json)
     config = json.dumps(of_model(weights.model), indent=1).encode() if config_out is not None else b""
     check_weights_file(out, sum(_size(weights, entry) for entry in table))
-    weights.checkpoint.verify()
+    _verify(weights.checkpoint)
     _write(out, weights, table, rename)
     if config_out is not None:
         write_synced(config_out, config)
@@ -115,11 +115,17 @@ def export_tower(path: Path, out: Path, tower: str, dtype: str | None, kind: str
         raise CheckpointError(f"{weights.checkpoint.folder} holds no {tower} tower")
     specs = [TensorSpec(name, weights.dtype(name), shape) for name, shape in shapes.items()]
     check_weights_file(out, sum(spec.size_bytes for spec in specs))
-    weights.checkpoint.verify()
+    _verify(weights.checkpoint)
     config = json.dumps(weights.checkpoint.manifest.config["model"])
     with progress("converting", sum(spec.size_bytes for spec in specs) / 1e6, "MB") as done:
         write_weights(out, specs, _counted(map(weights.read, shapes), done), {"model": config, "tower": tower})
     return Report([f"{name} -> {name}" for name in shapes], f"{out}: {len(shapes)} tensors")
+
+
+def _verify(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for files that are not what was written."""
+    with hashing(checkpoint.manifest.size_bytes()) as hashed:
+        checkpoint.verify(hashed)
 
 
 def export_huggingface(path: Path, out: Path, dtype: str | None, kind: str = WEIGHT) -> Report:
@@ -131,7 +137,7 @@ def export_huggingface(path: Path, out: Path, dtype: str | None, kind: str = WEI
     _hf_json(weights)  # raises before the work
     total = sum(_size(weights, entry) for entry in table)
     check_folder(out, total)
-    weights.checkpoint.verify()
+    _verify(weights.checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     groups = _grouped(weights, table)
     index: dict[str, str] = {}

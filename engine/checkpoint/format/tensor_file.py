@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,8 +128,11 @@ def _header(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def hash_file(path: Path) -> FileRecord:
-    """Size and hash of a file, read as a stream. Raises CheckpointError when it cannot be read."""
+def hash_file(path: Path, hashed: Callable[[int], object] = lambda size_bytes: None) -> FileRecord:
+    """Size and hash of a file, read as a stream. Raises CheckpointError when it cannot be read.
+
+    hashed: called with the bytes since the last call.
+    """
     digest, size = hashlib.sha256(), 0
     try:
         with open(path, "rb", buffering=0) as file:
@@ -137,6 +140,7 @@ def hash_file(path: Path) -> FileRecord:
             while block := file.read(BLOCK):
                 digest.update(block)
                 size += len(block)
+                hashed(len(block))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     return FileRecord(size, digest.hexdigest())
