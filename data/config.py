@@ -49,7 +49,7 @@ class DataConfig:
     """Several weighted sources in place of `shards`."""
     subset: str = ""
     """Samples of data.shards that the run is restricted to: a .npy of uids as DataComp ships it ('u8,u8'), of strings
-    (uids or keys), or a .parquet with a column uid or key; shards are not rewritten (docs/data.md).
+    (uids or keys), or a .parquet with a column uid or key; shards are not rewritten (docs/data_subsets.md).
     """
     subset_weights: str = ""
     """Column of the .parquet with each sample's expected number of appearances in an epoch; empty is one each."""
@@ -64,7 +64,7 @@ class DataConfig:
     shuffle_group_shards: int = 64
     """Samples are permuted within groups of this many (already permuted) shards."""
     decoder: str = "auto"
-    """auto | pillow | dali; auto is pillow (docs/data.md, section "Which decoder")."""
+    """auto | pillow | dali; auto is pillow (docs/results/decoders.md)."""
     max_pixels: int = 89_478_485
     """Larger images are bad samples (decompression bombs); the default is Pillow's bound, 268 MB as RGB."""
     frames: int = 1

@@ -1,7 +1,7 @@
 """Which sample a member of a tar belongs to, and what it is to it.
 
-The rule (docs/data.md, "Keys"). A name is cut at its *last* dot: the suffix, in lower case, says what the member is,
-the rest is the key of its sample. So `img_7 v2.0 (clean).jpg` and `img_7 v2.0 (clean).txt` are one sample, whatever
+The rule (docs/data_files.md, "Keys"). A name is cut at its *last* dot: the suffix, in lower case, says what the member
+is, the rest is the key of its sample. So `img_7 v2.0 (clean).jpg` and `img_7 v2.0 (clean).txt` are one sample, whatever
 dots the key has. Then, for what has no partner under that key:
 
 * a picture whose key goes on behind the key of another picture (`x.seg.png` beside `x.jpg`), and that has no text of

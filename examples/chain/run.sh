@@ -9,7 +9,7 @@
 #   bash examples/chain/run.sh --help           more: a longer control, another folder, going on
 #
 # Stages: teacher.yaml, student.yaml, clip.yaml in this folder. Pictures and clips: OpenMoji (openmoji.org), CC BY-SA 4.0.
-# Result: a table, runs/chain/result.json and runs/chain/report.html. What it shows: docs/weak_to_strong.md.
+# Result: a table, runs/chain/result.json and runs/chain/report.html. What it shows: docs/results/weak_to_strong.md.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$0")/../.."
 . examples/common.sh -  # --help goes to the chain itself

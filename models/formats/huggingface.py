@@ -2,7 +2,7 @@
 
 q, k, v are three matrices in both towers, text_projection is a Linear (transposed), class token and position tables
 have no leading 1s. Source: the mapping in a public conversion script for EVA02-CLIP-bigE-14-plus and a public port of
-EvaCLIPModel; the repositories' own files were not at hand (docs/checkpoints.md says what follows from that).
+EvaCLIPModel; the repositories' own files were not at hand (docs/foreign_layouts.md says what follows from that).
 """
 
 import re

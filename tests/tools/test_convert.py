@@ -63,7 +63,7 @@ def test_through_another_layout(fixture: str, layout: str, tmp_path: Path) -> No
 
 
 def test_names_of_the_other_layouts(tmp_path: Path) -> None:
-    """Spot checks against the tables of docs/checkpoints.md; a round trip alone would accept any bijection."""
+    """Spot checks against the tables of docs/foreign_layouts.md; a round trip alone would accept any bijection."""
     checkpoint = from_eva("tiny-eva02-B", tmp_path / "ours")
     theirs = load_tensors("tiny-eva02-B/weights")
     run("--to", "hf", "--checkpoint", checkpoint, "--out", tmp_path / "hf")

@@ -1,7 +1,7 @@
 """Convert weights between layouts, strictly: every tensor has its place or the file is refused.
 
 One tensor is in memory at a time. Nothing is cast unless --dtype says so. What each tensor became stands in a table
-beside the output (--table). docs/checkpoints.md has the table of layouts.
+beside the output (--table). docs/foreign_layouts.md has the table of layouts.
 """
 
 import argparse

@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 def make_decoder(name: str, *, max_pixels: int, device: torch.device = _CPU) -> Decoder:
     """The decoder of `data.decoder`; `device` is where the samples are wanted, which only DALI can use.
 
-    `auto` is Pillow: a core decodes more images than a GPU trains of any model here (docs/data.md). Raises
+    `auto` is Pillow: a core decodes more images than a GPU trains of any model here (docs/results/decoders.md). Raises
     DataError for an unknown name or a missing package.
     """
     if name == "dali":

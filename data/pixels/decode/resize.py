@@ -1,7 +1,7 @@
 """Cutting a window out of decoded pixels: bicubic with antialiasing.
 
 torch's uint8 kernel is the fast path, five times as fast as Pillow's on one core and equal to it within one
-level of 255 (docs/data.md); it has no box argument, so it takes the windows that are cut before the resize.
+level of 255 (docs/results/decoders.md); it has no box argument, so it takes the windows that are cut before the resize.
 """
 
 import numpy as np

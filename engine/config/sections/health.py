@@ -7,7 +7,7 @@ from engine.config.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class HealthConfig:
-    """What happens to a step that went wrong (docs/phases.md)."""
+    """What happens to a step that went wrong (docs/during_training.md)."""
 
     on_nonfinite: str = "stop"
     """A loss or gradient norm that is not finite: stop | skip (no update) | rewind (weights of the last checkpoint)."""

@@ -1,0 +1,34 @@
+"""Pages of docs: short enough to be read, links that lead somewhere, pictures that are what their script draws."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from docs.images import parallelism_pictures
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+MOST_WORDS = 600
+LONGER = {
+    "settings.md", "benchmarking.md", "contrastive_step.md", "dryrun.md", "evaluation.md", "gpu.md", "install.md",
+    "planning.md", "reliability.md",
+}  # fmt: skip
+"""Pages that are not split yet, and the table of all settings."""
+
+
+def test_guide_pages_are_short() -> None:
+    words = {page.name: len(page.read_text().split()) for page in (ROOT / "docs").glob("*.md")}
+    assert len(words) > 20, "the test looks for nothing"
+    assert {name: count for name, count in words.items() if count > MOST_WORDS and name not in LONGER} == {}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_pictures_of_parallelism_are_what_the_script_draws() -> None:
+    for name, picture in parallelism_pictures.PICTURES.items():
+        assert (ROOT / f"docs/images/parallel_{name}.svg").read_text() == picture().svg(), name
