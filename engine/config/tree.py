@@ -70,6 +70,8 @@ def given_settings(tree: Mapping[str, Any], overrides: Sequence[str], source: st
         if _at(arguments, (*path, "preset")) is not None and (old := _at(file, path)):
             replaced[".".join(path)] = old
             file = _without(file, path)
+    if _at(arguments, ("evaluate", "every_steps")) == 0 and "evaluate" in file:
+        file = _without(file, ("evaluate",))  # one override switches evaluation off: what was said of it is idle
     return Given(source=source, file=file, arguments=arguments, replaced=replaced)
 
 

@@ -105,7 +105,11 @@ def test_names_of_others_lead_to_settings_that_there_are() -> None:
 def test_a_section_is_no_switch() -> None:
     with pytest.raises(ConfigError, match=r"evaluate is 'false': it takes a section .*every_steps=0 switches it"):
         resolve(GOOD, ["evaluate=false"])
-    assert resolve(GOOD | {"evaluate": {"every_steps": 5, "shards": ["a"]}}, ["evaluate.every_steps=0"])
+    evaluated = GOOD | {"evaluate": {"every_steps": 5, "shards": ["a"]}}
+    off = resolve(evaluated, ["evaluate.every_steps=0"]).evaluate
+    assert (off.every_steps, off.shards) == (0, []) and resolve(evaluated, []).evaluate.shards == ["a"]
+    with pytest.raises(ConfigError, match=r"evaluate\.shards has no effect without evaluate\.every_steps"):
+        resolve(evaluated, ["evaluate.every_steps=0", "evaluate.shards=b"])
 
 
 def test_a_refused_phase_is_named_with_what_it_has_from_the_job(
@@ -115,7 +119,10 @@ def test_a_refused_phase_is_named_with_what_it_has_from_the_job(
         train = {"global_batch_size": 32, "micro_batch_size": 8}
         phases = [{"name": "low", "steps": 5}, {"name": "high", "steps": 5, "train": of_high}]
         file = tmp_path / "c.yaml"
-        file.write_text(yaml.safe_dump(GOOD | {"train": train, "phases": phases, "checkpoint": {"every_steps": 5}}))
+        model = {"preset": "tiny-18b", "text": {"vocab_size": 49408}}
+        file.write_text(
+            yaml.safe_dump(GOOD | {"model": model, "train": train, "phases": phases, "checkpoint": {"every_steps": 5}})
+        )
         assert main([str(file)]) != 0
         return capsys.readouterr().err
 
