@@ -1,4 +1,4 @@
-"""Plan a contrastive job before its GPUs are rented: what fits, how to lay it out, how long it takes, against ZeRO-3.
+"""Plan a job before its GPUs are rented: what fits, how to lay it out, how long it takes, against ZeRO-3.
 
 Memory is derived from what the code keeps, times are projected from the hardware profile; docs/planning.md says how.
 """
@@ -15,6 +15,7 @@ from tools.cost.cluster import Cluster
 from tools.cost.hardware import Hardware, load_hardware, profile_names
 from tools.cost.kernels import ELEMENTWISE, Kernels
 from tools.cost.layout import PlanError
+from tools.plan.mim import as_json_mim, mim_config, search_mim, show_mim
 from tools.plan.search import Found, Job, search
 from tools.plan.table import as_json, new_console, show
 from tools.plan.write import write_plan
@@ -23,6 +24,7 @@ from tools.plan.zero3 import best_zero3
 PAPER_SAMPLES = 6e9
 _EXAMPLES = (
     "python -m tools.plan --model 18b --gpus 360 --gpu a100-40 --global-batch 108000",
+    "python -m tools.plan --model 18b --teacher e14-plus --gpus 360 --gpu a100-40 --global-batch 4320",
     "python -m tools.plan --model l14 --gpus 8 --gpu h100 --global-batch 8192 --samples 2e9 --write plans",
 )
 
@@ -45,6 +47,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--samples", type=amount, default=PAPER_SAMPLES, help="pairs to train on (default: 6e9)")
     length.add_argument("--tokens", type=amount, help="the same as image tokens that are kept")
+    parser.add_argument("--teacher", metavar="MODEL", help="plan masked-feature distillation from this preset instead")
+    parser.add_argument("--masked", type=positive, metavar="N", help="patches masked of an image, with --teacher")
     parser.add_argument("--patch-dropout", type=float, default=0.5, metavar="P", help="share of patches dropped")
     parser.add_argument("--frames", type=int, default=1, metavar="N", help="images of a pair: those of a clip")
     parser.add_argument("--host-gb", type=float, metavar="GB", help="pinned host memory a GPU may use; 0: none")
@@ -62,10 +66,14 @@ def _plan(arguments: argparse.Namespace) -> int:
         raise PlanError(f"--{'samples' if arguments.tokens is None else 'tokens'} {samples:g} must be at least 1")
     if arguments.write is not None:
         check_folder(arguments.write)
-    model = preset_model(arguments.model)
     hardware = load_hardware(arguments.gpu)
     cluster = Cluster(hardware=hardware, gpus=arguments.gpus, per_node=arguments.nodes_of)
     kernels = _kernels(arguments, hardware)
+    if arguments.teacher is not None:
+        return _plan_mim(arguments, cluster, kernels, samples)
+    if arguments.masked is not None:
+        raise PlanError(f"--masked {arguments.masked} needs --teacher: the contrastive step masks no patch")
+    model = preset_model(arguments.model)
     job = Job(
         model=model,
         cluster=cluster,
@@ -95,6 +103,27 @@ def _kernels(arguments: argparse.Namespace, hardware: Hardware) -> Kernels:
     if arguments.fp8 and not hardware.fp8_tflops:
         raise PlanError(f"--fp8: {hardware.name} has no fp8 products")
     return Kernels(elementwise=arguments.kernels, sums=arguments.kernels == "fused", fp8=arguments.fp8)
+
+
+def _plan_mim(arguments: argparse.Namespace, cluster: Cluster, kernels: Kernels, samples: float) -> int:
+    idle = {
+        "--write": arguments.write,
+        "--host-gb": arguments.host_gb,
+        "--frames": arguments.frames > 1,
+        "--fp8": arguments.fp8,
+    }
+    for option, value in idle.items():
+        if value:
+            raise PlanError(f"{option} is no part of a plan with --teacher: leave it out")
+    config = mim_config(arguments.model, arguments.teacher, arguments.masked, arguments.global_batch)
+    if arguments.tokens is not None:
+        samples /= config.model.vision.tokens
+    found = search_mim(config, cluster, kernels)
+    if arguments.json:
+        print(json.dumps(as_json_mim(found, arguments.top), indent=1))
+    else:
+        show_mim(config, found, cluster, samples, arguments.top, new_console())
+    return 0
 
 
 def _does_not_fit(job: Job, found: Found) -> str:
