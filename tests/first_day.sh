@@ -64,6 +64,15 @@ before, after = (np.load(path) for path in sys.argv[1:])
 worst = max(np.abs(before[name] - after[name]).max() for name in ("image_embeddings", "text_embeddings"))
 sys.exit(f"weights that went out and back embed differently: {worst}" if not worst < 1e-5 else 0)
 PY
+
+step "a notebook"
+python -W ignore - "$day/run" <<'PY'
+import sys
+from PIL import Image
+from engine import load_model
+model = load_model(sys.argv[1])
+print(model.classify(Image.new("RGB", (60, 40), "red"), ["a red square", "a blue square"]))
+PY
 python -m tools.reshard "$day/run" "$day/resharded" --pipeline 2 >/dev/null
 python -m tools.inspect "$day/run" --diff "$day/resharded" >/dev/null
 
