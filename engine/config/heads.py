@@ -19,7 +19,7 @@ class Followed:
     model: str
     """Where the config names it: model, or mim.teacher_model."""
     width: int
-    """Of the command line."""
+    """The width that the command line gives."""
     before: int
     """Channels of a head that do not divide it."""
     head_width: int

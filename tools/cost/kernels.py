@@ -41,7 +41,7 @@ class Moved:
 
     forward: float
     backward: float
-    """Without sums of weight gradients."""
+    """The same backward, sums of weight gradients excluded."""
 
 
 def elementwise_bytes(
@@ -85,7 +85,7 @@ def elementwise_bytes(
 
 
 Bytes = tuple[float, float]
-"""Of a token and channel, forward and backward."""
+"""Bytes of a token and channel, forward and backward."""
 
 
 def _norm(block: VisionConfig, e: int, kernels: Kernels) -> Bytes:
