@@ -16,6 +16,7 @@ _SAME: dict[str, str] = {
     "vit-l-16-siglip2-256": "siglip2-l16", "siglip2-large-patch16-256": "siglip2-l16",
     "vit-so400m-14-siglip2": "siglip2-so400m", "siglip2-so400m-patch14-224": "siglip2-so400m",
     "eva01-g-14": "eva01-g14", "eva01-clip-g-14": "eva01-g14", "eva-giant-patch14-clip-224": "eva01-g14",
+    "eva-giant-patch14-224": "eva01-g14",
     "eva01-g-14-plus": "eva01-g14-plus", "eva01-clip-g-14-plus": "eva01-g14-plus",
     "pe-core-l-14-336": "pe-core-l14", "pe-core-l14-336": "pe-core-l14", "vit-pe-core-large-patch14-336": "pe-core-l14",
     "pe-core-bigg-14-448": "pe-core-g14", "pe-core-g14-448": "pe-core-g14",

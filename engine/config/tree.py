@@ -1,7 +1,8 @@
 """One tree of what was given: presets, the config file, the command line, in this order."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from engine.config.schema import Config
 from engine.config.text import nested, read_file, split_override
 from engine.config.typed import merged, typed
 from engine.objectives.registry import OBJECTIVES
-from models.config import ModelConfig
+from models.config import ModelConfig, ModelConfigError
 from models.names import preset_of
 
 PRESETS = Path(__file__).resolve().parents[2] / "models" / "presets"
+_OPEN_CLIP = "open_clip:"
+"""What an open_clip model config is named by, in the place of a preset or in `model.vision.from`."""
 _MODELS = (("model",), ("mim", "teacher_model"))
 """Where a config names models."""
 
@@ -99,17 +102,55 @@ def whole_model(model: Mapping[str, Any]) -> dict[str, Any]:
     if preset is None:
         return dict(model)
     whole = merged(load_preset(preset), model)
-    return whole | {"preset": None} if _is_file(preset) else whole
+    return whole | {"preset": None} if _is_file(preset) or preset.startswith(_OPEN_CLIP) else whole
 
 
 def _is_file(preset: str) -> bool:
-    return preset.endswith((".yaml", ".yml"))
+    return preset.endswith((".yaml", ".yml", ".json"))
+
+
+def _open_clip(name: str) -> dict[str, Any]:
+    """The model of an open_clip model config: its json, or a folder or file of the hub's with `model_cfg` inside."""
+    # Imported here, because torch comes with it: other configs answer before that.
+    from models.formats.open_clip_config import is_open_clip, model_from_open_clip
+
+    path = Path(name.removeprefix(_OPEN_CLIP))
+    path = path / "open_clip_config.json" if path.is_dir() else path
+    try:
+        config = json.loads(path.read_text())
+        config = config.get("model_cfg", config)
+        timm = config.get("vision_cfg", {}).get("timm_model_name")
+        if is_open_clip(config):
+            return asdict(model_from_open_clip(config))
+        if timm is None or preset_of(timm) is None:
+            raise ModelConfigError(f"vision_cfg is of {timm or 'the EVA authors'}: convert it, or name its preset")
+        text = asdict(model_from_open_clip(config | {"vision_cfg": {}}))
+        return text | {"vision": load_preset(timm)["vision"]}
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, ModelConfigError) as error:
+        raise ConfigError(f"{path} is no open_clip model config: {error}") from None
+
+
+def _with_towers(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The tree with `model.vision.from` and `model.text.from` replaced by what their files say, below other keys."""
+    for path in _MODELS:
+        for part in ("vision", "text"):
+            place = (*path, part)
+            tower = _at(tree, place)
+            if isinstance(tower, Mapping) and "from" in tower:
+                name = str(tower["from"])
+                if not name.startswith(_OPEN_CLIP):
+                    raise ConfigError(f"{'.'.join(place)}.from is {name!r}: it takes open_clip:FILE.json")
+                own = {key: value for key, value in tower.items() if key != "from"}
+                tree = merged(_without(tree, place), nested(place, merged(_open_clip(name)[part], own)))
+    return tree
 
 
 def load_preset(name: str) -> dict[str, Any]:
     """What models/presets/NAME.yaml says, typed; name may also be a public one (models/names.py), or FILE.yaml: a
     model of one's own, by itself or as the `model` of a config.
     """
+    if name.startswith(_OPEN_CLIP) or name.endswith(".json"):
+        return typed({key: value for key, value in _open_clip(name).items() if key != "preset"}, ModelConfig, name)
     if _is_file(name):
         tree = read_file(Path(name))
         return whole_model(typed(tree.get("model", tree), ModelConfig, f"{name}: model"))
@@ -119,14 +160,14 @@ def load_preset(name: str) -> dict[str, Any]:
     if stem not in known:
         raise ConfigError(
             f"model {name!r} is not a preset; there are: {', '.join(known)}, and open_clip's, timm's and the hub's "
-            "names of them; or a FILE.yaml of your own"
+            "names of them; or a FILE.yaml of your own, or open_clip:FILE.json"
         )
     return merged(typed(read_file(PRESETS / f"{stem}.yaml"), ModelConfig, "model"), changes)
 
 
 def _typed(tree: Mapping[str, Any], source: str) -> dict[str, Any]:
     try:
-        return typed(tree, Config, "")
+        return typed(_with_towers(tree), Config, "")
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
 
