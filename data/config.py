@@ -9,6 +9,7 @@ from data.errors import DataError
 
 DECODERS = ("auto", "pillow", "dali")
 MIXES = ("within_batch", "one_per_batch")
+CLEANINGS = ("auto", "clip", "canonical", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,14 @@ class DataConfig:
     """Weights of a sample's texts: {txt: 0.5, json.recaption: 0.4, syn.txt.lines: 0.1} (data/captions.py); empty is the
     caption member alone.
     """
+    tokenizer: str = "clip"
+    """clip (49,408 ids, part of this project) | a file of your own: the tokenizer.json of a model, or a SentencePiece
+    .model (docs/towers.md, section "Captions of other vocabularies").
+    """
+    cleaning: str = "auto"
+    """Of a caption before it is cut into tokens: auto (clip with CLIP's, canonical with a file) | clip (repaired,
+    unescaped, lower case) | canonical (the same without punctuation: SigLIP) | none.
+    """
     sentences: str = "all"
     """all | random (one sentence of the caption) | first N."""
     changed: str = "refuse"
@@ -113,6 +122,17 @@ class DataConfig:
         self._check_mixture()
         self._check_subsets()
         check_captions(self.captions, self.sentences)
+        _require(
+            self.cleaning in CLEANINGS, f"data.cleaning is {self.cleaning!r}: choose one of {', '.join(CLEANINGS)}"
+        )
+        _require(
+            self.tokenizer == "clip" or self.tokenizer.endswith((".json", ".model")),
+            f"data.tokenizer is {self.tokenizer!r}: clip, a tokenizer.json or a SentencePiece .model of your own",
+        )
+        _require(
+            self.tokenizer != "clip" or self.cleaning in ("auto", "clip"),
+            f"data.cleaning={self.cleaning} is for a data.tokenizer of your own: CLIP's always cleans as CLIP",
+        )
         _require(
             len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1,
             f"data.crop_scale {self.crop_scale} must be two areas with 0 < low <= high <= 1",

@@ -26,7 +26,7 @@ from data.pixels.transforms import RandomResizedCrop, Transform, eval_transform
 from data.pixels.video import ClipDecoder, check_available, frame_numbers, is_clip
 from data.shards.index import Place, ShardIndex, Span
 from data.sources import Listing, Sources
-from data.tokenizer import EOT, Tokenizer
+from data.vocabulary.files import make_tokenizer
 
 __all__ = ["BadSample", "SampleBatch", "SampleReader"]
 
@@ -87,7 +87,7 @@ class SampleReader:
         self._clips = ClipDecoder(frames=config.frames, max_pixels=config.max_pixels)
         if config.frames > 1:
             check_available()
-        self._tokenizer = Tokenizer(context_length)
+        self._tokenizer = make_tokenizer(config.tokenizer, config.cleaning, context_length)
         self._captions = captions
         self._picture_ids = picture_ids
         self._choice = CaptionChoice(config.captions, config.sentences, seed=seed, train=train)
@@ -279,7 +279,7 @@ class SampleReader:
             try:
                 caption = self._choice.read(name, position, partial(self._text, place))
                 tokens = self._tokenizer.encode([caption])[0]
-                if tokens[1] == EOT:  # nothing between start and end
+                if self._tokenizer.is_empty(caption, tokens):
                     raise Rejected("empty_caption")
                 return caption, tokens, problem is not None
             except Rejected as rejected:

@@ -30,6 +30,13 @@ def clean(text: str) -> str:
 class Tokenizer:
     """CLIP byte-pair encoding to rows of `context_length` ids."""
 
+    size = VOCAB_SIZE
+    """Ids of the vocabulary."""
+    pad_id = PAD
+    """Id behind the end of a caption."""
+    end_id: int | None = EOT
+    """Id that ends a caption; None where nothing does."""
+
     def __init__(self, context_length: int) -> None:
         if context_length < 2:
             raise DataError(f"context length {context_length}: start and end of text alone need 2")
@@ -45,3 +52,7 @@ class Tokenizer:
             ids = [SOT, *self._bpe(clean(text[:LONGEST]))[: self.context_length - 2], EOT]
             row[: len(ids)] = ids
         return rows
+
+    def is_empty(self, text: str, ids: np.ndarray) -> bool:
+        """Whether a text, whose ids are given, has nothing between start and end."""
+        return bool(ids[1] == EOT)

@@ -32,6 +32,8 @@ LOCAL_KERNELS = {
 """What replaces the choice of kernels in a checkpoint's model: where it is used need not be where it was trained."""
 
 
+MAX_CONTEXT = 1024
+"""Most token ids of a caption."""
 ACTIVATIONS = ("gelu", "quick_gelu", "gelu_tanh")
 """Nonlinearities of an MLP of two linears."""
 
@@ -162,12 +164,12 @@ class VisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """The caption tower: pre-norm blocks with LayerNorm, every linear with a bias."""
+    """The caption tower: pre-norm blocks, as CLIP's and SigLIP's unless norm, rope, mlp or bias say otherwise."""
 
     context_length: int = 77
-    """Token ids of a caption, start and end included."""
+    """Token ids of a caption, start and end included; at most 1,024."""
     vocab_size: int = 49408
-    """Rows of the token table; the tokenizer's 49,408 ids."""
+    """Rows of the token table: 49,408 for CLIP's tokenizer, at least as many as data.tokenizer has ids."""
     width: int = 512
     """Hidden width."""
     depth: int = 12
@@ -175,15 +177,26 @@ class TextConfig:
     heads: int = 8
     """Attention heads; they divide the width."""
     mlp: str = "gelu"
-    """gelu (exact) | quick_gelu | gelu_tanh."""
+    """gelu (exact) | quick_gelu | gelu_tanh | swiglu."""
     mlp_hidden: int | None = None
     """Hidden width of the MLP; null: 4 x width."""
+    norm: str = "layer"
+    """layer (LayerNorm) | rms (RMSNorm)."""
     norm_eps: float = 1e-5
-    """Epsilon of every LayerNorm of this tower."""
+    """Epsilon of every norm of this tower."""
+    bias: bool = True
+    """Biases on the linears of the blocks."""
+    rope: bool = False
+    """Rotary position embedding of q and k by the place in the caption, base 10,000, neighbouring channels a pair."""
+    pos_embed: bool = True
+    """A learned table of positions."""
     causal: bool = True
     """A token sees its caption up to itself (CLIP); otherwise all of it, padding included (SigLIP)."""
     pool: str = "end"
-    """end (the end-of-text token, which has the highest id) | last (the last place of the context: SigLIP)."""
+    """end (the end-of-text token, which has the highest id) | last (the last place of the context: SigLIP) | first |
+    mean (of the places whose id is not `pad_id`)."""
+    pad_id: int = 0
+    """Id behind the end of a caption, which pool=mean leaves out."""
     head_bias: bool = False
     """Bias of the final projection."""
 
@@ -232,11 +245,8 @@ class ModelConfig:
         _divides("model.text.width", t.width, "model.text.heads", t.heads)
         _one_of("model.vision.norm", v.norm, ("rms", "layer"))
         _one_of("model.vision.mlp", v.mlp, (*ACTIVATIONS, "swiglu"))
-        _one_of("model.text.mlp", t.mlp, ACTIVATIONS)
-        _one_of("model.text.pool", t.pool, ("end", "last"))
+        _check_text(t)
         _check_head(v, self.embed_dim)
-        if t.pool == "end" and not t.causal:
-            raise ModelConfigError("model.text.pool=end needs model.text.causal: padding behind the end would be seen")
         if v.key_bias and (v.separate_qkv or not v.qkv_bias):
             raise ModelConfigError(
                 "model.vision.key_bias needs model.vision.qkv_bias and one weight for q, k and v (separate_qkv=false)"
@@ -265,6 +275,22 @@ def completed(stored: dict[str, Any]) -> dict[str, Any]:
     plain = asdict(ModelConfig())
     parts = {part: plain[part] | stored.get(part, {}) for part in ("vision", "text")}
     return plain | stored | parts
+
+
+def _check_text(t: TextConfig) -> None:
+    _one_of("model.text.mlp", t.mlp, (*ACTIVATIONS, "swiglu"))
+    _one_of("model.text.norm", t.norm, ("layer", "rms"))
+    _one_of("model.text.pool", t.pool, ("end", "last", "first", "mean"))
+    if t.pool == "end" and not t.causal:
+        raise ModelConfigError("model.text.pool=end needs model.text.causal: padding behind the end would be seen")
+    if t.pool == "first" and t.causal:
+        raise ModelConfigError("model.text.pool=first reads a token that has seen itself only: set causal=false")
+    if not 2 <= t.context_length <= MAX_CONTEXT:
+        raise ModelConfigError(f"model.text.context_length is {t.context_length}: 2 to {MAX_CONTEXT} ids")
+    if t.rope and (t.width // t.heads) % 2:
+        raise ModelConfigError(f"model.text.rope turns pairs of channels: a head has {t.width // t.heads}")
+    if not (t.rope or t.pos_embed):
+        raise ModelConfigError("model.text.pos_embed=false needs model.text.rope: words would have no order")
 
 
 def _check_parts(v: VisionConfig) -> None:

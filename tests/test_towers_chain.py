@@ -92,6 +92,7 @@ def test_an_open_clip_vit_goes_on_and_back(tmp_path: Path) -> None:
             "patch_dropout": 0.5,
         },
         "parallel": {"tensor": 2, "pipeline": 2},
+        "checkpoint": {"every_steps": 20},
         "run_dir": str(run),
     }
     job.write_text(json.dumps(settings))

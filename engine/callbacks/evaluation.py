@@ -66,7 +66,9 @@ class Evaluation(Callback):
 
     def _prompts(self) -> ClassPrompts:
         names = read_lines(Path(self.settings.classes), "evaluate.classes: a class name")
-        return ClassPrompts(names, self.settings.templates, tokenizer_of(self.trainer.config.model.text))
+        return ClassPrompts(
+            names, self.settings.templates, tokenizer_of(self.trainer.config.model.text, self.trainer.config.data)
+        )
 
     def _check_samples(self) -> None:
         """What the first evaluation would stumble over. Collective over the mesh."""
@@ -110,5 +112,5 @@ class Evaluation(Callback):
     def _scores(self) -> dict[str, float]:
         if self.prompts is not None:
             return score_classes(self.embedder, self.source, self.block_size, self.prompts)
-        tokenizer = tokenizer_of(self.trainer.config.model.text)
+        tokenizer = tokenizer_of(self.trainer.config.model.text, self.trainer.config.data)
         return score_captions(self.embedder, self.source, self.block_size, tokenizer).scores()

@@ -44,7 +44,7 @@ _UNSEEN = {
         "pool",
         "pool_heads",
     ),
-    "text": ("heads", "norm_eps", "mlp", "causal", "pool"),
+    "text": ("heads", "norm_eps", "mlp", "causal", "pool", "pad_id", "rope"),
 }
 """Switches of a tower that leave no trace in its tensors."""
 

@@ -1,7 +1,9 @@
-"""Checks of a config against the ranks and the tokenizer of a job: pure arithmetic, no process group."""
+"""Checks of a config against the ranks and the tokenizer of a job: no process group."""
 
+from data.errors import DataError
 from data.tokenizer import VOCAB_SIZE
-from engine.config.errors import require
+from data.vocabulary.files import make_tokenizer
+from engine.config.errors import ConfigError, require
 from engine.config.schema import Config
 from engine.objectives.registry import objective_of
 
@@ -65,9 +67,39 @@ def check_layout(config: Config, world_size: int) -> int:
 
 
 def check_vocabulary(config: Config) -> None:
-    """The tokenizer's ids must fit the token table, and the end-of-text id must be the highest (pooling)."""
+    """The tokenizer's ids must fit the token table, and the end-of-text id must be the highest (pooling).
+
+    Reads the file of data.tokenizer.
+    """
     size = config.model.text.vocab_size
+    if config.data.tokenizer != "clip" and objective_of(config).reads_captions:
+        _check_own_vocabulary(config)
+        return
     require(
         size == VOCAB_SIZE or not objective_of(config).reads_captions,
-        f"model.text.vocab_size is {size}, but the tokenizer of captions has {VOCAB_SIZE} ids: set it to {VOCAB_SIZE}",
+        f"model.text.vocab_size is {size}, but the tokenizer of captions has {VOCAB_SIZE} ids: set it to {VOCAB_SIZE}"
+        ", or name the model's own tokenizer in data.tokenizer",
+    )
+
+
+def _check_own_vocabulary(config: Config) -> None:
+    text, name = config.model.text, config.data.tokenizer
+    try:
+        tokenizer = make_tokenizer(name, config.data.cleaning, text.context_length)
+    except DataError as error:
+        raise ConfigError(str(error)) from None
+    require(
+        tokenizer.size <= text.vocab_size,
+        f"data.tokenizer {name} has {tokenizer.size} ids, but model.text.vocab_size is {text.vocab_size}: set it to "
+        f"{tokenizer.size}, or more",
+    )
+    require(
+        text.pool != "end" or tokenizer.end_id == tokenizer.size - 1,
+        f"model.text.pool=end reads the highest id of a caption, which is not the end ({tokenizer.end_id} of "
+        f"{tokenizer.size}) in {name}: set model.text.pool=last or mean",
+    )
+    require(
+        text.pool != "mean" or tokenizer.pad_id == text.pad_id,
+        f"model.text.pool=mean leaves out id {text.pad_id}, but {name} pads with {tokenizer.pad_id}: set "
+        f"model.text.pad_id={tokenizer.pad_id}",
     )

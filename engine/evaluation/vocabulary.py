@@ -4,7 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data.config import DataConfig
+from data.errors import DataError
 from data.tokenizer import EOT, SOT, VOCAB_SIZE, Tokenizer
+from data.vocabulary.files import make_tokenizer
 from models.config import TextConfig
 
 
@@ -27,8 +30,15 @@ class FoldedTokenizer(Tokenizer):
         return folded
 
 
-def tokenizer_of(text: TextConfig) -> Tokenizer:
-    """What encodes the captions for this text tower."""
+def tokenizer_of(text: TextConfig, data: DataConfig | None = None) -> Tokenizer:
+    """What encodes the captions for this text tower; data: of its job. Raises DataError where no tokenizer fits."""
+    if data is not None and data.tokenizer != "clip":
+        return make_tokenizer(data.tokenizer, data.cleaning, text.context_length)
+    if text.vocab_size > VOCAB_SIZE:
+        raise DataError(
+            f"the model has {text.vocab_size:,} token ids and CLIP's tokenizer {VOCAB_SIZE:,}: name the model's own in "
+            "data.tokenizer (a tokenizer.json or a SentencePiece .model)"
+        )
     if text.vocab_size < VOCAB_SIZE:
         return FoldedTokenizer(text.context_length, text.vocab_size)
     return Tokenizer(text.context_length)

@@ -157,5 +157,6 @@ class Passes:
         """Bytes of all captions at full context; shorter ones keep less."""
         text = self.config.model.text
         rows = self.captions
-        elements = kept_elements(text, level, blocks=text.depth, tokens=rows * text.context_length, pooled=rows)
+        pooled = None if text.pool == "mean" else rows
+        elements = kept_elements(text, level, blocks=text.depth, tokens=rows * text.context_length, pooled=pooled)
         return elements * tower.config.params_dtype.itemsize

@@ -36,6 +36,14 @@ def rope_tables(vision: VisionConfig, device: torch.device) -> tuple[Tensor, Ten
     return table.cos().float(), table.sin().float()
 
 
+def text_rope_tables(length: int, head_width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin, each fp32 [1, 1, length, head_width]: pair m of place p turns by p x 10000^(-2m / head_width)."""
+    even = torch.arange(0, head_width, 2, dtype=torch.float64, device=device)
+    place = torch.arange(length, dtype=torch.float64, device=device)
+    angle = (place[:, None] * 10000.0 ** (-even / head_width)).repeat_interleave(2, dim=1)[None, None]
+    return angle.cos().float(), angle.sin().float()
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn q or k [M, heads, S, d]; tables [1 or M, 1, S, d]. (a, b) -> (a cos - b sin, b cos + a sin)."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)

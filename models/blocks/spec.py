@@ -33,10 +33,10 @@ from models.blocks.fused.block import FusedBlock, FusedLastBlock
 from models.blocks.fused.turning import turned
 from models.blocks.kernels import Kernels
 from models.blocks.last_block import LastBlock
-from models.blocks.norms import LayerNorm, PostNormResidual, ScaledResidual, SplitChannelNorm
+from models.blocks.norms import NORMS, PostNormResidual, ScaledResidual, SplitChannelNorm
 from models.blocks.outputs import ColumnLinear, RowLinear
 from models.blocks.rope import rotate_both
-from models.config import VisionConfig
+from models.config import TextConfig, VisionConfig
 
 Spec = Any  # ModuleSpec or class, as megatron-core's submodule tables take them
 Groups: TypeAlias = ProcessGroupCollection
@@ -44,12 +44,13 @@ Groups: TypeAlias = ProcessGroupCollection
 
 
 class SwiGLU(MegatronModule):
-    """down(norm(silu(gate x) * up x)): the EVA-02 B/L MLP with its sub-LN; three weights, all with biases."""
+    """down(norm(silu(gate x) * up x)): the EVA-02 B/L MLP with its sub-LN; three weights, with biases as configured."""
 
     def __init__(self, config: TransformerConfig, tp_group, kernels: Kernels, norm: bool):
         super().__init__(config=config)
         h, f = config.hidden_size, config.ffn_hidden_size
-        common = dict(config=config, init_method=config.init_method, bias=True, tp_group=tp_group, is_expert=False)
+        bias = config.add_bias_linear
+        common = dict(config=config, init_method=config.init_method, bias=bias, tp_group=tp_group, is_expert=False)
         self.gate, self.up = (
             kernels.column(h, f, **common, gather_output=False, skip_bias_add=False, tp_comm_buffer_name="fc1")
             for _ in range(2)
@@ -106,14 +107,18 @@ def _gelu_mlp(config: TransformerConfig, kernels: Kernels) -> ModuleSpec:
     )
 
 
-def vision_layer_spec(vision: VisionConfig, config: TransformerConfig, groups: Groups, kernels: Kernels) -> ModuleSpec:
-    """One block of the image tower."""
-
+def _swiglu_mlp(groups: Groups, kernels: Kernels, norm: bool) -> type[SwiGLU]:
     class SwiGLUMlp(SwiGLU):
         # A class, not a ModuleSpec: megatron-core warns of every MLP spec whose module is not its own.
         # Since 0.18 it is also told of groups, multi-token prediction and a name.
         def __init__(self, config: TransformerConfig, **_: Any):
-            super().__init__(config, groups.tp, kernels, norm=vision.mlp_norm)
+            super().__init__(config, groups.tp, kernels, norm=norm)
+
+    return SwiGLUMlp
+
+
+def vision_layer_spec(vision: VisionConfig, config: TransformerConfig, groups: Groups, kernels: Kernels) -> ModuleSpec:
+    """One block of the image tower."""
 
     return _layer_spec(
         config=config,
@@ -129,7 +134,7 @@ def vision_layer_spec(vision: VisionConfig, config: TransformerConfig, groups: G
             qk_norm=vision.qk_norm,
             turn=turned if kernels.fused else rotate_both,
         ),
-        mlp=SwiGLUMlp if vision.mlp == "swiglu" else _gelu_mlp(config, kernels),
+        mlp=_swiglu_mlp(groups, kernels, vision.mlp_norm) if vision.mlp == "swiglu" else _gelu_mlp(config, kernels),
     )
 
 
@@ -147,17 +152,17 @@ def _linear_qkv(vision: VisionConfig, kernels: Kernels) -> Callable[..., nn.Modu
     return build
 
 
-def text_layer_spec(config: TransformerConfig, causal: bool) -> ModuleSpec:
-    """One block of the caption tower on torch's kernels: pre-norm, every linear with a bias."""
-    kernels = Kernels(column=ColumnLinear, row=RowLinear, norm=LayerNorm, attention=SdpaAttention)
+def text_layer_spec(text: TextConfig, config: TransformerConfig, groups: Groups) -> ModuleSpec:
+    """One block of the caption tower on torch's kernels: pre-norm."""
+    kernels = Kernels(column=ColumnLinear, row=RowLinear, norm=NORMS[text.norm], attention=SdpaAttention)
     return _layer_spec(
         config=config,
         kernels=kernels,
         post_norm=False,
-        mask=AttnMaskType.causal if causal else AttnMaskType.no_mask,
+        mask=AttnMaskType.causal if text.causal else AttnMaskType.no_mask,
         linear_qkv=ColumnLinear,
         core_attention=partial(CoreAttention, kernel=SdpaAttention),
-        mlp=_gelu_mlp(config, kernels),
+        mlp=_swiglu_mlp(groups, kernels, norm=False) if text.mlp == "swiglu" else _gelu_mlp(config, kernels),
     )
 
 

@@ -53,7 +53,8 @@ def text_transformer_config(text: TextConfig, *, dtype: torch.dtype) -> Transfor
         num_attention_heads=text.heads,
         ffn_hidden_size=text.hidden,
         layernorm_epsilon=text.norm_eps,
-        activation_func=ACTIVATION[text.mlp],
+        activation_func=ACTIVATION.get(text.mlp, F.gelu),
+        add_bias_linear=text.bias,
         dtype=dtype,
     )
 

@@ -6,7 +6,7 @@ how they rename, cut or turn the authors' tensors.
 
 from collections.abc import Collection
 
-from models.config import ModelConfig, ModelConfigError, VisionConfig
+from models.config import ModelConfig, ModelConfigError, TextConfig, VisionConfig
 from models.formats.authors import AUTHORS
 from models.formats.base import ANCHOR, Layout
 from models.formats.huggingface import HUGGINGFACE, SIGLIP
@@ -20,6 +20,8 @@ LAYOUTS = ("eva", "hf", "openclip", "original")
 def layout_of(name: str, model: ModelConfig) -> Layout:
     """The layout called `name` for a model. Raises ModelConfigError where that project has no such model."""
     kind = family(model)
+    if kind not in IMAGE_TOWERS and (parts := _own_text_parts(model.text)):
+        raise ModelConfigError(f"the {name} layout has no caption tower with {', '.join(parts)}: take --to tower")
     layouts: dict[str, dict[str, Layout]] = {
         "eva": {"openclip": open_clip_layout(model.vision.separate_qkv), "eva": AUTHORS, "original": AUTHORS,
                 "hf": HUGGINGFACE},
@@ -37,6 +39,18 @@ def layout_of(name: str, model: ModelConfig) -> Layout:
     if kind == "dinov3" and name == "original" and model.vision.qkv_bias:
         raise ModelConfigError("DINOv3's own code masks a bias on k, which is none here: take hf")
     return layouts[kind][name]
+
+
+IMAGE_TOWERS = ("dinov3", "internvit")
+"""Families that are published without a caption tower."""
+
+
+def _own_text_parts(text: TextConfig) -> list[str]:
+    """Parts of a caption tower that no other project's layout names."""
+    plain = TextConfig()
+    own = {key: getattr(text, key) for key in ("norm", "bias", "rope", "pos_embed")}
+    said = [f"text.{key}={value}" for key, value in own.items() if value != getattr(plain, key)]
+    return said + (["text.mlp=swiglu"] if text.mlp == "swiglu" else [])
 
 
 def family(model: ModelConfig) -> str:

@@ -32,7 +32,7 @@ _NOT_EVA = (
     "embed_norm", "key_bias", "patch_bias", "class_token", "pool", "projection", "rope_kind", "qk_norm", "layer_scale",
     "registers", "pos_embed", "final_norm",
 )  # fmt: skip
-_NOT_EVA_TEXT = ("mlp", "mlp_hidden", "causal", "pool", "head_bias")
+_NOT_EVA_TEXT = ("mlp", "mlp_hidden", "causal", "pool", "head_bias", "norm", "bias", "rope", "pos_embed")
 """Parts of other families (models/config.py), all off in theirs."""
 _TRAINING_ONLY = {"drop_path_rate", "patch_dropout"}
 

@@ -36,7 +36,7 @@ _IDLE = {
 """Keys that belong to training, to the tokenizer, or to what `_OFF` switches off."""
 _TOP = {"embed_dim", "quick_gelu", "custom_text", "init_logit_bias", "init_logit_scale", "vision_cfg", "text_cfg"}
 _POOLS = {"tok": "class", "avg": "mean"}
-_TEXT_POOLS = {"argmax": "end", "last": "last"}
+_TEXT_POOLS = {"argmax": "end", "last": "last", "first": "first"}
 _SIGLIP_TOWERS: Json = {
     "vit_base_": {"width": 768, "depth": 12, "head_width": 64, "mlp_hidden": 3072},
     "vit_large_": {"width": 1024, "depth": 24, "head_width": 64, "mlp_hidden": 4096},
@@ -260,8 +260,8 @@ def _json_of_text(t: TextConfig, gelu: str) -> Json:
         out["mlp_ratio"] = ratio(t.hidden, t.width)
     if not t.causal:
         out["no_causal_mask"] = True
-    if t.pool == "last":
-        out["pool_type"] = "last"
+    if t.pool in ("last", "first"):
+        out["pool_type"] = t.pool
     if t.head_bias:
         out["proj_bias"] = True
     return out | _json_of_kwargs(t.mlp, t.norm_eps, gelu)

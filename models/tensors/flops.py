@@ -58,9 +58,14 @@ def vision_forward_flops(model: ModelConfig, tokens: int) -> int:
     return vision.depth * block_flops(vision, tokens) + embedding_flops(vision, tokens) + head_flops(model, tokens)
 
 
+def mlp_products(tower: VisionConfig | TextConfig) -> int:
+    """Matrix products of width x hidden in an MLP."""
+    return 3 if tower.mlp == "swiglu" else 2
+
+
 def text_forward_flops(model: ModelConfig) -> int:
     """One caption of full context length through the caption tower (the causal half is not deducted)."""
     text: TextConfig = model.text
     w, length = text.width, text.context_length
-    products = 4 * w * w + 2 * w * text.hidden
+    products = 4 * w * w + mlp_products(text) * w * text.hidden
     return text.depth * (2 * length * products + attention_flops(length, w)) + 2 * w * model.embed_dim

@@ -67,13 +67,13 @@ def _text_rule(name: str, model: ModelConfig) -> Fill:
         return _normal(0.02)
     if name == "text.pos_embed":
         return _normal(0.01)
-    if name.endswith("mlp.fc1.bias"):
+    if name.endswith(("mlp.fc1.bias", "mlp.gate.bias", "mlp.up.bias")):
         return _uniform(width**-0.5)  # torch's default for a Linear of this fan-in
-    if name.endswith("mlp.fc2.bias"):
+    if name.endswith(("mlp.fc2.bias", "mlp.down.bias")):
         return _uniform((4 * width) ** -0.5)
-    if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
+    if name.endswith(("attn.proj.weight", "mlp.fc2.weight", "mlp.down.weight")):
         return _normal(width**-0.5 * (2 * depth) ** -0.5)
-    if name.endswith("mlp.fc1.weight"):
+    if name.endswith(("mlp.fc1.weight", "mlp.gate.weight", "mlp.up.weight")):
         return _normal((2 * width) ** -0.5)
     return _normal(width**-0.5)  # qkv, projection
 

@@ -109,13 +109,15 @@ def text_shapes(model: ModelConfig) -> Shapes:
 
 def text_table_shapes(t: TextConfig) -> Shapes:
     """What stands in front of the caption tower's blocks."""
-    return {"text.token_embedding": (t.vocab_size, t.width), "text.pos_embed": (t.context_length, t.width)}
+    positions: Shapes = {"text.pos_embed": (t.context_length, t.width)} if t.pos_embed else {}
+    return {"text.token_embedding": (t.vocab_size, t.width)} | positions
 
 
 def text_head_shapes(model: ModelConfig) -> Shapes:
     """What stands behind the caption tower's blocks."""
     t = model.text
-    return _norm("text.norm", t.width) | _linear("text.projection", model.embed_dim, t.width, bias=t.head_bias)
+    norm = _norm("text.norm", t.width, bias=t.norm == "layer")
+    return norm | _linear("text.projection", model.embed_dim, t.width, bias=t.head_bias)
 
 
 def mim_shapes(model: ModelConfig, target_width: int) -> Shapes:
@@ -152,11 +154,18 @@ def vision_block_shapes(v: VisionConfig) -> Shapes:
 
 def text_block_shapes(t: TextConfig) -> Shapes:
     """One block of the caption tower, names without `text.blocks.i.`."""
-    out: Shapes = (
-        _norm("norm1", t.width) | _linear("attn.qkv", 3 * t.width, t.width) | _linear("attn.proj", t.width, t.width)
-    )
-    out |= _norm("norm2", t.width)
-    return out | _linear("mlp.fc1", t.hidden, t.width) | _linear("mlp.fc2", t.width, t.hidden)
+    layer = t.norm == "layer"
+    out = _norm("norm1", t.width, bias=layer) | _norm("norm2", t.width, bias=layer)
+    gated = t.mlp == "swiglu"
+    linears = {
+        "attn.qkv": (3 * t.width, t.width),
+        "attn.proj": (t.width, t.width),
+        **{f"mlp.{name}": (t.hidden, t.width) for name in (("gate", "up") if gated else ("fc1",))},
+        "mlp.down" if gated else "mlp.fc2": (t.width, t.hidden),
+    }
+    for name, shape in linears.items():
+        out |= _linear(name, *shape, bias=t.bias)
+    return out
 
 
 def _norm(name: str, width: int, bias: bool = True) -> Shapes:

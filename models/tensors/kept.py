@@ -85,4 +85,4 @@ def _channels(tower: VisionConfig | TextConfig) -> int:
 
 
 def _gated(tower: VisionConfig | TextConfig) -> bool:
-    return isinstance(tower, VisionConfig) and tower.mlp == "swiglu"
+    return tower.mlp == "swiglu"

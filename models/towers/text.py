@@ -1,4 +1,4 @@
-"""The caption tower: token and position tables, pre-norm blocks, pooling of one token.
+"""The caption tower: token table, positions by table or rope, pre-norm blocks, pooling of one token or of all.
 
 Source: EVA authors' transformer.py (TextTransformer) and the text towers of CLIP and SigLIP. Never split: every rank of
 the mesh holds a whole one and encodes its own captions.
@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks.norms import LayerNorm
+from models.blocks.norms import NORMS
 from models.blocks.packed import PackedTokens
+from models.blocks.rope import text_rope_tables
 from models.blocks.spec import Groups, build_block, text_layer_spec
 from models.blocks.transformer_config import text_transformer_config
 from models.config import ModelConfig
@@ -21,33 +22,47 @@ class TextTower(nn.Module):
     def __init__(self, model: ModelConfig, *, groups: Groups, dtype: torch.dtype = torch.float32):
         """`groups`: tp, cp and pp, each of this rank alone."""
         super().__init__()
-        text = model.text
+        self.text = text = model.text
         self.config = text_transformer_config(text, dtype=dtype)
         self.token_embedding = nn.Parameter(torch.empty(text.vocab_size, text.width, dtype=dtype))
-        self.pos_embed = nn.Parameter(torch.empty(text.context_length, text.width, dtype=dtype))
-        self.block = build_block(
-            text_layer_spec(self.config, text.causal), text.depth, self.config, groups, ends_tower=True
-        )
-        self.norm = LayerNorm(config=self.config, hidden_size=text.width, eps=text.norm_eps)
+        table = torch.empty(text.context_length, text.width, dtype=dtype) if text.pos_embed else None
+        self.pos_embed = None if table is None else nn.Parameter(table)
+        spec = text_layer_spec(text, self.config, groups)
+        self.block = build_block(spec, text.depth, self.config, groups, ends_tower=True)
+        self.norm = NORMS[text.norm](config=self.config, hidden_size=text.width, eps=text.norm_eps)
         self.projection = nn.Linear(text.width, model.embed_dim, bias=text.head_bias, dtype=dtype)
-        self.pools_last = text.pool == "last"
 
     def forward(self, ids: Tensor) -> Tensor:
-        """int64 [M, L], L <= context_length -> features [M, D], pooled at the first highest id (end of text) or last.
+        """int64 [M, L], L <= context_length -> features [M, D]: of the token that is pooled, or of their mean.
 
-        Callers may cut padding off with `trimmed`.
+        pool=end reads the first highest id. Callers may cut padding off with `trimmed`.
         """
         m, length = ids.shape
-        hidden = F.embedding(ids, self.token_embedding) + self.pos_embed[:length]
-        place = length - 1 if self.pools_last else ids.argmax(dim=-1)
-        read = torch.arange(m, device=ids.device) * length + place
-        tokens = PackedTokens.of(m, length, ids.device).pooling(read)
+        hidden = F.embedding(ids, self.token_embedding)
+        if self.pos_embed is not None:
+            hidden = hidden + self.pos_embed[:length]
+        width = self.text.width // self.text.heads
+        rope = text_rope_tables(length, width, ids.device) if self.text.rope else None
+        tokens = PackedTokens.of(m, length, ids.device, rope)
+        if (place := self._read(ids)) is not None:
+            tokens = tokens.pooling(torch.arange(m, device=ids.device) * length + place)
         hidden = self.block(hidden.reshape(m * length, 1, -1), None, packed_seq_params=tokens)
-        return self.projection(self.norm(hidden.squeeze(1)))
+        rows = self.norm(hidden.squeeze(1))
+        return self.projection(rows if place is not None else self._mean(rows.unflatten(0, (m, length)), ids))
+
+    def _read(self, ids: Tensor) -> Tensor | int | None:
+        """The place in each caption that is pooled, of int64 [M, L]; None where all are."""
+        places = {"first": 0, "last": ids.shape[1] - 1, "mean": None}
+        return places[self.text.pool] if self.text.pool in places else ids.argmax(dim=-1)
+
+    def _mean(self, rows: Tensor, ids: Tensor) -> Tensor:
+        """[M, L, H] -> [M, H], without padding."""
+        said = (ids != self.text.pad_id).unsqueeze(-1).to(rows.dtype)
+        return (rows * said).sum(dim=1) / said.sum(dim=1).clamp_min(1)
 
     def trimmed(self, ids: Tensor) -> Tensor:
         """`ids` without padding that no feature depends on: behind the end of text, where that is what is pooled."""
-        return ids if self.pools_last else trim_padding(ids)
+        return trim_padding(ids) if self.text.pool == "end" else ids
 
 
 def trim_padding(ids: Tensor) -> Tensor:

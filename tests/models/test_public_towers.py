@@ -5,6 +5,7 @@ number of ranks runs all families at its layouts.
 """
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Sequence
@@ -298,6 +299,18 @@ def one_pass(name: str, layout: tuple[int, int, bool, int], mesh: Mesh) -> dict[
     if everyone:
         out |= {"image": torch.cat([e[2] for e in everyone]), "text": torch.cat([e[3] for e in everyone])}
     return out
+
+
+@pytest.mark.parametrize(("name", "is_bounded"), [("transformers-siglip", False), ("transformers-clip", True)])
+def test_the_scale_is_bounded_where_theirs_is(name: str, is_bounded: bool, mesh: Mesh) -> None:
+    trainer = Trainer(first_phase(config_of(name, 1, 1, True, 8)), mesh, prepare())
+    load_weights(trainer.towers, logical(name, "weights"))
+    trainer.optimizer.clamp("logit_scale.log_scale", 4.77, 4.77)  # where SigLIP's published ones lie
+    io = load_tensors(f"public-{name}/io")
+    trainer.step(local_batch(io["images_u8"], io["text"], mesh))
+    trainer.towers.wait_for_weights()
+    scale = next(float(p) for tensor, p in trainer.towers.logical_parameters() if tensor.name.startswith("logit_scale"))
+    assert (scale <= math.log(100)) == is_bounded, scale
 
 
 LAUNCHES = {

@@ -164,9 +164,12 @@ def text_saved_bytes(model: ModelConfig, captions: int, element: int) -> float:
     text = model.text
     blocks = text_blocks(text)
     tokens = captions * text.context_length
-    head = norm_saved_bytes(blocks, captions, element) + captions * (text.width * element + model.embed_dim * FP32)
+    pooled = None if text.pool == "mean" else captions
+    head = norm_saved_bytes(blocks, tokens if pooled is None else captions, element) + captions * (
+        text.width * element + model.embed_dim * FP32
+    )
     whole = (text.depth - 1) * block_saved_bytes(blocks, tokens, element=element)
-    return whole + block_saved_bytes(blocks, tokens, element=element, pooled=captions) + tokens * INDEX + head
+    return whole + block_saved_bytes(blocks, tokens, element=element, pooled=pooled) + tokens * INDEX + head
 
 
 @lru_cache(maxsize=256)
@@ -273,7 +276,7 @@ def forward_temporary_bytes(
 
 def text_forward_temporary_bytes(model: ModelConfig, captions: int, element: int) -> float:
     """Live in a block of the caption tower without grad: fc1's output before and behind its bias, and the streams."""
-    hidden = captions * model.text.context_length * 2 * 4 * model.text.width * element
+    hidden = captions * model.text.context_length * 2 * model.text.hidden * element
     return hidden + text_stream_bytes(model, captions, element)
 
 

@@ -14,6 +14,7 @@ from models.tensors.flops import (
     attention_flops,
     block_flops,
     last_block_flops,
+    mlp_products,
     text_forward_flops,
     vision_forward_flops,
 )
@@ -59,8 +60,10 @@ def vision_executed_flops(model: ModelConfig, tokens: int) -> int:
 def text_executed_flops(model: ModelConfig) -> int:
     """The same without what nobody reads: behind the last block's attention, all rows but the end of text."""
     w, length = model.text.width, model.text.context_length
+    if model.text.pool == "mean":
+        return text_forward_flops(model)
     unread = (
-        2 * (length - 1) * (w * w + 2 * w * model.text.hidden)
+        2 * (length - 1) * (w * w + mlp_products(model.text) * w * model.text.hidden)
         + attention_flops(length, w)
         - attention_flops(length, w, queries=1)
     )

@@ -253,13 +253,15 @@ def telling_stages(stages: list[Stage]) -> list[Stage]:
 
 
 def text_blocks(text: TextConfig) -> VisionConfig:
-    """The blocks of the caption tower in the words of the image tower: pre-norm, LayerNorm, GELU, biases everywhere."""
+    """The blocks of the caption tower in the words of the image tower: pre-norm."""
     return VisionConfig(
         depth=text.depth,
         width=text.width,
         head_width=text.width // text.heads,
         mlp_hidden=text.hidden,
-        norm="layer",
+        norm=text.norm,
         norm_eps=text.norm_eps,
-        qkv_bias=True,
+        qkv_bias=text.bias,
+        mlp="swiglu" if text.mlp == "swiglu" else "gelu",
+        rope=text.rope,
     )

@@ -19,7 +19,7 @@ class ShardRows:
     def __init__(self, source: SampleInput, embedder: Embedder, config: Config, *, keep: bool):
         """keep: unreadable samples become rows of NaN with a mark, instead of being left out."""
         self._source, self._embedder, self._keep = source, embedder, keep
-        self._tokenizer = tokenizer_of(config.model.text)
+        self._tokenizer = tokenizer_of(config.model.text, config.data)
         self.left_out = LeftOut(kept=keep)
         self.samples = 0
 

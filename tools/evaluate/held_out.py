@@ -33,7 +33,7 @@ def score_shards(arguments: argparse.Namespace, session: Session) -> None:
         raise DataError(f"{', '.join(arguments.shards)}: no sample has a {missing}, so there is nothing to compare")
     verify = not arguments.skip_hashes
     embedder = load(session, images=True, texts=True, verify_hashes=verify, ema=arguments.ema)
-    collected = CaptionScores(embedder, tokenizer_of(session.config.model.text))
+    collected = CaptionScores(embedder, tokenizer_of(session.config.model.text, session.config.data))
     progress = Progress("evaluate", len(source), shown=session.is_first)
     for block in source.blocks(block_size(session)):
         collected.add(block)

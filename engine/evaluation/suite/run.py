@@ -159,7 +159,10 @@ class SuiteRun:
         return row
 
     def _measures(self, listing: Listing, features: Features, embedder: Embedder) -> dict[str, float]:
-        width, tokenizer = embedder.encoders.embed_dim, tokenizer_of(self.towers.config.model.text)
+        width, tokenizer = (
+            embedder.encoders.embed_dim,
+            tokenizer_of(self.towers.config.model.text, self.towers.config.data),
+        )
         cache = self._texts()
         if listing.spec.scored_as == "retrieval":
             captions = distinct_captions(listing, tokenizer)
@@ -245,7 +248,7 @@ class SuiteRun:
 
     def class_weights(self, listing: Listing, embedder: Embedder) -> Tensor:
         """fp32 [classes, D] by label; from the cache after `run`. Collective over the mesh."""
-        tokenizer = tokenizer_of(self.towers.config.model.text)
+        tokenizer = tokenizer_of(self.towers.config.model.text, self.towers.config.data)
         classes = DistinctClasses(listing.classes, listing.templates, tokenizer)
         return self._texts().classes(embedder, classes)[classes.numbers]
 

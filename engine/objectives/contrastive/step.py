@@ -26,8 +26,13 @@ from engine.pipeline.executor import Executor, Work
 from engine.pipeline.outputs import Passes, keep_of, output_levels
 from models.clip import LEARNED_SCALE_MAX
 
-LOGIT_SCALE_BOUNDS = {"logit_scale.log_scale": (0.0, LEARNED_SCALE_MAX)}
-"""The learned scale stays within [1, 100] (its logarithm is the weight)."""
+LOGIT_SCALE_BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
+    "softmax": {"logit_scale.log_scale": (0.0, LEARNED_SCALE_MAX)},
+    "sigmoid": {},
+}
+"""Loss -> bounds of its learned scalars: CLIP's scale stays within [1, 100] (its logarithm is the weight), SigLIP's is
+free, as in big_vision (the published ones are above 100).
+"""
 
 
 class ContrastiveStep:
@@ -106,7 +111,7 @@ class ContrastiveStep:
         result = self.gradients(batch, phases)
         metrics = self._metrics(result)  # before the update: the scale behind it waits for the weights to be gathered
         rates = self.optimizer.rates()
-        gradient_norm = self.update(phases, LOGIT_SCALE_BOUNDS, result.loss)
+        gradient_norm = self.update(phases, LOGIT_SCALE_BOUNDS[self.config.train.loss], result.loss)
         return StepOutcome(loss=result.loss, metrics=metrics, gradient_norm=gradient_norm, rates=rates)
 
     def gradients(self, batch: LocalBatch, phases: Phases, loss: Loss | None = None) -> LossResult:
