@@ -21,15 +21,10 @@ _WORD_END = "</w>"
 @cache
 def encoder() -> Callable[[str], list[int]]:
     """The function that encodes, made once a process."""
-    merges = [(left, right) for left, right in (line.split(" ") for line in _merges())]
-    # Ids of CLIP: the 256 bytes, the same at the end of a word, then a token a merge.
-    tokens = _bytes_in_order()
-    tokens += [token + _WORD_END for token in tokens]
-    tokens += [left + right for left, right in merges]
+    merges = [(left, right) for left, right in (line.split(" ") for line in merge_lines())]
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_PATTERN), "removed", invert=True)
     as_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix=_WORD_END))
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary(), merges=merges, end_of_word_suffix=_WORD_END))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, as_bytes])
 
     def encode(text: str) -> list[int]:
@@ -42,7 +37,16 @@ def encoder() -> Callable[[str], list[int]]:
     return encode
 
 
-def _merges() -> list[str]:
+def vocabulary() -> dict[str, int]:
+    """Token -> id of CLIP, the special two left out: 256 bytes, the same at the end of a word, the merges."""
+    tokens = _bytes_in_order()
+    tokens += [token + _WORD_END for token in tokens]
+    tokens += [line.replace(" ", "") for line in merge_lines()]
+    return {token: number for number, token in enumerate(tokens)}
+
+
+def merge_lines() -> list[str]:
+    """The merges in their order, each two tokens with a space between."""
     packed = files("data.vocabulary").joinpath("clip_merges.txt.gz").read_bytes()
     return gzip.decompress(packed).decode("utf-8").splitlines()
 

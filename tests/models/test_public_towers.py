@@ -23,7 +23,7 @@ from engine.checkpoint.foreign import ForeignWeights
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.state_dicts.files import open_state
 from engine.config.phases import first_phase
-from engine.config.read import Config, resolve
+from engine.config.read import Config, ConfigError, preset_model, resolve
 from engine.objectives.contrastive.passes import LossResult
 from engine.parallel.device import prepare
 from engine.parallel.mesh import Mesh, build_mesh
@@ -162,7 +162,31 @@ def run(*arguments: object) -> int:
     return convert.main([str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("name", ["open-clip-vit", "transformers-clip", "transformers-siglip"])
+def test_a_model_by_open_clips_config(tmp_path: Path) -> None:
+    file, hub = FOLDER / "public-open-clip-vit/config.json", tmp_path / "open_clip_config.json"
+    hub.write_text(json.dumps({"model_cfg": json.loads(file.read_text()), "preprocess_cfg": {}}))
+    theirs = model_of("open-clip-vit")
+    named = [{"model": f"open_clip:{place}"} for place in (file, hub, tmp_path)] + [{"model": str(file)}]
+    for given in named:
+        model = resolve({**given, "data": {"shards": ["-"]}}, []).model
+        assert (model.preset, model.vision, model.text) == (None, theirs.vision, theirs.text)
+    mixed = {"preset": "b16", "vision": {"from": f"open_clip:{file}", "image_size": 56}}
+    model = resolve({"model": mixed, "data": {"shards": ["-"]}}, []).model
+    assert model.vision == replace(theirs.vision, image_size=56) and model.text == preset_model("b16").text
+    model = resolve({"model": "b16", "data": {"shards": ["-"]}}, [f"model.text.from=open_clip:{file}"]).model
+    assert model.text == theirs.text and model.vision == preset_model("b16").vision
+    eva = tmp_path / "eva.json"
+    eva.write_text(json.dumps({"embed_dim": 512, "vision_cfg": {"timm_model_name": "eva02_base_patch16_clip_224"}}))
+    assert preset_model(f"open_clip:{eva}").vision == preset_model("b16").vision
+    for given, message in (
+        ("open_clip:no.json", r"no\.json is no open_clip model config: .*No such file"),
+        (f"hf:{file}", "it takes open_clip:FILE.json"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            resolve({"model": {"vision": {"from": given}}, "data": {"shards": ["-"]}}, [])
+
+
+@pytest.mark.parametrize("name", ["open-clip-vit", "transformers-clip", "transformers-siglip", *IMAGE_TOWERS])
 def test_the_command_converts_there_and_back(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder as the hub has it -> checkpoint -> file or folder of the same project, and of the other one."""
     layout, hub = FORMAT[name], tmp_path / "hub"

@@ -52,7 +52,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     way.add_argument("--from", dest="source", choices=LAYOUTS, help="layout to read")
     way.add_argument("--to", dest="target", choices=(*LAYOUTS, "tower"), help="layout to write")
     parser.add_argument("--config", type=Path, help="model config of the authors (JSON)")
-    parser.add_argument("--model", help="model as a preset of this project, instead of --config")
+    parser.add_argument(
+        "--model", help="model as a preset, a public name of one, FILE.yaml or open_clip:FILE.json, instead of --config"
+    )
     parser.add_argument("--weights", type=Path, help="file or folder to read")
     parser.add_argument("--entry", help="entry of a .pt file that holds the weights, where it has several (dotted)")
     parser.add_argument("--checkpoint", type=Path, help="checkpoint or run folder to write from")

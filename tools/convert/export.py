@@ -31,6 +31,7 @@ from models.formats.open_clip_config import open_clip_from_model
 from models.formats.transformers_config import transformers_from_model
 from models.tensors.inventory import MIM_TENSORS
 from tools.cli import check_folder, hashing, progress
+from tools.convert.hub_tokenizer import hub_tokenizer
 from tools.convert.outputs import Report, cast, check_new_file, check_weights_file, dtype_of, write_weights
 
 _SCALE = "logit_scale.log_scale"
@@ -134,6 +135,7 @@ def export_huggingface(path: Path, out: Path, dtype: str | None, kind: str = WEI
     check_folder(out)
     weights = _Weights(path, dtype, kind)
     table, left_out = _table(weights, "hf")
+    has_text = table[0].layout.has_place("text.positional_embedding")
     _hf_json(weights)  # raises before the work
     total = sum(_size(weights, entry) for entry in table)
     check_folder(out, total)
@@ -149,11 +151,13 @@ def export_huggingface(path: Path, out: Path, dtype: str | None, kind: str = WEI
     write_synced(out / "model.safetensors.index.json", json.dumps(content, indent=1).encode())
     config = _hf_json(weights)
     write_synced(out / "config.json", json.dumps(config, indent=1).encode())
-    hub = _hub_files(weights.model)
+    tokenizer, said = hub_tokenizer(weights.model.text, weights.checkpoint.manifest.config.get("data", {}))
+    hub = _hub_files(weights.model) | (tokenizer if has_text else {})
     for name, file in hub.items():
         write_synced(out / name, file)
     summary = f"{out}: {len(index)} tensors in {len(groups)} files"
-    return Report(_report(left_out, table, lambda key: key), summary, [*_said(left_out), *weights.remarks()])
+    remarks = [*_said(left_out), *(said if has_text else []), *weights.remarks()]
+    return Report(_report(left_out, table, lambda key: key), summary, remarks)
 
 
 def _hf_json(weights: _Weights) -> dict[str, Any]:
