@@ -91,8 +91,8 @@ class DataConfig:
     .model (docs/towers.md, section "Captions of other vocabularies").
     """
     cleaning: str = "auto"
-    """Of a caption before it is cut into tokens: auto (clip with CLIP's, canonical with a file) | clip (repaired,
-    unescaped, lower case) | canonical (the same without punctuation: SigLIP) | none.
+    """What is done to a caption before it is cut into tokens: auto (clip with CLIP's, canonical with a file) | clip
+    (repaired, unescaped, lower case) | canonical (the same without punctuation: SigLIP) | none.
     """
     sentences: str = "all"
     """all | random (one sentence of the caption) | first N."""
