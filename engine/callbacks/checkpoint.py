@@ -66,7 +66,7 @@ class CheckpointCallback(Callback):
         self.saver.add_metrics(_numbers(record))
         if int(record["step"]) + 1 == self.trainer.phase.last_step:
             with self._stall():
-                self.saver.finish()
+                self._finish()
 
     def save_now(self, record: Record, stop: str) -> None:
         """Save the state between two steps, unless it is the one that was saved or begun with."""
@@ -82,7 +82,7 @@ class CheckpointCallback(Callback):
             saved = bool(self.saver.saved) and self.saver.saved[-1] == final
             where = f"saved in {final}" if saved else "not saved"
         if stop and self.saver.saved:
-            self.saver.finish()
+            self._finish()
         if self.trainer.mesh.world.rank == 0:
             why = f"stopped by {stop}" if stop else "asked to save"
             print(f"{why} after step {done}: {where}", file=sys.stderr, flush=True)
@@ -93,6 +93,12 @@ class CheckpointCallback(Callback):
             self.saver.save(trainer.position, trainer.callback_states(), _numbers(record), trainer.data_fingerprint)
             if wait:
                 self.saver.wait()
+
+    def _finish(self) -> None:
+        """Wait for the last save; what is in the hosts' memory is of no use any more."""
+        self.saver.finish()
+        if self.local is not None:
+            self.local.forget()
 
     def _save_local(self, record: Record) -> None:
         self.open_local()
