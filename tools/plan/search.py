@@ -21,7 +21,7 @@ from tools.cost.cluster import Cluster
 from tools.cost.kernels import Kernels
 from tools.cost.layout import Layout, PlanError, stages_of, telling_stages
 from tools.cost.memory import Memory, peak_memory
-from tools.cost.time import host_bytes, unit_time
+from tools.cost.time import host_bytes, step_time, unit_time
 from tools.plan.estimate import Estimate, priced
 
 MOST_CHUNKS = 8
@@ -122,15 +122,8 @@ def search(job: Job) -> Found:
 
 
 def _promising_first(job: Job) -> list[tuple[float, Layout]]:
-    """Candidates with `least_seconds`, the same for all that differ in what is shared only."""
-    bounds: dict[Layout, float] = {}
-    found = []
-    for one in candidates(job):
-        shape = replace(one, shard="optimizer", shard_ranks=None, group_size=one.micro_batches)
-        if shape not in bounds:
-            bounds[shape] = least_seconds(job, shape)
-        found.append((bounds[shape], one))
-    return sorted(found, key=itemgetter(0))
+    """Candidates with `least_seconds`."""
+    return sorted(((least_seconds(job, one), one) for one in candidates(job)), key=itemgetter(0))
 
 
 def speed(entry: Estimate) -> tuple[float, float]:
@@ -139,11 +132,9 @@ def speed(entry: Estimate) -> tuple[float, float]:
 
 
 def least_seconds(job: Job, layout: Layout) -> float:
-    """What no amount of memory makes shorter: an inner stage's work and its bubble with every output kept."""
-    stages = telling_stages(stages_of(job.model, layout))
-    unit = unit_time(job.model, replace(layout, keep_outputs="all"), stages[len(stages) // 2], job.cluster)
-    m, fill = layout.micro_batches, (layout.pipeline - 1) / layout.virtual
-    return m * (unit.f + unit.b) + fill * (unit.f + unit.b)
+    """What no amount of memory makes shorter: the step without a replay, whoever decodes."""
+    time = step_time(job.model, replace(layout, keep=layout.micro_batches), job.cluster)
+    return time.total - time.input
 
 
 def candidates(job: Job) -> Iterator[Layout]:
