@@ -102,7 +102,9 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _kernels(arguments: argparse.Namespace, hardware: Hardware) -> Kernels:
     if arguments.fp8 and not hardware.fp8_tflops:
         raise PlanError(f"--fp8: {hardware.name} has no fp8 products")
-    return Kernels(elementwise=arguments.kernels, sums=arguments.kernels == "fused", fp8=arguments.fp8)
+    if arguments.fp8:  # Transformer Engine's linears, and its norms
+        return Kernels(elementwise="eager" if arguments.kernels == "eager" else "compiled", fp8=True)
+    return Kernels(elementwise=arguments.kernels, sums=arguments.kernels == "fused")
 
 
 def _plan_mim(arguments: argparse.Namespace, cluster: Cluster, kernels: Kernels, samples: float) -> int:
