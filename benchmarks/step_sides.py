@@ -189,7 +189,7 @@ class OpenClip:
     """open_clip's nearest model: pre-norm LayerNorm towers of the same sizes, its own loss."""
 
     def __init__(self, workload: Workload, precision: str):
-        _stand_in_for_torchvision_operators()
+        stand_in_for_torchvision_operators()
         from open_clip.loss import ClipLoss
         from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
@@ -273,7 +273,7 @@ SIDES: dict[str, Callable[[Workload, str], Side]] = {
 }
 
 
-def _stand_in_for_torchvision_operators() -> None:
+def stand_in_for_torchvision_operators() -> None:
     """torchvision's operators are built for another build of torch; open_clip imports it but runs none of them here."""
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:

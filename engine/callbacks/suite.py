@@ -9,7 +9,8 @@ from pathlib import Path
 
 from engine.callbacks.evaluation import embedder_of, evaluated_weights, is_due
 from engine.evaluation.sets.spec import load_suite
-from engine.evaluation.suite.run import Plan, SuiteRun, Towers
+from engine.evaluation.suite.plan import Plan, Towers
+from engine.evaluation.suite.run import SuiteRun
 from engine.record import Callback, Record, RunInfo
 from engine.trainer import Trainer
 

@@ -20,6 +20,8 @@ _OPEN_CLIP = "open_clip:"
 """What an open_clip model config is named by, in the place of a preset or in `model.vision.from`."""
 _MODELS = (("model",), ("mim", "teacher_model"))
 """Where a config names models."""
+EVALUATE_OFF = "evaluate=off"
+"""The one override that takes the whole section of a config file away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,8 @@ class Given:
 
 def given_settings(tree: Mapping[str, Any], overrides: Sequence[str], source: str) -> Given:
     """Both sides typed. Raises ConfigError that says on which side a mistake is."""
+    if EVALUATE_OFF in overrides:
+        tree, overrides = _without(tree, ("evaluate",)), [o for o in overrides if o != EVALUATE_OFF]
     file = _typed(tree, source)
     arguments: dict[str, Any] = {}
     for override in overrides:

@@ -31,6 +31,7 @@ from engine.pipeline.program import forward_order
 from models.clip import embedding
 from models.config import LOCAL_KERNELS
 from models.tensors.naming import LogicalTensor, logical_tensors
+from models.towers.heads import Read
 from models.towers.text import TextTower
 from models.towers.vision import VisionTower
 
@@ -184,29 +185,64 @@ class Embedder:
             shape = (rows, 1, tower.vision.width)
             self.pipeline = Pipeline(mesh, shape, tower.config.params_dtype, device)
 
-    @torch.no_grad()
     def images(self, pixels: Pixels, count: int) -> Tensor:
         """Embeddings fp32 [count, D] of `count` images, or clips of `frames` images."""
+        return self.encode(pixels, count, "features")["images"]
+
+    def widths(self, read: Read) -> dict[str, tuple[int, ...]]:
+        """What `encode` gives for `read`, and the shape of a row of each."""
+        vision = self.encoders.vision[0].vision
+        if read == "tokens":
+            return {"tokens": (self.frames * vision.patches, vision.width)}
+        widths: dict[str, tuple[int, ...]] = {"images": (self.encoders.embed_dim,)}
+        return widths | ({"pooled": (vision.width,)} if read == "pooled" else {})
+
+    @torch.no_grad()
+    def encode(self, pixels: Pixels, count: int, read: Read) -> dict[str, Tensor]:
+        """fp32 rows of `count` images, or clips of `frames` images, every rank all of them.
+
+        `images`: embeddings [count, D]; with read `pooled` also `pooled`: the features before the projection
+        [count, H], the mean of a clip's frames; with `tokens` instead `tokens`: the normed patch tokens
+        [count, frames x patches, H].
+        """
         mine = split_rows(count, self.mesh.data.size)[self.mesh.data.rank]
         blocks = list(_blocks(mine, self.micro_batch // self.frames))
         chunks = self.encoders.vision
         units = forward_order(len(blocks), self.mesh.pipeline.size, len(chunks))
         inbox = self.pipeline.inbox("forward", sum(not chunks[unit.chunk].is_first for unit in units))
-        own = torch.empty(mine.stop - mine.start, self.encoders.embed_dim, device=self.device)
+        own = {
+            name: torch.empty(mine.stop - mine.start, *shape, device=self.device)
+            for name, shape in self.widths(read).items()
+        }
         for unit in units:
             rows, chunk = blocks[unit.micro_batch], chunks[unit.chunk]
             inputs = self._padded(pixels(rows)) if chunk.is_first else inbox.receive()
-            output = chunk(inputs, samples=self.micro_batch)
+            output = chunk(inputs, samples=self.micro_batch, read=read)
             if chunk.is_last:
-                ended = output[: (rows.stop - rows.start) * self.frames]
-                own[rows.start - mine.start : rows.stop - mine.start] = embedding(ended, self.frames)
+                for name, found in self._answers(output, (rows.stop - rows.start) * self.frames, read).items():
+                    own[name][rows.start - mine.start : rows.stop - mine.start] = found
             else:
                 self.pipeline.send("forward", output)
         self.pipeline.drain()
         if self.mesh.pipeline.size > 1:
             last = dist.get_global_rank(self.mesh.pipeline.group, self.mesh.pipeline.size - 1)
-            dist.broadcast(own, src=last, group=self.mesh.pipeline.group)
-        return gather_rows(own, count, self.mesh.data)
+            for part in own.values():
+                dist.broadcast(part, src=last, group=self.mesh.pipeline.group)
+        return {name: gather_rows(part, count, self.mesh.data) for name, part in own.items()}
+
+    def _answers(self, output: Tensor, images: int, read: Read) -> dict[str, Tensor]:
+        """output: of the last chunk for a micro-batch, of which the first `images` are some."""
+        if read == "features":
+            return {"images": embedding(output[:images], self.frames)}
+        tower = self.encoders.vision[-1]
+        if read == "tokens":
+            patches = output[:images, tower.vision.prefix_tokens :]
+            return {"tokens": patches.unflatten(0, (-1, self.frames)).flatten(1, 2)}
+        projected = tower.head.projected(output)  # type: ignore[operator]  # the padding, too: the same bits as features
+        return {
+            "images": embedding(projected[:images], self.frames),
+            "pooled": output[:images].float().unflatten(0, (-1, self.frames)).mean(dim=1),
+        }
 
     def _padded(self, images: Tensor) -> Tensor:
         """The last block is filled up, so that every message has the same shape."""

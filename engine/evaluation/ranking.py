@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 TILE_ROWS = 512
-TILE_COLUMNS = 8192
-"""A tile of scores and its comparison take 512 x 8,192 x (8 + 4 + 1) bytes, 55 MB."""
+TILE_COLUMNS = 2048
+"""A tile of scores and its comparisons take 512 x 2,048 x (8 + 4 + 1 + 1) bytes, 15 MB."""
 
 
 class Rows(Protocol):
@@ -99,6 +99,50 @@ def _ranks_of_tile(queries: Tensor, candidates: Rows, right: Tensor, tile_column
         wrong[of_part[:, 0], of_part[:, 1] - part.start] = False
         before += wrong.sum(dim=1)
     return before
+
+
+def both_ranks(
+    queries: Rows, candidates: Rows, right: Tensor, *, tile_rows: int = TILE_ROWS, tile_columns: int = TILE_COLUMNS
+) -> tuple[Tensor, Tensor]:
+    """`best_ranks` of the queries among the candidates and of the candidates among the queries, int64 [Q] and [C], from
+    one pass over the scores. Every query and every candidate is in a pair of `right`.
+    """
+    check_indices(right[:, 0], len(queries), len(right), "queries of the right answers")
+    check_indices(right[:, 1], len(candidates), len(right), "right answers")
+    for side, count in ((0, len(queries)), (1, len(candidates))):
+        without = count - len(torch.unique(right[:, side]))
+        if without or not count:
+            raise ValueError(f"{without} of {count} {('queries', 'candidates')[side]} have no partner; drop them first")
+    rows, columns = tiles(len(queries), tile_rows), tiles(len(candidates), tile_columns)
+    pairs = _pairs_of_tiles(right, tile_rows, tile_columns)
+    of_query = torch.full((len(queries),), -torch.inf)
+    of_candidate = torch.full((len(candidates),), -torch.inf)
+    for (i, j), own in pairs.items():
+        found = score(queries[rows[i]], candidates[columns[j]])[own[:, 0], own[:, 1]]
+        of_query[rows[i]].scatter_reduce_(0, own[:, 0], found, "amax")
+        of_candidate[columns[j]].scatter_reduce_(0, own[:, 1], found, "amax")
+    query_ranks = torch.zeros(len(queries), dtype=torch.int64)
+    candidate_ranks = torch.zeros(len(candidates), dtype=torch.int64)
+    for i, of_tile in enumerate(rows):
+        mine = queries[of_tile]
+        for j, part in enumerate(columns):
+            scores = score(mine, candidates[part])
+            if (i, j) in pairs:
+                own = pairs[i, j]
+                scores[own[:, 0], own[:, 1]] = -torch.inf
+            query_ranks[of_tile] += torch.count_nonzero(scores >= of_query[of_tile, None], dim=1)
+            candidate_ranks[part] += torch.count_nonzero(scores >= of_candidate[None, part], dim=0)
+    return query_ranks, candidate_ranks
+
+
+def _pairs_of_tiles(right: Tensor, tile_rows: int, tile_columns: int) -> dict[tuple[int, int], Tensor]:
+    """The pairs of every tile that has some, counted from the tile's corner."""
+    size = torch.tensor([tile_rows, tile_columns])
+    tile = right // size
+    order = (tile[:, 0] * (int(tile[:, 1].max()) + 1) + tile[:, 1]).argsort(stable=True)
+    corners, counts = torch.unique_consecutive(tile[order], dim=0, return_counts=True)
+    parts = (right % size)[order].split(counts.tolist())
+    return {(i, j): part for (i, j), part in zip(corners.tolist(), parts, strict=True)}
 
 
 def share_within(ranks: Tensor, k: int) -> float:

@@ -9,7 +9,9 @@ from typing import TypedDict
 
 from torch import Tensor
 
-from engine.evaluation.ranking import TILE_ROWS, Rows, best_ranks, check_ks, score, share_within, tiles
+from engine.evaluation.ranking import TILE_ROWS, Rows, both_ranks, check_ks, score, share_within, tiles
+
+_DIRECTIONS = ("image_to_text", "text_to_image")
 
 
 class Prediction(TypedDict):
@@ -42,10 +44,7 @@ def recall(
         ValueError: shapes, ranges or values that cannot be ranked, or an image or caption without the other.
     """
     check_ks(ks, min(len(image), len(text)), "images and captions")
-    ranks = {
-        "image_to_text": best_ranks(image, text, pairs, tile_rows=tile_rows),
-        "text_to_image": best_ranks(text, image, pairs.flip(1), tile_rows=tile_rows),
-    }
+    ranks = dict(zip(_DIRECTIONS, both_ranks(image, text, pairs, tile_rows=tile_rows), strict=True))
     return {
         f"{direction}_recall_at_{k}": share_within(of_direction, k)
         for direction, of_direction in ranks.items()

@@ -10,10 +10,11 @@ _LINE_END = re.compile(r"\r\n|\n|\r")
 """Not str.splitlines: it also cuts at form feeds and U+2028, which stand within captions."""
 
 
-def read_lines(path: Path, what: str) -> list[str]:
+def read_lines(path: Path, what: str, *, numbered: bool = False) -> list[str]:
     """The lines of a UTF-8 file, a byte-order mark, surrounding blanks and empty lines taken off.
 
-    what: what the file holds, for the message. Raises DataError for a file that is missing, empty or not UTF-8.
+    what: what the file holds, for the message. numbered: the number of a line means something, so that an empty one
+    before the last is refused. Raises DataError for a file that is missing, empty or not UTF-8.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -27,9 +28,12 @@ def read_lines(path: Path, what: str) -> list[str]:
             f"{path} is not UTF-8 (byte 0x{error.object[error.start]:02x} in line {line}): "
             f"save it as UTF-8 (iconv -f latin1 -t utf-8 {path.name})"
         ) from None
-    lines = [line.strip() for line in _LINE_END.split(text) if line.strip()]
+    given = [line.strip() for line in _LINE_END.split(text)]
+    lines = [line for line in given if line]
     if not lines:
         raise DataError(f"{path} is empty: {what}, one a line")
+    if numbered and "" in given[: len(lines)]:
+        raise DataError(f"{path}: line {given.index('') + 1} is empty, and labels count lines: {what}, one a line")
     return lines
 
 

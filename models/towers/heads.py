@@ -1,5 +1,7 @@
 """What stands behind the image tower's blocks: final norm, pooling by the config, projection to the shared space."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,9 @@ from models.blocks.last_block import own_rows
 from models.blocks.norms import NORMS
 from models.blocks.packed import PackedTokens, sum_over_ranks, whole_tokens
 from models.config import ModelConfig, VisionConfig
+
+Read = Literal["features", "pooled", "tokens"]
+"""What is asked of an image tower: its features, what they are projected from, or the normed tokens."""
 
 
 class TowerHead(nn.Module):
@@ -47,17 +52,26 @@ class VisionHead(TowerHead):
         )
         self.projection = linear
 
-    def forward(self, hidden: Tensor, tokens: PackedTokens) -> Tensor:
-        """hidden: [R or R / tp, 1, H], what the last block answers with: class tokens and padding, or all T tokens."""
+    def forward(self, hidden: Tensor, tokens: PackedTokens, read: Read = "features") -> Tensor:
+        """hidden: [R or R / tp, 1, H], what the last block answers with: class tokens and padding, or all T tokens.
+
+        read: `pooled` stops before the projection, [M, H]; `tokens` before the pooling, [M, S, H], which takes all T.
+        """
         if self.sequence_parallel:
             hidden = whole_tokens(hidden, self.tp_group)
         rows = hidden.squeeze(1)
+        if read == "tokens":
+            return tokens.by_sample(self.norm(rows))
+        pooled = self._pooled(rows, tokens)
+        return pooled if read == "pooled" else self.projected(pooled)
+
+    def _pooled(self, rows: Tensor, tokens: PackedTokens) -> Tensor:
         if self.pools == "class":
-            return self.projected(self.norm(rows[: tokens.samples]))
+            return self.norm(rows[: tokens.samples])
         every = tokens.by_sample(self.norm(rows))
         if self.pool is not None:
-            return self.projected(self.pool(every))
-        return self.projected(every[:, self.prefix_tokens :].mean(dim=1))
+            return self.pool(every)
+        return every[:, self.prefix_tokens :].mean(dim=1)
 
     def projected(self, rows: Tensor) -> Tensor:
         """[..., H] -> [..., D]."""

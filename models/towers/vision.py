@@ -18,7 +18,7 @@ from models.blocks.rope import rope_tables
 from models.blocks.spec import Groups, build_block, vision_layer_spec
 from models.blocks.transformer_config import vision_transformer_config
 from models.config import ModelConfig, VisionConfig
-from models.towers.heads import VisionHead
+from models.towers.heads import Read, VisionHead
 
 FP8_ROWS = 128
 """Rows of a matrix product that every fp8 recipe takes (models/kernel_checks.py)."""
@@ -141,17 +141,18 @@ class VisionTower(nn.Module):
         if model.fp8 != "none":
             self.pooled_multiple *= FP8_ROWS
 
-    def forward(self, inputs: Tensor, kept: Tensor | None = None, *, samples: int) -> Tensor:
+    def forward(self, inputs: Tensor, kept: Tensor | None = None, *, samples: int, read: Read = "features") -> Tensor:
         """Normalised images [M, 3, h, w] (first stage) or packed tokens -> packed tokens, or features [M, D] (last).
 
         kept: int64 [M, k], the patches that survive patch dropout, the same on every rank; None keeps all.
+        read: what the head answers with (models/towers/heads.py); tokens need the last block's work for all of them.
         """
         tokens = self._tokens(samples, kept, inputs.device)
-        if self.is_last and self.vision.reads_one_token:
+        if self.is_last and self.vision.reads_one_token and read != "tokens":
             class_rows = torch.arange(samples, device=inputs.device) * tokens.tokens_per_sample
             tokens = tokens.pooling(class_rows, self.pooled_multiple)
         hidden = self.run_blocks(self.embed(inputs, kept) if self.is_first else inputs, tokens)
-        return self.head(hidden, tokens) if self.is_last else hidden
+        return self.head(hidden, tokens, read) if self.is_last else hidden
 
     def run_blocks(self, hidden: Tensor, tokens: PackedTokens) -> Tensor:
         """Packed tokens [T or T / tp, 1, H] through this stage's blocks; a stage may have none."""

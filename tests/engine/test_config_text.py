@@ -14,6 +14,7 @@ from engine.config.phases import plan_job
 from engine.config.read import (
     Config,
     ConfigError,
+    EvaluateConfig,
     load_config,
     load_preset,
     read_given,
@@ -282,6 +283,16 @@ def test_a_preset_as_override_replaces_the_whole_model(preset: str, tmp_path: Pa
             assert load_config(file, [spelt]).model == resolve(GOOD | {"model": preset}, []).model
     model = load_config(file, [f"model={preset}", "model.vision.image_size=560", "model.backend=local"]).model
     assert (model.preset, model.vision.image_size, model.backend) == (preset, 560, "local")
+
+
+def test_one_override_switches_evaluation_off(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    evaluate = "evaluate: {every_steps: 5, shards: held.tar, classes: names.txt, max_samples: 3}\n"
+    file.write_text(f"model: tiny-18b\ndata: {{shards: a.tar}}\n{evaluate}")
+    assert load_config(file).evaluate.every_steps == 5
+    assert load_config(file, ["evaluate=off"]).evaluate == EvaluateConfig()
+    with pytest.raises(ConfigError, match=r"evaluate.every_steps is given beside evaluate=off"):
+        load_config(file, ["evaluate=off", "evaluate.every_steps=3"])
 
 
 def test_a_run_that_was_written_down_takes_another_model(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Evaluation sets made in the community's layouts, from real scans and from noise."""
 
+import csv
 import json
 from importlib.util import find_spec
 from io import BytesIO
@@ -135,3 +136,21 @@ def video_sets(root: Path) -> None:
         (told / "videos" / f"v{number}.mp4").write_bytes(clip_bytes(number))
         lines += [f'v{number},"somebody, in film {number}"', f"v{number},a film {number}"]
     (told / "test.csv").write_text("\n".join(lines) + "\n")
+
+
+def association_set(root: Path) -> Path:
+    """WinoGAViL's table and folder of pictures: three questions about five of them."""
+    folder = root / "winogavil"
+    (folder / "images").mkdir(parents=True)
+    for number, name in enumerate("abcde"):
+        picture(number).save(folder / "images" / f"{name}.png")
+    questions = [
+        ("full moon", ["a", "b", "c", "d", "e"], ["a", "b"]),
+        ("Owl", ["a", "b", "c", "d", "e"], ["c", "d"]),
+        ("forest", ["d", "e"], ["d"]),
+    ]
+    with (folder / "test.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["", "candidates", "cue", "associations"])
+        writer.writerows([[at, json.dumps(c), cue, json.dumps(right)] for at, (cue, c, right) in enumerate(questions)])
+    return folder

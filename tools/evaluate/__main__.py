@@ -60,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     suites.add_argument("--transform", choices=("squash", "crop", "both"), default="squash")
     suites.add_argument("--frames", type=positive, nargs="+", default=[1], help="of clips: 1, 8, 16, or several")
     suites.add_argument("--probe", choices=PROBES, nargs="+", default=[], help="fitted on the train part of a set")
+    suites.add_argument(
+        "--probe-features",
+        choices=("pooled", "embeddings"),
+        default="pooled",
+        help="what linear, sgd and knn see: features before the projection, as published probes do, or embeddings",
+    )
     suites.add_argument("--any-size", action="store_true", help="score sets with another number of samples, too")
     suites.add_argument(
         "--save-features", action="store_true", help="embeddings and logits as OUT/features/SET.parquet"
@@ -83,10 +89,12 @@ def _check(arguments: argparse.Namespace) -> None:
             raise CommandError("--suite needs --data ROOT, where the sets lie, and --out DIR for the results")
         if arguments.predictions is not None:
             raise CommandError("--predictions shows held-out shards: it has no effect with --suite")
+        if arguments.probe_features != "pooled" and not set(arguments.probe) - {"attentive"}:
+            raise CommandError("--probe-features is about --probe linear, sgd and knn: it has no effect without them")
         check_folder(arguments.out)
         return
-    for option in ("data", "probe", "any_size", "save_features"):
-        if getattr(arguments, option):
+    for option in ("data", "probe", "any_size", "save_features", "transform", "frames", "probe_features"):
+        if getattr(arguments, option) != _parser().get_default(option):
             raise CommandError(f"--{option.replace('_', '-')} has no effect without --suite")
     for path in (arguments.out, arguments.predictions):
         if path is not None:

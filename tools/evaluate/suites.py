@@ -16,12 +16,13 @@ from engine.evaluation.embedder import Embedder
 from engine.evaluation.probe.run import PROBES
 from engine.evaluation.ranking import tiles
 from engine.evaluation.session import Session, load
-from engine.evaluation.sets.listing import Part
+from engine.evaluation.sets.layouts import Part
 from engine.evaluation.sets.spec import load_suite
 from engine.evaluation.suite.features import Features
 from engine.evaluation.suite.page import render
+from engine.evaluation.suite.plan import Plan, Towers
 from engine.evaluation.suite.results import Results
-from engine.evaluation.suite.run import Plan, SuiteRun, Towers
+from engine.evaluation.suite.run import SuiteRun
 from engine.evaluation.text_files import write_whole
 from tools.cli import table
 from tools.embed.outputs import open_table
@@ -42,6 +43,7 @@ def score_suite(arguments: argparse.Namespace, session: Session) -> None:
         any_size=arguments.any_size,
         readers=arguments.readers,
         probes=tuple(dict.fromkeys(arguments.probe)),
+        probe_features="features" if arguments.probe_features == "embeddings" else "pooled",
         keep_features=arguments.save_features,
     )
     if session.is_first:
@@ -55,6 +57,7 @@ def score_suite(arguments: argparse.Namespace, session: Session) -> None:
         "layout": session.mesh.layout,
         "precision": session.config.train.precision,
         "image_size": session.config.model.vision.image_size,
+        **({"probe_features": arguments.probe_features} if arguments.probe else {}),
         "evaluation_seconds": round(time.perf_counter() - began, 1),
     }
     if arguments.save_features:
@@ -107,13 +110,13 @@ def _save_features(run: SuiteRun) -> None:
         classified = listing.spec.scored_as == "classification"
         weights = run.class_weights(listing, embedder) if classified else None
         if run.world.rank == 0:
-            _write_table(features, embedder.encoders.embed_dim, listing.test, weights)
+            _write_table(features, listing.test, weights)
             features.discard()
 
 
-def _write_table(features: Features, width: int, part: Part, weights: Tensor | None) -> None:
+def _write_table(features: Features, part: Part, weights: Tensor | None) -> None:
     ending = ".parquet" if find_spec("pyarrow") else ".npz"
-    images, keys = features.rows(width), np.array(features.keys(), dtype=np.str_)
+    images, keys = features.rows(), np.array(features.keys(), dtype=np.str_)
     with open_table(features.folder.with_name(features.folder.name + ending)) as table_file:
         for rows in tiles(len(images), _ROWS):
             embedded = images[rows]

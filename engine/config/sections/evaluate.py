@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Zero-shot evaluation between steps, on shards that training does not see, or on a suite of sets."""
+    """Zero-shot evaluation between steps, on shards that training does not see, or on a suite of sets.
+
+    `evaluate=off` on the command line leaves out all that a config file says of it.
+    """
 
     every_steps: int = 0
     """0: never. Otherwise also after the last step of every phase."""

@@ -3,21 +3,30 @@
 import numpy as np
 
 from data.errors import DataError
+from engine.evaluation.probe.attentive import attentive
 from engine.evaluation.probe.knn import knn
 from engine.evaluation.probe.linear import lbfgs, sgd
-from engine.evaluation.sets.listing import Listing, Part
+from engine.evaluation.sets.layouts import Part
+from engine.evaluation.sets.listing import Listing
 from engine.evaluation.suite.features import Features
+from models.towers.heads import Read
 
-PROBES = ("linear", "sgd", "knn")
+PROBES = ("linear", "sgd", "knn", "attentive")
 
 
-def probe(names: tuple[str, ...], listing: Listing, test: Features, train: Features, width: int) -> dict[str, float]:
-    """probe_NAME_top1 of each; features are the L2-normalised embeddings, in memory while they are fitted."""
+def probe_features(
+    names: tuple[str, ...], read: Read, listing: Listing, test: Features, train: Features
+) -> dict[str, float]:
+    """probe_NAME_top1 of linear, sgd and knn; the features are in memory while they are fitted.
+
+    read: pooled, the features before the projection; or features, the embeddings.
+    """
     assert listing.train is not None
-    fitted, labels = _arrays(listing.train, train, width)
-    scored, truth = _arrays(listing.test, test, width)
-    if len(np.unique(labels)) < 2:
-        raise DataError(f"{listing.folder}: the train part holds one class, a probe needs two")
+    column = "pooled" if read == "pooled" else "images"
+    (fitted, labels), (scored, truth) = (
+        _arrays(part, features, column) for part, features in ((listing.train, train), (listing.test, test))
+    )
+    _check(listing, labels)
     classes = len(listing.classes)
     measures: dict[str, float] = {}
     for name in names:
@@ -30,8 +39,23 @@ def probe(names: tuple[str, ...], listing: Listing, test: Features, train: Featu
     return measures
 
 
-def _arrays(part: Part, features: Features, width: int) -> tuple[np.ndarray, np.ndarray]:
+def probe_tokens(listing: Listing, test: Features, train: Features) -> dict[str, float]:
+    """probe_attentive_top1; of the tokens a batch at a time is in memory."""
+    assert listing.train is not None and listing.train.labels is not None and listing.test.labels is not None
+    rows, scored = train.scored.numpy(), test.scored.numpy()
+    labels = listing.train.labels[rows]
+    _check(listing, labels)
+    predicted = attentive(train.rows("tokens"), rows, labels, test.rows("tokens"), scored, len(listing.classes))
+    return {"probe_attentive_top1": float((predicted == listing.test.labels[scored]).mean())}
+
+
+def _check(listing: Listing, labels: np.ndarray) -> None:
+    if len(np.unique(labels)) < 2:
+        raise DataError(f"{listing.folder}: the train part holds one class, a probe needs two")
+
+
+def _arrays(part: Part, features: Features, column: str) -> tuple[np.ndarray, np.ndarray]:
     """(features, labels) of the pictures that could be read."""
     assert part.labels is not None
     rows = features.scored.numpy()
-    return features.rows(width)[slice(0, part.count)].numpy()[rows], part.labels[rows]
+    return features.rows(column)[slice(0, part.count)].numpy()[rows], part.labels[rows]

@@ -34,11 +34,11 @@ def read_members(shards: list[str], spec: SetSpec) -> Members:
         DataConfig(shards=shards, shuffle=False), image_size=1, context_length=2, seed=0, train=False, captions=False
     )
     ending = _ENDINGS[spec.scored_as]
-    field_name = spec.groups.removeprefix("json:") if spec.groups.startswith("json:") else ""
+    group_ending = {"json": ".json", "npy": ".npy"}.get(spec.groups.partition(":")[0], "")
     texts: list[bytes] = []
     groups: list[str] = []
     for number, shard in enumerate(shards):
-        found = _small_members(shard, (ending, *([".json"] if field_name else [])))
+        found = _small_members(shard, tuple(filter(None, (ending, group_ending))))
         index = reader.sources.index(number)
         for sample in range(len(index)):
             key = index.key(sample)
@@ -46,8 +46,8 @@ def read_members(shards: list[str], spec: SetSpec) -> Members:
             if content is None:
                 raise DataError(f"{shard}: sample {key!r} has no {ending} beside it")
             texts.append(content)
-            if field_name:
-                groups.append(_group(shard, key, found.get((key, ".json")), field_name))
+            if group_ending:
+                groups.append(_group(f"{shard}: sample {key!r}", found.get((key, group_ending)), spec.groups))
     members = Members(count=len(texts), groups=groups)
     if ending == ".cls":
         members.labels = np.array([_class_of(spec, text) for text in texts], dtype=np.int64)
@@ -102,10 +102,13 @@ def _captions_of(spec: SetSpec, content: bytes) -> list[str]:
         raise DataError(f"set {spec.name}: a .txt is not UTF-8 ({content[:30]!r})") from None
 
 
-def _group(shard: str, key: str, content: bytes | None, field_name: str) -> str:
+def _group(where: str, content: bytes | None, groups: str) -> str:
+    """groups: json:FIELD, or npy:COLUMN of a row of numbers, which is how DataComp's shards hold their metadata."""
+    kind, _, name = groups.partition(":")
     try:
-        return str(json.loads(content or b"")[field_name])
-    except (ValueError, KeyError, TypeError):
-        raise DataError(
-            f"{shard}: sample {key!r} has no {field_name!r} in its .json, and the metric needs it"
-        ) from None
+        if kind == "json":
+            return str(json.loads(content or b"")[name])
+        row = np.load(io.BytesIO(content or b""), allow_pickle=False)
+        return str(row.reshape(-1)[int(name)])
+    except (ValueError, KeyError, TypeError, EOFError, IndexError):
+        raise DataError(f"{where} has no {groups} beside it, and the metric needs it") from None

@@ -1,48 +1,15 @@
-"""What the folder of a set holds, listed before any picture is decoded: samples, labels, captions, groups, prompts.
+"""What the folder of a set holds, listed and checked before any picture is decoded.
 
-Three layouts are read as they are:
-
-* CLIP-benchmark's: `classnames.txt`, `zeroshot_classification_templates.txt`, `test/0.tar …` with `test/nshards.txt`;
-* a folder a class: `[test/]CLASS/picture.jpg`, with `labels.csv` (id,name) where folders are named by ids;
-* a list: `test.csv` with a header, `path,label`, `path,caption` or `video_id,sentence`, paths from the set's folder.
+Layouts: engine/evaluation/sets/layouts.py; class names and prompts: engine/evaluation/sets/prompts.py.
 """
 
-import csv
-import io
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from data.errors import DataError
-from engine.evaluation.sets.labels import read_members
+from engine.evaluation.sets.layouts import Part, list_part
+from engine.evaluation.sets.prompts import class_names, templates
 from engine.evaluation.sets.spec import SetSpec
-from engine.evaluation.text_files import caption_lines, read_lines
-
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
-CLIPS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
-TEMPLATES = "zeroshot_classification_templates.txt"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """One split of a set; plain data, so that one rank can list and tell the others."""
-
-    shards: list[str] = field(default_factory=list)
-    """Tar files; or else:"""
-    paths: list[str] = field(default_factory=list)
-    """Files of pictures or clips, in order."""
-    count: int
-    """Samples."""
-    labels: np.ndarray | None = None
-    """int64 [count], or uint8 [count, classes] of a multi-label set."""
-    captions: list[list[str]] = field(default_factory=list)
-    """Captions of every sample, for retrieval."""
-    groups: list[str] = field(default_factory=list)
-    """The group of every sample, where the metric needs it."""
-    names: list[str] = field(default_factory=list)
-    """Class names that the layout itself gives, by label."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +31,8 @@ class Listing:
 def find_folder(root: Path, spec: SetSpec) -> Path | None:
     """The set's folder under `root`."""
     names = [spec.name, *spec.folders]
-    for candidate in (root / form for name in names for form in (f"wds_{name}", name)):
+    # DataComp's download script appends _test to the names of CLIP-benchmark's folders.
+    for candidate in (root / form for name in names for form in (f"wds_{name}", f"wds_{name}_test", name)):
         if candidate.is_dir():
             return candidate
     return None
@@ -78,49 +46,46 @@ def list_set(root: Path, spec: SetSpec, *, train: bool, any_size: bool) -> Listi
     folder = find_folder(root, spec)
     if folder is None:
         return None
-    test = _part(folder, spec, spec.split)
+    test = list_part(folder, spec, spec.split)
     if test is None:
         raise DataError(f"{folder}: no {spec.split}/*.tar, no folders of classes and no {spec.split}.csv in it")
-    classes = _classes(folder, spec, test)
+    classes, prompts, remarks = _words(folder, spec, test)
     _check_labels(folder, test, len(classes))
-    remark = _check_sizes(folder, spec, test, classes, any_size)
-    fitted = _part(folder, spec, "train") if train else None
+    _check_metric(folder, spec, test, len(classes))
+    remarks.insert(0, _check_sizes(folder, spec, test, classes, any_size))
+    fitted = list_part(folder, spec, "train") if train else None
     if fitted is not None:
+        if fitted.names != test.names:
+            raise DataError(f"{folder}: train and {spec.split} hold different classes: write classnames.txt, in order")
         _check_labels(folder, fitted, len(classes))
     return Listing(
         spec=spec,
         folder=str(folder),
         classes=classes,
-        templates=_templates(folder, spec),
+        templates=prompts,
         test=test,
         train=fitted,
-        remark=remark,
+        remark=" ".join(filter(None, remarks)),
     )
 
 
-def _classes(folder: Path, spec: SetSpec, test: Part) -> list[str]:
-    if spec.scored_as == "retrieval":
-        return []
-    path = folder / "classnames.txt"
-    return (
-        read_lines(path, "the class names in the order of their labels")
-        if path.is_file() or not test.names
-        else test.names
-    )
+def _words(folder: Path, spec: SetSpec, test: Part) -> tuple[list[str], list[str], list[str]]:
+    """(class names, prompts, remarks); empty for sets without classes."""
+    if spec.scored_as not in ("classification", "multilabel"):
+        return [], [], []
+    names, of_names = class_names(folder, spec, test.names)
+    prompts, of_prompts = templates(folder, spec)
+    return names, prompts, [of_names, of_prompts]
 
 
-def _templates(folder: Path, spec: SetSpec) -> list[str]:
-    if spec.scored_as == "retrieval":
-        return []
-    if spec.templates:
-        return [template.replace("{}", "{c}") for template in spec.templates]
-    lines = read_lines(
-        folder / TEMPLATES, "prompts with {c} in the place of the class name (or `templates:` in the suite)"
-    )
-    without = [line for line in lines if "{c}" not in line]
-    if without:
-        raise DataError(f"{folder / TEMPLATES}: {without[0]!r} has no {{c}} in the place of the class name")
-    return lines
+def _check_metric(folder: Path, spec: SetSpec, test: Part, classes: int) -> None:
+    """What the set's own measure needs of its samples."""
+    if spec.metric.startswith("worst_group") and not test.groups:
+        raise DataError(f"{folder}: {spec.metric} needs the group of every sample, there is no {spec.groups} here")
+    if spec.metric == "jaccard_10_12" and not any(10 <= len(q.candidates) <= 12 for q in test.questions):
+        raise DataError(f"{folder}: no question has 10 to 12 pictures, which {spec.metric} is about")
+    if "top5" in spec.metric and classes <= 5:
+        raise DataError(f"{folder}: {spec.metric} of {classes} classes says nothing: all are among the first five")
 
 
 def _check_labels(folder: Path, part: Part, classes: int) -> None:
@@ -138,146 +103,15 @@ def _check_labels(folder: Path, part: Part, classes: int) -> None:
 
 
 def _check_sizes(folder: Path, spec: SetSpec, test: Part, classes: list[str], any_size: bool) -> str:
-    if spec.classes is not None and len(classes) != spec.classes and spec.scored_as != "retrieval":
+    if spec.classes is not None and classes and len(classes) != spec.classes:
         raise DataError(f"{folder}: {len(classes)} classes, the suite asks for {spec.classes}: complete the class list")
-    if not spec.samples or test.count == spec.samples[0]:
+    if not spec.samples or test.size == spec.samples[0]:
         return spec.note
     wanted = " or ".join(f"{n:,}" for n in spec.samples)
-    if test.count in spec.samples:
-        return f"{test.count:,} samples where the reference has {spec.samples[0]:,}. {spec.note}".strip()
+    if test.size in spec.samples:
+        return f"{test.size:,} samples where the reference has {spec.samples[0]:,}. {spec.note}".strip()
     if any_size:
-        return f"{test.count:,} samples, not {wanted}. {spec.note}".strip()
+        return f"{test.size:,} samples, not {wanted}. {spec.note}".strip()
     raise DataError(
-        f"{folder}: {test.count:,} samples, the suite asks for {wanted}: complete the set, or say --any-size"
+        f"{folder}: {test.size:,} samples, the suite asks for {wanted}: complete the set, or say --any-size"
     )
-
-
-# --- layouts -------------------------------------------------------------------------------------------------------
-
-
-def _part(folder: Path, spec: SetSpec, split: str) -> Part | None:
-    place = folder / split
-    if place.is_dir() and any(place.glob("*.tar")):
-        return _of_tars(place, spec)
-    if (folder / f"{split}.csv").is_file():
-        return _of_list(folder, folder / f"{split}.csv", spec)
-    for base in (place, *([folder] if split == spec.split else [])):
-        if base.is_dir() and (part := _of_folders(folder, base, spec)) is not None:
-            return part
-    return None
-
-
-def _of_tars(place: Path, spec: SetSpec) -> Part:
-    shards = sorted(place.glob("*.tar"), key=lambda path: (len(path.stem), path.stem))
-    counted = place / "nshards.txt"
-    if counted.is_file():
-        text = read_lines(counted, "the number of shards")[0]
-        wanted = int(text) if text.isdecimal() else 0
-        missing = [f"{n}.tar" for n in range(wanted) if not (place / f"{n}.tar").is_file()]
-        if missing or len(shards) != wanted:
-            lacks = f"{missing[0]} is missing" if missing else f"there are {len(shards)}"
-            raise DataError(f"{place}: nshards.txt says {text} shards, but {lacks}: complete the download")
-    members = read_members([str(shard) for shard in shards], spec)
-    return Part(
-        shards=[str(shard) for shard in shards],
-        count=members.count,
-        labels=members.labels,
-        captions=members.captions,
-        groups=members.groups,
-    )
-
-
-def _of_folders(folder: Path, base: Path, spec: SetSpec) -> Part | None:
-    if spec.scored_as != "classification":
-        return None
-    suffixes = CLIPS if spec.is_video else PICTURES
-    found = [
-        (child.name, sorted(path for path in child.rglob("*") if path.suffix.lower() in suffixes))
-        for child in sorted(base.iterdir())
-        if child.is_dir()
-    ]
-    found = [(name, paths) for name, paths in found if paths]
-    if not found:
-        return None
-    ids, names = _names_of_folders(folder, [name for name, _ in found])
-    unknown = [name for name, _ in found if name not in ids]
-    if unknown:
-        raise DataError(f"{base / unknown[0]}: neither labels.csv nor classnames.txt has that class")
-    paths = [str(path) for _, of_class in found for path in of_class]
-    labels = [ids[name] for name, of_class in found for _ in of_class]
-    return Part(paths=paths, count=len(paths), labels=np.array(labels, dtype=np.int64), names=names)
-
-
-def _names_of_folders(folder: Path, present: list[str]) -> tuple[dict[str, int], list[str]]:
-    """(label by folder name, class name by label)."""
-    table = folder / "labels.csv"
-    if table.is_file():
-        rows = list(_rows(table, ("id", "name")))
-        names = [row["name"] for row in rows]
-        by_id = {row["id"]: number for number, row in enumerate(rows)}
-        return {name: number for number, name in enumerate(names)} | by_id, names
-    if (folder / "classnames.txt").is_file():
-        names = read_lines(folder / "classnames.txt", "class names")
-        forms = [{name, name.replace(" ", "_"), str(number)} for number, name in enumerate(names)]
-        ids: dict[str, int] = {}
-        for number, of_name in enumerate(forms):
-            for form in of_name:
-                ids.setdefault(form, number)
-        return ids, names
-    return {name: number for number, name in enumerate(present)}, [name.replace("_", " ") for name in present]
-
-
-def _of_list(folder: Path, table: Path, spec: SetSpec) -> Part:
-    key = "video_id" if spec.kind == "video_retrieval" else "path"
-    value = {"video_retrieval": "sentence", "retrieval": "caption"}.get(spec.kind, "label")
-    group = spec.groups.removeprefix("csv:") if spec.groups.startswith("csv:") else ""
-    captions: dict[str, list[str]] = {}
-    labels: list[str] = []
-    groups: list[str] = []
-    for row in _rows(table, (key, value, *([group] if group else []))):
-        if spec.scored_as == "retrieval":
-            captions.setdefault(row[key], []).extend(caption_lines(row[value]))
-        else:
-            captions.setdefault(row[key], [])
-            labels.append(row[value])
-            groups += [row[group]] if group else []
-    if spec.scored_as != "retrieval" and len(labels) != len(captions):
-        raise DataError(f"{table}: {len(labels)} rows name {len(captions)} files: give each file once")
-    paths = [_file_of(folder, table, name, spec) for name in captions]
-    if spec.scored_as == "retrieval":
-        return Part(paths=paths, count=len(paths), captions=list(captions.values()))
-    numbers, names = _numbers_of_labels(folder, table, labels)
-    return Part(paths=paths, count=len(paths), labels=np.array(numbers, dtype=np.int64), groups=groups, names=names)
-
-
-def _numbers_of_labels(folder: Path, table: Path, labels: list[str]) -> tuple[list[int], list[str]]:
-    if labels and all(label.isdecimal() for label in labels):
-        return [int(label) for label in labels], []
-    path = folder / "classnames.txt"
-    names = read_lines(path, "class names") if path.is_file() else sorted(set(labels))
-    number = {name: at for at, name in reversed(list(enumerate(names)))}
-    unknown = [label for label in labels if label not in number]
-    if unknown:
-        raise DataError(f"{table}: the label {unknown[0]!r} is no line of {path}")
-    return [number[label] for label in labels], names
-
-
-def _file_of(folder: Path, table: Path, name: str, spec: SetSpec) -> str:
-    suffixes = ("", *CLIPS) if spec.is_video else ("",)
-    bases = (folder, folder / "videos", folder / spec.split) if spec.is_video else (folder, folder / spec.split)
-    for candidate in (base / f"{name}{suffix}" for base in bases for suffix in suffixes):
-        if candidate.is_file():
-            return str(candidate)
-    raise DataError(f"{table}: {name!r} is no file in {folder}: give paths from that folder")
-
-
-def _rows(table: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
-    lines = read_lines(table, f"a header {','.join(columns)} and rows")
-    reader = csv.DictReader(io.StringIO("\n".join(lines)))
-    missing = [column for column in columns if column not in (reader.fieldnames or [])]
-    if missing:
-        raise DataError(f"{table}: the header has no column {missing[0]!r}: it needs {','.join(columns)}")
-    for number, row in enumerate(reader, start=2):
-        if any(row[column] is None for column in columns):
-            raise DataError(f"{table}: row {number} has too few columns")
-        yield {column: row[column].strip() for column in columns}

@@ -14,7 +14,7 @@ from data.pixels.transforms import eval_transform
 from data.pixels.video import ClipDecoder, check_available, is_clip
 from engine.config.read import Config
 from engine.evaluation.inputs import SampleFactory, Samples, as_listed
-from engine.evaluation.sets.listing import Part
+from engine.evaluation.sets.layouts import Part
 
 
 class FileSamples:

@@ -1,5 +1,6 @@
 """What a suite asks of a set: one entry of its YAML, checked when it is read."""
 
+import re
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
@@ -9,21 +10,25 @@ import yaml
 
 from data.errors import DataError
 
-KINDS = ("classification", "multilabel", "retrieval", "video", "video_retrieval")
+KINDS = ("classification", "multilabel", "retrieval", "association", "video", "video_retrieval")
 METRICS = {
     "top1": "top-1 accuracy",
     "top5": "top-5 accuracy",
     "mean_top1_top5": "mean of top-1 and top-5 (Kinetics)",
     "mean_per_class": "mean over classes of their recall",
     "macro_f1": "mean over classes of their F1",
+    "macro_f1_present": "mean F1 of the classes that have a picture (WILDS)",
     "worst_group": "top-1 of the worst group",
     "worst_group_top5": "top-5 of the worst group",
     "average_precision": "mean over classes of the average precision (area)",
     "average_precision_11": "mean over classes of the 11-point average precision (VOC 2007)",
     "mean_recall": "mean of R@1, 5 and 10 both ways",
     "mean_recall_at_1": "mean of R@1 both ways",
+    "jaccard": "mean Jaccard index of the chosen pictures and the right ones",
+    "jaccard_10_12": "the same of questions with 10 to 12 pictures (DataComp)",
 }
 """Names that `metric` may have, in words."""
+_GROUPS = re.compile(r"json:.+|npy:\d+|csv:.+")
 _OF_KIND = {
     "classification": (
         "top1",
@@ -31,11 +36,13 @@ _OF_KIND = {
         "mean_top1_top5",
         "mean_per_class",
         "macro_f1",
+        "macro_f1_present",
         "worst_group",
         "worst_group_top5",
     ),
     "multilabel": ("average_precision", "average_precision_11"),
     "retrieval": ("mean_recall", "mean_recall_at_1"),
+    "association": ("jaccard", "jaccard_10_12"),
 }
 
 
@@ -50,7 +57,7 @@ class SetSpec:
     folders: list[str] = field(default_factory=list)
     """Further folder names to look for."""
     kind: str = "classification"
-    """classification | multilabel | retrieval | video | video_retrieval."""
+    """classification | multilabel | retrieval | association | video | video_retrieval."""
     classes: int | None = None
     """Classes that the class list must have; None: any."""
     samples: list[int] = field(default_factory=list)
@@ -61,8 +68,12 @@ class SetSpec:
     """The part that is scored."""
     templates: list[str] = field(default_factory=list)
     """Prompts in place of the folder's; {c} stands for the class."""
+    prompts: str = ""
+    """The set of the package clip-benchmark whose prompts stand in where the folder has none; empty: its name."""
     groups: str = ""
-    """Where the group of a sample stands for worst_group: json:FIELD of its .json, or csv:COLUMN."""
+    """Where the group of a sample stands for worst_group: json:FIELD of its .json, npy:COLUMN (from 0) of its .npy, or
+    csv:COLUMN.
+    """
     reference: dict[str, float] = field(default_factory=dict)
     """Published percentages by transform: best, squash, crop, or by frames: 1, 8, 16."""
     note: str = ""
@@ -70,7 +81,7 @@ class SetSpec:
 
     @property
     def scored_as(self) -> str:
-        """classification, multilabel or retrieval."""
+        """classification, multilabel, retrieval or association."""
         return {"video": "classification", "video_retrieval": "retrieval"}.get(self.kind, self.kind)
 
     @property
@@ -89,8 +100,8 @@ class Average:
     """A measure of every set; empty: the set's own."""
     gap_to: str = ""
     """The robustness gap: this set's score minus the mean."""
-    reference: float | None = None
-    """The published percentage."""
+    reference: dict[str, float] = field(default_factory=dict)
+    """The published percentage, `best`; of clips by frames: 1, 8, 16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,20 +168,14 @@ def _set_spec(suite: str, entry: Any) -> SetSpec:
     entry = _mapping(suite, "set", entry, SetSpec)
     samples = entry.get("samples", [])
     entry["samples"] = [samples] if isinstance(samples, int) else list(samples or [])
-    reference = entry.get("reference") or {}
-    entry["reference"] = (
-        {"best": float(reference)}
-        if isinstance(reference, int | float)
-        else {str(k): float(v) for k, v in reference.items()}
-    )
+    entry["reference"] = _reference(entry)
     entry.setdefault("title", entry["name"])
     spec = SetSpec(**entry)
     where = f"{suite}: set {spec.name!r}"
     if spec.kind not in KINDS:
         raise DataError(f"{where}: kind {spec.kind!r} is none of {', '.join(KINDS)}")
-    default = {"multilabel": "average_precision", "retrieval": "mean_recall"}.get(spec.scored_as)
-    if "metric" not in entry and default:
-        spec = SetSpec(**(entry | {"metric": default}))
+    if "metric" not in entry:
+        spec = SetSpec(**(entry | {"metric": _OF_KIND[spec.scored_as][0]}))
     if spec.metric not in _OF_KIND[spec.scored_as]:
         raise DataError(
             f"{where}: metric {spec.metric!r} of a {spec.kind} set is none of {', '.join(_OF_KIND[spec.scored_as])}"
@@ -178,7 +183,9 @@ def _set_spec(suite: str, entry: Any) -> SetSpec:
     if any("{c}" not in template and "{}" not in template for template in spec.templates):
         raise DataError(f"{where}: every template needs {{c}} in the place of the class name")
     if spec.metric.startswith("worst_group") and not spec.groups:
-        raise DataError(f"{where}: {spec.metric} needs groups: json:FIELD or csv:COLUMN")
+        raise DataError(f"{where}: {spec.metric} needs groups: json:FIELD, npy:COLUMN or csv:COLUMN")
+    if spec.groups and not _GROUPS.fullmatch(spec.groups):
+        raise DataError(f"{where}: groups {spec.groups!r} is none of json:FIELD, npy:COLUMN (a number) and csv:COLUMN")
     if not all(isinstance(n, int) and n > 0 for n in [*spec.samples, spec.classes or 1]):
         raise DataError(f"{where}: classes and samples are whole numbers above 0")
     return spec
@@ -192,7 +199,14 @@ def _average(suite: str, entry: Any, names: list[str]) -> Average:
         raise DataError(
             f"{suite}: average {entry['name']!r} names {unknown or 'no set'}, which the suite does not have"
         )
-    return Average(**(entry | {"sets": chosen}))
+    return Average(**(entry | {"sets": chosen, "reference": _reference(entry)}))
+
+
+def _reference(entry: dict[str, Any]) -> dict[str, float]:
+    published = entry.get("reference") or {}
+    if isinstance(published, int | float):
+        return {"best": float(published)}
+    return {str(key): float(value) for key, value in published.items()}
 
 
 def _mapping(suite: str, what: str, entry: Any, kind: type) -> dict[str, Any]:

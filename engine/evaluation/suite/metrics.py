@@ -53,10 +53,10 @@ def classification(
     present = labels.unique()
     recalls = torch.stack([right[labels == label].double().mean() for label in present])
     measures = {"top1": float(right.double().mean())}
-    if classes > 5:
-        measures["top5"] = float(top5.double().mean())
-        measures["mean_top1_top5"] = (measures["top1"] + measures["top5"]) / 2
+    measures["top5"] = float(top5.double().mean())
+    measures["mean_top1_top5"] = (measures["top1"] + measures["top5"]) / 2
     measures |= {"mean_per_class": float(recalls.mean()), "macro_f1": _macro_f1(predicted, labels)}
+    measures["macro_f1_present"] = _macro_f1(predicted, labels, present)
     if groups:
         of_group = {g: torch.tensor([group == g for group in groups]) for g in sorted(set(groups))}
         measures["worst_group"] = min(float(right[m].double().mean()) for m in of_group.values())
@@ -64,10 +64,10 @@ def classification(
     return measures | {"chance": 1 / classes}
 
 
-def _macro_f1(predicted: Tensor, labels: Tensor) -> float:
-    """Over classes that are a label or a prediction, as scikit-learn's f1_score(average="macro")."""
+def _macro_f1(predicted: Tensor, labels: Tensor, classes: Tensor | None = None) -> float:
+    """Over `classes`; None: those that are a label or a prediction, as scikit-learn's f1_score(average="macro")."""
     scores = []
-    for label in torch.cat([labels, predicted]).unique():
+    for label in torch.cat([labels, predicted]).unique() if classes is None else classes:
         hits = int(((predicted == label) & (labels == label)).sum())
         scores.append(2 * hits / (int((predicted == label).sum()) + int((labels == label).sum())))
     return sum(scores) / len(scores)

@@ -55,9 +55,14 @@ class Results:
     missing: dict[str, str]
     """Sets that were not scored, and why."""
 
-    def best(self, spec: SetSpec) -> Row | None:
-        """The row that stands for a set: squash for retrieval, else the better transform, as the paper's tables do."""
+    def best(self, spec: SetSpec, frames: int = 0) -> Row | None:
+        """The row that stands for a set: squash for retrieval, else the better transform, as the paper's tables do.
+
+        frames: of clips; 0: the fewest that were run.
+        """
         rows = [row for row in self.rows if row.name == spec.name]
+        frames = frames or min((row.frames for row in rows), default=1)
+        rows = [row for row in rows if row.frames == frames or not spec.is_video]
         if spec.scored_as == "retrieval":
             rows = [row for row in rows if row.transform == "squash"] or rows
         return max(rows, key=lambda row: row.measures[spec.metric], default=None)
@@ -67,27 +72,27 @@ class Results:
         pairs = [(spec, self.best(spec)) for spec in self.suite.sets]
         return [(spec, row) for spec, row in pairs if row is not None]
 
-    def average(self, average: Average) -> float | None:
-        """Mean in 0..1; None where a set of it has no row."""
+    def average(self, average: Average, frames: int = 0) -> float | None:
+        """Mean in 0..1; None where a set of it has no row. frames: as in `best`."""
         specs = {spec.name: spec for spec in self.suite.sets}
         scores = []
         for name in average.sets:
-            row = self.best(specs[name])
+            row = self.best(specs[name], frames)
             if row is None:
                 return None
             scores.append(row.measures[average.metric or specs[name].metric])
         mean = sum(scores) / len(scores)
         if not average.gap_to:
             return mean
-        base = self.best(specs[average.gap_to])
+        base = self.best(specs[average.gap_to], frames)
         return None if base is None else base.measures[average.metric or specs[average.gap_to].metric] - mean
 
     def set_table(self) -> list[dict[str, Any]]:
         """One entry a row, the best of each set first marked; numbers in percent beside the reference's."""
         table = []
         for spec in self.suite.sets:
-            chosen = self.best(spec)
             for row in (row for row in self.rows if row.name == spec.name):
+                chosen = self.best(spec, row.frames)
                 score = 100 * row.measures[spec.metric]
                 reference = _reference(spec, row, row is chosen)
                 table.append(
@@ -110,22 +115,29 @@ class Results:
         return table
 
     def average_table(self) -> list[dict[str, Any]]:
-        """Means in percent beside the reference's."""
+        """Means in percent beside the reference's; those over clips once for every number of frames that was run."""
         table = []
         for average in self.suite.averages:
-            value = self.average(average)
-            score = None if value is None else 100 * value
-            known = average.reference is not None and score is not None
-            table.append(
-                {
-                    "name": average.name,
-                    "sets": len(average.sets),
-                    "score": score,
-                    "reference": average.reference,
-                    "difference": score - average.reference if known else None,  # type: ignore[operator]
-                }
-            )
+            for frames in self._frames_of(average):
+                value = self.average(average, frames)
+                score = None if value is None else 100 * value
+                reference = average.reference.get(str(frames) if frames else "best")
+                known = reference is not None and score is not None
+                table.append(
+                    {
+                        "name": average.name + (f", {frames} frame{'s' if frames > 1 else ''}" if frames else ""),
+                        "sets": len(average.sets),
+                        "score": score,
+                        "reference": reference,
+                        "difference": score - reference if known else None,  # type: ignore[operator]
+                    }
+                )
         return table
+
+    def _frames_of(self, average: Average) -> list[int]:
+        """Numbers of frames that clips of the mean were run with; 0 alone for pictures."""
+        clips = {spec.name for spec in self.suite.sets if spec.is_video and spec.name in average.sets}
+        return sorted({row.frames for row in self.rows if row.name in clips}) or ([1] if clips else [0])
 
     def write(self, out: Path) -> None:
         """results.json, results.csv and results.md."""

@@ -3,26 +3,26 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from data.errors import DataError
-from engine.config.read import Config
 from engine.evaluation.embedder import Embedder
-from engine.evaluation.inputs import READERS, SampleInput
-from engine.evaluation.sets.listing import Listing, Part, list_set
+from engine.evaluation.inputs import SampleInput
+from engine.evaluation.sets.layouts import Part
+from engine.evaluation.sets.listing import Listing
 from engine.evaluation.sets.pictures import sample_factory
 from engine.evaluation.sets.spec import Suite
+from engine.evaluation.suite.check import can_be_probed, list_all
 from engine.evaluation.suite.features import Features, embed_part
+from engine.evaluation.suite.plan import Plan, Towers
 from engine.evaluation.suite.results import Results, Row
 from engine.evaluation.suite.score import (
     distinct_captions,
+    score_associations,
     score_classification,
     score_multilabel,
     score_retrieval,
@@ -31,42 +31,7 @@ from engine.evaluation.suite.texts import DistinctClasses, TextCache
 from engine.evaluation.text_files import write_whole
 from engine.evaluation.vocabulary import tokenizer_of
 from engine.parallel.agree import everyone
-from engine.parallel.mesh import Mesh
-
-_LOOKED_AT = 16
-"""Pictures of a set, evenly spread, of which one at least must be readable before anything is run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Towers:
-    """The model that is evaluated."""
-
-    config: Config
-    mesh: Mesh
-    dtype: torch.dtype
-    device: torch.device
-    embedder: Callable[[int], Embedder]
-    """For clips of so many frames (1: pictures)."""
-
-    def block_size(self, embedder: Embedder) -> int:
-        """Samples of one block: enough micro-batches for every replica to fill the pipeline."""
-        units = max(1, embedder.micro_batch // embedder.frames)
-        return units * self.mesh.data.size * 4 * self.mesh.pipeline.size
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How a suite is run."""
-
-    root: Path
-    transforms: tuple[str, ...] = ("squash",)
-    frames: tuple[int, ...] = (1,)
-    """Frames of clips; pictures are pictures."""
-    any_size: bool = False
-    readers: int = READERS
-    probes: tuple[str, ...] = ()
-    """linear, sgd, knn."""
-    keep_features: bool = False
+from models.towers.heads import Read
 
 
 class SuiteRun:
@@ -79,48 +44,11 @@ class SuiteRun:
         """
         self.suite, self.towers, self.plan = suite, towers, plan
         self.world = towers.mesh.world
-        found = self._list_all() if self.world.rank == 0 else None
+        found = list_all(suite, plan, towers.config) if self.world.rank == 0 else None
         listings, self.missing, problems = everyone(found, self.world)[0]
         if problems:
             raise DataError("; ".join(problems))
         self.listings: list[Listing] = listings
-        if not listings:
-            raise DataError(
-                f"{plan.root} holds none of the {len(suite.sets)} sets of {suite.name}: {_first(self.missing)}"
-            )
-
-    # --- before any forward ------------------------------------------------------------------------------------------
-
-    def _list_all(self) -> tuple[list[Listing], dict[str, str], list[str]]:
-        listings, missing, problems = [], {}, []
-        if not self.plan.root.is_dir():
-            return [], {}, [f"--data {self.plan.root} is no folder"]
-        for spec in self.suite.sets:
-            try:
-                listing = list_set(self.plan.root, spec, train=bool(self.plan.probes), any_size=self.plan.any_size)
-                if listing is None:
-                    missing[spec.name] = f"no folder wds_{spec.name} or {spec.name} in {self.plan.root}"
-                    continue
-                self._look_at_pictures(listing)
-                listings.append(listing)
-            except (DataError, OSError) as error:
-                problems.append(str(error))
-        return listings, missing, problems
-
-    def _look_at_pictures(self, listing: Listing) -> None:
-        config = self.towers.config
-        frames = self.plan.frames[0] if listing.spec.is_video else 1
-        samples = sample_factory(listing.test, config, transform="squash", frames=frames)()
-        if len(samples) != listing.test.count:
-            raise DataError(f"{listing.folder}: {listing.test.count} labels for {len(samples)} samples")
-        wanted = np.unique(np.linspace(0, len(samples) - 1, min(_LOOKED_AT, len(samples))).astype(np.int64))
-        bad = []
-        for position in wanted:
-            seen = samples.read_each(np.array([position]))
-            if bool(seen.has_image[0]):
-                return
-            bad += [f"{sample.key}: {sample.reason}" for sample in seen.bad if sample.reason != "missing_caption"]
-        raise DataError(f"{listing.folder}: none of the {len(wanted)} pictures looked at can be read ({_first(bad)})")
 
     # --- set by set --------------------------------------------------------------------------------------------------
 
@@ -143,53 +71,72 @@ class SuiteRun:
 
     def _score(self, listing: Listing, transform: str, frames: int) -> Row:
         embedder = self.towers.embedder(frames)
-        features = self._features(listing, listing.test, "test", transform, frames, embedder)
+        probed = self.plan.probes and can_be_probed(listing)
+        features = self._features(listing, "test", transform, frames, self._read(listing))
         measures = self._measures(listing, features, embedder)
-        if self.plan.probes and listing.train is not None and listing.spec.scored_as == "classification":
-            fitted = self._features(listing, listing.train, "train", transform, frames, embedder)
-            measures = self._on_first(lambda: measures | self._probe(listing, features, fitted, embedder))
-            self._finish_features(fitted)
+        if probed:
+            measures |= self._probed(listing, transform, frames, features)
         row = self._on_first(lambda: self._row(listing, transform, frames, features, measures))
         if self.world.rank == 0:
             path = self._path(listing, transform, frames)
             path.parent.mkdir(parents=True, exist_ok=True)
-            stored = {"fingerprint": self._fingerprint(listing, listing.test, transform, frames), "row": vars(row)}
+            stored = {"fingerprint": self._row_fingerprint(listing, transform, frames), "row": vars(row)}
             write_whole(path, json.dumps(stored))
         self._finish_features(features)
         return row
 
+    def _read(self, listing: Listing) -> Read:
+        wants = can_be_probed(listing) and set(self.plan.probes) - {"attentive"}
+        return self.plan.probe_features if wants else "features"
+
+    def _probed(self, listing: Listing, transform: str, frames: int, test: Features) -> dict[str, float]:
+        from engine.evaluation.probe.run import probe_features, probe_tokens  # need scikit-learn
+
+        measures: dict[str, float] = {}
+        names = tuple(name for name in self.plan.probes if name != "attentive")
+        if names:
+            train = self._features(listing, "train", transform, frames, self._read(listing))
+            measures = self._on_first(lambda: probe_features(names, self.plan.probe_features, listing, test, train))
+            self._finish_features(train)
+        if "attentive" in self.plan.probes:
+            fitted = self._features(listing, "train", transform, frames, "tokens")
+            scored = self._features(listing, "test", transform, frames, "tokens")
+            measures |= self._on_first(lambda: probe_tokens(listing, scored, fitted))
+            for part in (fitted, scored):
+                if self.world.rank == 0:
+                    part.discard()
+        return measures
+
     def _measures(self, listing: Listing, features: Features, embedder: Embedder) -> dict[str, float]:
-        width, tokenizer = (
-            embedder.encoders.embed_dim,
-            tokenizer_of(self.towers.config.model.text, self.towers.config.data),
-        )
+        tokenizer = tokenizer_of(self.towers.config.model.text, self.towers.config.data)
         cache = self._texts()
-        if listing.spec.scored_as == "retrieval":
+        if listing.spec.scored_as in ("retrieval", "association"):
             captions = distinct_captions(listing, tokenizer)
-            text = cache.captions(embedder, captions.tokens, captions.texts)
-            return self._on_first(lambda: score_retrieval(features, features.rows(width), captions, text))
+            text = cache.captions(embedder, captions.texts, tokenizer, captions.identity)
+            if questions := listing.test.questions:
+                return self._on_first(lambda: score_associations(questions, features, captions, text))
+            return self._on_first(lambda: score_retrieval(features, features.rows(), captions, text))
         classes = DistinctClasses(listing.classes, listing.templates, tokenizer)
         weights = cache.classes(embedder, classes)
         measure = score_multilabel if listing.spec.scored_as == "multilabel" else score_classification
-        return self._on_first(lambda: measure(listing, features, features.rows(width), classes, weights))
+        return self._on_first(lambda: measure(listing, features, features.rows(), classes, weights))
 
-    def _probe(self, listing: Listing, test: Features, train: Features, embedder: Embedder) -> dict[str, float]:
-        from engine.evaluation.probe.run import probe  # needs scikit-learn
-
-        return probe(self.plan.probes, listing, test, train, embedder.encoders.embed_dim)
-
-    def _features(
-        self, listing: Listing, part: Part, split: str, transform: str, frames: int, embedder: Embedder
-    ) -> Features:
+    def _features(self, listing: Listing, split: str, transform: str, frames: int, read: Read) -> Features:
+        part = listing.test if split == "test" else listing.train
+        assert part is not None
+        embedder = self.towers.embedder(frames)
         folder = self._features_folder(listing, split, transform, frames)
-        features = Features(folder=folder, fingerprint=self._fingerprint(listing, part, transform, frames))
+        if read == "tokens":
+            folder = folder.with_name(f"{folder.name}.tokens")
+        fingerprint = self._fingerprint(part, transform, frames, read) if self.world.rank == 0 else ""
         factory = sample_factory(part, self.towers.config, transform=transform, frames=frames)
-        source = SampleInput(
-            factory, self.towers.mesh, self.towers.dtype, self.towers.device, readers=self.plan.readers
-        )
-        label = f"{listing.spec.title} {transform}{f' × {frames} frames' if listing.spec.is_video else ''}"
-        name = label if split == "test" else f"{label} ({split})"
-        return embed_part(embedder, source, self.towers.block_size(embedder), features, name)
+        mesh, dtype, device = self.towers.mesh, self.towers.dtype, self.towers.device
+        source = SampleInput(factory, mesh, dtype, device, readers=self.plan.readers)
+        what = [transform, *([f"× {frames} frames"] if listing.spec.is_video else [])]
+        what += [f"({split})"] if split != "test" else []
+        name = " ".join([listing.spec.title, *what, *(["tokens"] if read == "tokens" else [])])
+        size = self.towers.block_size(embedder, read)
+        return embed_part(embedder, source, size, Features(folder=folder, fingerprint=fingerprint), name, read)
 
     def _finish_features(self, features: Features) -> None:
         if self.world.rank == 0 and not self.plan.keep_features:
@@ -205,11 +152,15 @@ class SuiteRun:
             transform=transform,
             frames=frames,
             measures=measures,
-            samples=listing.test.count,
+            samples=listing.test.size,
             left_out=features.left_out.count + without,
             reasons=dict(reasons),
-            remark=listing.remark,
+            remark=" ".join(filter(None, (listing.remark, self._not_probed(listing)))),
         )
+
+    def _not_probed(self, listing: Listing) -> str:
+        missing = self.plan.probes and listing.spec.scored_as == "classification" and listing.train is None
+        return "Not probed: there is no train part." if missing else ""
 
     def _on_first(self, compute: Callable[[], Any]) -> Any:
         """The result of rank 0 on every rank; its DataError or ValueError is everyone's. Collective."""
@@ -235,7 +186,7 @@ class SuiteRun:
         )
         if self.world.rank == 0 and path.is_file() and not lacks_features:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["fingerprint"] == self._fingerprint(listing, listing.test, transform, frames):
+            if stored["fingerprint"] == self._row_fingerprint(listing, transform, frames):
                 row = Row(**stored["row"])
         return everyone(row, self.world)[0]
 
@@ -244,7 +195,7 @@ class SuiteRun:
         for listing in self.listings:
             for transform, frames in self._variants(listing):
                 embedder = self.towers.embedder(frames)
-                yield listing, self._features(listing, listing.test, "test", transform, frames, embedder), embedder
+                yield listing, self._features(listing, "test", transform, frames, self._read(listing)), embedder
 
     def class_weights(self, listing: Listing, embedder: Embedder) -> Tensor:
         """fp32 [classes, D] by label; from the cache after `run`. Collective over the mesh."""
@@ -261,30 +212,27 @@ class SuiteRun:
     def _path(self, listing: Listing, transform: str, frames: int) -> Path:
         return self.out / "sets" / f"{_name(listing)}.{transform}.{frames}.json"
 
-    def _fingerprint(self, listing: Listing, part: Part, transform: str, frames: int) -> str:
-        digest = blake2b(digest_size=16)
-        files = [(path, Path(path).stat().st_size) for path in (part.shards or part.paths)]
-        labels = b"" if part.labels is None else part.labels.tobytes()
-        told = (
-            self.identity,
-            transform,
-            frames,
-            files,
-            part.captions,
-            part.groups,
-            listing.classes,
-            listing.templates,
-        )
-        for piece in (*told, listing.spec.metric, self.plan.probes):
-            digest.update(repr(piece).encode())
-        digest.update(labels)
-        return digest.hexdigest()
+    def _fingerprint(self, part: Part, transform: str, frames: int, read: Read) -> str:
+        """Of the features of a part; on the first rank, which has seen the files."""
+        files = [(path, *_size_and_time(path)) for path in (part.shards or part.paths)]
+        return _digest(self.identity, transform, frames, read, files)
+
+    def _row_fingerprint(self, listing: Listing, transform: str, frames: int) -> str:
+        part, plan = listing.test, self.plan
+        labels = None if part.labels is None else part.labels.tobytes()
+        words = (part.captions, part.questions, part.groups, listing.classes, listing.templates, listing.spec.metric)
+        probes = (plan.probes, plan.probe_features) if can_be_probed(listing) else ()
+        return _digest(self._fingerprint(part, transform, frames, "features"), labels, words, probes)
+
+
+def _digest(*told: Any) -> str:
+    return blake2b(repr(told).encode(), digest_size=16).hexdigest()
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    status = Path(path).stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _name(listing: Listing) -> str:
     return listing.spec.name.replace("/", "-")
-
-
-def _first(words: list[str] | dict[str, str]) -> str:
-    listed = list(words.values()) if isinstance(words, dict) else words
-    return listed[0] if listed else "nothing"

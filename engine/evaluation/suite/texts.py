@@ -1,5 +1,6 @@
 """Embeddings of class prompts and captions: each different text once, kept on disk for the next run."""
 
+import os
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 from data.tokenizer import Tokenizer
 from engine.evaluation.embedder import Embedder
 from engine.evaluation.scores import check_embeddings
+from engine.evaluation.suite.features import FileRows
 from engine.evaluation.zero_shot import class_weights
 from engine.parallel.agree import everyone
 from engine.parallel.mesh import Axis
@@ -44,44 +46,56 @@ class DistinctClasses:
 
 
 class TextCache:
-    """Embeddings by (checkpoint, tokens), as files of the folder; a folder of None keeps nothing."""
+    """Embeddings by (checkpoint, tokens), as files of the folder."""
 
-    def __init__(self, folder: Path | None, checkpoint: str, world: Axis):
+    def __init__(self, folder: Path, checkpoint: str, world: Axis):
         """checkpoint: a digest of the weights, the precision and what else changes an embedding."""
         self._folder, self._checkpoint, self._world = folder, checkpoint, world
 
     def classes(self, embedder: Embedder, classes: DistinctClasses) -> Tensor:
         """fp32 [C, D], L2-normalised. Collective over the mesh."""
-        return self._cached("classes", classes.tokens, classes.templates, lambda: _embed_classes(embedder, classes))
-
-    def captions(self, embedder: Embedder, tokens: Tensor, captions: Sequence[str]) -> Tensor:
-        """fp32 [M, D] of different captions. Collective over the mesh."""
-        return self._cached("captions", tokens, 1, lambda: _embed_texts(embedder, tokens, captions))
-
-    def _cached(self, kind: str, tokens: Tensor, templates: int, embed) -> Tensor:
-        digest = blake2b(digest_size=16)
-        for part in (
-            self._checkpoint.encode(),
-            str((kind, templates, tuple(tokens.shape))).encode(),
-            tokens.numpy().tobytes(),
-        ):
-            digest.update(part)
-        path = self._folder / f"{kind}_{digest.hexdigest()}.npy" if self._folder is not None else None
-        known = (
-            np.load(path, allow_pickle=False) if path is not None and self._world.rank == 0 and path.is_file() else None
-        )
+        tokens = blake2b(classes.tokens.numpy().tobytes(), digest_size=16).hexdigest()
+        path = self._folder / f"classes_{self._digest('classes', classes.templates, classes.tokens.shape, tokens)}.npy"
+        known = np.load(path, allow_pickle=False) if self._world.rank == 0 and path.is_file() else None
         if (found := everyone(known, self._world)[0]) is not None:
             return torch.from_numpy(found)
-        embeddings = embed()
-        if path is not None and self._world.rank == 0:
+        embeddings = embed_classes(embedder, classes)
+        if self._world.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(path.name + ".partial.npy")
             np.save(partial, embeddings.numpy(), allow_pickle=False)
             partial.replace(path)
         return embeddings
 
+    def captions(self, embedder: Embedder, texts: Sequence[str], tokenizer: Tokenizer, identity: str) -> FileRows:
+        """fp32 [M, D] of different captions, in a file that the first rank may read; an earlier run is taken up.
 
-def _embed_classes(embedder: Embedder, classes: DistinctClasses) -> Tensor:
+        identity: a digest of their tokens. Collective over the mesh.
+        """
+        width, first_rank = embedder.encoders.embed_dim, self._world.rank == 0
+        path = self._folder / f"captions_{self._digest('captions', identity)}.f32"
+        partial = path.with_name(path.name + ".partial")
+        done = 0
+        if first_rank:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            done = len(texts) if path.is_file() else _whole_blocks(partial, 4 * width)
+        start = everyone(done, self._world)[0]
+        for first in range(start, len(texts), _PROMPTS_AT_ONCE):
+            part = texts[first : first + _PROMPTS_AT_ONCE]
+            embedded = embedder.texts(torch.from_numpy(tokenizer.encode(part))).cpu()
+            check_embeddings(embedded, "text", part)
+            if first_rank:
+                with partial.open("ab") as file:
+                    file.write(embedded.numpy().tobytes())
+        if first_rank and not path.is_file():
+            partial.replace(path)
+        return FileRows(path, width)
+
+    def _digest(self, *told: object) -> str:
+        return blake2b(repr((self._checkpoint, *told)).encode(), digest_size=16).hexdigest()
+
+
+def embed_classes(embedder: Embedder, classes: DistinctClasses) -> Tensor:
     """Prompts of as many classes at once as bounds the memory."""
     step = max(1, _PROMPTS_AT_ONCE // classes.templates)
     parts = []
@@ -93,9 +107,10 @@ def _embed_classes(embedder: Embedder, classes: DistinctClasses) -> Tensor:
     return torch.cat(parts)
 
 
-def _embed_texts(embedder: Embedder, tokens: Tensor, captions: Sequence[str]) -> Tensor:
-    parts = [
-        check_embeddings(embedder.texts(tokens[first : first + _PROMPTS_AT_ONCE]).cpu(), "text", captions[first:])
-        for first in range(0, len(tokens), _PROMPTS_AT_ONCE)
-    ]
-    return torch.cat(parts)
+def _whole_blocks(partial: Path, row_bytes: int) -> int:
+    """Rows of the whole blocks in a file that a kill has left; what is behind them is cut off."""
+    if not partial.is_file():
+        return 0
+    rows = partial.stat().st_size // row_bytes // _PROMPTS_AT_ONCE * _PROMPTS_AT_ONCE
+    os.truncate(partial, rows * row_bytes)
+    return rows
