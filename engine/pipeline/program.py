@@ -154,7 +154,7 @@ def forward_order(micro_batches: int, stages: int, chunks: int, group: int | Non
     group = (group or stages) if chunks > 1 else micro_batches
     return [
         Unit(chunk, i)
-        for first in range(0, micro_batches, group)
+        for first in range(0, micro_batches, max(1, group))
         for chunk in range(chunks)
         for i in range(first, min(first + group, micro_batches))
     ]

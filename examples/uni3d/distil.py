@@ -3,8 +3,8 @@
     python -m examples.uni3d.distil FOLDER [--steps 200]
 
 The form of Uni3D (arXiv 2310.06773) at toy size: groups of neighbours around farthest points, a mini-PointNet, a
-transformer with a class token, a linear layer to the teacher's width; contrastive losses of a cloud with the embeddings of
-its caption and of one of its ten views. A batch holds every name once at most. Writes FOLDER/result.json.
+transformer with a class token, a linear layer to the teacher's width; contrastive losses of a cloud with the embeddings
+of its caption and of one of its ten views. A batch holds every name once at most. Writes FOLDER/result.json.
 """
 
 import argparse
@@ -115,9 +115,9 @@ def train(clouds: Clouds, steps: int) -> PointTransformer:
     model = PointTransformer(clouds.texts.shape[1])
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps + 1)
-    of_name = {
-        name: [row for row, own in enumerate(clouds.names) if own == name] for name in dict.fromkeys(clouds.names)
-    }
+    of_name: dict[str, list[int]] = {}
+    for row, name in enumerate(clouds.names):
+        of_name.setdefault(name, []).append(row)
     for step in range(steps):
         order = torch.randperm(len(of_name), generator=draw)[:BATCH].tolist()
         members = [list(of_name.values())[at] for at in order]

@@ -2,10 +2,9 @@
 
     python -m examples.uni3d.layout FOLDER --views VIEWS.npz --texts TEXTS.npz
 
-VIEWS and TEXTS come from tools.embed: rows `ID_VIEW` of pictures, and rows of names. FOLDER/clouds/*/ID.npz are the clouds
-(`xyz`, `rgb`, `name`). Writes FOLDER/uni3d/data: Ensembled_embedding.yaml, the three JSON files that it names, a vector
-`images/ID/VIEW.npy` a view, and `clouds/PART/ID.npy`, a pickled mapping a cloud as `np.load(…, allow_pickle=True).item()`
-gives it.
+VIEWS and TEXTS come from tools.embed: rows `ID_VIEW` of pictures, and rows of names. FOLDER/clouds/*/ID.npz are the
+clouds (`xyz`, `rgb`, `name`). Writes FOLDER/uni3d/data: Ensembled_embedding.yaml, the three JSON files that it names, a
+vector `images/ID/VIEW.npy` a view, and a pickled mapping `clouds/PART/ID.npy` a cloud.
 """
 
 import argparse
@@ -48,7 +47,10 @@ def write_cloud(path: Path, xyz: np.ndarray, rgb: np.ndarray, caption: str, embe
 
 
 def write_tables(root: Path, clouds: Mapping[str, str], views: Mapping[str, list[str]]) -> None:
-    """Ensembled_embedding.yaml and the JSON files. clouds: ID -> path below clouds/; views: ID -> paths without .npy."""
+    """Ensembled_embedding.yaml and the JSON files.
+
+    clouds: ID -> path below clouds/; views: ID -> paths below images/, without .npy.
+    """
     tables = {"train.json": clouds, "images.json": views, "filter.json": {key: {"flag": "Y"} for key in clouds}}
     for name, table in tables.items():
         (root / name).write_text(json.dumps(dict(table), indent=1), encoding="utf-8")
@@ -93,9 +95,8 @@ def main() -> None:
         for path in sorted((arguments.folder / "clouds" / part).glob("*.npz")):
             with np.load(path, allow_pickle=False) as cloud:
                 name = str(cloud["name"])
-                write_cloud(
-                    root / "clouds" / part / f"{path.stem}.npy", cloud["xyz"], cloud["rgb"], name, of_name[name]
-                )
+                target = root / "clouds" / part / f"{path.stem}.npy"
+                write_cloud(target, cloud["xyz"], cloud["rgb"], name, of_name[name])
             if part == "train":
                 clouds[path.stem] = f"{part}/{path.stem}.npy"
     write_tables(root, clouds, views)

@@ -3,8 +3,8 @@
     python -m examples.uni3d.shapes FOLDER [--instances 4]
 
 Writes FOLDER/shards/train/*.tar (a picture a view, `ID_VIEW.png` with the name as `.txt`), FOLDER/shards/names.tar (the
-96 names alone) and FOLDER/clouds/{train,heldout}/ID.npz (`xyz` and `rgb` float32 [POINTS, 3], `name`). Of every shape two
-colours are held out: no picture, caption or cloud of those 24 combinations is trained on.
+96 names alone) and FOLDER/clouds/{train,heldout}/ID.npz (`xyz` and `rgb` float32 [POINTS, 3], `name`). Of every shape
+two colours are held out: no picture, caption or cloud of those 24 combinations is trained on.
 """
 
 import argparse
