@@ -213,7 +213,7 @@ class SuiteRun:
         return self.out / "sets" / f"{_name(listing)}.{transform}.{frames}.json"
 
     def _fingerprint(self, part: Part, transform: str, frames: int, read: Read) -> str:
-        """Of the features of a part; on the first rank, which has seen the files."""
+        """Digest of what the features of a part depend on; for the first rank, which has seen the files."""
         files = [(path, *_size_and_time(path)) for path in (part.shards or part.paths)]
         return _digest(self.identity, transform, frames, read, files)
 
