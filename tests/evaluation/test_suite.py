@@ -15,6 +15,7 @@ from data.pixels.decode.resize import cut
 from data.pixels.transforms import Squash, normalise
 from engine.checkpoint.reader import Checkpoint
 from engine.evaluation.embedder import Embedder, inference_config, load_encoders
+from engine.evaluation.suite import texts
 from engine.evaluation.suite.features import Features
 from tests.checkpoint.jobs import SIDE, alone
 from tests.data.shard_factory import encode
@@ -119,6 +120,32 @@ def test_a_killed_run_goes_on_set_by_set_and_within_a_set(
     seen.clear()
     assert evaluated(checkpoint, data, tmp_path, "--micro-batch", "4") == 0 and seen == []
     assert not list((tmp_path / "features").glob("*"))
+
+
+def test_captions_are_taken_up_within_a_set(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: dict[str, Any]
+) -> None:
+    sets.retrieval_set(tmp_path)
+    (tmp_path / "suite.yaml").write_text("sets: [{name: pairs, kind: retrieval}]")
+    texts_of, seen, limit = Embedder.texts, [], 3
+
+    def counted(self: Embedder, tokens: torch.Tensor) -> torch.Tensor:
+        seen.append(len(tokens))
+        if len(seen) == limit:
+            raise KeyboardInterrupt
+        return texts_of(self, tokens)
+
+    monkeypatch.setattr(texts, "_PROMPTS_AT_ONCE", 25)
+    monkeypatch.setattr(Embedder, "texts", counted)
+    assert evaluated(checkpoint, tmp_path, tmp_path / "out") != 0
+    partial = next((tmp_path / "out" / "texts").glob("*.partial"))
+    with partial.open("ab") as file:
+        file.write(b"half a row")
+    seen.clear()
+    limit = 10
+    assert evaluated(checkpoint, tmp_path, tmp_path / "out") == 0 and seen == [10]
+    again = row(json.loads((tmp_path / "out" / "results.json").read_text()), "pairs")
+    assert again == row(results, "pairs")
 
 
 def test_unreadable_pictures_are_left_out_and_said(checkpoint: Path, tmp_path: Path) -> None:

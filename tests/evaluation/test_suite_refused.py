@@ -88,11 +88,15 @@ def test_a_suite_that_is_not_understood(
 
 
 def test_options_that_do_not_go_together(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ("--suite", "quick", "--data", str(tmp_path), "--out", str(tmp_path / "o"))
     cases = {
         (): "give SHARDS to score, or --suite",
         ("--suite", "quick"): "--suite needs --data ROOT",
         ("--suite", "nothing", "--data", str(tmp_path), "--out", str(tmp_path / "o")): "choose one of datacomp, paper",
         ("x.tar", "--probe", "knn"): "--probe has no effect without --suite",
+        ("x.tar", "--frames", "8"): "--frames has no effect without --suite",
+        ("x.tar", "--transform", "crop"): "--transform has no effect without --suite",
+        (*quick, "--probe-features", "embeddings"): "--probe-features is about --probe linear, sgd and knn",
     }
     for options, message in cases.items():
         assert main([str(checkpoint), *options]) == 1
