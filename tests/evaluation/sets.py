@@ -2,16 +2,20 @@
 
 import csv
 import json
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from data.shards.write import write_shard
 from tests.data.shard_factory import encode, picture
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+NEEDS_SKLEARN = pytest.mark.skipif(find_spec("sklearn") is None, reason="the extra `eval` is not installed")
+"""Looks for it without its import, which takes seconds in every worker and rank."""
 TEMPLATES = ["a photo of the number {c}.", "a {c}."]
 
 

@@ -12,12 +12,14 @@ from engine.evaluation.sets.pictures import FileSamples
 from tests.evaluation import sets
 from tests.evaluation.commands import evaluated, row
 
-metrics = pytest.importorskip("sklearn.metrics")
-parquet = pytest.importorskip("pyarrow.parquet")
+pytestmark = sets.NEEDS_SKLEARN
 
 
 def test_groups_of_drawings_and_five_captions_a_picture(checkpoint: Path, tmp_path: Path) -> None:
     """The measures of a run are those of scikit-learn, and of recall by hand, on the embeddings that it saves."""
+    from sklearn import metrics
+
+    parquet = pytest.importorskip("pyarrow.parquet")
     sets.emoji_groups_set(tmp_path, per_class=6)
     sets.emoji_captions_set(tmp_path, count=12)
     (tmp_path / "suite.yaml").write_text(

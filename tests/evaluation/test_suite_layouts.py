@@ -15,10 +15,11 @@ from engine.parallel.device import prepare
 from engine.parallel.mesh import build_mesh
 from tests.checkpoint.jobs import SIDE, alone
 from tests.distributed import run_distributed
+from tests.evaluation import sets
 from tools.evaluate.__main__ import _parser
 from tools.evaluate.suites import score_suite
 
-pytest.importorskip("sklearn")
+pytestmark = sets.NEEDS_SKLEARN
 pytest.importorskip("av")
 LAYOUTS = {
     "4": {

@@ -10,7 +10,7 @@ from tests.evaluation import sets
 from tests.evaluation.commands import NAMES, evaluated
 from tools.evaluate.__main__ import main
 
-pytest.importorskip("sklearn")
+pytestmark = sets.NEEDS_SKLEARN
 
 
 def broken(root: Path, kind: str) -> str:
