@@ -33,6 +33,7 @@ LAYOUTS = {
     "2": {"tp2": (2, 1, 6), "pp2": (1, 2, 1), "dp2": (1, 1, 5)},
 }
 """Ranks -> layouts: tensor, pipeline and the micro-batch, which differs from one to the other."""
+FEW = {"4": {"tp2-pp2": (2, 2, 5)}, "2": {"dp2": (1, 1, 5)}}
 READS = ("features", "pooled", "tokens")
 
 
@@ -49,13 +50,13 @@ def noise(count: int) -> torch.Tensor:
     return torch.rand(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3)) - 0.5
 
 
-def _at_layouts(checkpoint: str, data: str) -> None:
+def _at_layouts(checkpoint: str, data: str, layouts: dict[str, dict[str, tuple[int, int, int]]]) -> None:
     """What `main` does after the process group exists (in a test it exists already); at first in two pairs of ranks."""
     rank, whole = dist.get_rank(), dist.distributed_c10d._get_default_group()
     halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     expected = torch.load(f"{data}/answers.pt")
     for ranks, group in (("2", halves[rank // 2]), ("4", whole)):
-        for name, (tensor, pipeline, micro_batch) in LAYOUTS[ranks].items():
+        for name, (tensor, pipeline, micro_batch) in layouts[ranks].items():
             out = f"{data}/{ranks}{name}" + (f".{rank // 2}" if ranks == "2" else "")
             options = ["--suite", f"{data}/suite.yaml", "--data", data, "--out", out, "--frames", "1", "2"]
             opened = Checkpoint(Path(checkpoint))
@@ -70,7 +71,10 @@ def _at_layouts(checkpoint: str, data: str) -> None:
 
 
 @pytest.mark.dist
-def test_the_same_numbers_at_every_layout(checkpoint: Path, data: Path, results: dict[str, Any]) -> None:
+@pytest.mark.parametrize("layouts", [FEW, pytest.param(LAYOUTS, marks=pytest.mark.slow)], ids=["few", "all"])
+def test_the_same_numbers_at_every_layout(
+    checkpoint: Path, data: Path, results: dict[str, Any], layouts: dict[str, dict[str, tuple[int, int, int]]]
+) -> None:
     with alone() as mesh:
         opened = Checkpoint(checkpoint)
         config = inference_config(opened.manifest, [], world_size=1, micro_batch=4)
@@ -85,7 +89,7 @@ def test_the_same_numbers_at_every_layout(checkpoint: Path, data: Path, results:
     torch.testing.assert_close(projected, found["features images"], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(every[:, 0], found["pooled pooled"], atol=1e-5, rtol=1e-4)  # the whole last block
     torch.testing.assert_close(every[:, 1:], found["tokens tokens"], atol=1e-5, rtol=1e-4)
-    run_distributed(_at_layouts, 4, checkpoint=str(checkpoint), data=str(data))
+    run_distributed(_at_layouts, 4, checkpoint=str(checkpoint), data=str(data), layouts=layouts)
     expected = [entry for entry in results["sets"] if entry["transform"] == "squash"]
-    for name in [f"4{name}" for name in LAYOUTS["4"]] + [f"2{name}.{half}" for name in LAYOUTS["2"] for half in (0, 1)]:
+    for name in [f"4{name}" for name in layouts["4"]] + [f"2{name}.{half}" for name in layouts["2"] for half in (0, 1)]:
         assert json.loads((data / name / "results.json").read_text())["sets"] == expected, name
