@@ -7,7 +7,6 @@ default process group: every collective names one of the groups below.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -157,7 +156,12 @@ def build_mesh(tensor: int, pipeline: int, world: Group, *, timeout: timedelta |
     at = lambda tt, dd, pp: ranks[tt + tensor * (dd + data * pp)]  # noqa: E731
     t, d, p = me % tensor, me // tensor % data, me // (tensor * data)
 
-    axis = partial(own_axis, timeout=timeout)
+    alone = own_axis([ranks[me]], timeout)
+
+    def axis(members: list[int], **more: Any) -> Axis:
+        """One rank's axes share a group: an idle group is three threads that wake a hundred times a second (gloo)."""
+        return alone if len(members) == 1 and "backend" not in more else own_axis(members, timeout, **more)
+
     stages = [at(t, d, pp) for pp in range(pipeline)]
     urgent = priority_options(dist.get_backend(world))
     pipeline_axis = axis(stages, options=urgent)
@@ -167,10 +171,10 @@ def build_mesh(tensor: int, pipeline: int, world: Group, *, timeout: timedelta |
         pipeline=pipeline_axis,
         replica=axis([at(tt, d, pp) for pp in range(pipeline) for tt in range(tensor)]),
         stage=axis([at(tt, dd, p) for dd in range(data) for tt in range(tensor)]),
-        alone=axis([ranks[me]]),
+        alone=alone,
         world=Axis(len(ranks), me, world),
         links=_links(pipeline_axis, lambda: axis(stages, options=urgent).group),
-        control=axis(ranks, backend="gloo" if dist.get_backend(world) == "nccl" else None),
+        control=axis(ranks, **({"backend": "gloo"} if dist.get_backend(world) == "nccl" else {})),
         timeout=timeout,
     )
 
