@@ -15,6 +15,7 @@ change under the same name, because remote shards are taken as immutable and the
 from collections.abc import Sequence
 from hashlib import blake2b
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ _SETTINGS = {
     "first_position": "the position at which this phase begins",
     "captions": "data.captions",
     "sentences": "data.sentences",
+    "tokenizer": "content of data.tokenizer",
+    "cleaning": "data.cleaning",
 }
 
 
@@ -54,6 +57,8 @@ def fingerprint(
         "first_position": first_position,
         "captions": [list(pair) for pair in config.captions.items()],
         "sentences": config.sentences,
+        "tokenizer": "clip" if config.tokenizer == "clip" else _hash(Path(config.tokenizer).read_bytes()),
+        "cleaning": config.cleaning,
         "weights": [[start, [list(pair) for pair in weights.items()]] for start, weights in weight_switches(config)],
         "sources": {
             name: _source(sources.shards[part], sources.counts_of_shards[part], sources.digests_of_shards[part])

@@ -48,6 +48,9 @@ class VisionConfig:
 
     image_size: int = 224
     """Pixels a side; images are square."""
+    pixel_norm: str = "clip"
+    """Mean and deviation by which pictures are normalised: clip (EVA, OpenAI, open_clip) | half (0.5 and 0.5: SigLIP,
+    Perception Encoder) | imagenet (DINOv3, InternViT)."""
     patch_size: int = 14
     """Pixels a side of a patch; kernel and stride of the patch embedding."""
     depth: int = 12
@@ -244,6 +247,7 @@ class ModelConfig:
         _divides("model.vision.width", v.width, "model.vision.head_width", v.head_width)
         _divides("model.text.width", t.width, "model.text.heads", t.heads)
         _one_of("model.vision.norm", v.norm, ("rms", "layer"))
+        _one_of("model.vision.pixel_norm", v.pixel_norm, ("clip", "half", "imagenet"))
         _one_of("model.vision.mlp", v.mlp, (*ACTIVATIONS, "swiglu"))
         _check_text(t)
         _check_head(v, self.embed_dim)

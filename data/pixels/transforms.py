@@ -16,6 +16,12 @@ from data.order.stateless import uniform
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+PIXEL_NORMS = {
+    "clip": (CLIP_MEAN, CLIP_STD),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+"""Mean and deviation of red, green and blue by `model.vision.pixel_norm`."""
 
 _ATTEMPTS = 10
 _RATIO = (3 / 4, 4 / 3)
@@ -134,11 +140,12 @@ def eval_transform(name: str, *, size: int) -> Transform:
     return _EVAL_TRANSFORMS[name](size=size)
 
 
-def normalise(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """uint8 [..., 3, H, W] RGB -> (images / 255 - mean) / std of CLIP, computed in float32, returned as
-    `dtype`.
+def normalise(images: torch.Tensor, dtype: torch.dtype, pixel_norm: str = "clip") -> torch.Tensor:
+    """uint8 [..., 3, H, W] RGB -> (images / 255 - mean) / std, computed in float32, returned as `dtype`.
+
+    pixel_norm: key of PIXEL_NORMS, as the model has it.
     """
-    mean, std = (_of_channels(values, images.device) for values in (CLIP_MEAN, CLIP_STD))
+    mean, std = (_of_channels(values, images.device) for values in PIXEL_NORMS[pixel_norm])
     return (images.float().div_(255).sub_(mean).div_(std)).to(dtype)
 
 

@@ -93,11 +93,15 @@ class SampleInput:
         dtype: torch.dtype,
         device: torch.device,
         *,
+        pixel_norm: str,
         max_samples: int = 0,
         readers: int = READERS,
     ):
-        """factory: opens the samples for each of `readers` threads. max_samples: the first n only; 0: all."""
+        """factory: opens the samples for each of `readers` threads. pixel_norm: the model's. max_samples: the first n
+        only; 0: all.
+        """
         self.mesh, self._dtype, self._device, self._readers = mesh, dtype, device, max(1, readers)
+        self._pixel_norm = pixel_norm
         self.samples = factory()
         self._factory, self._threads = factory, local()
         self._count = min(len(self.samples), max_samples or len(self.samples))
@@ -161,7 +165,7 @@ class SampleInput:
         )
 
     def _pixels(self, images: Tensor, first: int) -> Pixels:
-        return lambda rows: normalise(images[rows.start - first : rows.stop - first], self._dtype)
+        return lambda rows: normalise(images[rows.start - first : rows.stop - first], self._dtype, self._pixel_norm)
 
 
 def picture_identity(image: Tensor) -> bytes:
@@ -215,7 +219,8 @@ class ShardInput(SampleInput):
                 train=False,
             )
 
-        super().__init__(reader, mesh, dtype, device, max_samples=max_samples, readers=readers)
+        norm = config.model.vision.pixel_norm
+        super().__init__(reader, mesh, dtype, device, pixel_norm=norm, max_samples=max_samples, readers=readers)
         assert isinstance(self.samples, EachReader)
         self.reader = self.samples
         members = self.reader.members()

@@ -120,7 +120,10 @@ def _of_preset(
 
 
 def _clip(config: Config, encoders: Encoders, transform: str, scale: Any, bias: float | None, source: str) -> ClipModel:
-    pictures = Pictures(size=config.model.vision.image_size, transform=transform, max_pixels=config.data.max_pixels)
+    vision = config.model.vision
+    pictures = Pictures(
+        size=vision.image_size, pixel_norm=vision.pixel_norm, transform=transform, max_pixels=config.data.max_pixels
+    )
     return ClipModel(
         config.model,
         encoders.vision[0] if encoders.vision else None,

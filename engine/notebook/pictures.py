@@ -26,6 +26,8 @@ class Pictures:
 
     size: int
     """Pixels a side that the model sees."""
+    pixel_norm: str = "clip"
+    """As the model's vision.pixel_norm."""
     transform: str = "squash"
     """squash (the whole picture, its aspect ignored) | crop (the centre)."""
     max_pixels: int = DataConfig.max_pixels
@@ -52,7 +54,7 @@ class Pictures:
     def _one(self, image: Any) -> Tensor:
         if isinstance(image, np.ndarray | Tensor) and torch.as_tensor(image).is_floating_point():
             return self._normalised(torch.as_tensor(image))
-        return normalise(torch.from_numpy(self._pixels(image)), torch.float32)
+        return normalise(torch.from_numpy(self._pixels(image)), torch.float32, self.pixel_norm)
 
     def _normalised(self, image: Tensor) -> Tensor:
         side = self.size

@@ -63,12 +63,15 @@ def _of_dinov3(c: Json) -> Json:
     return {
         "norm": "layer", "qkv_bias": c["query_bias"], "mlp": "swiglu" if c["use_gated_mlp"] else "gelu", "rope": True,
         "rope_kind": "dinov3", "layer_scale": c["layerscale_value"], "registers": c["num_register_tokens"],
-        "pos_embed": False,
+        "pos_embed": False, "pixel_norm": "imagenet",
     }  # fmt: skip
 
 
 def _of_internvit(c: Json) -> Json:
-    return {"norm": "rms", "qk_norm": True, "layer_scale": c["initializer_factor"], "final_norm": False}
+    return {
+        "norm": "rms", "qk_norm": True, "layer_scale": c["initializer_factor"], "final_norm": False,
+        "pixel_norm": "imagenet",
+    }  # fmt: skip
 
 
 def image_tower_from_model(model: ModelConfig, kind: str) -> Json:
@@ -92,7 +95,7 @@ def image_tower_from_model(model: ModelConfig, kind: str) -> Json:
     }  # fmt: skip
     out = _DEFAULTS[out["model_type"]] | out
     back = model_from_image_tower(out).vision
-    own = ("projection", "head_bias", "pool")  # of the head, which stays behind
+    own = ("projection", "head_bias", "pool", "pixel_norm")  # of the head, which stays behind, and of another file
     other = {key: value for key, value in vars(v).items() if key not in own and value != getattr(back, key)}
     if other:
         said = ", ".join(f"model.vision.{key}={value}" for key, value in other.items())

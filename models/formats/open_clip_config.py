@@ -56,6 +56,7 @@ _PE_TOWERS: Json = {
 _PE: Json = {
     "norm": "layer", "norm_eps": 1e-5, "embed_norm": True, "qkv_bias": True, "key_bias": True, "patch_bias": False,
     "rope": True, "rope_kind": "pe", "pool": "attention", "pool_heads": 8, "head_bias": True,
+    "pixel_norm": "half",
 }  # fmt: skip
 """What all of them share in timm, whose projection has a bias (zero where Meta's weights were read)."""
 
@@ -151,6 +152,7 @@ def _siglip(timm: str, given: Json) -> VisionConfig:
         class_token=False,
         pool="attention",
         projection=False,
+        pixel_norm="half",
         **_SIGLIP_TOWERS[begin],
     )
 
@@ -206,6 +208,7 @@ def open_clip_from_model(model: ModelConfig) -> Json:
         out["vision_cfg"] = _json_of_vision(v, gelu)
     out["text_cfg"] = _json_of_text(t, gelu)
     back = model_from_open_clip(out)
+    back = replace(back, vision=replace(back.vision, pixel_norm=v.pixel_norm))  # pixels are of another file
     if back.vision != v or back.text != t:
         other = {
             f"{part}.{key}": value

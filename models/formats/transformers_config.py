@@ -1,5 +1,6 @@
 """config.json of transformers' CLIPModel and SiglipModel <-> ModelConfig; defaults are those of their classes."""
 
+from dataclasses import replace
 from typing import Any
 
 from models.clip import LEARNED_SCALE_INIT
@@ -75,7 +76,7 @@ def model_from_transformers(config: Json, kind: str) -> ModelConfig:
 
 
 _CLIP_VISION: Json = {"embed_norm": True, "patch_bias": False}
-_SIGLIP_VISION: Json = {"class_token": False, "pool": "attention", "projection": False}
+_SIGLIP_VISION: Json = {"class_token": False, "pool": "attention", "projection": False, "pixel_norm": "half"}
 _SIGLIP_TEXT: Json = {"causal": False, "pool": "last", "head_bias": True}
 
 
@@ -107,7 +108,7 @@ def transformers_from_model(model: ModelConfig, kind: str, log_scale: float | No
         out = {"architectures": ["SiglipModel"], "model_type": "siglip"}
     out |= {"vision_config": vision, "text_config": text}
     back = model_from_transformers(out, kind)
-    if back.vision != v or back.text != t:
+    if replace(back.vision, pixel_norm=v.pixel_norm) != v or back.text != t:  # pixels are of another file
         raise ModelConfigError(
             f"transformers' {out['architectures'][0]} builds no such model: use --to openclip or eva"
         )

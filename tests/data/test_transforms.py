@@ -1,5 +1,7 @@
 """Windows are stateless and lawful; evaluation crops and normalisation are exact."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ from PIL import Image
 
 from data.errors import DataError
 from data.pixels.decode import PillowDecoder
-from data.pixels.transforms import RandomResizedCrop, Window, eval_transform, normalise
+from data.pixels.transforms import PIXEL_NORMS, RandomResizedCrop, Window, eval_transform, normalise
+from models.config import ModelConfig, ModelConfigError, VisionConfig
 from tests.data.shard_factory import encode, picture
 
 
@@ -90,3 +93,16 @@ def test_normalise_is_the_definition_of_the_fixtures() -> None:
     assert np.abs(result.numpy() - (pixels / 255 - mean) / std).max() < 1e-6
     assert normalise(images, torch.bfloat16).equal(result.bfloat16())
     assert np.array_equal(images.numpy(), pixels)
+
+
+@pytest.mark.parametrize("name", PIXEL_NORMS)
+def test_every_family_sees_pictures_by_its_own_mean_and_deviation(name: str) -> None:
+    images = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in PIXEL_NORMS[name])
+    assert torch.allclose(normalise(images, torch.float32, name), (images / 255 - mean) / std, atol=1e-6)
+    ModelConfig(vision=replace(VisionConfig(), pixel_norm=name)).check()
+
+
+def test_pictures_by_no_known_mean_are_refused() -> None:
+    with pytest.raises(ModelConfigError, match=r"model\.vision\.pixel_norm"):
+        ModelConfig(vision=replace(VisionConfig(), pixel_norm="mine")).check()

@@ -81,7 +81,7 @@ def model_of(name: str) -> ModelConfig:
     if name in TOY_TIMM:
         return ModelConfig(embed_dim=24, vision=VisionConfig(**(TOY | TOY_TIMM[name])), text=TOY_TEXT)
     if name in IMAGE_TOWERS:
-        model = model_from_image_tower(load_json(f"public-{name}/config.json"))
+        model = _as_recorded(model_from_image_tower(load_json(f"public-{name}/config.json")))
         return replace(model, embed_dim=24, vision=replace(model.vision, projection=True), text=TOY_TEXT)
     if name == "timm-siglip":  # timm has no toy by name; its towers are transformers' with exact GELU
         model = model_of("transformers-siglip")
@@ -89,7 +89,12 @@ def model_of(name: str) -> ModelConfig:
     config = load_json(f"public-{name}/config.json")
     if FORMAT[name] == "openclip":
         return model_from_open_clip(config)
-    return model_from_transformers(config, name.removeprefix("transformers-"))
+    return _as_recorded(model_from_transformers(config, name.removeprefix("transformers-")))
+
+
+def _as_recorded(model: ModelConfig) -> ModelConfig:
+    """The fixtures' pictures were normalised as CLIP's, whatever the family."""
+    return replace(model, vision=replace(model.vision, pixel_norm="clip"))
 
 
 def source_of(name: str, file: str = "weights") -> ForeignWeights:

@@ -438,11 +438,17 @@ def test_an_open_clip_folder_as_it_is_on_the_hub(tmp_path: Path, capsys: pytest.
     file = folder / "open_clip_model.safetensors"
     assert run("--to", "openclip", "--checkpoint", checkpoint, "--out", file) == 0
     config = json.loads((FOLDER / FIXTURE / "config.json").read_text())
-    preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic"}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
-    assert run("--from", "openclip", "--weights", folder, "--out", tmp_path / "again") == 0
-    assert "preprocess_cfg.mean is [0.5, 0.5, 0.5]" in capsys.readouterr().out
-    ours, again = Checkpoint(checkpoint), Checkpoint(tmp_path / "again")
+    for mean, said, kind in (
+        ([0.5, 0.5, 0.5], "", "half"),
+        ([0.4, 0.5, 0.5], "which no model.vision.pixel_norm", "clip"),
+    ):
+        preprocess = {"mean": mean, "std": [0.5, 0.5, 0.5], "interpolation": "bicubic"}
+        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+        assert run("--from", "openclip", "--weights", folder, "--out", tmp_path / kind) == 0
+        out = capsys.readouterr().out
+        assert said in out and ("preprocess_cfg" in out) == bool(said)
+        assert Checkpoint(tmp_path / kind).manifest.config["model"]["vision"]["pixel_norm"] == kind
+    ours, again = Checkpoint(checkpoint), Checkpoint(tmp_path / "half")
     assert all(again.read_whole(name).equal(ours.read_whole(name)) for name in ours.shapes())
     arguments = ("--config", folder / "open_clip_config.json", "--weights", file)
     assert run("--from", "openclip", *arguments, "--out", tmp_path / "by_file") == 0

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.pixels.transforms import CLIP_MEAN, CLIP_STD
+from data.pixels.transforms import PIXEL_NORMS
 from engine.checkpoint.format.disk import write_synced
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.folders import resolve_checkpoint
@@ -171,11 +171,12 @@ def _hf_json(weights: _Weights) -> dict[str, Any]:
 
 def _hub_files(model: ModelConfig) -> dict[str, bytes]:
     """What transformers needs beside config and weights: EVA's classes, how pictures are prepared."""
+    mean, std = PIXEL_NORMS[model.vision.pixel_norm]
     side = {"height": model.vision.image_size, "width": model.vision.image_size}
     processor = {
         "image_processor_type": "CLIPImageProcessor", "do_resize": True, "do_center_crop": True, "do_normalize": True,
         "size": {"shortest_edge": model.vision.image_size}, "crop_size": side, "resample": 3,
-        "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD),
+        "image_mean": list(mean), "image_std": list(std),
     }  # fmt: skip
     files = {"preprocessor_config.json": json.dumps(processor, indent=1).encode()}
     if family(model) == "eva":

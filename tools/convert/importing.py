@@ -4,9 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from data.pixels.transforms import CLIP_MEAN, CLIP_STD
+from data.pixels.transforms import PIXEL_NORMS
 from engine.checkpoint.foreign import ForeignWeights
 from engine.checkpoint.format.manifest import WEIGHT, Manifest
 from engine.checkpoint.state_dicts.files import State, open_state, read_json
@@ -102,7 +103,8 @@ def _model(
         raise ConfigError("--config FILE.json or --model PRESET must say which model the weights are of")
     if "model_cfg" in config:  # as open_clip keeps it on the hub
         model, remarks = _model(layout_name, weights, state, config["model_cfg"], None)
-        return model, [*remarks, *_other_pixels(config.get("preprocess_cfg", {}))]
+        model, more = _with_pixels_of(config.get("preprocess_cfg", {}), model)
+        return model, [*remarks, *more]
     if layout_name == "openclip" and is_open_clip(config):
         return model_from_open_clip(config), []
     timm = config.get("vision_cfg", {}).get("timm_model_name")
@@ -121,13 +123,17 @@ def _with_projection_of(state: State, model: ModelConfig) -> tuple[ModelConfig, 
     return changed, [f"model.vision.head_bias is {str(has_bias).lower()}, as in the file"]
 
 
-def _other_pixels(preprocess: dict[str, Any]) -> list[str]:
-    """Remarks on pictures that the model saw otherwise than this project shows them."""
-    ours = {"mean": CLIP_MEAN, "std": CLIP_STD}
-    return [
-        f"preprocess_cfg.{key} is {preprocess[key]}, and pictures are normalised with CLIP's {list(value)} here"
-        for key, value in ours.items()
-        if any(abs(a - b) > 1e-6 for a, b in zip(preprocess.get(key, value), value, strict=True))
+def _with_pixels_of(preprocess: dict[str, Any], model: ModelConfig) -> tuple[ModelConfig, list[str]]:
+    """The model with pictures normalised as the file says, or a remark where no `pixel_norm` does it so."""
+    clip = PIXEL_NORMS["clip"]
+    wanted = tuple(preprocess.get(key, values) for key, values in zip(("mean", "std"), clip, strict=True))
+    for name, ours in PIXEL_NORMS.items():
+        if np.allclose(wanted, ours, rtol=0, atol=1e-6):
+            return replace(model, vision=replace(model.vision, pixel_norm=name)), []
+    kind = model.vision.pixel_norm
+    return model, [
+        f"preprocess_cfg has mean {list(wanted[0])} and std {list(wanted[1])}, which no model.vision.pixel_norm has: "
+        f"pictures are normalised as {kind}, by {[list(values) for values in PIXEL_NORMS[kind]]}"
     ]
 
 

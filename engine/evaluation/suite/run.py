@@ -131,7 +131,8 @@ class SuiteRun:
         fingerprint = self._fingerprint(part, transform, frames, read) if self.world.rank == 0 else ""
         factory = sample_factory(part, self.towers.config, transform=transform, frames=frames)
         mesh, dtype, device = self.towers.mesh, self.towers.dtype, self.towers.device
-        source = SampleInput(factory, mesh, dtype, device, readers=self.plan.readers)
+        norm = self.towers.config.model.vision.pixel_norm
+        source = SampleInput(factory, mesh, dtype, device, pixel_norm=norm, readers=self.plan.readers)
         what = [transform, *([f"× {frames} frames"] if listing.spec.is_video else [])]
         what += [f"({split})"] if split != "test" else []
         name = " ".join([listing.spec.title, *what, *(["tokens"] if read == "tokens" else [])])

@@ -43,7 +43,7 @@ class VisionRunner:
     def __init__(self, tower: VisionTower, kept: KeptPatches, *, micro_batch: int, device: torch.device):
         """kept: shared by the chunks. micro_batch: images, a multiple of the frames of each sample."""
         self.tower, self.kept, self.micro_batch, self.device = tower, kept, micro_batch, device
-        self.frames = kept.frames
+        self.frames, self.pixel_norm = kept.frames, tower.vision.pixel_norm
         self.batch: LocalBatch | None = None
 
     def __call__(self, hidden: Tensor | None, i: int) -> Tensor:
@@ -55,7 +55,7 @@ class VisionRunner:
         if self.tower.is_first:
             assert self.batch.images is not None
             pixels = self.batch.images[rows].to(self.device, non_blocking=True)
-            inputs = normalise(pixels.view(-1, *pixels.shape[-3:]), self.tower.config.params_dtype)
+            inputs = normalise(pixels.view(-1, *pixels.shape[-3:]), self.tower.config.params_dtype, self.pixel_norm)
         output = self.tower(inputs, self.kept.of(self.batch, rows), samples=self.micro_batch)
         return embedding(output, self.frames) if self.tower.is_last else output
 

@@ -42,7 +42,8 @@ class StudentRunner:
 
     def _pixels(self, batch: MaskedBatch, rows: slice) -> Tensor:
         assert batch.images is not None
-        return normalise(batch.images[rows].to(self.device, non_blocking=True), self.tower.config.params_dtype)
+        images = batch.images[rows].to(self.device, non_blocking=True)
+        return normalise(images, self.tower.config.params_dtype, self.tower.vision.pixel_norm)
 
     def _loss(self, predictions: Tensor, batch: MaskedBatch, rows: slice) -> Tensor:
         assert batch.targets is not None

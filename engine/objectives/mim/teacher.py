@@ -102,7 +102,8 @@ class Teacher:
 
     def _features(self, pixels: Tensor) -> Tensor:
         dtype = self.tower.config.params_dtype
-        return teacher_features(self.tower, resize_for_teacher(normalise(pixels, dtype), self.tower.vision))
+        seen = normalise(pixels, dtype, self.tower.vision.pixel_norm)
+        return teacher_features(self.tower, resize_for_teacher(seen, self.tower.vision))
 
 
 def _places(masked: Tensor, device: torch.device) -> Tensor:
