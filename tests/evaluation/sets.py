@@ -154,3 +154,70 @@ def association_set(root: Path) -> Path:
         writer.writerow(["", "candidates", "cue", "associations"])
         writer.writerows([[at, json.dumps(c), cue, json.dumps(right)] for at, (cue, c, right) in enumerate(questions)])
     return folder
+
+
+GROUPS = {
+    "an animal": (0x1F400, 0x1F43F),
+    "food": (0x1F345, 0x1F37F),
+    "a vehicle": (0x1F680, 0x1F6A4),
+    "a face": (0x1F600, 0x1F637),
+}
+"""Ranges of Unicode as classes of OpenMoji's drawings."""
+
+
+def emoji_groups_set(root: Path, per_class: int, size: int = 48) -> Path:
+    """OpenMoji's drawings in a folder a group, with prompts."""
+    from tools.prepare_emoji.pictures import draw, list_pictures
+
+    folder = root / "openmoji"
+    class_files(folder, list(GROUPS))
+    pictures = {int(p.hexcode, 16): p for p in list_pictures() if "-" not in p.hexcode}
+    for name, (first, last) in GROUPS.items():
+        place = folder / "test" / name.replace(" ", "_")
+        place.mkdir(parents=True)
+        for code in [code for code in range(first, last + 1) if code in pictures][:per_class]:
+            draw(pictures[code], size).save(place / f"{code:x}.png")
+    return folder
+
+
+def emoji_captions_set(root: Path, count: int, size: int = 48) -> Path:
+    """OpenMoji's drawings with five captions each, the second one the same for two neighbours."""
+    from tools.prepare_emoji.pictures import draw, list_pictures
+
+    folder = root / "wds_told"
+    samples = []
+    for number, p in enumerate(list_pictures()[100 : 100 + count]):
+        lines = [p.name, f"number {number // 2}", f"a drawing of {p.name}", f"{p.name} on white", f"the sign {p.name}"]
+        samples.append((f"e{number}", {"png": encode(draw(p, size)), "txt": "\n".join(lines).encode()}))
+    tars(folder / "test", samples, shards=1)
+    return folder
+
+
+def remuxed(clip: bytes, container: str) -> bytes:
+    """The same encoded frames in another container: a stream copy."""
+    import av
+
+    stream = BytesIO()
+    with av.open(BytesIO(clip)) as source, av.open(stream, "w", format=container) as target:
+        video = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = video
+                target.mux(packet)
+    return stream.getvalue()
+
+
+def reencoded(clip: bytes) -> bytes:
+    """The decoded frames through another codec."""
+    import av
+
+    stream = BytesIO()
+    with av.open(BytesIO(clip)) as source, av.open(stream, "w", format="mp4") as target:
+        video = target.add_stream("mjpeg", rate=5)
+        video.width, video.height, video.pix_fmt = 48, 32, "yuvj420p"
+        for frame in source.decode(video=0):
+            for packet in video.encode(frame.reformat(format="yuvj420p")):
+                target.mux(packet)
+        for packet in video.encode():
+            target.mux(packet)
+    return stream.getvalue()
