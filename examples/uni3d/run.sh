@@ -11,7 +11,7 @@ set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$0")/../.."
 . examples/common.sh
 . examples/setup.sh
-is_dry || ensure_environment
+is_dry || ensure_environment eval
 
 steps=() instances=4 distil=200
 case "${1:-}" in

@@ -50,7 +50,7 @@ def test_special_tokens_are_found_as_the_pattern_goes_from_left_to_right() -> No
 
 
 def test_the_merges_are_those_of_the_vocabulary() -> None:
-    merges = bpe._merges()
+    merges = bpe.merge_lines()
     assert len(merges) == VOCAB_SIZE - 2 - 2 * 256
     assert (merges[0], merges[-1]) == ("i n", "jeky ll</w>")
     assert len(set(merges)) == len(merges)

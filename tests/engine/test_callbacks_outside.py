@@ -62,7 +62,9 @@ def test_work_that_is_done_again_is_counted_with_its_seconds(tmp_path: Path, oth
     assert cost.wall_s >= cost.down_s >= 0
     assert [event["event"] for event in read_history(tmp_path)] == ["start", "start", "rewind", "slow rank", "end"]
     page = render(load_runs([tmp_path]))
-    assert "Starts and losses" in page and "<td>2</td><td>3</td><td>1.5 s</td><td>1</td>" in page
+    assert "Starts and losses" in page
+    for line in ("starts", "2"), ("steps done again", "3"), ("their time", "1.5 s"), ("rewinds", "1"):
+        assert "".join(f"<td>{cell}</td>" for cell in line) in page
 
 
 def test_goodput_is_of_the_time_since_the_first_start(tmp_path: Path) -> None:

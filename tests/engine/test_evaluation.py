@@ -174,7 +174,7 @@ def test_not_finite_embeddings_are_an_error_not_a_perfect_score():
         ),
         (
             lambda: recall(embeddings(3), embeddings(3), torch.tensor([[0, 0], [0, 1], [2, 2]]), ks=(1,)),
-            "1 of 3 queries have no right answer",
+            "1 of 3 queries have no partner",
         ),
         (
             lambda: recall(embeddings(3), embeddings(3), torch.tensor([[0, 0], [1, 1], [-1, 2]]), ks=(1,)),

@@ -182,7 +182,7 @@ def test_mistakes_in_evaluation_data_are_found_at_the_start(folder: Path, tmp_pa
     ("override", "named"),
     [
         ("evaluate.shards=[]", "held-out"),
-        ("evaluate.every_steps=0", "no effect without evaluate.every_steps"),
+        ("evaluate.every_steps=0", "keep_best is .* evaluate.every_steps 0 does not divide"),
         ("evaluate.every_steps=4", "keep_best"),
         ("checkpoint.keep_best_is=min", "more is better: set checkpoint.keep_best_is=max"),
         ("evaluate.templates=['a photo']", "class name"),

@@ -105,7 +105,6 @@ def test_a_mistake_is_found_at_the_start(folder: Path, tmp_path: Path) -> None:
     [
         (["evaluate.data="], "go together"),
         (["evaluate.max_samples=3"], "about evaluate.shards, which is empty"),
-        (["evaluate.every_steps=0"], "no effect without evaluate.every_steps"),
         (["checkpoint.keep_best=eval_zero_shot_top1", "checkpoint.keep_best_is=max"], "evaluate.shards is empty"),
     ],
 )

@@ -339,7 +339,7 @@ def test_the_scale_is_bounded_where_theirs_is(name: str, is_bounded: bool, mesh:
     trainer.step(local_batch(io["images_u8"], io["text"], mesh))
     trainer.towers.wait_for_weights()
     scale = next(float(p) for tensor, p in trainer.towers.logical_parameters() if tensor.name.startswith("logit_scale"))
-    assert (scale <= math.log(100)) == is_bounded, scale
+    assert (scale <= math.log(100) + 1e-6) == is_bounded, scale  # in fp32
 
 
 LAUNCHES = {

@@ -49,6 +49,7 @@ class Case:
         tensor, pipeline = self.layout
         given = [
             f"model.preset={self.model}",
+            "model.block_kernels=torch",  # what auto is on a CPU; the formulas take it for a GPU
             f"parallel.tensor={tensor}",
             f"parallel.pipeline={pipeline}",
             f"train.global_batch_size={BATCH}",
