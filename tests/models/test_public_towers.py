@@ -160,7 +160,7 @@ def test_the_config_goes_in_and_out(name: str) -> None:
         assert open_clip_from_model(model) == load_json(f"public-{name}/config.json")
     else:
         back = transformers_from_model(model, family(model), 2.0)
-        assert model_from_transformers(back, family(model)) == model
+        assert _as_recorded(model_from_transformers(back, family(model))) == model
 
 
 def run(*arguments: object) -> int:
