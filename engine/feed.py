@@ -17,9 +17,9 @@ device, there. Captions stay on the host, too: what they are cut to is asked for
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,8 +32,6 @@ from data.errors import DataError
 from data.fingerprint import fingerprint
 from data.loader import PrefetchLoader
 from data.reader import SampleReader
-from data.shards.index_store import Tally
-from data.shards.subset import KeptTally
 from data.sources import Listing, SourceSize, owners, shard_lists, tally_kept, tally_shards
 from engine.config.read import Config
 from engine.objectives.registry import objective_of
@@ -41,6 +39,7 @@ from engine.parallel.agree import everyone, together
 from engine.parallel.mesh import Mesh
 from engine.parallel.rows import gather_rows, own_rows, split_rows
 
+T = TypeVar("T")
 _SHARED_MEMORY = "/dev/shm"  # where reader processes leave pixels for the training process
 
 _log = logging.getLogger("data.feed")
@@ -84,37 +83,28 @@ def list_together(config: DataConfig, mesh: Mesh) -> Listing:
             found = [shard_lists(config)]
     dist.broadcast_object_list(found, src=dist.get_global_rank(axis.group, 0), group=axis.group)
     shards = [shard for shards in found[0] for shard in shards]
-    own: list[Tally] = []
-    with together(axis):
-        if mesh.is_first_stage:
-            own = tally_shards(config, shards[readers.index(axis.rank) :: len(readers)])
-    tallies = [Tally(0, 0)] * len(shards)
-    of_ranks = everyone(own, axis)
-    for turn, rank in enumerate(readers):
-        tallies[turn :: len(readers)] = of_ranks[rank]
+    tallies = _in_turns(mesh, readers, len(shards), lambda turn: tally_shards(config, shards[turn]))
     listing = Listing(lists=found[0], tallies=tallies)
-    return replace(listing, kept=_list_kept(config, mesh, listing, readers))
-
-
-def _list_kept(config: DataConfig, mesh: Mesh, listing: Listing, readers: Sequence[int]) -> list[KeptTally] | None:
-    """What the shards have of their subsets, looked through by the reading ranks in turn; rank 0 goes first with one
-    shard, so that a table that has to be sorted is sorted once where all see one disk.
-    """
     if not any(owner.subset for owner in owners(config)):
-        return None
-    axis, count = mesh.control, len(listing.tallies)
-    with together(axis):
+        return listing
+    with together(axis):  # a table that has to be sorted is sorted once where all see one disk
         if axis.rank == readers[0]:
             tally_kept(config, listing, [0])
-    own: list[KeptTally] = []
+    kept = _in_turns(mesh, readers, len(shards), lambda turn: tally_kept(config, listing, range(len(shards))[turn]))
+    return replace(listing, kept=kept)
+
+
+def _in_turns(mesh: Mesh, readers: Sequence[int], count: int, ask: Callable[[slice], list[T]]) -> list[T]:
+    """What `ask` says of `count` things, each asked for by one of the reading ranks. Collective; raises on every rank.
+
+    ask: of the things of one rank, a slice with a step.
+    """
+    axis, own = mesh.control, list[T]()
     with together(axis):
         if mesh.is_first_stage:
-            own = tally_kept(config, listing, range(readers.index(axis.rank), count, len(readers)))
+            own = ask(slice(readers.index(axis.rank), count, len(readers)))
     of_ranks = everyone(own, axis)
-    kept = [KeptTally(0, 0, 0, 0)] * count
-    for turn, rank in enumerate(readers):
-        kept[turn :: len(readers)] = of_ranks[rank]
-    return kept
+    return [of_ranks[readers[place % len(readers)]][place // len(readers)] for place in range(count)]
 
 
 class Feed:

@@ -11,6 +11,7 @@ shrinks from (P - 1) / (m + P - 1) to (P - 1) / (v m + P - 1). Messages on every
 are wanted.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -161,7 +162,7 @@ def forward_order(micro_batches: int, stages: int, chunks: int, group: int | Non
 
 
 @dataclass(frozen=True, kw_only=True)
-class Program:
+class Program(ABC):
     """The step of an objective; a subclass says what its stages do."""
 
     stages: int
@@ -185,9 +186,9 @@ class Program:
                 f"multiple of them as micro-batches, not {self.micro_batches}"
             )
 
+    @abstractmethod
     def actions(self, stage: int) -> Iterator[Action]:
         """Everything that pipeline rank `stage` does, in its order; UPDATE follows."""
-        raise NotImplementedError
 
     def units(self) -> list[Unit]:
         """Every rank's units, in the order forward."""

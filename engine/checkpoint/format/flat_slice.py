@@ -69,10 +69,6 @@ class FlatSlice:
         """Elements."""
         return self.stop - self.start
 
-    def slice_shape(self) -> tuple[int, ...]:
-        """Shape of the rectangular slice that the range lies in."""
-        return tuple(self.length if i == self.dim else n for i, n in enumerate(self.shape))
-
     def extract(self, tensor: Tensor) -> Tensor:
         """These elements of the whole logical tensor, 1-D."""
         if self.dim is not None:
