@@ -10,6 +10,20 @@ from data.errors import DataError
 DECODERS = ("auto", "pillow", "dali")
 MIXES = ("within_batch", "one_per_batch")
 CLEANINGS = ("auto", "clip", "canonical", "none")
+_A_YEAR_S = 366 * 24 * 3600
+_LIMITS: dict[str, tuple[float, float]] = {
+    "shuffle_group_shards": (1, 10**9),
+    "max_pixels": (1, 10**11),
+    "frames": (1, 1 << 16),
+    "workers": (0, 1 << 10),
+    "prefetch_batches": (1, 10**9),
+    "stall_timeout_s": (0, _A_YEAR_S),
+    "cache_gb": (1e-6, 10**9),
+    "remote_timeout_s": (1e-3, _A_YEAR_S),
+    "remote_retries": (0, 10**6),
+    "remote_patience_s": (0, _A_YEAR_S),
+}
+"""Field -> the least and the most that it may be: what is beyond is a slip of the pen, and clocks end at a year."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,16 +153,13 @@ class DataConfig:
         )
         _require(self.decoder in DECODERS, f"data.decoder is {self.decoder!r}: choose one of {', '.join(DECODERS)}")
         _require(self.changed in ("refuse", "accept"), f"data.changed is {self.changed!r}: choose refuse or accept")
-        _require(self.workers >= 0, f"data.workers is {self.workers}: 0 or more reader processes")
         _require(
             0 <= self.max_bad_fraction < 1, f"data.max_bad_fraction is {self.max_bad_fraction}: 0 or more, below 1"
         )
-        for name in ("prefetch_batches", "shuffle_group_shards", "frames", "max_pixels"):
-            _require(getattr(self, name) >= 1, f"data.{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("cache_gb", "remote_timeout_s"):
-            _require(getattr(self, name) > 0, f"data.{name} is {getattr(self, name)}: it must be above 0")
-        for name in ("stall_timeout_s", "remote_retries", "remote_patience_s"):
-            _require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}: it must be 0 or more")
+        for name, (least, most) in _LIMITS.items():
+            value = getattr(self, name)
+            _require(value >= least, f"data.{name} is {value}: it must be at least {least:,}")
+            _require(value <= most, f"data.{name} is {value}: it must be at most {most:,}")
 
     def _check_subsets(self) -> None:
         _require(
@@ -191,8 +202,8 @@ class DataConfig:
         _require(not unknown, f"{where} names {unknown}, which data.sources does not have")
         if self.sources:
             _require(
-                all(weight >= 0 for weight in weights.values()) and any(weights.values()),
-                f"{where} has the weights {weights}: none may be negative, one must be above 0",
+                all(0 <= weight <= 1e9 for weight in weights.values()) and any(weights.values()),
+                f"{where} has the weights {weights}: each from 0 to 1e9, none may be negative, one must be above 0",
             )
 
 

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from models.sizes import MODEL, TEXT, VISION, outside
+
 FP8_MULTIPLES = {"current": 16, "blockwise": 16, "mxfp8": 32}
 """model.fp8 -> what every side of a GEMM must be a multiple of (cuBLAS's alignment; numbers that share a scale)."""
 
@@ -32,8 +34,6 @@ LOCAL_KERNELS = {
 """What replaces the choice of kernels in a checkpoint's model: where it is used need not be where it was trained."""
 
 
-MAX_CONTEXT = 1024
-"""Most token ids of a caption."""
 ACTIVATIONS = ("gelu", "quick_gelu", "gelu_tanh")
 """Nonlinearities of an MLP of two linears."""
 
@@ -243,6 +243,9 @@ class ModelConfig:
     def check(self) -> None:
         """Raise ModelConfigError for a model that cannot be built."""
         v, t = self.vision, self.text
+        for section, values, limits in (("model", self, MODEL), ("model.vision", v, VISION), ("model.text", t, TEXT)):
+            if wrong := outside(section, values, limits):
+                raise ModelConfigError(wrong)
         _divides("model.vision.image_size", v.image_size, "model.vision.patch_size", v.patch_size)
         _divides("model.vision.width", v.width, "model.vision.head_width", v.head_width)
         _divides("model.text.width", t.width, "model.text.heads", t.heads)
@@ -255,9 +258,6 @@ class ModelConfig:
             raise ModelConfigError(
                 "model.vision.key_bias needs model.vision.qkv_bias and one weight for q, k and v (separate_qkv=false)"
             )
-        for name, value in (("vision.depth", v.depth), ("text.depth", t.depth), ("embed_dim", self.embed_dim)):
-            if value < 1:
-                raise ModelConfigError(f"model.{name} is {value}: it must be at least 1")
         if v.mlp_norm and v.mlp != "swiglu":
             raise ModelConfigError("model.vision.mlp_norm needs model.vision.mlp=swiglu (no EVA tower has it on GELU)")
         _check_parts(v)
@@ -289,8 +289,8 @@ def _check_text(t: TextConfig) -> None:
         raise ModelConfigError("model.text.pool=end needs model.text.causal: padding behind the end would be seen")
     if t.pool == "first" and t.causal:
         raise ModelConfigError("model.text.pool=first reads a token that has seen itself only: set causal=false")
-    if not 2 <= t.context_length <= MAX_CONTEXT:
-        raise ModelConfigError(f"model.text.context_length is {t.context_length}: 2 to {MAX_CONTEXT} ids")
+    if t.pad_id >= t.vocab_size:
+        raise ModelConfigError(f"model.text.pad_id is {t.pad_id}: model.text.vocab_size {t.vocab_size} has no such id")
     if t.rope and (t.width // t.heads) % 2:
         raise ModelConfigError(f"model.text.rope turns pairs of channels: a head has {t.width // t.heads}")
     if not (t.rope or t.pos_embed):
@@ -309,7 +309,7 @@ def _check_parts(v: VisionConfig) -> None:
         raise ModelConfigError("model.vision.qk_norm needs model.vision.norm=rms and separate_qkv=false (InternViT)")
     if v.layer_scale is not None and v.post_norm:
         raise ModelConfigError("model.vision.layer_scale is for pre-norm blocks: set post_norm=false")
-    if v.registers < 0 or (v.registers and not v.class_token):
+    if v.registers and not v.class_token:
         raise ModelConfigError(f"model.vision.registers {v.registers} stand behind a class token: set class_token=true")
     if not (v.pos_embed or v.rope):
         raise ModelConfigError("model.vision.pos_embed=false needs rope: the patches would have no position at all")
@@ -337,7 +337,7 @@ def _check_head(v: VisionConfig, embed_dim: int) -> None:
 
 
 def _divides(name: str, value: int, by_name: str, by: int) -> None:
-    if by < 1 or value % by:
+    if value % by:
         raise ModelConfigError(f"{name} {value} is not a multiple of {by_name} {by}")
 
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from engine.config.errors import require
+from engine.config.errors import MOST_STEPS, require, require_within
+from models.sizes import Limits
 
 if TYPE_CHECKING:
     from engine.config.schema import Config
@@ -46,10 +47,17 @@ class CheckpointConfig:
     """Settings that may differ from those of the checkpoint although they change the result (`optim.lr_*`)."""
 
 
+_LIMITS: Limits = {
+    "every_steps": (0, MOST_STEPS),
+    "local_every_steps": (0, MOST_STEPS),
+    "keep_last": (1, MOST_STEPS),
+    "keep_every_steps": (0, MOST_STEPS),
+}
+
+
 def check_checkpoint(checkpoint: CheckpointConfig) -> None:
     """Raise ConfigError for what cannot be run."""
-    require(checkpoint.every_steps >= 0, "checkpoint.every_steps must be 0 (never) or more")
-    require(checkpoint.keep_last >= 1, "checkpoint.keep_last must be at least 1")
+    require_within("checkpoint", checkpoint, _LIMITS)
     every, kept = checkpoint.every_steps, checkpoint.keep_every_steps
     require(
         kept >= 0 and (kept == 0 or (every > 0 and kept % every == 0)),

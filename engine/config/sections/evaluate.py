@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from engine.config.errors import require
+from engine.config.errors import MOST_STEPS, require, require_within
+from models.sizes import Limits
 
 if TYPE_CHECKING:
     from engine.config.schema import Config
@@ -34,14 +35,17 @@ class EvaluateConfig:
     """The folder that holds the sets of the suite."""
 
 
+_LIMITS: Limits = {"every_steps": (0, MOST_STEPS), "max_samples": (0, MOST_STEPS)}
+
+
 def check_evaluate(config: "Config", *, reads_captions: bool) -> None:
     """Raise ConfigError for what cannot be run."""
     evaluate = config.evaluate
+    require_within("evaluate", evaluate, _LIMITS)
     if not evaluate.every_steps:
         _refuse_idle(evaluate)
         return
     require(reads_captions, "evaluate is zero-shot: it needs captions, so objective=contrastive")
-    require(evaluate.every_steps >= 1, "evaluate.every_steps must be 0 (never) or more")
     require(
         bool(evaluate.shards or evaluate.suite),
         "evaluate.every_steps is set, but evaluate.shards is empty: give held-out shards, or evaluate.suite",
@@ -54,7 +58,6 @@ def check_evaluate(config: "Config", *, reads_captions: bool) -> None:
         bool(evaluate.shards) or not (evaluate.classes or evaluate.max_samples),
         "evaluate.classes and evaluate.max_samples are about evaluate.shards, which is empty",
     )
-    require(evaluate.max_samples >= 0, "evaluate.max_samples must be 0 (all) or more")
     require(
         bool(evaluate.templates) and all("{}" in template for template in evaluate.templates),
         f"evaluate.templates {evaluate.templates}: each needs {{}} in the place of the class name",

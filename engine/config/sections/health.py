@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from engine.config.errors import require
+from engine.config.errors import MOST_STEPS, require, require_within
+from models.sizes import Limits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,19 @@ class HealthConfig:
 _ACTIONS = ("stop", "skip", "rewind")
 
 
+_LIMITS: Limits = {
+    "audit_every_steps": (0, MOST_STEPS),
+    "loss_factor": (0, 1e30),
+    "gradient_factor": (0, 1e30),
+    "window_steps": (1, 10**6),
+    "max_skips": (1, MOST_STEPS),
+    "max_rewinds": (1, MOST_STEPS),
+}
+
+
 def check_health(health: HealthConfig, *, checkpoints: bool) -> None:
     """Raise ConfigError for what cannot be run."""
+    require_within("health", health, _LIMITS)
     require(
         health.on_nonfinite in _ACTIONS,
         f"health.on_nonfinite is {health.on_nonfinite!r}: choose one of {', '.join(_ACTIONS)}",
@@ -42,7 +54,6 @@ def check_health(health: HealthConfig, *, checkpoints: bool) -> None:
         health.on_divergence in ("stop", "repair", "rewind"),
         f"health.on_divergence is {health.on_divergence!r}: choose stop, repair or rewind",
     )
-    require(health.audit_every_steps >= 0, f"health.audit_every_steps is {health.audit_every_steps}: 0 (never) or more")
     require(
         health.on_spike in ("off", *_ACTIONS),
         f"health.on_spike is {health.on_spike!r}: choose one of off, {', '.join(_ACTIONS)}",
@@ -54,10 +65,6 @@ def check_health(health: HealthConfig, *, checkpoints: bool) -> None:
         (health.on_spike == "off") == (not any(factors.values())),
         f"health.on_spike is {health.on_spike} with the factors {factors}: set both, what to do and what is a spike",
     )
-    require(health.window_steps >= 1, f"health.window_steps is {health.window_steps}: it must be at least 1")
-    for name in ("max_skips", "max_rewinds"):
-        value = getattr(health, name)
-        require(value >= 1, f"health.{name} is {value}: it must be at least 1")
     require(
         checkpoints or "rewind" not in (health.on_nonfinite, health.on_spike, health.on_divergence),
         "health rewinds to the last checkpoint: set checkpoint.every_steps above 0",

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
-from engine.config.errors import require
+from engine.config.errors import MOST_STEPS, require, require_within
+from models.sizes import Limits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +27,19 @@ class LogConfig:
     """Steps (0-based) whose spans are written to run_dir/timeline; draw them with python -m tools.timeline."""
 
 
+_LIMITS: Limits = {
+    "every_steps": (1, MOST_STEPS),
+    "metrics_port": (0, 65535),
+    "timeline_steps": (0, MOST_STEPS),
+}
+
+
 _WILDCARDS = ("", "*", "0", "0.0.0.0", "::", "::0", "0:0:0:0:0:0:0:0")
 
 
 def check_log(log: LogConfig) -> None:
     """Raise ConfigError for what cannot be run."""
-    require(log.every_steps >= 1, "log.every_steps must be at least 1")
-    require(0 <= log.metrics_port < 65536, f"log.metrics_port is {log.metrics_port}: 0 (none) to 65535")
+    require_within("log", log, _LIMITS)
     require(
         log.metrics_address.strip("[]") not in _WILDCARDS,
         f"log.metrics_address {log.metrics_address!r} would listen on every interface: name the address of one",

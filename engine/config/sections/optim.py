@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from engine.config.errors import require
+from engine.config.errors import MOST_STEPS, require, require_within
 from engine.config.typed import Unbounded
+from models.sizes import Limits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +51,21 @@ class OptimConfig:
     class); at the paper's weight decay of 0 the mode is Adam without it."""
 
 
+_LIMITS: Limits = {
+    "lr_vision": (0, 1e3),
+    "lr_text": (0, 1e3),
+    "lr_other": (0, 1e3),
+    "eps": (1e-30, 1),
+    "weight_decay": (0, 1e3),
+    "warmup_steps": (0, MOST_STEPS),
+    "min_lr_ratio": (0, 1),
+    "clip_grad_norm": (0, 1e30),
+}
+
+
 def check_optim(optim: OptimConfig) -> None:
     """Raise ConfigError for what cannot be run."""
+    require_within("optim", optim, _LIMITS)
     require(optim.name in ("lamb", "adamw"), f"optim.name is {optim.name!r}: choose lamb or adamw")
     require(optim.mode in ("paper", "nvlamb"), f"optim.mode is {optim.mode!r}: choose paper or nvlamb")
     require(len(optim.betas) == 2 and all(0 <= b < 1 for b in optim.betas), f"optim.betas {optim.betas}: two in [0, 1)")
@@ -64,8 +78,5 @@ def check_optim(optim: OptimConfig) -> None:
     for name in ("layer_decay_vision", "layer_decay_text"):
         value = getattr(optim, name)
         require(0 < value <= 1, f"optim.{name} is {value}: it must be in (0, 1]")
-    for name in ("lr_vision", "lr_text", "lr_other", "weight_decay", "warmup_steps", "min_lr_ratio", "clip_grad_norm"):
-        value = getattr(optim, name)
-        require(value >= 0, f"optim.{name} is {value}: it must not be negative")
     decay = optim.ema_decay
     require(0 <= decay < 1, f"optim.ema_decay is {decay}: it must be in [0, 1); 0 keeps no average")

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from engine.config.errors import require
+from engine.config.errors import MOST_MINUTES, MOST_STEPS, require, require_within
+from models.sizes import Limits
 
 if TYPE_CHECKING:
     from engine.config.schema import Config
@@ -53,10 +54,23 @@ class ParallelConfig:
     """A collective that waits longer for another rank ends the job; longer than the slowest load of a checkpoint."""
 
 
+_LIMITS: Limits = {
+    "tensor": (1, 1 << 20),
+    "pipeline": (1, 1 << 20),
+    "virtual": (1, 1 << 10),
+    "round_size": (1, MOST_STEPS),
+    "shard_ranks": (1, 1 << 20),
+    "bucket_size": (1, 10**11),
+    "start_timeout_minutes": (0, MOST_MINUTES),
+    "hang_minutes": (0, MOST_MINUTES),
+    "timeout_minutes": (1e-3, MOST_MINUTES),
+}
+
+
 def check_parallel(config: "Config") -> None:
     """Raise ConfigError for what cannot be run."""
-    tensor, pipeline, vision = config.parallel.tensor, config.parallel.pipeline, config.model.vision
-    require(tensor >= 1 and pipeline >= 1, f"parallel.tensor {tensor} and parallel.pipeline {pipeline} must be >= 1")
+    require_within("parallel", config.parallel, _LIMITS)
+    tensor, vision = config.parallel.tensor, config.model.vision
     require(
         vision.heads % tensor == 0,
         f"parallel.tensor {tensor} does not divide the {vision.heads} attention heads of the vision tower",
@@ -79,7 +93,6 @@ def check_parallel(config: "Config") -> None:
 
 def _check_stages(parallel: ParallelConfig, depth: int) -> None:
     stages = parallel.pipeline * parallel.virtual
-    require(parallel.virtual >= 1, f"parallel.virtual is {parallel.virtual}: it must be at least 1")
     require(
         parallel.round_size is None or (parallel.round_size >= parallel.pipeline and parallel.virtual > 1),
         f"parallel.round_size {parallel.round_size} needs parallel.virtual > 1 and at least as many micro-batches as "
@@ -111,7 +124,3 @@ def _check_stages(parallel: ParallelConfig, depth: int) -> None:
             f"parallel.layers {given} must give each of the {stages} stages at least one of the {depth} blocks "
             f"(it gives {sum(given)} to {len(given)})",
         )
-    require(parallel.bucket_size is None or parallel.bucket_size >= 1, "parallel.bucket_size must be at least 1")
-    for name in ("hang_minutes", "start_timeout_minutes"):
-        require(getattr(parallel, name) >= 0, f"parallel.{name} is {getattr(parallel, name)}: 0 or more")
-    require(parallel.timeout_minutes > 0, f"parallel.timeout_minutes is {parallel.timeout_minutes}: more than 0")

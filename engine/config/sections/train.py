@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from engine.config.errors import ConfigError, require
+from engine.config.errors import MOST_STEPS, ConfigError, require, require_within
 from models.config import ModelConfigError
 from models.kernel_checks import check_kernels
+from models.sizes import Limits
 from models.tensors.kept import LEVELS
 
 if TYPE_CHECKING:
@@ -64,8 +65,22 @@ class TrainConfig:
     """Largest side of a tile of the logit matrix, in rows; null: chosen for the device."""
 
 
+_LIMITS: Limits = {
+    "steps": (1, MOST_STEPS),
+    "global_batch_size": (1, MOST_STEPS),
+    "micro_batch_size": (1, MOST_STEPS),
+    "text_micro_batch_size": (0, MOST_STEPS),
+    "activation_budget_gb": (0, 1e6),
+    "outputs_budget_gb": (0, 1e6),
+    "logit_scale": (-1e6, 1e6),
+    "loss_tile": (1, MOST_STEPS),
+    "matryoshka": (1, 1 << 17),
+}
+
+
 def check_train(config: "Config") -> None:
     """Raise ConfigError for what cannot be run."""
+    require_within("train", config.train, _LIMITS)
     _check_numbers(config.train)
     _check_kernels(config)
     _check_offload(config)
@@ -74,15 +89,11 @@ def check_train(config: "Config") -> None:
 
 
 def _check_numbers(train: TrainConfig) -> None:
-    require(train.steps >= 1, f"train.steps is {train.steps}: it must be at least 1")
     require(0 <= train.patch_dropout < 1, f"train.patch_dropout is {train.patch_dropout}: it must be in [0, 1)")
     require(train.precision in ("fp32", "bf16"), f"train.precision is {train.precision!r}: choose fp32 or bf16")
-    require(train.micro_batch_size >= 1, f"train.micro_batch_size is {train.micro_batch_size}: at least 1")
-    require(train.text_micro_batch_size >= 0, "train.text_micro_batch_size must be 0 (all at once) or more")
     require(
         train.keep_activations >= -1, "train.keep_activations must be -1 (all), 0 (none) or a number of micro-batches"
     )
-    require(train.loss_tile is None or train.loss_tile >= 1, f"train.loss_tile is {train.loss_tile}: at least 1")
     require(train.loss in ("softmax", "sigmoid"), f"train.loss is {train.loss!r}: choose softmax or sigmoid")
     require(
         train.mask_false_negatives in ("none", "captions", "images", "both"),

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from data.errors import DataError
 from data.pixels.masks import BlockMasks
-from engine.config.errors import ConfigError, changed_settings, require
+from engine.config.errors import ConfigError, changed_settings, require, require_within
 from engine.config.schema import Config
 from engine.objectives.mim.program import MimProgram, mim_program
 from models.config import ModelConfig, ModelConfigError
 from models.kernel_checks import check_kernels
+from models.sizes import Limits
 
 if TYPE_CHECKING:
     import torch
@@ -124,18 +125,27 @@ class Mim:
         return MimStep(config, mesh, device, towers, optimizer)
 
 
+_LIMITS: Limits = {
+    "masked_patches": (1, 1 << 28),
+    "min_block": (1, 1 << 28),
+    "max_block": (1, 1 << 28),
+    "min_aspect": (1e-6, 1),
+    "patch_gradient_scale": (0, 1),
+}
+
+
 def _check_mim(config: Config) -> None:
     mim, teacher = config.mim, config.mim.teacher_model
     require(
         mim.teacher is not None, "objective=mim needs mim.teacher: a CLIP checkpoint, or a file in the authors' layout"
     )
     assert teacher is not None, "resolve() has read it from the checkpoint"
-    precision, scale = mim.teacher_precision, mim.patch_gradient_scale
+    precision = mim.teacher_precision
     require(
         precision in (None, "fp32", "bf16"),
         f"mim.teacher_precision is {precision!r}: choose fp32 or bf16, or null for train.precision",
     )
-    require(0 <= scale <= 1, f"mim.patch_gradient_scale is {scale}: it must be in [0, 1]")
+    require_within("mim", mim, _LIMITS)
     _check_teacher(teacher, precision or config.train.precision)
     # Imported here, because torch comes with it: other configs answer before that.
     from models.towers.mim import check_grids
