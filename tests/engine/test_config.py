@@ -42,7 +42,7 @@ def refused(*overrides: str, world_size: int | None = None) -> str:
         ("noequals", "noequals"),
         ("=3", "dotted.key=value"),
         ("parallel.tensor=3", "4 attention heads"),
-        ("parallel.tensor=0", "parallel.tensor 0"),
+        ("parallel.tensor=0", "parallel.tensor is 0"),
         ("parallel.pipeline=5", "4 blocks"),
         ("train.precision=fp8", "fp8"),
         ("train.patch_dropout=1.0", "patch_dropout"),

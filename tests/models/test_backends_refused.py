@@ -78,7 +78,7 @@ def _resolve(*options: str) -> Config:
             ["train.offload_stash=true", "parallel.pipeline=2", "train.keep_activations=-1"],
             r"offload_stash has nothing to move with train\.keep_activations=-1",
         ),
-        (["parallel.timeout_minutes=0"], r"timeout_minutes is 0\.0: more than 0"),
+        (["parallel.timeout_minutes=0"], r"timeout_minutes is 0\.0: it must be at least 0\.001"),
     ],
 )
 def test_a_config_is_refused(options: list[str], message: str) -> None:
