@@ -6,7 +6,7 @@ tensor axis. Where fp32 masters exist beside the weights, their rounding is comp
 where sums differ the tensors are looked at one by one. The copies of most ranks are taken to be right; of two, either.
 Parts whose weights are sharded have no copies to compare.
 
-Cost: one pass over the weights and one exchange of a few integers (docs/reliability.md).
+Cost: one pass over the weights and one exchange of a few integers (docs/results/reliability.md).
 """
 
 import socket

@@ -1,4 +1,4 @@
-"""Every fault in every phase of a step, and what came of it, as the table of docs/reliability.md.
+"""Every fault in every phase of a step, and what came of it, as the table of docs/results/reliability.md.
 
     python -m tests.chaos.matrix --out matrix.jsonl [--faults TEXT] [--phases encode,save] [--write]
 
@@ -34,7 +34,7 @@ STEPS, EVERY, STEP, RANKS = 8, 2, 5, 2
 CLOSE = 1e-5
 """Relative difference of a loss on other numbers of ranks."""
 DISK_MB = 200
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "results" / "reliability.md"
 BEGIN, END = "<!-- table of tests/chaos/matrix.py -->\n", "<!-- end of that table -->\n"
 Curve = list[tuple[Any, ...]]
 

@@ -1,7 +1,7 @@
 """Real jobs under torchrun, disturbed: what they say, what they leave, and that they go on to the bit.
 
 Every case disturbs a job of two stages after its sixth step. `EVA_WRITE_TABLES=1 pytest tests/chaos -m ""` writes the
-table of docs/reliability.md. Slow, all of them: torchrun and its imports take ten seconds a start. What torchrun has no
+table of docs/results/reliability.md. Slow, all of them: torchrun and its imports take ten seconds a start. What torchrun has no
 part in is in test_matrix.py.
 """
 
@@ -23,7 +23,7 @@ from tests.engine.test_resume import curve, start
 STEPS, EVERY, AFTER = 30, 10, 6
 PATIENCE_S = 300
 OPTIONS = (f"train.steps={STEPS}", f"checkpoint.every_steps={EVERY}", "train.logit_scale=null")
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "results" / "reliability.md"
 BEGIN, END = "<!-- table of tests/chaos -->\n", "<!-- end of the table -->\n"
 
 pytestmark = pytest.mark.dist

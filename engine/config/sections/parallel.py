@@ -49,7 +49,7 @@ class ParallelConfig:
     wrong numbers ends the start, a slow one is named."""
     elastic: bool = False
     """Fit micro-batch, kept activations and round_size to the ranks that came, where the recipe's do not; ranks that no
-    layout uses stand by (docs/reliability.md)."""
+    layout uses stand by (docs/lost_nodes.md)."""
     timeout_minutes: float = 30.0
     """A collective that waits longer for another rank ends the job; longer than the slowest load of a checkpoint."""
 
