@@ -102,7 +102,7 @@ class DataConfig:
     """
     tokenizer: str = "clip"
     """clip (49,408 ids, part of this project) | a file of your own: the tokenizer.json of a model, or a SentencePiece
-    .model (docs/towers.md, section "Captions of other vocabularies").
+    .model (docs/tokenizers.md).
     """
     cleaning: str = "auto"
     """What is done to a caption before it is cut into tokens: auto (clip with CLIP's, canonical with a file) | clip
