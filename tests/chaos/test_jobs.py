@@ -1,8 +1,8 @@
 """Real jobs under torchrun, disturbed: what they say, what they leave, and that they go on to the bit.
 
 Every case disturbs a job of two stages after its sixth step. `EVA_WRITE_TABLES=1 pytest tests/chaos -m ""` writes the
-table of docs/results/reliability.md. Slow, all of them: torchrun and its imports take ten seconds a start. What torchrun has no
-part in is in test_matrix.py.
+table of docs/results/reliability.md. Slow, all of them: torchrun and its imports take ten seconds a start. What
+torchrun has no part in is in test_matrix.py.
 """
 
 import json
