@@ -1,7 +1,7 @@
 """The versions that this code was written for, and the one line that any other version gets.
 
 An older one is refused, because it lacks what is called here. A newer one is used after a line on standard error: it
-may work, and nobody has seen it. docs/install.md says what was run with what.
+may work, and nobody has seen it. docs/results/install.md says what was run with what.
 """
 
 import re

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The table "what runs with what" of docs/install.md, cell by cell: Python × torch × megatron-core.
+# The table "what runs with what" of docs/results/install.md, cell by cell: Python × torch × megatron-core.
 #
 #   bash tools/check_stack.sh                              the cells of the active environment's Python and torch
 #   bash tools/check_stack.sh 3.13:2.14.1:0.19.2 …         these cells; another Python or torch gets an environment of its own

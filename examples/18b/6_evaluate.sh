@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # EVA-CLIP-18B on the paper's 33 sets (27 image, 4 video and 2 retrieval sets), both transforms, 1, 8 and 16 frames, at
-# TP 2 x PP 4: 36 GB of bf16 weights are 4.5 GB a GPU. docs/evaluation.md says where the sets come from. On every node:
+# TP 2 x PP 4: 36 GB of bf16 weights are 4.5 GB a GPU. docs/evaluation_sets.md says where the sets come from. On every node:
 #
 #   DATA=/data/eval HEAD_NODE=host bash examples/18b/6_evaluate.sh [--any-size] [dotted.key=value …]
 #

@@ -9,7 +9,7 @@ Notable choices:
   would compute other numbers than it did in the encode phase, and the gradients would not be those of the loss. The
   recipes below scale by the tensor at hand, so a replay repeats the encode phase.
 
-Never run on a GPU (docs/gpu.md).
+Never run on a GPU (docs/fp8.md).
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""clip_benchmark's own measures on the same embeddings; its package is installed by hand (docs/evaluation.md)."""
+"""clip_benchmark's own measures on the same embeddings; installed by hand (docs/results/evaluation.md)."""
 
 import numpy as np
 import pytest

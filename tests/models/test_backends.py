@@ -1,7 +1,7 @@
 """Every kernel choice computes the same tower, under the same names: real specs on the stand-ins of tests/fakes.
 
 The stand-ins do the packages' mathematics in plain torch under the packages' signatures, so this proves the specs and
-megatron-core's wrappers around them, not the kernels (docs/gpu.md).
+megatron-core's wrappers around them, not the kernels (docs/results/gpu.md).
 """
 
 import os

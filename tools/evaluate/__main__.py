@@ -6,8 +6,8 @@ right for all pictures that have it; top-1 chance is 1 / number of different cap
 are resized to the model's square.
 
 `torchrun … -m tools.evaluate CHECKPOINT --suite paper|datacomp|video|quick|FILE.yaml --data ROOT --out DIR` scores the
-sets that lie in ROOT (docs/evaluation.md says how), and writes results.json, .csv, .md and index.html. Started again
-with the same DIR it goes on where it stopped.
+sets that lie in ROOT (docs/evaluation_sets.md says how), and writes results.json, .csv, .md and index.html. Started
+again with the same DIR it goes on where it stopped.
 
 CHECKPOINT is a run folder (its newest checkpoint) or a checkpoint folder, trained or converted; the layout is the one
 it was written at unless overrides (parallel.tensor=2 …) say otherwise. Samples that cannot be read are left out,

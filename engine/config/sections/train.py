@@ -36,7 +36,7 @@ class TrainConfig:
     """Stage inputs wait for the replay in (pinned) host memory instead of the device's."""
     keep_outputs: str = "none"
     """Outputs of the blocks' products that a replay takes instead of multiplying again: none | fc2 | fc2+proj |
-    fc2+proj+qkv | all (fc1, too); the same losses to the bit, memory for time (docs/contrastive_step.md)."""
+    fc2+proj+qkv | all (fc1, too); the same losses to the bit, memory for time (docs/kept_outputs.md)."""
     outputs_budget_gb: float | None = None
     """Instead of keep_outputs: each chunk of each rank keeps as many kinds of them as fit into this much memory."""
     offload_outputs: bool = False
