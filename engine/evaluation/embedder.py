@@ -1,13 +1,13 @@
 """Embeddings of images and captions at any layout, without gradients: evaluation and feature extraction.
 
-Images (or clips) are dealt over the data axis and run through the stages in micro-batches; captions are dealt over all
-ranks.
-Every rank gets all embeddings, in input order.
+Images (or clips) are dealt over the data axis and run through the stages in micro-batches, as a program of the pipeline
+(engine/pipeline/forward.py); captions are dealt over all ranks. Every rank gets all embeddings, in input order.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -26,8 +26,10 @@ from engine.evaluation.progress import Progress
 from engine.parallel.agree import everyone
 from engine.parallel.mesh import Mesh
 from engine.parallel.rows import gather_rows, split_rows
-from engine.pipeline.links import Pipeline
-from engine.pipeline.program import forward_order
+from engine.pipeline.clock import Phases
+from engine.pipeline.executor import Executor, Work
+from engine.pipeline.forward import ForwardProgram
+from engine.pipeline.program import Unit
 from models.clip import embedding
 from models.config import LOCAL_KERNELS
 from models.tensors.naming import LogicalTensor, logical_tensors
@@ -182,8 +184,7 @@ class Embedder:
             tower = encoders.vision[0]
             tokens = micro_batch * tower.vision.tokens
             rows = tokens // (mesh.tensor.size if tower.config.sequence_parallel else 1)
-            shape = (rows, 1, tower.vision.width)
-            self.pipeline = Pipeline(mesh, shape, tower.config.params_dtype, device)
+            self.message = (rows, 1, tower.vision.width)
 
     def images(self, pixels: Pixels, count: int) -> Tensor:
         """Embeddings fp32 [count, D] of `count` images, or clips of `frames` images."""
@@ -205,51 +206,19 @@ class Embedder:
         [count, H], the mean of a clip's frames; with `tokens` instead `tokens`: the normed patch tokens
         [count, frames x patches, H].
         """
-        mine = split_rows(count, self.mesh.data.size)[self.mesh.data.rank]
-        blocks = list(_blocks(mine, self.micro_batch // self.frames))
+        passes = _EmbeddingPasses(self, pixels, count, read)
         chunks = self.encoders.vision
-        units = forward_order(len(blocks), self.mesh.pipeline.size, len(chunks))
-        inbox = self.pipeline.inbox("forward", sum(not chunks[unit.chunk].is_first for unit in units))
-        own = {
-            name: torch.empty(mine.stop - mine.start, *shape, device=self.device)
-            for name, shape in self.widths(read).items()
-        }
-        for unit in units:
-            rows, chunk = blocks[unit.micro_batch], chunks[unit.chunk]
-            inputs = self._padded(pixels(rows)) if chunk.is_first else inbox.receive()
-            output = chunk(inputs, samples=self.micro_batch, read=read)
-            if chunk.is_last:
-                for name, found in self._answers(output, (rows.stop - rows.start) * self.frames, read).items():
-                    own[name][rows.start - mine.start : rows.stop - mine.start] = found
-            else:
-                self.pipeline.send("forward", output)
-        self.pipeline.drain()
-        if self.mesh.pipeline.size > 1:
-            last = dist.get_global_rank(self.mesh.pipeline.group, self.mesh.pipeline.size - 1)
-            for part in own.values():
-                dist.broadcast(part, src=last, group=self.mesh.pipeline.group)
-        return {name: gather_rows(part, count, self.mesh.data) for name, part in own.items()}
-
-    def _answers(self, output: Tensor, images: int, read: Read) -> dict[str, Tensor]:
-        """output: of the last chunk for a micro-batch, of which the first `images` are some."""
-        if read == "features":
-            return {"images": embedding(output[:images], self.frames)}
-        tower = self.encoders.vision[-1]
-        if read == "tokens":
-            patches = output[:images, tower.vision.prefix_tokens :]
-            return {"tokens": patches.unflatten(0, (-1, self.frames)).flatten(1, 2)}
-        projected = tower.head.projected(output)  # type: ignore[operator]  # the padding, too: the same bits as features
-        return {
-            "images": embedding(projected[:images], self.frames),
-            "pooled": output[:images].float().unflatten(0, (-1, self.frames)).mean(dim=1),
-        }
-
-    def _padded(self, images: Tensor) -> Tensor:
-        """The last block is filled up, so that every message has the same shape."""
-        images = images.to(self.device).flatten(0, -4)
-        full = images.new_zeros(self.micro_batch, *images.shape[1:])
-        full[: len(images)] = images
-        return full
+        program = ForwardProgram(
+            stages=self.mesh.pipeline.size,
+            micro_batches=len(passes.blocks),
+            chunks=len(chunks),
+            round_size=self.mesh.pipeline.size,
+        )
+        executor = Executor(
+            self.mesh, program, hidden=self.message, dtype=chunks[0].config.params_dtype, device=self.device
+        )
+        executor.run(Work(chunks=[partial(passes.chunk, chunk) for chunk in chunks]), passes, Phases())
+        return passes.found
 
     @torch.no_grad()
     def texts(self, tokens: Tensor) -> Tensor:
@@ -267,6 +236,67 @@ class Embedder:
         return gather_rows(own, len(tokens), self.mesh.world)
 
 
-def _blocks(rows: slice, size: int) -> Iterator[slice]:
-    for start in range(rows.start, rows.stop, size):
-        yield slice(start, min(start + size, rows.stop))
+class _EmbeddingPasses:
+    """One call of `Embedder.encode`: this replica's rows in micro-batches, and what the tower's end says of them."""
+
+    def __init__(self, embedder: Embedder, pixels: Pixels, count: int, read: Read):
+        self.embedder, self.pixels, self.count, self.read = embedder, pixels, count, read
+        self.mesh, self.frames = embedder.mesh, embedder.frames
+        rows = split_rows(count, self.mesh.data.size)[self.mesh.data.rank]
+        self.first = rows.start
+        self.blocks = _blocks(rows, embedder.micro_batch // embedder.frames)
+        self.found = {
+            name: torch.empty(rows.stop - rows.start, *shape, device=embedder.device)
+            for name, shape in embedder.widths(read).items()
+        }
+        """This replica's rows, and of all replicas after the exchange."""
+
+    def chunk(self, tower: VisionTower, hidden: Tensor | None, micro_batch: int) -> Tensor:
+        """A chunk of the tower on a message, or on images where it begins."""
+        inputs = self._images(micro_batch) if hidden is None else hidden
+        return tower(inputs, samples=self.embedder.micro_batch, read=self.read)
+
+    def _images(self, micro_batch: int) -> Tensor:
+        """The last micro-batch is filled up, so that every message has the same shape."""
+        images = self.pixels(self.blocks[micro_batch]).to(self.embedder.device).flatten(0, -4)
+        full = images.new_zeros(self.embedder.micro_batch, *images.shape[1:])
+        full[: len(images)] = images
+        return full
+
+    def take(self, unit: Unit, output: Tensor) -> None:
+        """Rows of a micro-batch; what it was filled up with is left out."""
+        rows = self.blocks[unit.micro_batch]
+        for name, found in self._answers(output, (rows.stop - rows.start) * self.frames).items():
+            self.found[name][rows.start - self.first : rows.stop - self.first] = found
+
+    def _answers(self, output: Tensor, images: int) -> dict[str, Tensor]:
+        """output: of the last chunk for a micro-batch, of which the first `images` are some."""
+        if self.read == "features":
+            return {"images": embedding(output[:images], self.frames)}
+        tower = self.embedder.encoders.vision[-1]
+        if self.read == "tokens":
+            patches = output[:images, tower.vision.prefix_tokens :]
+            return {"tokens": patches.unflatten(0, (-1, self.frames)).flatten(1, 2)}
+        projected = tower.head.projected(output)  # type: ignore[operator]  # the padding, too: the same bits as features
+        return {
+            "images": embedding(projected[:images], self.frames),
+            "pooled": output[:images].float().unflatten(0, (-1, self.frames)).mean(dim=1),
+        }
+
+    def gradient(self, unit: Unit) -> None:
+        """Nothing runs backward."""
+
+    def alone(self, span: str) -> None:
+        """Nothing runs beside the units."""
+
+    def together(self, span: str, number: int) -> None:
+        """From the last stage to the others, then from every replica to all."""
+        if self.mesh.pipeline.size > 1:
+            last = dist.get_global_rank(self.mesh.pipeline.group, self.mesh.pipeline.size - 1)
+            for part in self.found.values():
+                dist.broadcast(part, src=last, group=self.mesh.pipeline.group)
+        self.found = {name: gather_rows(part, self.count, self.mesh.data) for name, part in self.found.items()}
+
+
+def _blocks(rows: slice, size: int) -> list[slice]:
+    return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]

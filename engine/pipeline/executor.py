@@ -6,7 +6,7 @@ is of no unit (captions, teacher, exchanges, loss).
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -47,15 +47,15 @@ BackwardContext = Callable[[bool], AbstractContextManager]
 
 @dataclass(kw_only=True)
 class Work:
-    """What a program's units run on this rank, in every step."""
+    """What a program's units run on this rank, in every step; forward passes alone need the chunks only."""
 
     chunks: Sequence[Chunk]
     """The chunks of this rank, in tower order."""
-    backward: Sequence[BackwardContext]
+    backward: Sequence[BackwardContext] = ()
     """One a chunk."""
-    outputs: Sequence[KeptOutputs]
+    outputs: Sequence[KeptOutputs] = ()
     """Kept outputs of products, one a chunk."""
-    parts: Sequence[ShardedPart | None]
+    parts: Sequence[ShardedPart | None] = ()
     """The chunks, and the captions' side where there is one; None: not sharded, so its weights are always here."""
 
 
@@ -157,14 +157,14 @@ class _Run:
 
     def _forward(self, action: Forward) -> None:
         unit, hidden = action.unit, self._arrived()
-        leaving = self.work.outputs[unit.chunk].leaving(unit.micro_batch)
+        leaving = self.work.outputs[unit.chunk].leaving(unit.micro_batch) if action.trains else nullcontext()
         with self.phases.time(action.span, unit), torch.set_grad_enabled(action.keeps), leaving:
             if action.keeps and hidden is not None:
                 hidden.requires_grad_()
             output = self.work.chunks[unit.chunk](hidden, unit.micro_batch)
         if action.keeps:
             self.in_flight[unit] = hidden, output
-        else:
+        elif action.trains:
             self.executor.stash.push(hidden)
         if self._ends(unit):
             self.passes.take(unit, output.detach())

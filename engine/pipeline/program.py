@@ -1,8 +1,8 @@
 """A step on a pipeline as actions, stage by stage. No tensors, no torch: one description, read by three.
 
 The executor (engine/pipeline/executor.py) runs a stage's actions with tensors, the dry run counts what they do there,
-and the simulator (tools/simulate) prices them. What follows upon what is written down here and in the programs of the
-objectives (engine/objectives/*/program.py), nowhere else.
+and the simulator (tools/simulate) prices them. What follows upon what is written down here, in the programs of the
+objectives (engine/objectives/*/program.py) and in that of embeddings (engine/pipeline/forward.py), nowhere else.
 
 A unit is one micro-batch through one chunk of layers. With one chunk a rank (the plain pipeline) the order is that of
 the micro-batches. With v chunks (virtual stages; Narayanan et al. 2021, arXiv 2104.04473, section 2.2) rank r holds
@@ -59,6 +59,8 @@ class Forward:
     """Name in the step's clock."""
     keeps: bool
     """Whether activations stay for the backward; otherwise the input does, for a replay."""
+    trains: bool = True
+    """Whether a backward follows at all; without one nothing stays."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from engine.config.read import resolve
 from engine.objectives.contrastive.program import ContrastiveProgram
 from engine.objectives.mim.program import MimProgram
 from engine.objectives.registry import OBJECTIVES
+from engine.pipeline.forward import ForwardProgram
 from engine.pipeline.program import (
     Accumulate,
     Action,
@@ -44,6 +45,10 @@ BARRIER = [
     *(ContrastiveProgram(stages=p, micro_batches=m, chunks=v, keep=m // 2) for p, m, v in SHAPES),
     ContrastiveProgram(stages=3, micro_batches=7, chunks=2, round_size=5, keep=(0, 3, 7)),
     SHARDED,
+]
+EMBEDDING = [
+    ForwardProgram(stages=p, micro_batches=m, chunks=v, round_size=p)
+    for p, m, v in product((1, 2, 3), (0, 1, 4, 5), (1, 3))
 ]
 
 
@@ -104,6 +109,26 @@ def test_every_message_is_there_when_it_is_wanted(programs: list[Program]) -> No
                 asked = [i for i, action in enumerate(actions) if action == Open(way)]
                 receives = [i for i, action in enumerate(actions) if action == Receive(way)]
                 assert len(asked) == 1 and all(i > asked[0] for i in receives), (program, stage)
+
+
+def test_embeddings_keep_nothing_and_end_in_one_exchange() -> None:
+    for program in EMBEDDING:
+        ring = _Ring(program)
+        ring.run()
+        units = {Unit(chunk, i) for chunk in range(program.chunks) for i in range(program.micro_batches)}
+        for stage, actions in enumerate(ring.done):
+            forwards = [action for action in actions if isinstance(action, Forward)]
+            assert {action.unit for action in forwards} == units and len(forwards) == len(units)
+            assert not any(action.keeps or action.trains for action in forwards) and program.in_flight(stage) == 0
+            assert actions[-1] == Together("exchange") and actions.count(Together("exchange")) == 1
+
+
+@pytest.mark.parametrize(("wrong", "said"), [("stages", "stages 0"), ("chunks", "chunks 0"), ("micro_batches", "-1")])
+def test_an_embedding_of_nothing_has_a_stage_and_a_chunk(wrong: str, said: str) -> None:
+    sizes = {"stages": 1, "chunks": 1, "micro_batches": 0}
+    assert ForwardProgram(**sizes).in_flight(0) == 0
+    with pytest.raises(ValueError, match=said):
+        ForwardProgram(**sizes | {wrong: sizes[wrong] - 1})
 
 
 @pytest.mark.parametrize("programs", [ONE_F_ONE_B, BARRIER], ids=["1f1b", "barrier"])
