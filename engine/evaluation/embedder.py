@@ -290,7 +290,7 @@ class _EmbeddingPasses:
         """Nothing runs beside the units."""
 
     def together(self, span: str, number: int) -> None:
-        """From the last stage to the others, then from every replica to all."""
+        """Rows travel from the last stage to the others, then from every replica to all."""
         if self.mesh.pipeline.size > 1:
             last = dist.get_global_rank(self.mesh.pipeline.group, self.mesh.pipeline.size - 1)
             for part in self.found.values():
