@@ -7,6 +7,7 @@ import pytest
 
 MOST_WORKERS = 4
 """More would outdo the memory of a common machine: each has its own server of ranks, and starts up to eight of them."""
+SLOW_LIMIT_S = 3600
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -25,6 +26,13 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return
     options.numprocesses = int(wanted or min(len(os.sched_getaffinity(0)), MOST_WORKERS))
     options.dist = "loadfile"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave slow tests an hour where pyproject.toml's limit is minutes."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_LIMIT_S))
 
 
 def pytest_collection_finish() -> None:
