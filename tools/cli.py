@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -24,10 +24,13 @@ from engine.checkpoint.format.errors import CheckpointError
 from engine.config.read import ConfigError
 from models.config import ModelConfigError
 
+T = TypeVar("T")
 NO_SHARDS: dict[str, Any] = {"data": {"shards": ["-"]}}
 """Part of a config tree for commands that build a model and read no data."""
 PROBE_BYTES = 1 << 16
 """Bytes that a place must take before work starts whose result goes there."""
+_TOLD_EVERY = 32
+"""Items between two words to a bar: a word costs ten microseconds or so."""
 _INTERRUPTED, _PIPE_CLOSED = 130, 141
 """Exit statuses of a shell's command that SIGINT or SIGPIPE ended."""
 
@@ -187,6 +190,15 @@ def progress(what: str, total: float | None, unit: str, *, shown: bool = True) -
     with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
         task = bar.add_task(what, total=total, unit=unit)
         yield lambda done: bar.advance(task, done)
+
+
+def counted(what: str, items: Sequence[T], unit: str) -> Iterator[T]:
+    """The items one after the other, under a bar that is told of them."""
+    with progress(what, len(items), unit) as done:
+        for number, item in enumerate(items, 1):
+            yield item
+            if number % _TOLD_EVERY == 0 or number == len(items):
+                done((number - 1) % _TOLD_EVERY + 1)
 
 
 @contextmanager

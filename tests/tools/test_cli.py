@@ -1,17 +1,19 @@
 """What all commands share: outputs are looked at before the work, one line says what is refused, help is complete."""
 
 import importlib
+import os
+import pty
 import re
 import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from tools.cli import CommandError, answer, check_file, check_folder, progress
+from tools.cli import CommandError, answer, check_file, check_folder, counted, progress
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["plan", "dryrun", "simulate", "timeline", "benchmark", "benchmark sweep", "benchmark compare"]
@@ -90,6 +92,29 @@ def test_progress_is_quiet_where_nobody_looks(capfd: pytest.CaptureFixture) -> N
         for _ in range(10):
             done(1)
     assert capfd.readouterr() == ("", "")
+
+
+def _pieces(terminal: int) -> Iterator[str]:
+    """What was written to the other end of a terminal, which is closed."""
+    with suppress(OSError):
+        while piece := os.read(terminal, 1 << 16):
+            yield piece.decode()
+
+
+@pytest.mark.parametrize("items", [0, 7, 64, 100])
+def test_counted_items_come_whole_and_show_rate_and_time_left_on_a_terminal(
+    items: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = pty.openpty()
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "120")
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert list(counted("filling memory", range(items), "layouts")) == list(range(items))
+    shown = "".join(_pieces(ours))
+    os.close(ours)
+    assert f"{items} of {items} layouts" in shown and "filling memory" in shown
+    assert items < 32 or re.search(r"layouts/s.*0:00:00", shown)
 
 
 def _main(command: str) -> Callable[[list[str]], int]:

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.config.read import Config, MimConfig, resolve
+from tools.cli import counted
 from tools.cost.cluster import Cluster
 from tools.cost.kernels import Kernels
 from tools.cost.layout import Layout, PlanError
@@ -36,7 +37,7 @@ def search_mim(config: Config, cluster: Cluster, kernels: Kernels) -> list[MimEs
     """The fastest of each TP × PP that fits, fastest first. Raises PlanError where no layout divides, or none fits."""
     best: dict[tuple[int, int], MimEstimate] = {}
     nearest: MimEstimate | None = None
-    for layout in _layouts(config, cluster, kernels):
+    for layout in counted("pricing", list(_layouts(config, cluster, kernels)), "layouts"):
         found = mim_estimate(config, layout, cluster)
         if nearest is None or found.peak_bytes < nearest.peak_bytes:
             nearest = found

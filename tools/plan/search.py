@@ -16,6 +16,7 @@ from operator import itemgetter
 
 from engine.config.stages import balanced_layers, even_layers
 from models.config import ModelConfig
+from tools.cli import counted
 from tools.cost.activations import micro_batch_saved_bytes, text_saved_bytes, vision_temporary_bytes
 from tools.cost.cluster import Cluster
 from tools.cost.kernels import Kernels
@@ -98,7 +99,7 @@ def search(job: Job) -> Found:
     priced_of: Counter[tuple[int, int]] = Counter()
     smallest: tuple[Memory, Layout] | None = None
     tried = 0
-    for least, candidate in _promising_first(job):
+    for least, candidate in counted("filling memory", _promising_first(job), "layouts"):
         tried += 1
         place = candidate.tensor, candidate.pipeline
         if place in best and (least > best[place].time.total or priced_of[place] >= MOST_PRICED):
@@ -123,7 +124,8 @@ def search(job: Job) -> Found:
 
 def _promising_first(job: Job) -> list[tuple[float, Layout]]:
     """Candidates with `least_seconds`."""
-    return sorted(((least_seconds(job, one), one) for one in candidates(job)), key=itemgetter(0))
+    listed = counted("bounding times", list(candidates(job)), "layouts")
+    return sorted(((least_seconds(job, one), one) for one in listed), key=itemgetter(0))
 
 
 def speed(entry: Estimate) -> tuple[float, float]:
