@@ -149,7 +149,7 @@ def visitors(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, Visi
     if layout.shard == "optimizer":
         return dict.fromkeys(phases, Visitors())
     element = layout.element_bytes if layout.shard == "weights" else 0
-    chunks = [stage_parameters(model, layout, chunk) for chunk in _single_chunks(stage)]
+    chunks = [stage_parameters(model, layout, chunk) for chunk in single_chunks(stage)]
     if layout.data == 1:
         chunks = [0] * len(chunks)
     loose = 2 if layout.gathering_ranks < layout.data else 1
@@ -234,7 +234,7 @@ def phase_memory(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, 
     gradients_of_rows = (layout.local_batch + layout.own_rows) * model.embed_dim * FP32
     kept = layout.keep * own_saved_bytes(model, layout, stage)
     # Replays go chunk by chunk, and the kept have freed a chunk of theirs before that of another is replayed.
-    live = max(kept, *(own_saved_bytes(model, layout, chunk) for chunk in set(_single_chunks(stage))))
+    live = max(kept, *(own_saved_bytes(model, layout, chunk) for chunk in set(single_chunks(stage))))
     forward = vision_forward_temporary_bytes(model, layout, stage)
     captions = layout.captions_at_once, layout.element_bytes
     encoding = max(text_kept + text_stream_bytes(model, *captions), text_forward_temporary_bytes(model, *captions))
@@ -281,7 +281,7 @@ def kept_outputs(model: ModelConfig, layout: Layout, stage: Stage) -> tuple[floa
 
 
 @lru_cache(maxsize=4096)
-def _single_chunks(stage: Stage) -> list[Stage]:
+def single_chunks(stage: Stage) -> list[Stage]:
     """Each chunk of a stage as a stage of its own: a micro-batch is replayed chunk by chunk."""
     last = len(stage.chunks) - 1
     return [

@@ -18,6 +18,7 @@ stages, f and b the forward and backward of one micro-batch on a stage (collecti
 - copies to the host and back have the encode phase and backprop to hide behind.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from models.config import ModelConfig
@@ -152,7 +153,7 @@ def step_time(model: ModelConfig, layout: Layout, cluster: Cluster) -> StepTime:
     stages = telling_stages(stages_of(model, layout))
     units = [unit_time(model, layout, stage, cluster) for stage in stages]
     m, replays = layout.micro_batches, layout.micro_batches - layout.keep
-    slow = max(range(len(stages)), key=lambda i: m * (units[i].f + units[i].b) + replays * units[i].r)
+    slow = slowest(layout, units)
     unit, stage, hardware = units[slow], stages[slow], cluster.hardware
     spared_tensor = _spared_collectives(model, layout, stage) * unit.tensor_forward
     fill = (layout.pipeline - 1) / layout.virtual
@@ -164,12 +165,18 @@ def step_time(model: ModelConfig, layout: Layout, cluster: Cluster) -> StepTime:
         p2p=_message_time(model, layout, stage, unit, cluster),
         bubble=bubble,
         text=_left_over(text_forward, unit.f, layout) + _left_over(text_backward, unit.b, layout),
-        data=_state_time(model, layout, stage, unit, text_backward, cluster),
+        data=state_time(model, layout, stage, unit, text_backward, cluster).total,
         loss=loss_seconds(model, layout, cluster),
-        optimizer=_optimizer_time(model, layout, stage, hardware),
+        optimizer=contrastive_optimizer_seconds(model, layout, stage, hardware),
     )
     nodes = decoding_nodes(layout, cluster)
     return StepTime(**before, input=input_seconds(model, layout, sum(before.values()), cluster, nodes))
+
+
+def slowest(layout: Layout, units: Sequence[UnitTime]) -> int:
+    """Number of the stage that takes longest."""
+    m, replays = layout.micro_batches, layout.micro_batches - layout.keep
+    return max(range(len(units)), key=lambda i: m * (units[i].f + units[i].b) + replays * units[i].r)
 
 
 def _uneven_rounds(layout: Layout, stage: Stage, unit: UnitTime) -> float:
@@ -230,13 +237,27 @@ def host_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
     return stash + (sum(outputs_bytes(model, layout, stage)) if layout.offload_outputs else 0)
 
 
-def _state_time(
+@dataclass(frozen=True, kw_only=True)
+class StateTime:
+    """Seconds of gathering weights and reducing gradients that no work hides."""
+
+    turns: float
+    """Waits for sharded parts within encode and backprop, which tools.simulate plays one by one."""
+    ends: float
+    """Waits at the step's ends."""
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.turns + self.ends
+
+
+def state_time(
     model: ModelConfig, layout: Layout, stage: Stage, unit: UnitTime, text_backward: float, cluster: Cluster
-) -> float:
-    text = text_parameters(model)
-    buckets = -(-text // BUCKET_ELEMENTS)
-    reduce = cluster.collective_seconds(layout, "world", text * FP32, buckets)
-    gather = cluster.collective_seconds(layout, "world", text * layout.element_bytes, buckets)
+) -> StateTime:
+    """Both towers' on a stage."""
+    vision = _vision_state(model, layout, stage, unit, cluster)
+    reduce, gather = text_state_seconds(model, layout, cluster)
     if layout.shard == "weights":
         gather *= 2
     if layout.overlap and layout.pipeline == 1:  # captions come last
@@ -245,25 +266,45 @@ def _state_time(
         # The last stage, which does its captions last, is done (P - 1) b / v before the first.
         slack = (layout.pipeline - 1) * unit.b / layout.virtual - text_backward
         reduce = max(0.0, reduce - max(0.0, slack))
-    return vision_state_seconds(model, layout, stage, unit, cluster) + reduce + gather
+    if layout.shard == "weights":
+        return StateTime(turns=vision.turns + gather, ends=vision.ends + reduce)
+    return StateTime(turns=vision.turns, ends=vision.ends + reduce + gather)
+
+
+def text_state_seconds(model: ModelConfig, layout: Layout, cluster: Cluster) -> tuple[float, float]:
+    """(reduction, one gathering) of the caption tower over all ranks."""
+    text = text_parameters(model)
+    buckets = -(-text // BUCKET_ELEMENTS)
+    reduce = cluster.collective_seconds(layout, "world", text * FP32, buckets)
+    return reduce, cluster.collective_seconds(layout, "world", text * layout.element_bytes, buckets)
 
 
 def vision_state_seconds(model: ModelConfig, layout: Layout, stage: Stage, unit: UnitTime, cluster: Cluster) -> float:
     """Reduction of the image tower's gradients and gathering of its weights that no work hides."""
-    elements = stage_parameters(model, layout, stage)
-    buckets = max(layout.virtual, -(-elements // BUCKET_ELEMENTS))
-    reduce = cluster.collective_seconds(layout, "data", elements * FP32, buckets)
-    gather = _gather_seconds(layout, elements * layout.element_bytes, buckets, cluster)
+    return _vision_state(model, layout, stage, unit, cluster).total
+
+
+def _vision_state(model: ModelConfig, layout: Layout, stage: Stage, unit: UnitTime, cluster: Cluster) -> StateTime:
+    reduce, gather = vision_transfer_seconds(model, layout, stage, cluster)
     turns, m = layout.virtual if layout.round_size == layout.micro_batches else 1, layout.micro_batches
-    if layout.shard == "weights":
-        left = _turns(layout, unit, reduce, gather)
-    elif layout.overlap:
-        left = max(0.0, (reduce - unit.b) / turns, reduce - m * (unit.f + unit.b))
-        left += max(0.0, (gather - unit.f) / turns, gather - m * unit.f)
-    else:
-        left = reduce + gather
     partial = token_gradient_elements(model, stage) * FP32 if layout.splits_tokens else 0
-    return left + 2 * cluster.collective_seconds(layout, "tensor", partial)
+    ends = 2 * cluster.collective_seconds(layout, "tensor", partial)
+    if layout.shard == "weights":
+        return StateTime(turns=_turns(layout, unit, reduce, gather), ends=ends)
+    if layout.overlap:
+        reduce = max(0.0, (reduce - unit.b) / turns, reduce - m * (unit.f + unit.b))
+        gather = max(0.0, (gather - unit.f) / turns, gather - m * unit.f)
+    if layout.shard == "gradients":
+        return StateTime(turns=reduce, ends=ends + gather)
+    return StateTime(turns=0.0, ends=ends + reduce + gather)
+
+
+def vision_transfer_seconds(model: ModelConfig, layout: Layout, stage: Stage, cluster: Cluster) -> tuple[float, float]:
+    """(reduction, one gathering) of what a stage holds of the image tower, hidden or not."""
+    elements = stage_parameters(model, layout, stage)
+    buckets = max(len(stage.chunks), -(-elements // BUCKET_ELEMENTS))
+    reduce = cluster.collective_seconds(layout, "data", elements * FP32, buckets)
+    return reduce, _gather_seconds(layout, elements * layout.element_bytes, buckets, cluster)
 
 
 def _gather_seconds(layout: Layout, whole_bytes: float, count: int, cluster: Cluster) -> float:
@@ -298,7 +339,8 @@ def loss_seconds(model: ModelConfig, layout: Layout, cluster: Cluster) -> float:
     return products + gathers + sums + dealt + cluster.collective_seconds(layout, "replica", local)
 
 
-def _optimizer_time(model: ModelConfig, layout: Layout, stage: Stage, hardware: Hardware) -> float:
+def contrastive_optimizer_seconds(model: ModelConfig, layout: Layout, stage: Stage, hardware: Hardware) -> float:
+    """Update of both towers on a stage."""
     vision, text = stage_parameters(model, layout, stage), text_parameters(model)
     return optimizer_seconds(vision / layout.data + text / layout.ranks, vision + text, layout, hardware)
 

@@ -18,11 +18,12 @@ from engine.pipeline.program import Program
 from tools.cli import CommandError, answer, check_file, command_parser
 from tools.cost.cluster import Cluster
 from tools.cost.hardware import load_hardware, profile_names
-from tools.simulate.events import CollectiveCosts, Simulation, StageCosts, Wire, bubble_bound, durations_of, simulate
+from tools.simulate.events import CollectiveCosts, Simulation, StageCosts, bubble_bound, durations_of, simulate
 from tools.simulate.stage_costs import simulate_config
+from tools.simulate.wires import Wire
 from tools.timeline.__main__ import table
 from tools.timeline.picture import save_picture
-from tools.timeline.spans import StepTimeline
+from tools.timeline.spans import AWAIT_GRADIENTS, AWAIT_WEIGHTS, StepTimeline
 from tools.timeline.trace import save_trace
 
 _EXAMPLES = (
@@ -141,11 +142,24 @@ def report(simulation: Simulation) -> str:
             f"{program.micro_batches} micro-batches, {held}",
             f"step     {simulation.step_s:10.4f} s   idle {simulation.idle:.2%}",
             *parts,
+            *_sharded(simulation),
             f"(P - 1) / (v m + P - 1) = {bubble_bound(program):.2%}, "
             f"the bubble of a phase of equal units without {without}",
             table(simulation.timeline),
         ]
     )
+
+
+def _sharded(simulation: Simulation) -> list[str]:
+    """What the transfers of sharded parts take on a stage, and how much of it that stage waits for; the worst stage."""
+    if not simulation.sharded_s:
+        return []
+    waited = [
+        sum(span.stop_s - span.start_s for span in row.spans if span.phase in (AWAIT_WEIGHTS, AWAIT_GRADIENTS))
+        for row in simulation.timeline.rows
+    ]
+    moved, worst = max(simulation.sharded_s), max(waited)
+    return [f"shards   {moved:10.4f} s   gathered and reduced beside the work of a stage, {worst:.4f} s not hidden"]
 
 
 def drawable(timeline: StepTimeline) -> StepTimeline:

@@ -2,13 +2,13 @@
 
 Each stage works through the actions of the engine's own program (engine/pipeline/program.py), of any objective. A stage
 is busy while it computes and waits for messages and collectives, as the executor does: sends cost it nothing, a receive
-is posted one message ahead, a link carries one message at a time. The ranks of a stage (tensor, data) do the same at
-the same time, so one row stands for all of them.
+is posted one message ahead, a link carries one message at a time. Weights and gradients that are sharded travel beside
+the work, one transfer at a time (tools/simulate/wires.py); what of it a stage waits for is a span of its row. The ranks
+of a stage (tensor, data) do the same at the same time, so one row stands for all of them.
 
 What is not in it: kernels that slow down because a transfer or another rank uses the same hardware.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,18 +19,22 @@ from engine.pipeline.program import (
     UPDATE,
     Action,
     Alone,
+    Await,
     Backward,
     Forward,
+    Gather,
     Open,
     Program,
     Receive,
+    Reduced,
     Replay,
     Send,
     Together,
     Unit,
     Way,
 )
-from tools.timeline.spans import COMPUTE, WAIT, Row, Span, StepTimeline
+from tools.simulate.wires import Link, ShardCosts, ShardLine, Wire
+from tools.timeline.spans import AWAIT_GRADIENTS, AWAIT_WEIGHTS, COMPUTE, WAIT, Row, Span, StepTimeline
 
 Durations = Callable[[int, str, Unit | None], float]
 """(stage, phase of the timeline, its unit if it has one) -> seconds; asked in each stage's order of work."""
@@ -89,7 +93,9 @@ class Simulation:
     program: Program
     timeline: StepTimeline
     """One row a stage, for tools/timeline/picture.py and tools/timeline/trace.py. Waiting for a message is a span
-    (`wait`), as in a recording; waiting for a collective is a gap."""
+    (`wait`), as in a recording, and so is waiting for shards; waiting for a collective is a gap."""
+    sharded_s: tuple[float, ...] = ()
+    """Seconds of each stage's transfers of sharded weights and gradients, hidden or not."""
 
     @property
     def step_s(self) -> float:
@@ -143,25 +149,21 @@ class Simulation:
         return 1 - busy / available if available else 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wire:
-    """What a message between stages takes."""
-
-    latency_s: float = 0.0
-    """Seconds from the end of a message's transfer to its arrival."""
-    transfer_s: float = 0.0
-    """How long a message occupies its link: bytes / bandwidth."""
-
-
 def bubble_bound(program: Program) -> float:
     """(P - 1) / (v m + P - 1): the bubble of a phase whose units all take the same time (arXiv 2104.04473)."""
     return (program.stages - 1) / (program.chunks * program.micro_batches + program.stages - 1)
 
 
-def simulate(program: Program, durations: Durations, wire: Wire | None = None) -> Simulation:
-    """Run every stage's actions. The order of work follows from the program alone, the times from the durations."""
+def simulate(
+    program: Program, durations: Durations, wire: Wire | None = None, shards: Sequence[ShardCosts] | None = None
+) -> Simulation:
+    """Run every stage's actions. The order of work follows from the program alone, the times from the durations.
+
+    shards: of each stage; None where nothing is sharded, or where it takes no time.
+    """
     world = _World(program, durations, wire or Wire())
-    stages = [_Stage(world, stage) for stage in range(program.stages)]
+    costs: Sequence[ShardCosts | None] = shards or [None] * program.stages
+    stages = [_Stage(world, stage, of_stage) for stage, of_stage in enumerate(costs)]
     running = list(stages)
     while running:
         moved = [stage.advance() for stage in running]
@@ -169,27 +171,8 @@ def simulate(program: Program, durations: Durations, wire: Wire | None = None) -
             raise RuntimeError(f"stages {[stage.index for stage in running]} wait for each other for ever")
         running = [stage for stage in running if not stage.done]
     rows = [Row(rank=s.index, tensor=0, pipeline=s.index, data=0, spans=s.spans) for s in stages]
-    return Simulation(program=program, timeline=StepTimeline(step=None, rows=rows))
-
-
-@dataclass
-class _Link:
-    """Messages to one inbox, in order; a transfer starts when both sides are ready and the link is free."""
-
-    wire: Wire
-    sent_s: list[float] = field(default_factory=list)
-    posted_s: list[float] = field(default_factory=list)
-    free_s: float = -math.inf
-    received: int = 0
-
-    def receive(self) -> float | None:
-        """When the next message is there; None while it has not been sent."""
-        if self.received == len(self.sent_s):
-            return None
-        start = max(self.sent_s[self.received], self.posted_s[self.received], self.free_s)
-        self.free_s = start + self.wire.transfer_s
-        self.received += 1
-        return self.free_s + self.wire.latency_s
+    sharded = tuple(stage.shards.busy_s for stage in stages if stage.shards is not None)
+    return Simulation(program=program, timeline=StepTimeline(step=None, rows=rows), sharded_s=sharded)
 
 
 @dataclass
@@ -199,20 +182,21 @@ class _World:
     program: Program
     durations: Durations
     wire: Wire
-    links: dict[tuple[Way, int], _Link] = field(init=False)
+    links: dict[tuple[Way, int], Link] = field(init=False)
     """Inboxes, by way and receiving stage."""
     arrivals: dict[Together, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
 
     def __post_init__(self) -> None:
         ways: tuple[Way, ...] = ("forward", "backward")
-        self.links = {(way, stage): _Link(self.wire) for way in ways for stage in range(self.program.stages)}
+        self.links = {(way, stage): Link(self.wire) for way in ways for stage in range(self.program.stages)}
 
 
 class _Stage:
     """A stage's clock and what it has done."""
 
-    def __init__(self, world: _World, index: int):
+    def __init__(self, world: _World, index: int, shards: ShardCosts | None):
         self.world, self.index = world, index
+        self.shards = None if shards is None else ShardLine(shards)
         self.clock_s = 0.0
         self.spans: list[Span] = []
         self._actions = chain(world.program.actions(index), UPDATE)
@@ -238,8 +222,10 @@ class _Stage:
                 self._work(span, unit)
             case Replay(unit):
                 self._work("replay", unit)
-            case Backward(unit):
+            case Backward(unit, is_last):
                 self._work("backward", unit)
+                if is_last and self.shards is not None:
+                    self.shards.reduce(unit.chunk, self.clock_s)
             case Alone(span):
                 self._work(span)
             case Together(span):
@@ -251,16 +237,30 @@ class _Stage:
                 self.world.links[way, there % self.world.program.stages].sent_s.append(self.clock_s)
             case Receive(way):
                 return self._receive(self.world.links[way, self.index])
+            case Gather() | Await() | Reduced() if self.shards is not None:
+                self._shard(action, self.shards)
         return True
+
+    def _shard(self, action: Gather | Await | Reduced, line: ShardLine) -> None:
+        match action:
+            case Gather(part):
+                line.gather(part, self.clock_s)
+            case Await(part):
+                self._wait_until(line.gathered_s(part, self.clock_s), AWAIT_WEIGHTS)
+            case Reduced(part):
+                self._wait_until(line.reduced_s(part, self.clock_s), AWAIT_GRADIENTS)
 
     def _work(self, span: str, unit: Unit | None = None) -> None:
         self._spend(span, self.world.durations(self.index, span, unit), unit)
 
-    def _receive(self, link: _Link) -> bool:
+    def _wait_until(self, there_s: float, span: str) -> None:
+        self._spend(span, max(0.0, there_s - self.clock_s))
+
+    def _receive(self, link: Link) -> bool:
         there_s = link.receive()
         if there_s is None:
             return False
-        self._spend(WAIT, max(0.0, there_s - self.clock_s))
+        self._wait_until(there_s, WAIT)
         link.posted_s.append(self.clock_s)
         return True
 

@@ -8,9 +8,21 @@ from engine.objectives.registry import objective_of
 from models.config import ModelConfig
 from tools.cost.cluster import Cluster
 from tools.cost.layout import Layout, Stage, layout_of, stages_of
+from tools.cost.memory import single_chunks
 from tools.cost.mim import mim_costs, student_of
-from tools.cost.time import UnitTime, loss_seconds, step_time, text_step, unit_time
-from tools.simulate.events import CollectiveCosts, Simulation, StageCosts, Wire, durations_of, simulate
+from tools.cost.time import (
+    UnitTime,
+    contrastive_optimizer_seconds,
+    loss_seconds,
+    slowest,
+    state_time,
+    text_state_seconds,
+    text_step,
+    unit_time,
+    vision_transfer_seconds,
+)
+from tools.simulate.events import CollectiveCosts, Simulation, StageCosts, durations_of, simulate
+from tools.simulate.wires import ShardCosts, Wire
 
 
 def simulate_config(config: Config, cluster: Cluster) -> Simulation:
@@ -21,7 +33,24 @@ def simulate_config(config: Config, cluster: Cluster) -> Simulation:
         objective.program(config, layout.data),
         durations_of(*costs(config, layout, cluster)),
         _wire(config.model, layout, cluster),
+        None if layout.shard == "optimizer" else _shards(config.model, layout, cluster),
     )
+
+
+def _shards(model: ModelConfig, layout: Layout, cluster: Cluster) -> list[ShardCosts]:
+    """Chunks over the data axis, the captions over all ranks; the captions' gradients are reduced at the step's end."""
+    _, of_text = text_state_seconds(model, layout, cluster)
+    found = []
+    for stage in stages_of(model, layout):
+        chunks = [vision_transfer_seconds(model, layout, chunk, cluster) for chunk in single_chunks(stage)]
+        found.append(
+            ShardCosts(
+                gather_s=(*(gather for _, gather in chunks), of_text),
+                reduce_s=(*(reduce for reduce, _ in chunks), 0.0),
+                overlap=layout.overlap,
+            )
+        )
+    return found
 
 
 def _wire(model: ModelConfig, layout: Layout, cluster: Cluster) -> Wire:
@@ -31,14 +60,17 @@ def _wire(model: ModelConfig, layout: Layout, cluster: Cluster) -> Wire:
 
 
 def _contrastive_costs(config: Config, layout: Layout, cluster: Cluster) -> tuple[list[StageCosts], CollectiveCosts]:
-    """What no work hides: `data` of the planner is reduction and gathering of weights together."""
+    """What no work hides; of the planner's reduction and gathering of weights what is at the step's ends."""
     model = config.model
     encode_text, backward_text = text_step(model, layout, cluster.hardware)
     stages = stages_of(model, layout)
     units = [unit_time(model, layout, stage, cluster) for stage in stages]
-    time = step_time(model, layout, cluster)
+    slow = slowest(layout, units)
+    state = state_time(model, layout, stages[slow], units[slow], backward_text, cluster)
     together = CollectiveCosts(
-        loss_s=loss_seconds(model, layout, cluster), reduce_s=time.data, optimizer_s=time.optimizer
+        loss_s=loss_seconds(model, layout, cluster),
+        reduce_s=state.ends,
+        optimizer_s=contrastive_optimizer_seconds(model, layout, stages[slow], cluster.hardware),
     )
     return _stage_costs(stages, units, encode_text_s=encode_text, backward_text_s=backward_text), together
 

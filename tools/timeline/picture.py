@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.transforms import blended_transform_factory
 
 from tools.report.curves import INK, MUTED, style
-from tools.timeline.spans import WAIT, Row, Span, StepTimeline
+from tools.timeline.spans import AWAIT_GRADIENTS, AWAIT_WEIGHTS, WAIT, Row, Span, StepTimeline
 
 # Okabe and Ito's palette for compute (told apart by colour-blind readers), a pale shade where it is the captions';
 # greys for communication, so that what is not compute recedes.
@@ -29,6 +29,8 @@ COLOURS = {
     "exchange": "#8793a0",
     "reduce": "#5a6672",
     "gather_weights": "#b4bec8",
+    AWAIT_WEIGHTS: "#d9c84a",
+    AWAIT_GRADIENTS: "#a8862b",
 }
 NAMES = {
     "encode": "encode",
@@ -43,6 +45,8 @@ NAMES = {
     "exchange": "exchange of rows",
     "reduce": "reduce gradients",
     "gather_weights": "gather weights",
+    AWAIT_WEIGHTS: "wait for sharded weights",
+    AWAIT_GRADIENTS: "wait for reduced gradients",
 }
 IDLE, OTHER = "#f0f2f5", "#c9b8e8"
 _WIDTH_IN, _LEFT_IN, _RIGHT_IN, _TOP_IN, _BOTTOM_IN = 13.0, 1.75, 0.85, 0.95, 1.15

@@ -13,6 +13,9 @@ from tools.cli import CommandError
 COMPUTE = ("encode", "encode_text", "teacher", "forward", "replay", "backward", "backward_text", "loss", "optimizer")
 COMMUNICATION = ("exchange", "reduce", "gather_weights")
 WAIT = "wait"
+"""For a message of another stage."""
+AWAIT_WEIGHTS, AWAIT_GRADIENTS = "await_weights", "await_gradients"
+"""For shards that are gathered or reduced beside the work; simulated steps have them."""
 
 
 @dataclass(frozen=True, kw_only=True)

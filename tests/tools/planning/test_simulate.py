@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from engine.config.read import load_config
+from engine.config.read import load_config, resolve
 from engine.objectives.contrastive.program import ContrastiveProgram
 from engine.pipeline.program import Program
 from tools.cost.cluster import Cluster
@@ -17,8 +18,11 @@ from tools.cost.layout import layout_of
 from tools.cost.mim import mim_costs
 from tools.cost.time import step_time
 from tools.simulate.__main__ import main
-from tools.simulate.events import CollectiveCosts, StageCosts, Wire, bubble_bound, durations_of, simulate
+from tools.simulate.events import CollectiveCosts, StageCosts, bubble_bound, durations_of, simulate
+from tools.simulate.stage_costs import simulate_config
+from tools.simulate.wires import ShardCosts, Wire
 from tools.timeline.picture import COLOURS, IDLE
+from tools.timeline.spans import AWAIT_GRADIENTS, AWAIT_WEIGHTS
 
 FORWARD, BACKWARD = 3.0, 7.0
 
@@ -107,6 +111,45 @@ def test_collectives_wait_for_the_last_stage() -> None:
     assert starts[0] == starts[1] == pytest.approx([step.encode_s + 0.5])
 
 
+SHARDED = ContrastiveProgram(
+    stages=1,
+    micro_batches=4,
+    chunks=3,
+    round_size=4,
+    sharded_weights=frozenset(range(3)),
+    sharded_gradients=frozenset(range(3)),
+)
+TURN_FORWARD, TURN_BACK = 4 * FORWARD / 3, 4 * (FORWARD + BACKWARD) / 3
+
+
+@pytest.mark.parametrize(("gather", "reduce"), [(0.5, 1.0), (5.0, 1.0), (5.0, 20.0)])
+def test_shards_travel_beside_the_turn_before(gather: float, reduce: float) -> None:
+    """Only the first gather of each phase and the last reduction are never hidden; the others take turns on a line."""
+    costs = StageCosts(forward_s=(FORWARD / 3,) * 3, backward_s=(BACKWARD / 3,) * 3)
+    shards = [ShardCosts(gather_s=(gather,) * 3, reduce_s=(reduce,) * 3)]
+    plain, sharded = (simulate(SHARDED, durations_of([costs]), None, line) for line in (None, shards))
+    encode = gather + 2 * max(0.0, gather - TURN_FORWARD)
+    assert sharded.encode_s - plain.encode_s == pytest.approx(encode)
+    least = encode + gather + reduce + 2 * max(0.0, reduce - TURN_BACK)
+    assert sharded.step_s - plain.step_s >= least - 1e-9
+    assert sharded.sharded_s == pytest.approx((6 * gather + 3 * reduce,))
+    waits = {AWAIT_WEIGHTS: 0.0, AWAIT_GRADIENTS: 0.0}
+    for span in sharded.timeline.rows[0].spans:
+        if span.phase in waits:
+            waits[span.phase] += span.stop_s - span.start_s
+    assert sharded.step_s - plain.step_s == pytest.approx(sum(waits.values()))
+    if reduce < TURN_BACK:
+        assert waits == pytest.approx({AWAIT_WEIGHTS: encode + gather, AWAIT_GRADIENTS: reduce})
+
+
+def test_nothing_travels_ahead_without_overlap() -> None:
+    costs = StageCosts(forward_s=(FORWARD / 3,) * 3, backward_s=(BACKWARD / 3,) * 3)
+    program = replace(SHARDED, gathers_ahead=False)
+    shards = [ShardCosts(gather_s=(0.5,) * 3, reduce_s=(1.0,) * 3, overlap=False)]
+    plain, sharded = (simulate(program, durations_of([costs]), None, line) for line in (None, shards))
+    assert sharded.step_s - plain.step_s == pytest.approx(6 * 0.5 + 3 * 1.0)
+
+
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
@@ -154,6 +197,30 @@ def test_from_a_config_on_the_planners_hardware(tmp_path: Path, capsys: pytest.C
         cluster = Cluster(hardware=load_hardware("a100-40"), gpus=48, per_node=8)
         time = step_time(job.model, layout_of(job, 48), cluster)
         assert seconds == pytest.approx(time.total - time.input, rel=0.02)
+
+
+@pytest.mark.parametrize("nic_gb_s", [25.0, 2.0])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["parallel.virtual=48", "parallel.pipeline=1", "parallel.shard=weights"],
+        ["parallel.virtual=12", "parallel.pipeline=4", "parallel.shard=weights"],
+        ["parallel.virtual=48", "parallel.pipeline=1", "parallel.shard=weights", "parallel.shard_ranks=8"],
+        ["parallel.virtual=12", "parallel.pipeline=4", "parallel.shard=gradients"],
+        ["parallel.virtual=12", "parallel.pipeline=2", "parallel.shard=weights", "parallel.overlap=false"],
+    ],
+    ids=lambda options: "-".join(option.rpartition(".")[2] for option in options),
+)
+def test_sharded_parts_take_as_long_as_planned(options: list[str], nic_gb_s: float) -> None:
+    """Gathers and reductions are events of the step; the planner has a closed form of what they leave."""
+    whole = ["parallel.tensor=1", "train.global_batch_size=18432", "train.keep_activations=0"]
+    job = resolve(yaml.safe_load(JOB), [*whole, *options])
+    hardware = replace(load_hardware("a100-40"), nic_gb_s=nic_gb_s)
+    cluster = Cluster(hardware=hardware, gpus=48, per_node=8)
+    time, simulation = step_time(job.model, layout_of(job, 48), cluster), simulate_config(job, cluster)
+    assert simulation.step_s == pytest.approx(time.total - time.input, rel=0.03)
+    waits = [s for row in simulation.timeline.rows for s in row.spans if s.phase in (AWAIT_WEIGHTS, AWAIT_GRADIENTS)]
+    assert sum(span.stop_s - span.start_s for span in waits) > 0
 
 
 PHASES = """
