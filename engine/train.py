@@ -85,19 +85,20 @@ def _train(job: Job, working: int) -> int:
         end_with_parent()
     facts = facts_of(to_dict(config))
     ours = (LayoutError, NotEveryoneCame, RanksDiffer, UnfitRank)
-    try:
-        with Wishes() as wishes, launch.job(config.parallel, facts, working) as (mesh, device):
-            if mesh.world.rank == 0:
-                print("\n".join([*job.origin, "; then ".join(kernels)]), flush=True)
-            if config.parallel.preflight:
-                preflight(mesh, device, Path(config.run_dir))
-            done = train_job(job, mesh, device, partial(_callbacks, config), wishes)
-    except StoodBy:
-        return 0
-    except (*ours, DataError, CheckpointError, ModelConfigError, UnhealthyStep) as error:
-        return tell_line(error)
-    except Exception as error:
-        return tell(error)
+    with Wishes() as wishes:  # until the last word is said
+        try:
+            with launch.job(config.parallel, facts, working) as (mesh, device):
+                if mesh.world.rank == 0:
+                    print("\n".join([*job.origin, "; then ".join(kernels)]), flush=True)
+                if config.parallel.preflight:
+                    preflight(mesh, device, Path(config.run_dir))
+                done = train_job(job, mesh, device, partial(_callbacks, config), wishes)
+        except StoodBy:
+            return 0
+        except (*ours, DataError, CheckpointError, ModelConfigError, UnhealthyStep) as error:
+            return tell_line(error)
+        except Exception as error:
+            return tell(error)
     return 0 if done else STOPPED
 
 

@@ -53,11 +53,14 @@ class Trainer:
         restart_average(self.optimizer)
         self.training_step = objective_of(config).step(config, mesh, device.torch_device, self.towers, self.optimizer)
         self.health = self.training_step.update.health
-        rhythms = (
-            config.health.audit_every_steps,
-            config.checkpoint.every_steps if config.health.audit_every_steps else 0,
+        rhythms = (config.health.audit_every_steps, config.checkpoint.every_steps, phase.last_step)
+        self.audit = Audit(
+            self.towers,
+            self.optimizer,
+            mesh,
+            every_steps=rhythms if config.health.audit_every_steps else (),
+            at_rest=self.training_step.update.at_rest,
         )
-        self.audit = Audit(self.towers, self.optimizer, mesh, every_steps=rhythms)
         self.recovery = Recovery(self.towers, self.optimizer, self.phase, mesh, self.audit)
         self.position = Position(step=0, samples_seen=0, phase=self.phase.name)
         self.lock: RunLock | None = None

@@ -76,16 +76,25 @@ class CheckpointCallback(Callback):
         elif stop and not self.settings.every_steps:
             where = "not saved: checkpoint.every_steps is 0"
         else:
-            final = step_folder(self.run_dir, done)
-            if not self.saver.saved or self.saver.saved[-1] != final:
-                self._save(record, wait=bool(stop))
-            saved = bool(self.saver.saved) and self.saver.saved[-1] == final
-            where = f"saved in {final}" if saved else "not saved"
+            where = self._save_audited(record, wait=bool(stop))
         if stop and self.saver.saved:
             self._finish()
         if self.trainer.mesh.world.rank == 0:
             why = f"stopped by {stop}" if stop else "asked to save"
             print(f"{why} after step {done}: {where}", file=sys.stderr, flush=True)
+
+    def _save_audited(self, record: Record, wait: bool) -> str:
+        """Save between two steps, unless memory is found not to be sound; what came of it, in words."""
+        final = step_folder(self.run_dir, self.trainer.position.step)
+        if not self.saver.saved or self.saver.saved[-1] != final:
+            if self.trainer.config.health.audit_every_steps:
+                self.trainer.towers.wait_for_weights()
+                problem = self.trainer.audit()
+                if problem:
+                    return f"not saved: {problem}"
+            self._save(record, wait)
+        saved = bool(self.saver.saved) and self.saver.saved[-1] == final
+        return f"saved in {final}" if saved else "not saved"
 
     def _save(self, record: Record, wait: bool) -> None:
         with self._stall():

@@ -14,6 +14,7 @@ its rank at the next step with the reason, and torchrun stops the others.
 
 import copy
 import json
+import os
 import shutil
 import socket
 import sys
@@ -166,14 +167,20 @@ class CheckpointSaver:
             self.certified.append(self._sound)
         self.rejected = everyone(self.rejected, self.mesh.world)[0]
 
-    def abandon(self, patience_s: float = 20.0) -> str | None:
+    def abandon(self, patience_s: float = 6.0) -> str | None:
         """At the end of a run, also after an error: let the save under way finish if it can, without a collective.
 
-        Returns what went wrong with it in words; nothing if none is under way.
+        patience_s: how long rank 0 waits for the files of ranks that may be gone, while none of them grows. Returns
+        what went wrong with it in words; nothing if none is under way.
         """
         problem = self._writing.join() if self._writing is not None else None
         if self._committing is not None:
-            self._committing.join(patience_s)
+            seen, since_s = _sizes(saving_folder(self.saved[-1])), time.monotonic()
+            while not self._committing.done and time.monotonic() - since_s < patience_s:
+                self._committing.join(_POLL_S)
+                sizes = _sizes(saving_folder(self.saved[-1]))
+                if sizes != seen:
+                    seen, since_s = sizes, time.monotonic()
             self._cancelled.set()
             problem = problem or self._committing.join()
         if self._completing is not None:
@@ -288,6 +295,14 @@ def _prepare(folder: Path, total_bytes: int) -> None:
             "checkpoint.keep_last"
         )
     folder.mkdir()
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of what is being written, by name."""
+    try:
+        return {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+    except OSError:  # it has its name by now, or the disk is gone
+        return {}
 
 
 def write_rank(folder: Path, rank: int, parts: list[SnapshotPart]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from engine.optim.average import move_average
 from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.mesh import Mesh
 from engine.pipeline.clock import Phases
+from engine.resilience.audit import AtRest
 from engine.resilience.judge import Health
 
 
@@ -43,6 +44,7 @@ class Update:
     def __init__(self, towers: Towers, optimizer: ShardedOptimizer, mesh: Mesh, health: HealthConfig):
         self.towers, self.optimizer, self.mesh = towers, optimizer, mesh
         self.health = Health(health)
+        self.at_rest = AtRest(optimizer, watched=health.audit_every_steps > 0)
         self.audit: Callable[[], str] | None = None
         """Compares copies of weights before the next update (engine/resilience/audit.py); None: not in this step."""
 
@@ -55,7 +57,7 @@ class Update:
             self.reduce()
         with phases.time("optimizer"):
             gradient_norm, loss_value = self.optimizer.gradient_norm_and(loss)
-            differs = self.audit() if self.audit is not None else ""
+            differs = self._audited()
             verdict = self.health.diverged(differs) if differs else self.health.judge(loss_value, gradient_norm)
             if verdict.action == "apply":
                 self._apply(gradient_norm, clamps)
@@ -65,11 +67,18 @@ class Update:
             self.towers.gather_weights()
         return gradient_norm
 
+    def _audited(self) -> str:
+        if self.audit is not None:
+            return self.audit()
+        self.at_rest.check()  # what it sees is told at the next audit
+        return ""
+
     def _apply(self, gradient_norm: float, clamps: Mapping[str, tuple[float, float]]) -> None:
         self.optimizer.apply(gradient_norm)
         for name, (lowest, highest) in clamps.items():  # on the master weight, before the all-gather
             self.optimizer.clamp(name, lowest, highest)
         move_average(self.optimizer)
+        self.at_rest.begin()
 
     def reduce(self) -> None:
         """Complete the gradients on the ranks that own them."""

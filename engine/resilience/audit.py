@@ -1,4 +1,5 @@
-"""Do copies of the same weights still agree? Memory forgets: a flipped bit of one replica trains on in silence.
+"""Do copies of the same weights still agree, and is what has no copy still what it was? Memory forgets: a flipped bit
+of one replica trains on in silence.
 
 Every rank sums the bits of its weight buffers as integers, just before an update, and all ranks compare the sums on the
 host: of a part of the model over its data-parallel owners, and of tensors that every tensor rank holds whole over the
@@ -6,7 +7,11 @@ tensor axis. Where fp32 masters exist beside the weights, their rounding is comp
 where sums differ the tensors are looked at one by one. The copies of most ranks are taken to be right; of two, either.
 Parts whose weights are sharded have no copies to compare.
 
-Cost: one pass over the weights and one exchange of a few integers (docs/results/reliability.md).
+What one rank alone owns (fp32 masters, moments, the average) is written by updates only. Sums of its bits are kept from
+the end of an update to the next one, and a difference is remembered on the device until the next comparison.
+
+Cost: one pass over the weights and one exchange of a few integers each time, two passes over the owned state a step
+(docs/results/reliability.md).
 """
 
 import socket
@@ -36,12 +41,57 @@ class _Copy:
     bits: int
 
 
-class Audit:
-    """Compares copies of weights. Collective over the mesh."""
+class AtRest:
+    """The owned state between two updates, when nobody may write it. Local; waits for no device."""
 
-    def __init__(self, towers: Towers, optimizer: ShardedOptimizer, mesh: Mesh, *, every_steps: tuple[int, ...]):
+    def __init__(self, optimizer: ShardedOptimizer, *, watched: bool):
+        """watched: otherwise nothing is looked at."""
+        self._optimizer, self._watched = optimizer, watched
+        self._sums: Tensor | None = None
+        self._changed: Tensor | None = None
+
+    def begin(self) -> None:
+        """An update has written the state, which stays as it is until the next one."""
+        self._sums = self._sum() if self._watched else None
+
+    def check(self) -> None:
+        """Look whether it is still so, just before the next update."""
+        if self._sums is not None:
+            changed = self._sums != self._sum()
+            self._changed = changed if self._changed is None else self._changed | changed
+
+    def end(self) -> None:
+        """Something else than an update writes the state: what was seen of it is of no use any more."""
+        self._sums = self._changed = None
+
+    def changed(self) -> list[str]:
+        """Kinds of state that have changed by themselves since `end`; waits for the device."""
+        if self._changed is None:
+            return []
+        kinds = [kind for tower in self._optimizer.towers for kind in tower.kinds()]
+        return list(dict.fromkeys(kind for kind, changed in zip(kinds, self._changed.tolist(), strict=True) if changed))
+
+    @torch.no_grad()
+    def _sum(self) -> Tensor:
+        flats = [flats for tower in self._optimizer.towers for flats in tower.kinds().values()]
+        return torch.stack([torch.stack([_sum_of_bits(flat) for flat in of_kind]).sum() for of_kind in flats])
+
+
+class Audit:
+    """Compares copies of weights, and what one rank owns with what it was. Collective over the mesh."""
+
+    def __init__(
+        self,
+        towers: Towers,
+        optimizer: ShardedOptimizer,
+        mesh: Mesh,
+        *,
+        every_steps: tuple[int, ...],
+        at_rest: AtRest,
+    ):
         """every_steps: due in each of these rhythms; 0 is none."""
         self.towers, self.optimizer, self.mesh = towers, optimizer, mesh
+        self.at_rest = at_rest
         self._parts = [
             (number, part)
             for number, part in enumerate(towers.parts)
@@ -55,8 +105,9 @@ class Audit:
 
     @torch.no_grad()
     def __call__(self) -> str:
-        """What differs, in words, the same on every rank; empty if nothing does. Between backward and update."""
+        """What is wrong, in words, the same on every rank; empty if nothing is. Outside of updates."""
         self._wait_for_gathers_under_way()
+        self.at_rest.check()
         if not self._compare(self._whole_parts):
             return ""
         return self._compare(self._tensors) or self._compare(self._whole_parts)
@@ -69,14 +120,15 @@ class Audit:
                     group.finish_param_sync(skip_next_bucket_dispatch=True)
 
     def _compare(self, copies_of: Callable[[], list[_Copy]]) -> str:
-        ranks = everyone((socket.gethostname(), copies_of()), self.mesh.control)
+        ranks = everyone((socket.gethostname(), self.at_rest.changed(), copies_of()), self.mesh.control)
+        changed = [f"{kind} of rank {rank} on {host}" for rank, (host, kinds, _) in enumerate(ranks) for kind in kinds]
         groups: dict[Hashable, list[tuple[int, str, _Copy]]] = {}
-        for rank, (host, copies) in enumerate(ranks):
+        for rank, (host, _, copies) in enumerate(ranks):
             for copy in copies:
                 groups.setdefault((copy.what, copy.same_on), []).append((rank, host, copy))
-        lines = [line for members in groups.values() if (line := _odd_ones(members))]
-        more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-        return "; ".join(lines[:_SHOWN]) + more
+        differs = [line for members in groups.values() if (line := _odd_ones(members))]
+        found = {"state has changed between two updates": changed, "copies of weights are not equal": differs}
+        return "; ".join(f"{what}: {_shown(lines)}" for what, lines in found.items() if lines)
 
     def _whole_parts(self) -> list[_Copy]:
         copies = [
@@ -132,15 +184,24 @@ class Audit:
         return "tensor", self.mesh.pipeline.rank, self.mesh.data.rank
 
 
+def _shown(lines: list[str]) -> str:
+    more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    return "; ".join(lines[:_SHOWN]) + more
+
+
 def _bits(values: Tensor) -> int:
+    return int(_sum_of_bits(values))
+
+
+def _sum_of_bits(values: Tensor) -> Tensor:
     """Sum of the bits as integers, modulo 2^64: a flipped bit changes it by a power of two. Eight bytes at a time where
     they lie so: sums of narrower integers take ten times as long.
     """
     flat = values.detach().reshape(-1)
     size = flat.element_size()
     if flat.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0:
-        return int(flat.view(torch.int64).sum())
-    return int(flat.view(_WORDS[size]).sum(dtype=torch.int64))
+        return flat.view(torch.int64).sum()
+    return flat.view(_WORDS[size]).sum(dtype=torch.int64)
 
 
 def _odd_ones(members: list[tuple[int, str, _Copy]]) -> str:

@@ -63,9 +63,9 @@ class Health:
         return self.verdict
 
     def diverged(self, problem: str) -> Verdict:
-        """Judge, in place of `judge`, where copies of weights differ."""
+        """Judge, in place of `judge`, where the audit has found something."""
         self.verdict = Verdict(
-            problem=f"copies of weights are not equal: {problem}",
+            problem=problem,
             action=self.config.on_divergence,
             advice="its memory may be bad: take the host out of the job and resume, or let health.on_divergence "
             "repair or rewind",

@@ -99,6 +99,7 @@ class Recovery:
         schedule_step = self.optimizer.step_count
         load_state(self.towers, self.optimizer, self.phase, self.mesh, checkpoint)
         self.optimizer.step_count = schedule_step
+        self.audit.at_rest.end()
         checkpoint.close()
         position.updates = self.optimizer.update_count
         return checkpoint.folder

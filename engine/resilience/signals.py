@@ -58,12 +58,12 @@ class Wishes:
 
     @contextmanager
     def wait_for_steps(self) -> Iterator[None]:
-        """Inside, a first signal is a wish for the end of a step."""
+        """Inside, a first signal is a wish for the end of a step. It stays one after an error: torchrun ends the others
+        when one rank has failed, and what this one has to say about it must not be lost.
+        """
         self.training = True
-        try:
-            yield
-        finally:
-            self.training = False
+        yield
+        self.training = False
 
     def _listen(self) -> None:
         while heard := self._ours.recv(64):

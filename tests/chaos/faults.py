@@ -57,7 +57,7 @@ class Fault:
     """Gets the place and the rank's trainer."""
     comes: str
     """on: the job goes on as if nothing had been | stops: in order, saved | ends: with one line that holds `says`, or
-    goes on unharmed where it came too late to do harm | counted | unseen.
+    goes on unharmed where it came too late to do harm | counted.
     """
     says: str = ""
     overrides: tuple[str, ...] = ()
@@ -98,6 +98,20 @@ def arm(rank: int, fault: Callable[[Place, Any], None], place: Place) -> None:
         return write_rank(folder, *arguments)
 
     Pulse.at, Trainer.fit, save.write_rank = at, fitted, written  # type: ignore[method-assign, assignment]
+
+
+def note_first_step(scratch: str, rank: int) -> None:
+    """Leave the moment in which this start has made its first step; run in every rank before its job."""
+    from engine.resilience.watch import Pulse
+
+    done, path = Pulse.step_done, Path(scratch) / "trained"
+
+    def step_done(pulse: Pulse, *arguments: Any) -> None:
+        done(pulse, *arguments)
+        if not path.exists():
+            path.write_text(repr(time.monotonic()))
+
+    Pulse.step_done = step_done  # type: ignore[method-assign]
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -289,8 +303,9 @@ def nan_master(place: Place, trainer: Any) -> None:
         trainer.optimizer.towers[0].master[0].view(-1)[3] = float("nan")
 
 
-STILL = ("parallel.hang_minutes=0.25",)
+STILL = ("parallel.hang_minutes=0.2",)
 READ = ("data.workers=1", "data.stall_timeout_s=4", "data.remote_patience_s=2")
+CHANGED = "state has changed between two updates"
 AUDIT = ("health.audit_every_steps=1",)
 LOST, NOT_FINITE = "lost another rank", "not finite"
 FAULTS = [
@@ -319,9 +334,9 @@ FAULTS = [
     Fault("checkpoint file gone", damaged_checkpoint("gone"), "ends", LOST),
     Fault("`latest` elsewhere", damaged_checkpoint("latest"), "ends", LOST),
     Fault("NaN gradient", nan_gradient, "ends", NOT_FINITE),
-    Fault("NaN master weight", nan_master, "ends", f"{NOT_FINITE}|copies of weights"),
+    Fault("NaN master weight", nan_master, "ends", f"{NOT_FINITE}|{CHANGED}"),
     Fault("flipped weight", flipped_weight, "ends", "copies of weights are not equal", AUDIT),
-    Fault("flipped moment", flipped_moment, "unseen"),
+    Fault("flipped moment", flipped_moment, "ends", f"{CHANGED}: moment2 of rank 1", AUDIT),
     Fault("clock an hour ahead", clock_jumps, "on"),
     Fault("two jobs on one run_dir", second_job, "on"),
 ]

@@ -4,21 +4,24 @@ A start costs a second instead of the ten that torchrun and the imports take, so
 torchrun has a part in (its own signals, its restarts) is in test_jobs.py. A rank runs `engine.train` as it is.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-PATIENCE_S = 180.0
-GRACE_S = 60.0
-"""From the SIGTERM that follows the first failure to the SIGKILL."""
+PATIENCE_S = 300.0
+"""A start that is not over by then has its Python stacks in its log, and is killed."""
+GRACE_S = 20.0
+"""From the SIGTERM that follows the first failure to the SIGKILL; that of a rank that is stopped comes at once."""
+_STACKS_S = 3.0
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -78,8 +81,9 @@ class Start:
                 if rank.exitcode and not told:
                     told, deadline = True, min(deadline, time.monotonic() + GRACE_S)
                     for other in running.values():
-                        _signal(other, signal.SIGTERM)
+                        _signal(other, signal.SIGKILL if _is_stopped(other) else signal.SIGTERM)
             if running and time.monotonic() >= deadline:
+                _dump_stacks(running.values(), self.log)
                 for other in running.values():
                     other.kill()
         return [rank.exitcode or 0 for rank in self.ranks]
@@ -97,9 +101,7 @@ def launch(
 ) -> Start:
     """Start the ranks. prepare(rank, *prepared_with): run in each of them before the job (module level)."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["engine.job", "engine.callbacks.console", "engine.callbacks.suite", "data.vocabulary"]
-    )
+    context.set_forkserver_preload(["tests.preload", "tests.chaos.preload"])
     port = _free_port()
     log.write_bytes(b"")
     ranks: list[BaseProcess] = [
@@ -138,6 +140,7 @@ def _run_rank(
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
     os.environ.update(ENVIRONMENT)
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
     if size > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -147,6 +150,22 @@ def _run_rank(
     if prepare is not None:
         prepare(rank, *prepared_with)
     leave(train.main([config, *overrides]))
+
+
+def _dump_stacks(ranks: Iterable[BaseProcess], log: Path) -> None:
+    """Have ranks that do not end write where they are."""
+    with log.open("a") as file:
+        file.write(f"not over in time: {', '.join(rank.name for rank in ranks)}\n")
+    for rank in ranks:
+        _signal(rank, signal.SIGUSR2)
+    wait([rank.sentinel for rank in ranks], _STACKS_S)
+
+
+def _is_stopped(rank: BaseProcess) -> bool:
+    try:
+        return Path(f"/proc/{rank.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
+    except OSError:
+        return False
 
 
 def _signal(rank: BaseProcess, number: int) -> None:

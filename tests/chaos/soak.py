@@ -2,19 +2,21 @@
 
     python -m tests.chaos.soak --steps 2000 [--minutes 60]
 
-Two data-parallel ranks of a tiny model. Faults in turn: a pause, a checkpoint that is asked for, a NaN gradient that is
-skipped, a flipped weight that is repaired, and at last the end of a rank, after which the job is started again. Each
-start reads its memory, descriptors, threads and the machine's shared memory every ten steps; growth is the slope of
-a line through them, the first ones of a start left out.
+Two data-parallel ranks of a tiny model. Faults in turn, on one rank and on the other: a pause, a checkpoint that is
+asked for, a NaN gradient that is skipped, a flipped weight that is repaired or rewound, a flipped moment that is
+rewound, and at last the end of a rank, after which the job is started again. Each start reads memory, descriptors,
+threads and shared memory of its ranks and their readers every ten steps; growth is the slope of a line through them,
+the first ones of a start left out. Numbers come to benchmarks/results/soak.json with --write.
 """
 
 import argparse
+import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common import RESULTS, machine, write_json
 from engine.callbacks.metrics import read_metrics
 from tests.chaos import faults
 from tests.chaos.faults import Place
@@ -29,15 +32,22 @@ from tests.chaos.ranks import TINY, launch
 from tests.data.shard_factory import make_shards
 
 FAULT_EVERY, READ_EVERY, WARM_STEPS = 50, 10, 60
-NAMES = ("resident memory, kB", "descriptors", "threads", "/dev/shm, kB")
+NAMES = ("memory of a rank, kB", "memory of its reader, kB", "descriptors", "threads", "shared memory, kB")
+TURNS = ("pause", "save asked for", "NaN gradient", "flipped weight", "flipped moment", "kill -9 of a rank")
+RESULT = RESULTS / "soak.json"
+
+
+def _memory_kb(pid: int | str) -> tuple[int, int, int]:
+    """Memory of its own, shared memory, threads of a process."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(status["RssAnon"].split()[0]), int(status["RssShmem"].split()[0]), int(status["Threads"])
 
 
 def _sample() -> tuple[int, ...]:
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    shared = os.statvfs("/dev/shm")
-    used_kb = (shared.f_blocks - shared.f_bfree) * shared.f_frsize // 1024
-    resident_kb = int(status["RssAnon"].split()[0])
-    return resident_kb, len(os.listdir("/proc/self/fd")), int(status["Threads"]), used_kb
+    own, shared, threads = _memory_kb("self")
+    readers = [_memory_kb(child.pid) for child in multiprocessing.active_children() if child.pid is not None]
+    shared_of_all = shared + sum(reader[1] for reader in readers)
+    return own, sum(reader[0] for reader in readers), len(os.listdir("/proc/self/fd")), threads, shared_of_all
 
 
 def watch_and_disturb(folder: str, rank: int) -> None:
@@ -50,7 +60,8 @@ def watch_and_disturb(folder: str, rank: int) -> None:
     done: set[int] = set()
     place = Place(rank, 0, "reduce", Path(folder) / "run", Path(folder), Path(folder))
     turns: list[Callable[[Place, Any], None]] = [
-        faults.pause, faults.touch("SAVE"), faults.nan_gradient, faults.flipped_weight, faults.to_self(signal.SIGKILL),
+        faults.pause, faults.touch("SAVE"), faults.nan_gradient, faults.flipped_weight, faults.flipped_moment,
+        faults.to_self(signal.SIGKILL),
     ]  # fmt: skip
 
     def fitted(own: Trainer, *arguments: Any) -> str:
@@ -65,10 +76,10 @@ def watch_and_disturb(folder: str, rank: int) -> None:
                 file.write(" ".join(map(str, (step, *_sample()))) + "\n")
         if part in ("backward", "replay") and step and step % FAULT_EVERY == 0 and step not in done:
             done.add(step)
-            turn = step // FAULT_EVERY
+            turn = step // FAULT_EVERY - 1
             marker = Path(folder) / f"fault_{step}"
-            if rank == turn % 2 and not marker.exists():
-                marker.touch()
+            if rank == turn // len(turns) % 2 and not marker.exists():
+                marker.write_text(TURNS[turn % len(turns)])
                 turns[turn % len(turns)](place, trainer[0])
 
     Trainer.fit, Pulse.at = fitted, at  # type: ignore[method-assign]
@@ -91,42 +102,51 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--minutes", type=float, default=120.0)
+    parser.add_argument("--write", action="store_true")
     given = parser.parse_args(arguments)
-    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    with tempfile.TemporaryDirectory(prefix="soak-") as name:
+        found = run(Path(name), given.steps, 60 * given.minutes)
+    for name, value in found.items():
+        print(f"{name}: {value}")
+    if given.write:
+        write_json(RESULT, found)
+    return int(not found["every step once"] or found["steps"] < given.steps or bool(found["strange"]))
+
+
+def run(folder: Path, steps: int, limit_s: float) -> dict[str, Any]:
+    """Train in `folder` until all steps are done or the time is over; what is reported."""
     shards = make_shards(folder, [20, 28])
-    deadline, starts, strange = time.monotonic() + 60 * given.minutes, 0, []
-    while time.monotonic() < deadline:
-        settings = [*TINY, f"data.shards=[{','.join(shards)}]", f"train.steps={given.steps}"]
-        settings += [f"run_dir={folder / 'run'}", "data.workers=1", "checkpoint.every_steps=20"]
-        settings += ["health.on_nonfinite=skip", "health.on_divergence=repair", "health.audit_every_steps=1"]
-        start = launch(
-            "examples/quickstart/train.yaml",
-            settings,
-            2,
-            folder / "log",
-            prepare=partial(watch_and_disturb, str(folder)),
-        )
+    began, starts, strange = time.monotonic(), 0, list[str]()
+    own = [f"data.shards=[{','.join(shards)}]", f"train.steps={steps}", f"run_dir={folder / 'run'}", "data.workers=1"]
+    own += ["checkpoint.every_steps=20", "health.on_nonfinite=skip", "health.on_divergence=repair"]
+    own += ["health.audit_every_steps=1", "health.max_rewinds=1000"]
+    prepare = partial(watch_and_disturb, str(folder))
+    while not strange:
+        start = launch("examples/quickstart/train.yaml", [*TINY, *own], 2, folder / "log", prepare=prepare)
         starts += 1
-        statuses = start.end(max(1.0, deadline - time.monotonic()))
+        statuses = start.end(max(1.0, limit_s - (time.monotonic() - began)))
         if not any(statuses):
             break
-        if -signal.SIGKILL not in statuses:
+        if -signal.SIGKILL not in statuses or "not over in time" in start.text:
             strange.append(start.text[-2000:])
-            break
     records = read_metrics(folder / "run" / "metrics.jsonl")
-    steps = [record["step"] for record in records]
-    whole = steps == list(range(len(steps)))
-    last = records[-1]
-    told = {name: last[name] for name in ("skipped_steps", "rewinds", "bad_samples")}
-    faulted = len(list(folder.glob("fault_*")))
-    print(f"{len(steps)} of {given.steps} steps, {starts} starts, {faulted} faults, {told}")
-    print("every step once" if whole else "steps are missing or twice there")
-    for name, slopes in growth(folder).items():
-        if slopes:
-            print(f"{name}: {min(slopes):+.3f} to {max(slopes):+.3f} a step, median {np.median(slopes):+.3f}")
-    print(*strange, sep="\n")
-    shutil.rmtree(folder)
-    return int(not whole or bool(strange))
+    made = [record["step"] for record in records]
+    faulted = Counter(path.read_text() for path in folder.glob("fault_*"))
+    return {
+        "machine": machine(),
+        "steps": len(made),
+        "every step once": made == list(range(len(made))),
+        "starts": starts,
+        "faults": {name: faulted[name] for name in TURNS},
+        **{name: records[-1][name] for name in ("skipped_steps", "rewinds", "bad_samples")},
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        "growth a step: least, median, most of the starts and ranks": {
+            name: [round(float(value), 4) for value in (min(slopes), np.median(slopes), max(slopes))]
+            for name, slopes in growth(folder).items()
+            if slopes
+        },
+        "strange": strange,
+    }
 
 
 if __name__ == "__main__":
