@@ -1,8 +1,8 @@
 """A whole job: its phases one after the other, each with towers of its own, from checkpoint to checkpoint."""
 
 import gc
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from data.errors import DataError
@@ -12,13 +12,14 @@ from engine.checkpoint.load import training_position
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.resume import choose, lock_run, newest_good
 from engine.config.phases import Job, Phase
+from engine.config.schema import Config
 from engine.parallel.agree import raise_together, together
 from engine.parallel.device import Device
 from engine.parallel.mesh import Mesh
 from engine.record import Callback
 from engine.resilience.signals import Wishes
 from engine.resilience.status import FAILED, FINISHED, RUNNING, STOPPED_IN_ORDER, write_status
-from engine.resilience.watch import Watch
+from engine.resilience.watch import Pulse, Watch
 from engine.trainer import Trainer
 
 Callbacks = Callable[[Trainer], list[Callback]]
@@ -68,22 +69,26 @@ def _run_next(
     done = training_position(checkpoint).step if checkpoint is not None else 0
     phase = next((phase for phase in plan if done < phase.last_step), plan[-1])
     _check_later_shards(plan[plan.index(phase) + 1 :], mesh)
-    trainer = Trainer(phase, mesh, device)
-    trainer.begin(checkpoint, lock)
-    with together(mesh.control):
-        watching = callbacks(trainer)
-    for callback in watching:  # what asks other ranks must not be among what one rank may fail at alone
-        if isinstance(callback, CheckpointCallback):
-            callback.open_local()
-    return phase, _train(trainer, watching, wishes)
+    with _watch(phase.config, mesh, wishes) as pulse:
+        trainer = Trainer(phase, mesh, device, pulse)
+        trainer.begin(checkpoint, lock)
+        with together(mesh.control):
+            watching = callbacks(trainer)
+        for callback in watching:  # what asks other ranks must not be among what one rank may fail at alone
+            if isinstance(callback, CheckpointCallback):
+                callback.open_local()
+        return phase, _train(trainer, watching, wishes)
 
 
-def _watch(trainer: Trainer, wishes: Wishes | None) -> AbstractContextManager[object]:
-    """Watches the ranks of a job; those that a test or a tool drives are watched by it."""
-    limit_s, world = 60 * trainer.config.parallel.hang_minutes, trainer.mesh.world
+@contextmanager
+def _watch(config: Config, mesh: Mesh, wishes: Wishes | None) -> Iterator[Pulse]:
+    """Watches the ranks of a job, from loading on; those that a test or a tool drives are watched by it."""
+    pulse, limit_s = Pulse(), 60 * config.parallel.hang_minutes
     if wishes is None or not limit_s:
-        return nullcontext()
-    return Watch(trainer.pulse, Path(trainer.config.run_dir), world.rank, world.size, limit_s=limit_s)
+        yield pulse
+        return
+    with Watch(pulse, Path(config.run_dir), mesh.world.rank, mesh.world.size, limit_s=limit_s):
+        yield pulse
 
 
 def _train(trainer: Trainer, callbacks: list[Callback], wishes: Wishes | None) -> str:
@@ -93,7 +98,7 @@ def _train(trainer: Trainer, callbacks: list[Callback], wishes: Wishes | None) -
     if first:
         write_status(run_dir, RUNNING, step=trainer.position.step)
     try:
-        with wishes.wait_for_steps() if wishes is not None else nullcontext(), _watch(trainer, wishes):
+        with wishes.wait_for_steps() if wishes is not None else nullcontext():
             stop = trainer.fit(callbacks, wishes)
         outcome = STOPPED_IN_ORDER if stop else FINISHED
     except Exception as error:

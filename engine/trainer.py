@@ -43,8 +43,8 @@ from engine.resilience.watch import Pulse
 class Trainer:
     """One training job, or one phase of it, on this rank."""
 
-    def __init__(self, phase: Phase, mesh: Mesh, device: Device):
-        """Build everything. Collective over the mesh."""
+    def __init__(self, phase: Phase, mesh: Mesh, device: Device, pulse: Pulse | None = None):
+        """Build everything. pulse: where the watch reads what this rank does. Collective over the mesh."""
         self.phase = phase
         self.config = config = phase.config
         self.mesh, self.device = mesh, device
@@ -65,7 +65,7 @@ class Trainer:
         self.position = Position(step=0, samples_seen=0, phase=self.phase.name)
         self.lock: RunLock | None = None
         self.callbacks: list[Callback] = []
-        self.pulse = Pulse()
+        self.pulse = pulse or Pulse()
         self.checkpoint_stall_s = 0.0
         """Seconds that training has waited for checkpoints since the last record."""
         self._resumed_states: dict[str, Any] = {}

@@ -54,6 +54,7 @@ from engine.config.read import Config, to_dict
 from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.agree import everyone, raise_together
 from engine.parallel.mesh import Mesh
+from engine.resilience.watch import LOOKS_AROUND
 
 _POLL_S = 0.02
 _WAIT_S = 10.0
@@ -234,11 +235,10 @@ class CheckpointSaver:
     def _commit(self, final: Path, manifest: Manifest) -> None:
         folder = saving_folder(final)
         rejected: list[str] = []
-        for rank in range(self.mesh.world.size):
-            report = folder / f"rank_{rank:05d}.json"
-            while not report.is_file():
-                if self._cancelled.wait(_POLL_S):
-                    return
+        reports = [folder / f"rank_{rank:05d}.json" for rank in range(self.mesh.world.size)]
+        if not self._wait_for(reports):
+            return
+        for rank, report in enumerate(reports):
             content = json.loads(report.read_text())
             if content["not_finite"]:
                 rejected.append(f"rank {rank} on {content['host']} holds {', '.join(content['not_finite'][:3])}")
@@ -255,6 +255,19 @@ class CheckpointSaver:
         for folder in set_later_aside(final, self.run_dir):
             print(f"WARNING: {folder.name}: of an attempt that this run does not continue", file=sys.stderr, flush=True)
         self._prune(self.certified[-1] if self.certified else None)
+
+    def _wait_for(self, files: list[Path]) -> bool:
+        """Until all are there; False if the save is given up before."""
+        own = threading.current_thread()
+        name, own.name = own.name, f"commit {LOOKS_AROUND}"
+        try:
+            for file in files:
+                while not file.is_file():
+                    if self._cancelled.wait(_POLL_S):
+                        return False
+            return True
+        finally:
+            own.name = name
 
 
 class BackgroundTask:

@@ -3,8 +3,9 @@
 A thread a rank writes where its rank is (step, part of the step, micro-batch, since when) to the store of this start;
 two ranks judge, so that one of them may be the culprit. A rank whose thread is silent too is stopped or gone; where all
 threads speak and nobody moves, those are late that are not waiting for others. A rank that waits inside a layer for its
-tensor partners cannot be told from one that computes: both are named. The judge's line goes to standard error, the
-stacks to run_dir/hang/, the place of each rank to run_dir/heartbeats/ for watchers outside.
+tensor partners cannot be told from one that computes: both are named. Loading, saving and evaluation take as long as
+they take: there a rank stands still if no thread of it has moved in its Python code. The judge's line goes to standard
+error, the stacks to run_dir/hang/, the place of each rank to run_dir/heartbeats/ for watchers outside.
 
 The same thread notices when torchrun is gone, and which ranks take longer than most to compute a step.
 """
@@ -35,7 +36,9 @@ _ORPHAN_S = 60.0
 _WAITS = ("wait", "exchange", "reduce", "gather_weights", "loss", "optimizer", "roll call", "share")
 """Parts of a step in which a rank depends on others."""
 _LONG = ("start", "callbacks")
-"""Loading, saving and evaluation take as long as they take, as long as they give signs of life."""
+"""Loading, saving and evaluation take as long as they take, as long as something moves."""
+LOOKS_AROUND = "looks around"
+"""Ends the name of a thread that only waits and looks, again and again: what it does is no movement."""
 _SLOW, _SLOW_STEPS = 1.5, 5
 
 
@@ -71,6 +74,7 @@ class Watch:
         self._seen: dict[int, tuple[int, float]] = {}
         self._slow_for: dict[int, tuple[int, int]] = {}
         self._filed_s = -_FILE_EVERY_S
+        self._stacks, self._still_since_s = 0, time.monotonic()
         self._ended = threading.Event()
 
     def __enter__(self) -> "Watch":
@@ -78,7 +82,7 @@ class Watch:
             # A connection of its own: the training thread may be inside a call of the other for minutes.
             store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
             self._store = dist.PrefixStore("watch", store)
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"watch {LOOKS_AROUND}", daemon=True)
         self._thread.start()
         return self
 
@@ -104,8 +108,18 @@ class Watch:
         return {
             "step": pulse.step + 1, "part": pulse.part, "micro_batch": pulse.micro_batch,
             "for_s": round(time.monotonic() - pulse.since_s, 1), "busy_s": pulse.busy_s, "host": socket.gethostname(),
-            "pid": os.getpid(),
+            "pid": os.getpid(), **(self._look_at_stacks() if pulse.part in _LONG else {}),
         }  # fmt: skip
+
+    def _look_at_stacks(self) -> dict[str, Any]:
+        """For how long no thread of this process has moved, and where the training thread is."""
+        stacks = stacks_of_threads()
+        moved = hash(tuple(stacks.items()))
+        if moved != self._stacks:
+            self._stacks, self._still_since_s = moved, time.monotonic()
+        innermost = sys._current_frames()[threading.main_thread().ident or 0].f_code
+        waits = f"{os.sep}torch{os.sep}distributed{os.sep}" in innermost.co_filename
+        return {"still_s": round(time.monotonic() - self._still_since_s, 1), "waits": waits}
 
     def _file(self) -> None:
         if time.monotonic() - self._filed_s < _FILE_EVERY_S:
@@ -144,9 +158,9 @@ class Watch:
             return f"no sign of life from {_named(silent, places)} for {self.limit_s:.0f} s"
         if min(place["for_s"] for place in places.values()) < self.limit_s:
             return ""
-        if any(place["part"] in _LONG for place in places.values()):
+        if min(place.get("still_s", self.limit_s) for place in places.values()) < self.limit_s:
             return ""
-        late = [rank for rank, place in places.items() if place["part"] not in _WAITS] or list(places)
+        late = [rank for rank, place in places.items() if not _waits(place)] or list(places)
         return f"nothing has moved for {self.limit_s:.0f} s, the others wait for {_named(late, places)}"
 
     def _judge_pace(self, places: dict[int, dict[str, Any]]) -> None:
@@ -189,6 +203,25 @@ class Watch:
         if time.monotonic() - self._orphan_s > _ORPHAN_S:
             print(f"error: rank {self.rank}: torchrun is gone and the step does not end", file=sys.stderr, flush=True)
             leave(HUNG)
+
+
+def stacks_of_threads() -> dict[int, int]:
+    """Thread -> where in the code each of its calls is, as a number; but those that only look around."""
+    frames, found = sys._current_frames(), {}
+    for thread in threading.enumerate():
+        frame = frames.get(thread.ident or 0)
+        if thread.name.endswith(LOOKS_AROUND) or frame is None:
+            continue
+        calls = []
+        while frame is not None:
+            calls.append((id(frame.f_code), frame.f_lasti))
+            frame = frame.f_back
+        found[thread.ident or 0] = hash(tuple(calls))
+    return found
+
+
+def _waits(place: dict[str, Any]) -> bool:
+    return place["part"] in _WAITS or bool(place.get("waits"))
 
 
 def _named(ranks: list[int], places: dict[int, dict[str, Any]]) -> str:

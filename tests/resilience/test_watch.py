@@ -1,12 +1,13 @@
 """Who is late when a job stands still, judged from what the ranks say of themselves."""
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.resilience.watch import Pulse, Watch
+from engine.resilience.watch import LOOKS_AROUND, Pulse, Watch, stacks_of_threads
 
 LIMIT_S = 60.0
 
@@ -42,7 +43,38 @@ def test_of_ranks_that_stand_still_those_that_wait_for_nobody_are_late() -> None
 
 @pytest.mark.parametrize("part", ["start", "callbacks"])
 def test_loading_saving_and_evaluation_take_as_long_as_they_take(part: str) -> None:
-    assert watch()._judge({rank: place(part if rank == 0 else "roll call", 900) for rank in range(4)}) == ""
+    ranks = [place(part if rank == 0 else "roll call", 900, still_s=3 if rank == 0 else 900) for rank in range(4)]
+    assert watch()._judge(dict(enumerate(ranks))) == ""
+
+
+def test_a_load_or_save_in_which_nothing_moves_is_found_and_who_waits_in_a_collective_is_not_named() -> None:
+    ranks = [place("callbacks", 900, still_s=900, waits=rank != 2) for rank in range(4)]
+    ranks[0] |= {"part": "roll call"}
+    said = watch()._judge(dict(enumerate(ranks)))
+    assert said.startswith("nothing has moved for 60 s, the others wait for rank 2 on node") and "rank 1" not in said
+
+
+def test_a_thread_that_works_is_movement_and_one_that_looks_around_is_none() -> None:
+    there, go_on = threading.Barrier(3), [threading.Event(), threading.Event()]
+
+    def wait_twice(number: int) -> None:
+        there.wait()
+        go_on[number].wait()
+        there.wait()
+        threading.Event().wait()
+
+    names = ("writer", f"commit {LOOKS_AROUND}")
+    for number, name in enumerate(names):
+        threading.Thread(target=wait_twice, args=(number,), name=name, daemon=True).start()
+    there.wait()
+    idents = {thread.name: thread.ident for thread in threading.enumerate()}
+    before = stacks_of_threads()
+    for event in go_on:
+        event.set()
+    there.wait()
+    after = stacks_of_threads()
+    assert before[idents["writer"]] != after[idents["writer"]]
+    assert idents[names[1]] not in before | after and threading.main_thread().ident in after
 
 
 def test_the_pulse_says_where_a_rank_is_and_how_long_it_computed() -> None:
