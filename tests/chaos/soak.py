@@ -5,8 +5,8 @@
 Two data-parallel ranks of a tiny model. Faults in turn, on one rank and on the other: a pause, a checkpoint that is
 asked for, a NaN gradient that is skipped, a flipped weight that is repaired or rewound, a flipped moment that is
 rewound, and at last the end of a rank, after which the job is started again. Each start reads memory, descriptors,
-threads and shared memory of its ranks and their readers every ten steps, the heap trimmed; growth is the slope of a line through them,
-the first ones of a start left out. Numbers come to benchmarks/results/soak.json with --write.
+threads and shared memory of its ranks and their readers every ten steps, the heap trimmed; growth is the slope of a
+line through them, the first ones of a start left out. Numbers come to benchmarks/results/soak.json with --write.
 """
 
 import argparse
