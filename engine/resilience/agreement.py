@@ -1,8 +1,8 @@
 """Whether all ranks run the same job with the same code, before any group exists. One that differs is named.
 
-Each rank leaves its facts (config, digest of our source files, versions) in the store of this start, rank 0 compares
-them and leaves the verdict. A rank with other settings would train on in silence, or end all of them in a collective
-that never fits.
+Each rank leaves its facts (config, digest of our source files, versions, switches of kernels in the environment, what
+the files hold that every host reads for itself) in the store of this start, rank 0 compares them and leaves the
+verdict. A rank with other settings would train on in silence, or end all of them in a collective that never fits.
 """
 
 import hashlib
@@ -20,12 +20,21 @@ import torch.distributed as dist
 
 from data.errors import DataError
 from data.fingerprint import differences
+from engine.checkpoint.format.disk import MANIFEST
+from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.format.folders import resolve_checkpoint, step_folders
 from engine.checkpoint.format.manifest import library_versions
 from engine.parallel.agree import everyone
 from engine.parallel.mesh import Mesh
 
 _ROOMS = ("engine", "models", "data")
 _OF_ONE_HOST = ("config.data.cache_dir",)
+_FILES = ("init.vision", "init.text", "init.logit_scale", "mim.teacher", "checkpoint.resume")
+"""Settings that name weights. Each rank reads the part that it owns: of two files half a model each."""
+_SWITCHES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG")
+_SWITCHES_OF = "NVTE_"
+"""Variables that choose kernels, and so the last digits; all of Transformer Engine's begin so."""
+_LOOKED_AT = 1 << 20
 _SHOWN = 6
 
 
@@ -39,6 +48,8 @@ def facts_of(config: Mapping[str, Any]) -> dict[str, str]:
         **_flat(config, "config."),
         **{f"version of {name}": version for name, version in library_versions().items()},
         **{f"code of {room}/": _code(room) for room in _ROOMS},
+        **{name: value for name, value in os.environ.items() if name in _SWITCHES or name.startswith(_SWITCHES_OF)},
+        **_contents(config),
     }
 
 
@@ -98,6 +109,36 @@ def _code(room: str) -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(os.fsencode(path.relative_to(root)) + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
+
+
+def _contents(config: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    goes_on = config["checkpoint"]["resume"] == "auto" and step_folders(Path(config["run_dir"]))
+    for setting in _FILES:
+        section, name = setting.split(".")
+        if section == "init" and goes_on:
+            continue  # a run that goes on does not ask for it, and it may be gone on some hosts
+        path = config.get(section, {}).get(name)
+        if path and path not in ("auto", "none"):
+            found[f"behind {setting}"] = content_of(Path(path))
+    return found
+
+
+def content_of(path: Path) -> str:
+    """A checkpoint by its manifest, which has the hash of every file; another file by its size and both its ends."""
+    digest = hashlib.sha256()
+    try:
+        if path.is_dir():
+            folder = resolve_checkpoint(path)
+            return f"{folder.name} {hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:12]}"
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            for place in (0, max(0, size - _LOOKED_AT)):
+                file.seek(place)
+                digest.update(file.read(_LOOKED_AT))
+    except (OSError, CheckpointError) as error:
+        return f"nothing that can be read ({error})"
+    return f"{size:,} bytes {digest.hexdigest()[:12]}"
 
 
 def _flat(tree: Mapping[str, Any], prefix: str) -> dict[str, str]:

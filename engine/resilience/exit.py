@@ -10,8 +10,10 @@ STOPPED = 75
 """Exit status of a run that was asked to stop and can go on (EX_TEMPFAIL of sysexits.h)."""
 
 
-_PATIENCE_S = 30.0
-"""How long the other ranks of a start leave the word to the first one, which torchrun ends them for."""
+_PATIENCE_S, _TURN_S = 30.0, 0.5
+"""How long the other ranks of a start leave the word to the first one, which torchrun ends them for, and then to each
+rank of their host before them.
+"""
 
 
 def refuse(error: Exception) -> int:
@@ -19,14 +21,13 @@ def refuse(error: Exception) -> int:
 
     Every rank reads the same config and looks at the same paths, so every rank is here: the first one tells it and
     ends, and torchrun ends the others, which wait for that in silence. Where the mistake is one host's alone (a folder
-    that is not mounted there), nobody ends them: the first rank of that host tells it then.
+    that is not mounted there) or one rank's, nobody ends them: the first of them tells it then.
     """
     rank, host_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     if rank != 0:
-        threading.Event().wait(_PATIENCE_S)
-    if rank == 0 or host_rank == 0:
-        where = "" if rank == 0 else f"rank {rank} on {socket.gethostname()}: "
-        print(f"error: {where}{error}", file=sys.stderr, flush=True)
+        threading.Event().wait(_PATIENCE_S + _TURN_S * host_rank)
+    where = "" if rank == 0 else f"rank {rank} on {socket.gethostname()}: "
+    print(f"error: {where}{error}", file=sys.stderr, flush=True)
     return 1
 
 

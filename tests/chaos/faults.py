@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -219,6 +220,18 @@ def empty(place: Place) -> None:
     (place.run_dir.parent / "filler").unlink(missing_ok=True)
 
 
+def read_only(place: Place, trainer: Any) -> None:
+    """The disk of the run folder takes nothing any more, as one with errors; what is open stays open."""
+    disk = str(place.run_dir.parent)
+    subprocess.run(["mount", "--bind", disk, disk], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", disk], check=True)
+
+
+def writable(place: Place) -> None:
+    """Somebody mends the disk."""
+    subprocess.run(["umount", "-l", str(place.run_dir.parent)], check=True)
+
+
 def remove_run(place: Place, trainer: Any) -> None:
     """Somebody removes the run folder."""
     shutil.rmtree(place.run_dir, ignore_errors=True)
@@ -325,6 +338,7 @@ FAULTS = [
     Fault("no descriptor left", no_more_files, "ends", "Too many open files"),
     Fault("disk full and stop", fill, "ends", "are free|No space left", mend=empty),
     Fault("disk full and skip", fill_for_a_while, "on", "", ("checkpoint.on_full=skip",)),
+    Fault("disk read-only", read_only, "ends", "Read-only file system", mend=writable),
     Fault("run folder removed", remove_run, "counted"),
     Fault("shards vanish", remove_shards, "on", mend=restore_shards),
     Fault("shards cut in place", cut_shards, "counted", mend=restore_shards),

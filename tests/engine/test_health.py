@@ -98,8 +98,13 @@ EXPECTED = {"skip": [0, 1, 2, 4, 5], "rewind": [0, 1, 4, 5]}
 """Steps whose updates are in the weights at the end."""
 
 
+def unaudited(run_dir: Path | str, *overrides: str) -> Config:
+    """A job without the audit, which would find the cell before the loss is judged."""
+    return job_config(run_dir, "health.audit_every_steps=0", *overrides)
+
+
 def scenario(folder: str, action: str, run: str, *overrides: str) -> Config:
-    return job_config(f"{folder}/{run}", f"health.on_nonfinite={action}", "optim.ema_decay=0.9", *overrides)
+    return unaudited(f"{folder}/{run}", f"health.on_nonfinite={action}", "optim.ema_decay=0.9", *overrides)
 
 
 @pytest.mark.parametrize("action", SCENARIOS)
@@ -154,7 +159,7 @@ def test_every_rank_does_the_same(tmp_path) -> None:
 
 def test_a_run_that_cannot_go_on_stops_with_its_weights_whole(tmp_path) -> None:
     with alone() as mesh:
-        trainer = build(job_config(tmp_path), mesh)
+        trainer = build(unaudited(tmp_path), mesh)
         run_steps(trainer, 1)
         kept = poison(trainer)
         with pytest.raises(UnhealthyStep, match=r"step 1: loss nan.*lower optim.lr_vision"):
@@ -165,12 +170,12 @@ def test_a_run_that_cannot_go_on_stops_with_its_weights_whole(tmp_path) -> None:
 
 def test_too_many_rewinds_stop_and_so_does_one_without_a_checkpoint(tmp_path) -> None:
     with alone() as mesh:
-        trainer = build(job_config(tmp_path, "health.on_nonfinite=rewind", "health.max_rewinds=1"), mesh)
+        trainer = build(unaudited(tmp_path, "health.on_nonfinite=rewind", "health.max_rewinds=1"), mesh)
         poison(trainer)
         with pytest.raises(UnhealthyStep, match="no checkpoint of"):
             run_steps(trainer, 1)
         trainer.lock.release()
-        trainer = build(job_config(tmp_path, "health.on_nonfinite=rewind", "health.max_rewinds=1"), mesh)
+        trainer = build(unaudited(tmp_path, "health.on_nonfinite=rewind", "health.max_rewinds=1"), mesh)
         run_steps(trainer, 1)
         save(trainer)
         poison(trainer)
@@ -189,10 +194,10 @@ def test_a_rewind_goes_to_what_this_run_saved_or_began_with(tmp_path, capsys: py
     """Not to a later checkpoint of an attempt that was given up, which the folder still holds."""
     rewinds = ("health.on_nonfinite=rewind", "health.max_rewinds=9", "checkpoint.keep_last=9")
     with alone() as mesh:
-        given_up = build(job_config(tmp_path, *rewinds), mesh)
+        given_up = build(unaudited(tmp_path, *rewinds), mesh)
         began, later = run_and_save(given_up, 1), run_and_save(given_up, 2)
         given_up.lock.release()
-        trainer = build(job_config(tmp_path, *rewinds, f"checkpoint.resume={began}"), mesh)
+        trainer = build(unaudited(tmp_path, *rewinds, f"checkpoint.resume={began}"), mesh)
 
         def said_of_a_rewind() -> str:
             poison(trainer)
@@ -217,9 +222,9 @@ def test_a_rewind_goes_to_what_this_run_saved_or_began_with(tmp_path, capsys: py
 def test_a_checkpoint_that_gave_a_part_is_nothing_to_rewind_to(tmp_path) -> None:
     """The rest would keep the values that the unsound steps gave it."""
     with alone() as mesh:
-        folder = run_and_save(build(job_config(tmp_path / "first"), mesh), 1)
+        folder = run_and_save(build(unaudited(tmp_path / "first"), mesh), 1)
         settings = (f"checkpoint.resume={folder}", "checkpoint.reinit=[text.projection.weight]")
-        trainer = build(job_config(tmp_path / "second", "health.on_nonfinite=rewind", *settings), mesh)
+        trainer = build(unaudited(tmp_path / "second", "health.on_nonfinite=rewind", *settings), mesh)
         poison(trainer)
         with pytest.raises(UnhealthyStep, match=r"to rewind to yet: lower checkpoint\.every_steps 2, or let health"):
             run_steps(trainer, 1)

@@ -1,8 +1,10 @@
 """Ranks that were started differently are named before any group exists; restarts meet in a store of their own."""
 
+import os
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from engine.config.read import to_dict
 from engine.parallel.agree import PeerFailed, raise_together
 from engine.parallel.mesh import Axis
 from engine.parallel.rendezvous import NotEveryoneCame, _agree_on_name, own_store
-from engine.resilience.agreement import RanksDiffer, agree, compare, facts_of
+from engine.resilience.agreement import RanksDiffer, agree, compare, content_of, facts_of
 from tests.checkpoint.jobs import job_config
 from tests.distributed import run_distributed
 
@@ -79,6 +81,30 @@ def test_a_rank_that_differs_is_named_with_its_host_and_the_difference() -> None
     assert "rank 2 on node2 has optim.lr_vision 0.005, others 0.02" in said
     assert "rank 3 on node3 has code of engine/ 0123" in said and "version of torch 1.0" in said
     assert "cache_dir" not in said and "node0" not in said
+
+
+def test_weights_that_two_hosts_have_under_one_name_are_compared(tmp_path: Path) -> None:
+    """Each rank would load its part of another file, and nobody would ever know."""
+    config, found = to_dict(job_config("run")), []
+    for host in ("one", "other"):
+        weights = tmp_path / "weights.safetensors"
+        weights.write_bytes(bytes(3 << 20) + host.encode())
+        os.utime(weights, (1, 1))
+        facts = facts_of(config | {"init": {"vision": str(weights)}, "checkpoint": {"resume": f"{tmp_path}/gone"}})
+        found.append({"host": host, **facts})
+    assert "rank 1 on other has behind init.vision 3,145,733 bytes " in compare(found)
+    assert "nothing that can be read" in found[0]["behind checkpoint.resume"]
+    assert content_of(weights) == found[1]["behind init.vision"]
+
+
+def test_switches_of_kernels_in_the_environment_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = to_dict(job_config("run"))
+    facts = [{"host": "a", **facts_of(config)}]
+    monkeypatch.setenv("NVTE_FLASH_ATTN", "0")
+    monkeypatch.setenv("HOME", "/elsewhere")
+    assert compare([*facts, {"host": "b", **facts_of(config)}]).startswith(
+        "the ranks do not run the same job: rank 1 on b has NVTE_FLASH_ATTN 0, others not there."
+    )
 
 
 def test_all_ranks_hear_the_verdict() -> None:

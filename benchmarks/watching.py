@@ -1,0 +1,201 @@
+"""What watching a job costs: CPU seconds of training steps with everything that watches them, and without, by turns.
+
+    python -m benchmarks.watching               # about 4 minutes on 2 idle cores
+    python -m benchmarks.watching --quick       # that everything runs
+
+Two data-parallel ranks train the quickstart's model. Rounds of ten steps alternate in one run: with the watch's thread
+(heartbeats, judges), the pulse of every part of a step, the agreement before each step, sums of the owned state around
+every update and the comparison of all copies once a round; then with none of it. A rank's CPU seconds do not depend on
+what else runs as seconds do, but differ by several percent from round to round: so the work of each part is also added
+up by itself, on the CPU clock of its thread. The goal is for that sum.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.common import RESULTS, Spread, machine, python_module, write_json
+from engine.config.phases import first_phase
+from engine.config.read import Config, read_job, to_dict
+from engine.feed import LocalBatch
+from engine.parallel.launch import job
+from engine.parallel.mesh import Mesh
+from engine.pipeline.clock import Phases
+from engine.resilience.agreement import facts_of
+from engine.resilience.audit import AtRest, Audit
+from engine.resilience.roll_call import RollCall
+from engine.resilience.watch import Pulse, Watch
+from engine.trainer import Trainer
+
+GOAL = 0.01
+"""Share of a step."""
+RANKS, STEPS_OF_ROUND = 2, 10
+RECIPE = "examples/quickstart/train.yaml"
+PARTS = {
+    "sums of the owned state": ((AtRest, "begin"), (AtRest, "check")),
+    "comparison of copies": ((Audit, "__call__"),),
+    "agreement before a step": ((RollCall, "__call__"),),
+    "pulse": ((Pulse, "at"), (Pulse, "step_done")),
+    "the watch's thread": ((Watch, "_file"), (Watch, "_tell"), (Watch, "_hear"), (Watch, "_notice_lost_parent")),
+}
+"""What watches -> its methods; none of them calls one of another part."""
+
+
+class Meter:
+    """CPU seconds by part of what watches. A call inside another one of the same thread counts once."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._inside = threading.local()
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The methods of PARTS are measured inside the block."""
+        kept = [(kind, name, getattr(kind, name), part) for part, methods in PARTS.items() for kind, name in methods]
+        for kind, name, method, part in kept:
+            setattr(kind, name, self._measured(method, part))
+        try:
+            yield
+        finally:
+            for kind, name, method, _ in kept:
+                setattr(kind, name, method)
+
+    def _measured(self, method: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def measured(*arguments: Any, **named: Any) -> Any:
+            if getattr(self._inside, "now", False):
+                return method(*arguments, **named)
+            self._inside.now, began = True, time.thread_time()
+            try:
+                return method(*arguments, **named)
+            finally:
+                self.seconds[part] += time.thread_time() - began
+                self._inside.now = False
+
+        return measured
+
+
+def config_of(folder: Path, batch: int) -> Config:
+    """The quickstart's model and settings on two replicas, without its data."""
+    own = ["parallel.tensor=1", "parallel.pipeline=1", f"train.global_batch_size={batch}", "data.shards=[-]"]
+    own += [f"train.micro_batch_size={min(16, batch // RANKS)}", "train.steps=100000", f"run_dir={folder}"]
+    return read_job(RECIPE, own).config
+
+
+def batch_of(config: Config, mesh: Mesh) -> LocalBatch:
+    """This rank's part of a batch of noise."""
+    rows, model = config.train.global_batch_size // RANKS, config.model
+    draw = torch.Generator().manual_seed(mesh.world.rank)
+    side, length = model.vision.image_size, model.text.context_length
+    images = torch.randint(0, 256, (rows, 3, side, side), dtype=torch.uint8, generator=draw)
+    tokens = torch.randint(1, model.text.vocab_size - 1, (rows, length), generator=draw)
+    tokens[:, -1] = model.text.vocab_size - 1
+    return LocalBatch(np.arange(rows) + mesh.world.rank * rows, images, tokens)
+
+
+def measure(config: Config, rounds: int) -> dict[str, Any]:
+    """CPU seconds of this rank: of each round of steps, of each part of what watches."""
+    facts = facts_of(to_dict(config))
+    with job(config.parallel, facts) as (mesh, device):
+        pulse, meter = Pulse(), Meter()
+        trainer = Trainer(first_phase(config), mesh, device, pulse)
+        roll_call, batch = RollCall(Path(config.run_dir), mesh, None), batch_of(config, mesh)
+        seconds: dict[str, list[float]] = {"without": [], "with": []}
+        _round(trainer, batch, None)  # warms up
+        for _ in range(rounds):
+            seconds["without"].append(_round(trainer, batch, None))
+            with meter.attached():
+                seconds["with"].append(_round(trainer, batch, roll_call))
+    return {"cpu_s_of_rounds": seconds, "cpu_s_of_parts": dict(meter.seconds)}
+
+
+def _round(trainer: Trainer, batch: LocalBatch, roll_call: RollCall | None) -> float:
+    watched = roll_call is not None
+    at_rest = AtRest(trainer.optimizer, watched=watched)
+    trainer.training_step.update.at_rest = trainer.audit.at_rest = at_rest
+    trainer.audit._every_steps = [STEPS_OF_ROUND] if watched else []
+    world, folder = trainer.mesh.world, Path(trainer.config.run_dir)
+    began = time.process_time()
+    with Watch(trainer.pulse, folder, world.rank, world.size, limit_s=600) if watched else nullcontext():
+        for _ in range(STEPS_OF_ROUND):
+            if roll_call is not None:
+                roll_call(None)
+            phases = Phases(begins=trainer.pulse.at) if watched else Phases()
+            trainer.step(batch, phases)
+            if watched:
+                trainer.pulse.step_done(trainer.position.step - 1, phases.seconds)
+    return time.process_time() - began
+
+
+def summary(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Shares of a step, of all ranks and rounds."""
+    rounds = [rank["cpu_s_of_rounds"] for rank in ranks]
+    ratios = [w / o - 1 for of_rank in rounds for w, o in zip(of_rank["with"], of_rank["without"], strict=True)]
+    steps_s = sum(sum(of_rank["without"]) for of_rank in rounds)
+    parts = {part: sum(rank["cpu_s_of_parts"].get(part, 0.0) for rank in ranks) / steps_s for part in PARTS}
+    step_s = statistics.median(s for of_rank in rounds for s in of_rank["without"]) / STEPS_OF_ROUND
+    return {
+        "cpu_s_of_a_step_and_rank": step_s,
+        "share_of_parts": parts,
+        "share": sum(parts.values()),
+        "goal": GOAL,
+        "with_over_without": asdict(Spread.of(ratios)),
+    }
+
+
+def run_ranks(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Start the ranks and read what each has measured."""
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        server.close()
+        arguments = ["--folder", folder, "--rounds", str(options.rounds), "--batch", str(options.batch)]
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(RANKS))
+        processes = []
+        for rank in range(RANKS):
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            processes.append(python_module("benchmarks.watching", "--rank", str(rank), *arguments, threads=1))
+        said = [process.communicate()[0] for process in processes]
+        if any(process.returncode for process in processes):
+            raise SystemExit("a rank failed:\n" + "".join(said))
+    return [json.loads(text.splitlines()[-1]) for text in said]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--quick", action="store_true", help="two rounds of a small batch; nothing is written")
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.batch = 2, 32
+    if options.rank is not None:
+        torch.set_num_threads(1)
+        print(json.dumps(measure(config_of(options.folder, options.batch), options.rounds)))
+        return
+    ranks = run_ranks(options)
+    found = summary(ranks)
+    print(json.dumps(found, indent=1))
+    if not options.quick:
+        settings = {"recipe": RECIPE, "batch": options.batch, "rounds": options.rounds, "steps": STEPS_OF_ROUND}
+        write_json(
+            {"machine": machine(), "settings": settings, "summary": found, "ranks": ranks}, RESULTS / "watching.json"
+        )
+
+
+if __name__ == "__main__":
+    main()
