@@ -47,15 +47,36 @@ def deal_from_last_stage(embeddings: Tensor | None, rows: int, width: int, mesh:
     return embeddings[own_rows(rows, mesh)]
 
 
+def deal_images(images: Tensor | None, rows: int, shape: tuple[int, ...], mesh: Mesh, device: torch.device) -> Tensor:
+    """First stage: uint8 [rows, *shape], the local batch on each of its tensor ranks (engine/feed.py) -> every rank of
+    the replica: its own rows. Collective over the pipeline.
+    """
+    own = own_rows(rows, mesh)
+    if mesh.pipeline.size == 1:
+        assert images is not None
+        return images[own].to(device, non_blocking=True)
+    parts = split_rows(rows, mesh.replica.size)[mesh.tensor.rank :: mesh.tensor.size]  # of this pipeline's stages
+    longest = max(part.stop - part.start for part in parts)
+    block = torch.empty(longest, *shape, dtype=torch.uint8, device=device)
+    blocks = None if images is None else [padded(images[part].to(device, non_blocking=True), longest) for part in parts]
+    dist.scatter(block, blocks, group_src=0, group=mesh.pipeline.group)
+    return block[: own.stop - own.start]
+
+
+def padded(block: Tensor, length: int) -> Tensor:
+    """Zeros behind the rows of a block, so that every rank's has the same shape."""
+    rows = block.new_zeros(length, *block.shape[1:])
+    rows[: len(block)] = block
+    return rows
+
+
 def gather_rows(own: Tensor, rows: int, axis: Axis) -> Tensor:
     """The consecutive parts of `rows` rows that the ranks of `axis` hold (`split_rows`) -> all of them on each rank."""
     parts = split_rows(rows, axis.size)
     if len(parts) == 1:
         return own
     longest = parts[0].stop - parts[0].start
-    padded = own.new_zeros(longest, *own.shape[1:])
-    padded[: len(own)] = own
     everyone = own.new_empty(axis.size * longest, *own.shape[1:])
-    dist.all_gather_into_tensor(everyone, padded, group=axis.group)
+    dist.all_gather_into_tensor(everyone, padded(own, longest), group=axis.group)
     blocks = everyone.view(axis.size, longest, *own.shape[1:])
     return torch.cat([block[: part.stop - part.start] for block, part in zip(blocks, parts, strict=True)])

@@ -1,7 +1,6 @@
-"""What travels within a replica around the teacher: pixels to every rank, targets to the last stage.
+"""What travels within a replica behind the teacher: targets to the last stage, whose tensor ranks all compute the loss.
 
-The first stage's tensor ranks all hold the pixels of the local batch (engine/feed.py); the last stage's all compute the
-loss. Rank r of the replica teaches the rows `own_rows` of the local batch.
+Rank r of the replica teaches the rows `own_rows` of the local batch; its pixels come by `deal_images`.
 """
 
 from collections.abc import Sequence
@@ -11,23 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.parallel.mesh import Mesh
-from engine.parallel.rows import own_rows, split_rows
-
-
-def deal_images(images: Tensor | None, rows: int, side: int, mesh: Mesh, device: torch.device) -> Tensor:
-    """First stage: uint8 [rows, 3, side, side] -> every rank of the replica: its own rows. Collective over pipeline."""
-    own = own_rows(rows, mesh)
-    if mesh.pipeline.size == 1:
-        assert images is not None
-        return images[own].to(device, non_blocking=True)
-    parts = split_rows(rows, mesh.replica.size)[mesh.tensor.rank :: mesh.tensor.size]  # of this pipeline's stages
-    longest = max(part.stop - part.start for part in parts)
-    block = torch.empty(longest, 3, side, side, dtype=torch.uint8, device=device)
-    blocks = (
-        None if images is None else [_padded(images[part].to(device, non_blocking=True), longest) for part in parts]
-    )
-    dist.scatter(block, blocks, group_src=0, group=mesh.pipeline.group)
-    return block[: own.stop - own.start]
+from engine.parallel.rows import padded
 
 
 def collect_targets(own: Tensor, counts: Sequence[int], mesh: Mesh) -> Tensor | None:
@@ -36,7 +19,7 @@ def collect_targets(own: Tensor, counts: Sequence[int], mesh: Mesh) -> Tensor | 
     counts: N_r of each rank of the replica. None on other stages. Collective over the replica.
     """
     longest = max(counts)
-    blocks = _gather_to_last_stage(_padded(own, longest), mesh)
+    blocks = _gather_to_last_stage(padded(own, longest), mesh)
     if blocks is None:
         return None
     everyone = _all_gather(blocks, mesh)  # [tensor, pipeline, longest, D]
@@ -61,10 +44,3 @@ def _all_gather(own: Tensor, mesh: Mesh) -> Tensor:
     out = own.new_empty(mesh.tensor.size * len(own), *own.shape[1:])
     dist.all_gather_into_tensor(out, own, group=mesh.tensor.group)
     return out.view(mesh.tensor.size, *own.shape)
-
-
-def _padded(block: Tensor, length: int) -> Tensor:
-    """Zeros behind, so that every rank's block has the same shape."""
-    padded = block.new_zeros(length, *block.shape[1:])
-    padded[: len(block)] = block
-    return padded

@@ -44,6 +44,7 @@ _CONTRASTIVE_ONLY = {
                 "loss_tile",
                 "mask_false_negatives",
                 "matryoshka",
+                "distill",
             ),
             _NO_CAPTIONS,
         ),

@@ -5,21 +5,16 @@ batch, without one collective inside the tower.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from data.pixels.transforms import normalise
 from engine.build import DTYPES
-from engine.checkpoint.format.errors import CheckpointError, listed
-from engine.checkpoint.initial import Resized, open_source
-from engine.checkpoint.load import TensorSource, load_weights
-from engine.config.read import Config, InitConfig
+from engine.config.read import Config
+from engine.objectives.frozen import FrozenSource
 from engine.parallel.mesh import Mesh
 from models.config import ModelConfig
-from models.tensors.naming import LogicalTensor, logical_tensors
 from models.towers.mim import resize_for_teacher, teacher_features
 from models.towers.vision import VisionTower
 
@@ -36,14 +31,8 @@ def load_teacher(config: Config, mesh: Mesh, device: torch.device) -> tuple[Visi
     Raises CheckpointError: no CLIP image tower of mim.teacher_model.
     """
     tower, path = teacher_tower(config, mesh, device), str(config.mim.teacher)
-    source = open_source(Path(path), replace(config, model=teacher_model(config), init=InitConfig()), "vision")
-    table = logical_tensors(tower, "vision", 0, 1)
-    wanted = {tensor.name: tensor.shape for tensor in table.values()}
-    _match(source, wanted, path)
-    whole = [(_unsplit(table[name]), parameter) for name, parameter in tower.named_parameters()]
-    load_weights(source, set(wanted), whole, mesh)
-    remarks = source.remarks if isinstance(source, Resized) else []
-    return tower, [f"teacher from {path}: loaded {len(wanted)} tensors", *remarks]
+    source = FrozenSource(path=path, model=teacher_model(config), key="mim.teacher", model_key="mim.teacher_model")
+    return tower, source.load(tower, "vision", config, mesh)
 
 
 def teacher_tower(config: Config, mesh: Mesh, device: torch.device) -> VisionTower:
@@ -52,30 +41,6 @@ def teacher_tower(config: Config, mesh: Mesh, device: torch.device) -> VisionTow
     with torch.device(device):
         tower = VisionTower(teacher_model(config), groups=mesh.text_groups(), dtype=dtype)  # groups of this rank alone
     return tower.requires_grad_(False).eval()
-
-
-def _unsplit(tensor: LogicalTensor) -> LogicalTensor:
-    """As this rank holds it, whatever the tensor axis of the student."""
-    return replace(tensor, split_dim=None)
-
-
-def _match(source: TensorSource, wanted: dict[str, tuple[int, ...]], path: str) -> None:
-    stored = {name: tuple(shape) for name, shape in source.shapes().items() if name.startswith("vision.")}
-    missing = sorted(wanted.keys() - stored.keys())
-    extra = sorted(stored.keys() - wanted.keys())
-    bent = [
-        f"{name}: stored {list(stored[name])}, wanted {list(wanted[name])}"
-        for name in sorted(stored.keys() & wanted.keys())
-        if stored[name] != wanted[name]
-    ]
-    if not (missing or extra or bent):
-        return
-    problems = [("missing", missing), ("extra", extra), ("of another shape", bent)]
-    lines = "\n".join(f"  {what}, {len(names)}:{listed(names)}" for what, names in problems if names)
-    raise CheckpointError(
-        f"mim.teacher {path} does not hold the image tower of mim.teacher_model; a teacher is a CLIP with its "
-        f"projection, not a MIM student:\n{lines}"
-    )
 
 
 class Teacher:
