@@ -1,5 +1,8 @@
 """Model FLOPs of a sample, the numerator of every MFU of this project (docs/benchmarking.md)."""
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 from engine.config.read import Config
 from engine.objectives.registry import objective_of
 from models.config import ModelConfig
@@ -14,10 +17,26 @@ from models.tensors.flops import (
 
 
 def model_flops(config: Config) -> float:
-    """Three forwards of every trained tower and one of a teacher; nothing runs twice."""
+    """Three forwards of every trained tower and one of every teacher; nothing runs twice."""
     if objective_of(config).distils:
         return TRAINING_FORWARDS * student_flops(config) + _teacher_flops(config)
-    return TRAINING_FORWARDS * (_images_flops(config) + text_forward_flops(config.model))
+    trained = TRAINING_FORWARDS * (_images_flops(config) + text_forward_flops(config.model))
+    return trained + taught_flops(config)
+
+
+def taught_flops(config: Config) -> int:
+    """What the teachers of train.distill compute for a sample."""
+    models = [teacher.model for teacher in config.train.distill if teacher.model is not None]
+    return teachers_flops(models, frames=config.data.frames, context=config.model.text.context_length)
+
+
+def teachers_flops(models: Iterable[ModelConfig], *, frames: int, context: int) -> int:
+    """A forward of both towers of every teacher, which see whole pictures and the student's `context` tokens."""
+    return sum(
+        frames * vision_forward_flops(model, model.vision.tokens)
+        + text_forward_flops(replace(model, text=replace(model.text, context_length=context)))
+        for model in models
+    )
 
 
 def image_tokens(config: Config) -> int:

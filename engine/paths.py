@@ -34,6 +34,9 @@ def check_paths(job: Job) -> None:
         for part in ("vision", "text", "logit_scale"):
             _check_exists(f"init.{part}", getattr(config.init, part))
     _check_exists("mim.teacher", config.mim.teacher)
+    for phase in job.phases:
+        for number, teacher in enumerate(phase.config.train.distill):
+            _check_exists(f"train.distill[{number}].path", teacher.path)
 
 
 def _check_shards(data: DataConfig, where: str) -> None:

@@ -19,7 +19,8 @@ its `phase` in a job that has phases.
 `step` (0-based index of the finished step), `loss` (nats, or minus a mean cosine with objective=mim), `lr_vision`,
 `grad_norm` (before clipping), `samples_seen` (of the whole run, this step included), `step_time_s` (wall time,
 waiting for data included), `data_time_s` (of it, waiting for data), and whatever else the objective and the trainer
-measure: `lr_text`, `i2t_top1`, `t2i_top1` (0..1, within the global batch), or `masked_patches` (mean of an image).
+measure: `lr_text`, `i2t_top1`, `t2i_top1` (0..1, within the global batch), the weighted parts of the loss where
+teachers add to it (`contrastive_loss`, `distill_feature`, …), or `masked_patches` (mean of an image).
 """
 
 

@@ -15,10 +15,13 @@ from engine.checkpoint.format.errors import CheckpointError
 
 _CHANGES_THE_RESULT = (
     "objective", "train.global_batch_size", "train.patch_dropout", "train.precision", "train.logit_scale", "train.loss",
+    "train.matryoshka", "train.mask_false_negatives",
     "optim.*", "data.crop_scale", "data.flip", "data.frames", "mim.masked_patches", "mim.min_block", "mim.max_block",
     "mim.min_aspect", "mim.patch_gradient_scale", "mim.teacher_precision",
+    "train.distill", *(f"train.distill.*.{name}" for name in ("feature", "interactive", "relational", "logit_scale",
+    "precision", "model.embed_dim", "model.vision.*", "model.text.*")),
 )  # fmt: skip
-_ONLY_SAID = ("train.steps", "optim.ema_decay", "mim.teacher")
+_ONLY_SAID = ("train.steps", "optim.ema_decay", "mim.teacher", "train.distill.*.path")
 """A longer run is a wish, and its schedule follows; an average follows the weights; a teacher may have moved."""
 
 
@@ -53,7 +56,7 @@ def accept_settings(changes: Sequence[Change], accepted: Sequence[str], folder: 
     refused = [
         change
         for change in changes
-        if change.name not in _ONLY_SAID and not any(fnmatchcase(change.name, pattern) for pattern in accepted)
+        if not _only_said(change.name) and not any(fnmatchcase(change.name, pattern) for pattern in accepted)
     ]
     if refused:
         raise CheckpointError(
@@ -77,11 +80,19 @@ def accept_data(was: Mapping[str, Any], now: Mapping[str, Any], *, accepted: boo
     return f"goes on with other data: {'; '.join(lines)}" if lines else ""
 
 
+def _only_said(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in _ONLY_SAID)
+
+
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Entries of a list of sections are numbered, and the list itself stands for how many there are."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value):
+            entries = {str(number): entry for number, entry in enumerate(value)}
+            flat |= {f"{prefix}{key}": f"{len(value)} entries", **_flat(entries, f"{prefix}{key}.")}
         else:
             flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return flat

@@ -6,6 +6,7 @@ from data.vocabulary.files import make_tokenizer
 from engine.config.errors import ConfigError, require
 from engine.config.schema import Config
 from engine.objectives.registry import objective_of
+from models.config import TextConfig
 
 
 def check_layout(config: Config, world_size: int) -> int:
@@ -67,39 +68,45 @@ def check_layout(config: Config, world_size: int) -> int:
 
 
 def check_vocabulary(config: Config) -> None:
-    """The tokenizer's ids must fit the token table, and the end-of-text id must be the highest (pooling).
+    """The tokenizer's ids must fit the token table, and the end-of-text id must be the highest (pooling); of teachers
+    that read captions, too.
 
     Reads the file of data.tokenizer.
     """
-    size = config.model.text.vocab_size
-    if config.data.tokenizer != "clip" and objective_of(config).reads_captions:
-        _check_own_vocabulary(config)
+    if not objective_of(config).reads_captions:
         return
-    require(
-        size == VOCAB_SIZE or not objective_of(config).reads_captions,
-        f"model.text.vocab_size is {size}, but the tokenizer of captions has {VOCAB_SIZE} ids: set it to {VOCAB_SIZE}"
-        ", or name the model's own tokenizer in data.tokenizer",
-    )
+    models = {f"train.distill[{number}].model": one.model for number, one in enumerate(config.train.distill)}
+    for key, model in ({"model": config.model} | models).items():
+        assert model is not None, "the config was not resolved"
+        if config.data.tokenizer != "clip":
+            _check_own_vocabulary(config, model.text, f"{key}.text")
+            continue
+        size = model.text.vocab_size
+        require(
+            size == VOCAB_SIZE,
+            f"{key}.text.vocab_size is {size}, but the tokenizer of captions has {VOCAB_SIZE} ids: set it to "
+            f"{VOCAB_SIZE}, or name the model's own tokenizer in data.tokenizer",
+        )
 
 
-def _check_own_vocabulary(config: Config) -> None:
-    text, name = config.model.text, config.data.tokenizer
+def _check_own_vocabulary(config: Config, text: TextConfig, key: str) -> None:
+    name = config.data.tokenizer
     try:
         tokenizer = make_tokenizer(name, config.data.cleaning, text.context_length)
     except DataError as error:
         raise ConfigError(str(error)) from None
     require(
         tokenizer.size <= text.vocab_size,
-        f"data.tokenizer {name} has {tokenizer.size} ids, but model.text.vocab_size is {text.vocab_size}: set it to "
+        f"data.tokenizer {name} has {tokenizer.size} ids, but {key}.vocab_size is {text.vocab_size}: set it to "
         f"{tokenizer.size}, or more",
     )
     require(
         text.pool != "end" or tokenizer.end_id == tokenizer.size - 1,
-        f"model.text.pool=end reads the highest id of a caption, which is not the end ({tokenizer.end_id} of "
-        f"{tokenizer.size}) in {name}: set model.text.pool=last or mean",
+        f"{key}.pool=end reads the highest id of a caption, which is not the end ({tokenizer.end_id} of "
+        f"{tokenizer.size}) in {name}: set {key}.pool=last or mean",
     )
     require(
         text.pool != "mean" or tokenizer.pad_id == text.pad_id,
-        f"model.text.pool=mean leaves out id {text.pad_id}, but {name} pads with {tokenizer.pad_id}: set "
-        f"model.text.pad_id={tokenizer.pad_id}",
+        f"{key}.pool=mean leaves out id {text.pad_id}, but {name} pads with {tokenizer.pad_id}: set "
+        f"{key}.pad_id={tokenizer.pad_id}",
     )

@@ -25,10 +25,11 @@ from engine.config.schema import (
     MimConfig,
     OptimConfig,
     ParallelConfig,
+    TeacherConfig,
     TrainConfig,
 )
 from engine.config.text import read_file
-from engine.config.tree import PRESETS, Given, given_settings, load_preset, refuse_repeats
+from engine.config.tree import PRESETS, Given, given_settings, load_preset, refuse_repeats, whole_model
 from engine.config.typed import built, merged, typed
 from engine.objectives.registry import OBJECTIVES
 from models.config import LOCAL_KERNELS, ModelConfig
@@ -47,6 +48,7 @@ __all__ = [
     "MimConfig",
     "OptimConfig",
     "ParallelConfig",
+    "TeacherConfig",
     "TrainConfig",
     "check_layout",
     "check_vocabulary",
@@ -84,7 +86,7 @@ def resolve(tree: dict[str, Any], overrides: list[str], source: str = "config") 
 
 
 def _job(given: Given) -> Job:
-    tree = given.tree()
+    tree = _with_teachers(given.tree())
     mim = tree.get("mim", {})
     objective = OBJECTIVES.get(str(tree.get("objective")))
     if (
@@ -93,16 +95,39 @@ def _job(given: Given) -> Job:
         and mim.get("teacher_model") is None
         and mim.get("teacher") is not None
     ):
-        tree = merged(tree, {"mim": {"teacher_model": _model_of_checkpoint(Path(mim["teacher"]))}})
+        model = _model_of_checkpoint(Path(mim["teacher"]), "mim.teacher", "mim.teacher_model")
+        tree = merged(tree, {"mim": {"teacher_model": model}})
     return plan_job(built(Config, tree), given_steps=tree.get("train", {}).get("steps"), origin=origin(given))
 
 
-def _model_of_checkpoint(path: Path) -> dict[str, Any]:
-    """The model of a checkpoint or run folder of ours, with the kernels of this machine."""
+def _with_teachers(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with the whole model of every teacher in train.distill, of the job and of its phases."""
+    train = tree.get("train", {})
+    if "distill" in train:
+        tree = merged(tree, {"train": {"distill": _teachers(train["distill"])}})
+    if any("distill" in phase.get("train", {}) for phase in tree.get("phases", [])):
+        return tree | {"phases": [_with_teachers(phase) for phase in tree["phases"]]}
+    return tree
+
+
+def _teachers(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = []
+    for number, entry in enumerate(entries):
+        key, model = f"train.distill[{number}]", entry.get("model")
+        if model is not None:
+            model = whole_model(model)
+        elif entry.get("path"):  # without one the check refuses the entry
+            model = _model_of_checkpoint(Path(entry["path"]), f"{key}.path", f"{key}.model")
+        found.append(entry | {"model": model})
+    return found
+
+
+def _model_of_checkpoint(path: Path, key: str, model_key: str) -> dict[str, Any]:
+    """The model of a checkpoint or run folder of ours, with the kernels of this machine. key: who names the folder."""
     if not path.is_dir():
         raise ConfigError(
-            f"mim.teacher {path} is not a checkpoint or run folder: if it is a file in the authors' layout, name its "
-            "model in mim.teacher_model (a preset, or a mapping)"
+            f"{key} {path} is not a checkpoint or run folder: if it is a file in the authors' layout, name its "
+            f"model in {model_key} (a preset, or a mapping)"
         )
     # Imported here, because torch comes with it: other configs answer before that.
     from engine.checkpoint.format.errors import CheckpointError
@@ -112,8 +137,8 @@ def _model_of_checkpoint(path: Path) -> dict[str, Any]:
     try:
         stored = read_manifest(resolve_checkpoint(path)).config["model"]
     except CheckpointError as error:
-        raise ConfigError(f"mim.teacher: {error}") from None
-    return typed(merged(stored, LOCAL_KERNELS), ModelConfig, f"mim.teacher {path}: model")
+        raise ConfigError(f"{key}: {error}") from None
+    return typed(merged(stored, LOCAL_KERNELS), ModelConfig, f"{key} {path}: model")
 
 
 def preset_model(name: str) -> ModelConfig:

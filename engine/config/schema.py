@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from data.config import DataConfig
 from engine.config.sections.checkpoint import CheckpointConfig
+from engine.config.sections.distill import TeacherConfig
 from engine.config.sections.evaluate import EvaluateConfig
 from engine.config.sections.health import HealthConfig
 from engine.config.sections.init import InitConfig
@@ -26,6 +27,7 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "PhaseConfig",
+    "TeacherConfig",
     "TrainConfig",
 ]
 

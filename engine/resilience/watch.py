@@ -33,7 +33,7 @@ _BEAT_S = 1.0
 _FILE_EVERY_S = 15.0
 _ORPHAN_S = 60.0
 """How long a rank whose torchrun is gone may take to finish its step."""
-_WAITS = ("wait", "exchange", "reduce", "gather_weights", "loss", "optimizer", "roll call", "share")
+_WAITS = ("wait", "deal", "exchange", "reduce", "gather_weights", "loss", "optimizer", "roll call", "share")
 """Parts of a step in which a rank depends on others."""
 _LONG = ("start", "callbacks")
 """Loading, saving and evaluation take as long as they take, as long as something moves."""

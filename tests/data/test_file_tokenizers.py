@@ -1,5 +1,6 @@
 """Tokenizers by a file: padding, ends, cutting, cleaning, and what does not fit a model."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from data.errors import DataError
 from data.tokenizer import Tokenizer
 from data.vocabulary.files import canonical, make_tokenizer
 from engine.config.layout import check_vocabulary
-from engine.config.read import ConfigError, resolve
+from engine.config.read import ConfigError, TeacherConfig, resolve
 from engine.evaluation.vocabulary import tokenizer_of
 from models.config import TextConfig
 
@@ -93,6 +94,10 @@ def test_what_must_fit_the_model(file: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             check_vocabulary(job(file, **text))
+    own, teacher = job(file), replace(job(file).model, text=replace(job(file).model.text, pool="mean", pad_id=3))
+    taught = replace(own, train=replace(own.train, distill=[TeacherConfig(path="-", model=teacher)]))
+    with pytest.raises(ConfigError, match=r"set train\.distill\[0\]\.model\.text\.pad_id=0"):
+        check_vocabulary(taught)
     with pytest.raises(ConfigError, match="does not exist"):
         check_vocabulary(job(file.with_name("other.json")))
     with pytest.raises(ConfigError, match=r"or name the model's own tokenizer in data\.tokenizer"):

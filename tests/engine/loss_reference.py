@@ -17,8 +17,8 @@ class Reference:
     grad_image: Tensor
     grad_text: Tensor
     grad_logit_scale: Tensor
-    i2t_top1: Tensor
-    t2i_top1: Tensor
+    i2t_top1: Tensor | None
+    t2i_top1: Tensor | None
     grad_bias: Tensor | None = None
 
 

@@ -16,6 +16,7 @@ from engine.objectives.contrastive.matryoshka import nested_loss
 from engine.objectives.contrastive.sigmoid import sigmoid_loss
 from engine.objectives.contrastive.softmax import contrastive_loss
 from tests.distributed import run_distributed
+from tests.engine.distill_reference import TEACHERS, distilled_reference, result_of, taught_by
 from tests.engine.loss_reference import (
     contrastive_reference,
     nested_reference,
@@ -55,6 +56,7 @@ def _compare_splits(splits: list[list[int]]) -> dict[str, float]:
         errors[f"sigmoid {case}"] = worst_error(sigmoid, sigmoid_reference(image, text, 10.0, -5.0), own)
         if tile == 3:
             errors |= _compare_copies(image, text, own, case, common)
+            errors |= _compare_distilled(image, text, own, case, common | {"row_counts": counts})
     return errors
 
 
@@ -73,6 +75,19 @@ def _compare_copies(image: Tensor, text: Tensor, own: slice, case: str, common: 
     errors[f"sigmoid with copies {case}"] = worst_error(
         nested_loss(sigmoid, image[own], text[own], [5, 24]), expected, own
     )
+    return errors
+
+
+def _compare_distilled(image: Tensor, text: Tensor, own: slice, case: str, common: dict[str, Any]) -> dict[str, float]:
+    """The same with what two teachers add, and some pairs that are no negatives of each other."""
+    rows, teachers = torch.arange(len(image)), TEACHERS["all of two"]
+    ids = torch.stack([rows % 4, rows // 2], dim=1)
+    taught = [taught_by(teachers, len(rows), image.shape[1], part) for part in (own, slice(None))]
+    errors = {}
+    for kind in ("softmax", "sigmoid"):
+        result = result_of(kind, image[own], text[own], taught[0], common | {"copies": ids[own]})
+        expected = distilled_reference(kind, image, text, taught[1], ids)
+        errors[f"distilled {kind} {case}"] = worst_error(result, expected, own)
     return errors
 
 

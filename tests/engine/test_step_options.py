@@ -24,7 +24,7 @@ from engine.parallel.mesh import Mesh, build_mesh
 from engine.pipeline.clock import Phases, write_spans
 from engine.trainer import Trainer
 from tests.distributed import run_distributed
-from tests.golden import local_batch
+from tests.golden import FOLDER, local_batch
 from tools.timeline.__main__ import main as draw_timeline
 
 pytestmark = pytest.mark.dist
@@ -43,6 +43,9 @@ COMMON = (
     # Gradients that are zero but for rounding must not become whole steps: they would hide the comparison in noise.
     "optim.eps=1e-4",
 )
+_FILE = FOLDER / "tiny-18b" / "weights.safetensors"
+TEACHER = f"{{path: {_FILE}, model: tiny-18b, relational: 1}}"
+SMALL_TEACHER = f"{{path: {_FILE}, model: tiny-18b, feature: 0, interactive: 0, relational: 0.5, logit_scale: 20}}"
 MODELS: dict[str, tuple[str, ...]] = {
     "18b": ("model.preset=tiny-18b", "train.logit_scale=20"),
     "18b-deep": ("model.preset=tiny-18b", "train.logit_scale=20", "model.vision.depth=8"),
@@ -53,6 +56,15 @@ MODELS: dict[str, tuple[str, ...]] = {
         "train.loss=sigmoid",
         "train.matryoshka=[8,20,32]",
         "train.mask_false_negatives=captions",
+    ),
+    "distilled": ("model.preset=tiny-18b", "train.logit_scale=null", f"train.distill=[{TEACHER}]"),
+    "distilled-sigmoid": (
+        "model.preset=tiny-18b",
+        "train.logit_scale=null",
+        "train.loss=sigmoid",
+        "train.matryoshka=[20,32]",
+        "train.mask_false_negatives=captions",
+        f"train.distill=[{TEACHER}, {SMALL_TEACHER}]",
     ),
     "eva-02": ("model.preset=tiny-b16", "train.logit_scale=20", "model.vision.width=64"),
 }
@@ -161,6 +173,9 @@ CASES = [
     Case("learned-scale-ring", TP2_PP2, _train(loss_variant="ring"), model="18b-learned-scale"),
     Case("sigmoid", PP2_DP2, model="18b-sigmoid"),
     Case("sigmoid-ring-virtual", TP2_PP2, _train(loss_variant="ring") + _parallel(virtual=2), model="18b-sigmoid"),
+    Case("distilled", TP2_PP2, _train(loss_tile=3), model="distilled"),
+    Case("distilled-shared", PP2_DP2, _train(loss_variant="ring") + _parallel(shard="weights"), model="distilled"),
+    Case("distilled-sigmoid", TP2_PP2, _train(keep_activations=1) + _parallel(virtual=2), model="distilled-sigmoid"),
     Case("eva-02-virtual", PP2_DP2, _parallel(virtual=2), model="eva-02"),
     Case("eva-02-virtual-tp2-keep-1", TP2_PP2, _parallel(virtual=2) + _train(keep_activations=1), model="eva-02"),
 ]
@@ -169,6 +184,7 @@ SLOW = {
     "keep-2-pp4", "keep-all-dp4", "selective", "budget-nothing-fits", "offload-tp2-pp2", "text-one-by-one",
     "uneven-pp2", "virtual-tp2-pp2-keep-3", "virtual-pp4", "learned-scale", "virtual-pp2-4-chunks-full",
     "small-buckets-virtual", "small-buckets-no-overlap", "ring-tp2-pp2-tiles", "sigmoid", "eva-02-virtual",
+    "distilled-shared",
 }  # fmt: skip
 """Pairs of options that the slow tests add; each option is in a fast case, too."""
 

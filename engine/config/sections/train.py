@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from engine.config.errors import MOST_STEPS, ConfigError, require, require_within
+from engine.config.sections.distill import TeacherConfig, check_distill
 from models.config import ModelConfigError
 from models.kernel_checks import check_kernels
 from models.sizes import Limits
@@ -59,6 +60,8 @@ class TrainConfig:
     """Widths of nested embeddings, such as [256, 768, 1024], the last embed_dim: the mean of the losses of the first so
     many numbers, each L2-normalised anew; empty trains the whole embedding alone.
     """
+    distill: list[TeacherConfig] = field(default_factory=list)
+    """Frozen CLIPs whose embeddings the student learns beside train.loss (docs/distillation.md)."""
     loss_variant: str = "gather"
     """gather (every rank gathers the embeddings) | ring (blocks travel round, O(B D / ranks) memory)."""
     loss_tile: int | None = None
@@ -86,6 +89,7 @@ def check_train(config: "Config") -> None:
     _check_offload(config)
     _check_outputs(config)
     _check_matryoshka(config.train.matryoshka, config.model.embed_dim)
+    check_distill(config)
 
 
 def _check_numbers(train: TrainConfig) -> None:

@@ -7,7 +7,7 @@ sum is as exact as one.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,5 +39,7 @@ def nested_loss(loss: Callable[[Tensor, Tensor], R], image: Tensor, text: Tensor
             radial = (of_unit * unit).sum(1, keepdim=True)  # the norm does not matter, so nothing pulls along it
             grad[:, :width] += (of_unit - radial * unit) / (norm * len(widths))
     scalars = ["loss", "grad_logit_scale", *(["grad_bias"] if isinstance(results[-1], SigmoidLoss) else [])]
-    means = {name: torch.stack([getattr(result, name) for result in results]).mean() for name in scalars}
+    means: dict[str, Any] = {
+        name: torch.stack([getattr(result, name) for result in results]).mean() for name in scalars
+    }
     return replace(results[-1], grad_image=grads[0], grad_text=grads[1], **means)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.objectives.contrastive.distill.teachers import Teaching
 from engine.objectives.contrastive.sigmoid import SigmoidLoss
 from engine.objectives.contrastive.softmax import ContrastiveLoss
 from engine.parallel.mesh import Mesh
@@ -65,6 +66,8 @@ class ContrastivePasses:
     micro_batches: int
     embed_dim: int
     """D."""
+    teaching: Teaching | None = None
+    """What frozen teachers say, of a job that has some."""
 
     def __post_init__(self) -> None:
         self._embeddings: list[Tensor] = []
@@ -83,17 +86,23 @@ class ContrastivePasses:
         return self._image_gradients[unit.micro_batch]
 
     def alone(self, span: str) -> None:
-        """The captions' way forward and back."""
+        """The captions' way forward and back, and the teachers' work."""
         if span == "encode_text":
             self._text_embeddings = self.captions.encode()
+        elif span == "teacher":
+            assert self.teaching is not None
+            self.teaching.teach()
         else:
             assert span == "backward_text" and self.result is not None
             self.captions.backprop(self._text_embeddings, self.result.grad_text)
             self._text_embeddings = []
 
     def together(self, span: str, number: int) -> None:
-        """Embeddings to their rows' owners; the loss; gradients back to the last stage."""
-        if span == "loss":
+        """Pixels to the teachers; embeddings to their rows' owners; the loss; gradients back to the last stage."""
+        if span == "deal":
+            assert self.teaching is not None
+            self.teaching.deal()
+        elif span == "loss":
             assert self._rows is not None
             self.result = self.loss(*self._rows)
         elif number == 0:

@@ -9,7 +9,7 @@ Backprop goes from the last micro-batch to the first, whatever k: kept activatio
 gradients has the same order for every k.
 
 Every rank also encodes captions of its own, where its stage would otherwise wait: before the first input arrives, and
-before the first gradient does.
+before the first gradient does. Frozen teachers (train.distill) work there, too, on pixels that are dealt at the start.
 
 Parts of a rank (chunks of the vision tower, and the captions' side, the last part) take turns. The weights of a part
 that is sharded are gathered while the part before it works and leave behind its turn; its gradients are reduced while
@@ -64,6 +64,8 @@ class ContrastiveProgram(Program):
     """Parts whose gradients are whole from their turn backward to their reduction only."""
     gathers_ahead: bool = True
     """Whether the weights of the next turn are gathered during this one."""
+    teaches: bool = False
+    """Whether frozen teachers embed the rank's pairs, ahead of its captions."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for what the engine refuses, too."""
@@ -83,6 +85,8 @@ class ContrastiveProgram(Program):
 
     def actions(self, stage: int) -> Iterator[Action]:
         """Encode, exchange of embeddings, loss, exchange of their gradients, backprop."""
+        if self.teaches:
+            yield Together("deal")
         yield from self._encode(stage)
         yield Together("exchange", 0)
         # Before the loss, what backprop needs first is asked for.
@@ -97,6 +101,8 @@ class ContrastiveProgram(Program):
         yield from self._ask_for_captions()
         first_kept = self.micro_batches - self.kept(stage)
         for turn in self._turns(self.units(), captions_first=stage > 0):
+            if self.teaches and turn.part == self.captions:
+                yield Alone("teacher")
             yield from self._begin(turn)
             if turn.part == self.captions:
                 yield Alone("encode_text")
@@ -189,4 +195,5 @@ def contrastive_program(config: Config, data: int, keep: int) -> ContrastiveProg
         sharded_weights=shared if parallel.shard == "weights" else frozenset(),
         sharded_gradients=shared if parallel.shard != "optimizer" else frozenset(),
         gathers_ahead=parallel.overlap,
+        teaches=bool(config.train.distill),
     )

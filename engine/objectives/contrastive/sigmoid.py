@@ -7,8 +7,8 @@ all images × own texts without the own block, completes the gradient of the tex
 communication.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -48,6 +48,8 @@ class SigmoidLoss:
     """0-d: share of images whose own text has the highest logit of all texts; a tie counts as correct."""
     t2i_top1: Tensor
     """0-d: share of texts whose own image has the highest logit of all images; a tie counts as correct."""
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+    """Parts of the loss by name, 0-d, where it is a sum of several."""
 
 
 @torch.no_grad()

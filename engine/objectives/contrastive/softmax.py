@@ -14,8 +14,8 @@ Notable choices:
 * Embeddings travel, gradients never: every rank computes the whole gradient of its own rows.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,7 @@ from engine.objectives.contrastive.tiles import (
     compute_dtype,
     inner,
     mask_pairs,
+    softmaxes,
     write_pairs,
 )
 
@@ -55,6 +56,8 @@ class ContrastiveLoss:
     """0-d: share of images whose own text has the highest logit of all texts; a tie counts as correct."""
     t2i_top1: Tensor
     """0-d: share of texts whose own image has the highest logit of all images; a tie counts as correct."""
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+    """Parts of the loss by name, 0-d, where it is a sum of several."""
 
 
 @torch.no_grad()
@@ -121,8 +124,8 @@ def contrastive_loss(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _OtherSums:
-    """Running sums of exponentials over the rows or columns of the logits, the pairs' own logits left out."""
+class ExpSums:
+    """Running sums of exponentials over the rows or columns of logits."""
 
     maximum: Tensor
     """Highest logit so far."""
@@ -130,14 +133,15 @@ class _OtherSums:
     """Σ exp(logit − maximum)."""
 
     @classmethod
-    def empty(cls, count: int, like: Tensor) -> "_OtherSums":
+    def empty(cls, count: int, like: Tensor) -> "ExpSums":
+        """Nothing yet; `like` gives dtype and device."""
         # The lowest finite number and not −inf: −inf − (−inf) is NaN where a tile holds nothing but a pair.
         lowest = torch.finfo(like.dtype).min
         return cls(maximum=like.new_full((count,), lowest), total=like.new_zeros(count))
 
-    def part(self, where: slice) -> "_OtherSums":
+    def part(self, where: slice) -> "ExpSums":
         """A view of some rows."""
-        return _OtherSums(maximum=self.maximum[where], total=self.total[where])
+        return ExpSums(maximum=self.maximum[where], total=self.total[where])
 
     def add(self, tile: Tensor, dim: int, work: Tensor) -> None:
         """Take in a tile of logits, reduced over `dim`; `work` is overwritten."""
@@ -145,6 +149,10 @@ class _OtherSums:
         torch.sub(tile, maximum.unsqueeze(dim), out=work).exp_()
         self.total.mul_((self.maximum - maximum).exp_()).add_(work.sum(dim))
         self.maximum.copy_(maximum)
+
+    def log_sum_exp(self) -> Tensor:
+        """log Σ exp(logit); −inf where there is none."""
+        return self.total.log() + self.maximum
 
     def merge(self, exchange: RowExchange) -> None:
         """Combine the sums of all ranks, in place."""
@@ -167,9 +175,9 @@ class _Direction:
     """Whether the pair's logit is at least every other one."""
 
     @classmethod
-    def of(cls, others: _OtherSums, own: Tensor) -> "_Direction":
+    def of(cls, others: ExpSums, own: Tensor) -> "_Direction":
         """own: s_ii."""
-        margin = others.total.log() + others.maximum - own  # n_i − s_ii; −inf where there is no other
+        margin = others.log_sum_exp() - own  # n_i − s_ii; −inf where there is no other
         loss = torch.logaddexp(margin, torch.zeros_like(margin))
         return cls(log_sum_exp=own + loss, miss=margin.sigmoid(), loss=loss, correct=own >= others.maximum)
 
@@ -189,10 +197,10 @@ class _Strips:
     copies: Copies | None
     kept: KeptTiles
 
-    def sums(self, text_blocks: Iterable[Block]) -> tuple[_OtherSums, _OtherSums, Tensor]:
+    def sums(self, text_blocks: Iterable[Block]) -> tuple[ExpSums, ExpSums, Tensor]:
         """First pass: sums of the own rows [rows], of all columns [B] over all ranks, and s_ii [rows]."""
         own = self.scale.new_empty(self.image.shape[0])
-        rows, columns = _OtherSums.empty(len(own), own), _OtherSums.empty(self.exchange.total, own)
+        rows, columns = ExpSums.empty(len(own), own), ExpSums.empty(self.exchange.total, own)
         for block in text_blocks:
             block_columns, texts = columns.part(block.rows), block.embeddings
             for i, j in self.tiling.cut(len(own), texts.shape[0]):
@@ -224,7 +232,7 @@ class _Strips:
                 if tile is None:
                     tile = self.tiling.logits_of(self.image[i], texts[j], self.scale)
                     self._leave_out(tile, shifted(self.exchange.own_rows, i), shifted(block.rows, j))
-                weights = self._softmaxes(tile, own_r[i], c[j])
+                weights = softmaxes(tile, own_r[i], c[j], self.tiling.work_like(tile))
                 if block.is_own:
                     write_pairs(weights, i, j, pair_weights)
                     accumulate(grad_text[j], weights.t(), self.image[i])
@@ -241,13 +249,9 @@ class _Strips:
             for i, j in self.tiling.cut(images.shape[0], len(own_c)):
                 tile = self.tiling.logits_of(images[i], self.text[j], self.scale)
                 self._leave_out(tile, shifted(block.rows, i), shifted(self.exchange.own_rows, j))
-                accumulate(grad_text[j], self._softmaxes(tile, r[i], own_c[j]).t(), images[i])
+                weights = softmaxes(tile, r[i], own_c[j], self.tiling.work_like(tile))
+                accumulate(grad_text[j], weights.t(), images[i])
 
     def _leave_out(self, tile: Tensor, images: slice, texts: slice) -> None:
         if self.copies is not None:
             self.copies.leave_out(tile, images, texts)
-
-    def _softmaxes(self, tile: Tensor, r: Tensor, c: Tensor) -> Tensor:
-        """exp(s − r) + exp(s − c), written over the logits."""
-        by_row = torch.sub(tile, r.unsqueeze(1), out=self.tiling.work_like(tile)).exp_()
-        return tile.sub_(c).exp_().add_(by_row)

@@ -1,5 +1,7 @@
 """One optimizer step on one global batch: towers, program, loss, gradient reduction and update put together."""
 
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +13,9 @@ from engine.config.read import Config
 from engine.feed import LocalBatch
 from engine.objectives.contrastive.activations import Activations, message_shape
 from engine.objectives.contrastive.copies import caption_ids
-from engine.objectives.contrastive.matryoshka import nested_loss
+from engine.objectives.contrastive.distill.losses import distilled
+from engine.objectives.contrastive.distill.teachers import Teacher, Teaching, load_teachers
+from engine.objectives.contrastive.matryoshka import R, nested_loss
 from engine.objectives.contrastive.passes import Captions, ContrastivePasses, Loss, LossResult
 from engine.objectives.contrastive.program import contrastive_program
 from engine.objectives.contrastive.sigmoid import sigmoid_loss
@@ -38,7 +42,16 @@ free, as in big_vision (the published ones are above 100).
 class ContrastiveStep:
     """Steps of one shape on this rank. Collective over the mesh."""
 
-    def __init__(self, config: Config, mesh: Mesh, device: torch.device, towers: Towers, optimizer: ShardedOptimizer):
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        device: torch.device,
+        towers: Towers,
+        optimizer: ShardedOptimizer,
+        teachers: Sequence[Teacher] | None = None,
+    ):
+        """teachers: of train.distill; None loads them. Raises CheckpointError if they are not what it says."""
         self.config, self.mesh, self.device = config, mesh, device
         self.towers, self.side, self.optimizer = towers, towers.text_side, optimizer
         self.update = Update(towers, optimizer, mesh, config.health)
@@ -70,6 +83,16 @@ class ContrastiveStep:
             offload_stash=train.offload_stash,
         )
         self.work, self.captions = self._work()
+        self.teaching = self._teaching(teachers)
+
+    def _teaching(self, teachers: Sequence[Teacher] | None) -> Teaching | None:
+        if not self.config.train.distill:
+            return None
+        if teachers is None:
+            teachers, remarks = load_teachers(self.config, self.mesh, self.device)
+            if self.mesh.world.rank == 0:
+                print("; ".join(remarks), file=sys.stderr, flush=True)
+        return Teaching(teachers, self.config, self.mesh, self.device)
 
     @property
     def keeps_captions(self) -> bool:
@@ -120,6 +143,8 @@ class ContrastiveStep:
         self.text.batch = batch
         for runner in self.vision:
             runner.batch = batch
+        if self.teaching is not None:
+            self.teaching.batch = batch
         passes = ContrastivePasses(
             mesh=self.mesh,
             device=self.device,
@@ -128,13 +153,14 @@ class ContrastiveStep:
             local_batch=self.local_batch,
             micro_batches=self.program.micro_batches,
             embed_dim=self.config.model.embed_dim,
+            teaching=self.teaching,
         )
         self.executor.run(self.work, passes, phases)
         assert passes.result is not None, "the program has no loss"
         return passes.result
 
     def _metrics(self, result: LossResult) -> dict[str, Tensor]:
-        metrics = {"i2t_top1": result.i2t_top1, "t2i_top1": result.t2i_top1}
+        metrics = {"i2t_top1": result.i2t_top1, "t2i_top1": result.t2i_top1, **result.terms}
         if self.side.logit_scale is not None:
             metrics["logit_scale"] = self.side.logit_scale().detach()
         return metrics
@@ -155,14 +181,23 @@ class ContrastiveStep:
         if side.logit_bias is not None:
             bias = side.logit_bias()
             sigmoid = partial(sigmoid_loss, logit_scale=scale.detach(), logit_bias=bias.detach(), **where)
-            result = of_sigmoid = nested_loss(sigmoid, image_rows, text_rows, train.matryoshka)
+            result = of_sigmoid = self._whole_loss(sigmoid, image_rows, text_rows, scale.detach(), where)
             self._backward_scalar(bias, of_sigmoid.grad_bias)
         else:
             softmax = partial(contrastive_loss, logit_scale=scale.detach(), **where)
-            result = nested_loss(softmax, image_rows, text_rows, train.matryoshka)
+            result = self._whole_loss(softmax, image_rows, text_rows, scale.detach(), where)
         if scale.requires_grad:
             self._backward_scalar(scale, result.grad_logit_scale)
         return result
+
+    def _whole_loss(
+        self, loss: Callable[[Tensor, Tensor], R], image: Tensor, text: Tensor, scale: Tensor, where: dict[str, Any]
+    ) -> R:
+        """`loss` at every width, and what teachers add to that of the whole embeddings."""
+        result = nested_loss(loss, image, text, self.config.train.matryoshka)
+        if self.teaching is None:
+            return result
+        return distilled(result, image, text, self.teaching.taught, loss=loss, logit_scale=scale, **where)
 
     def _copies(self) -> Tensor | None:
         """Identifiers of this rank's pairs by which the loss tells false negatives."""

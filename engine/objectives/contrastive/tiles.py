@@ -121,6 +121,15 @@ def inner(a: Tensor, b: Tensor, step: int) -> Tensor:
     return total
 
 
+def softmaxes(tile: Tensor, r: Tensor, c: Tensor, work: Tensor) -> Tensor:
+    """exp(s − r) + exp(s − c) of a tile of logits, written over them; r [m], c [n]: log-sum-exps of rows and columns.
+
+    work: of the tile's shape, overwritten.
+    """
+    by_row = torch.sub(tile, r.unsqueeze(1), out=work).exp_()
+    return tile.sub_(c).exp_().add_(by_row)
+
+
 def mask_pairs(tile: Tensor, image_rows: slice, text_rows: slice, own: Tensor) -> None:
     """Move the logits of the pairs (i, i) inside a tile of the rank's own block to `own`, leaving −inf."""
     diagonal, pairs = _pairs(tile, image_rows, text_rows)
