@@ -5,7 +5,7 @@ weight gradients of each micro-batch to the fp32 sums, unless the product does. 
 outputs were kept. All of it is projected.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from models.config import ModelConfig, VisionConfig
@@ -15,7 +15,7 @@ from tools.cost.activations import FP32, output_levels
 from tools.cost.counts import text_parameters
 from tools.cost.hardware import Hardware
 from tools.cost.kernels import Kernels, elementwise_bytes
-from tools.cost.layout import Layout, Stage, text_blocks
+from tools.cost.layout import BYTES, Layout, Stage, text_blocks
 from tools.cost.memory import stage_parameters
 
 BACKWARD_PRODUCTS = 2
@@ -166,3 +166,23 @@ def text_seconds(
     times = captions / at_once  # the last pass may be short
     sums = passes * _sum_bytes(text_parameters(model), element, kernels) / hardware.memory_bytes_s
     return PassSeconds(backward=sums).plus(inner, times * (text.depth - 1)).plus(last, times)
+
+
+def teachers_seconds(layout: Layout, hardware: Hardware) -> float:
+    """Forwards of all teachers over the pairs that a rank owns: a micro-batch a pass, without tensor parallelism."""
+    total = 0.0
+    for one in layout.teachers:
+        at_once = min(layout.own_rows, layout.micro_batch // layout.frames)
+        captions = text_seconds(one.model, layout.own_rows, at_once, hardware, BYTES[one.precision])
+        total += frozen_images_seconds(one.model, one.precision, layout, hardware) + captions.forward
+    return total
+
+
+def frozen_images_seconds(model: ModelConfig, precision: str, layout: Layout, hardware: Hardware) -> float:
+    """Forward of a whole frozen image tower over the images of the pairs that a rank owns."""
+    whole = Stage(rank=0, chunks=(model.vision.depth,), has_embedding=True, has_head=True)
+    alone = replace(
+        layout, tensor=1, pipeline=1, virtual=1, patch_dropout=0.0, precision=precision, layers=None, teachers=()
+    )
+    once = stage_seconds(model, alone, whole, hardware)
+    return once.forward * layout.own_rows * layout.frames / layout.micro_batch

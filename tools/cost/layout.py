@@ -16,6 +16,16 @@ class PlanError(CommandError):
     """A job that cannot be planned; the message names the numbers and the fix."""
 
 
+@dataclass(frozen=True)
+class FrozenModel:
+    """A teacher, and which of its losses go over the whole batch."""
+
+    model: ModelConfig
+    precision: str
+    interactive: bool
+    relational: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """The settings of a job that decide its memory, its traffic and its time (fields as in engine/config/sections)."""
@@ -64,6 +74,8 @@ class Layout:
     layers: tuple[int, ...] | None = None
     """Blocks of each chunk in tower order; None: even."""
     kernels: Kernels = field(default_factory=Kernels)
+    teachers: tuple[FrozenModel, ...] = ()
+    """CLIPs of train.distill, whole on every rank."""
 
     @property
     def replica(self) -> int:
@@ -192,6 +204,13 @@ def layout_of(config: Config, ranks: int) -> Layout:
         group_size=parallel.round_size,
         layers=tuple(parallel.layers) if parallel.layers else None,
         kernels=kernels_of(config.model),
+        teachers=tuple(
+            FrozenModel(
+                teacher.model, teacher.precision or train.precision, teacher.interactive > 0, teacher.relational > 0
+            )
+            for teacher in train.distill
+            if teacher.model is not None
+        ),
     )
 
 

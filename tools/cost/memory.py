@@ -39,7 +39,7 @@ from tools.cost.activations import (
 )
 from tools.cost.counts import text_parameters, vision_parameters
 from tools.cost.kernels import Kernels
-from tools.cost.layout import Layout, Stage, stages_of, telling_stages, text_blocks
+from tools.cost.layout import BYTES, Layout, Stage, stages_of, telling_stages, text_blocks
 
 GPU_TILE = 8192
 KEPT_LOGITS = 64 * 2**20
@@ -76,6 +76,8 @@ class Memory:
     """Embeddings, their gradients, tiles."""
     buffers: float
     """Messages, gathered tokens, pixels."""
+    teachers: float = 0.0
+    """Weights of frozen CLIPs."""
 
     @property
     def total(self) -> float:
@@ -216,6 +218,14 @@ def buffer_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
     return messages + gathered + pixels
 
 
+def teacher_bytes(layout: Layout) -> float:
+    """Weights of the teachers, which every rank holds whole."""
+    sizes = (
+        (vision_parameters(one.model) + text_parameters(one.model), BYTES[one.precision]) for one in layout.teachers
+    )
+    return sum(elements * size for elements, size in sizes)
+
+
 def stage_memory(model: ModelConfig, layout: Layout, stage: Stage) -> Memory:
     """The peak of a rank of this stage."""
     return max(phase_memory(model, layout, stage).values(), key=lambda memory: memory.total)
@@ -263,6 +273,7 @@ def phase_memory(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, 
             text=text_states + text + whole[phase].text + text_outputs,
             loss=loss,
             buffers=buffers + (moving if phase in ("encode", "backprop") else 0),
+            teachers=teacher_bytes(layout),
         )
         for phase, (activations, text, loss) in phases.items()
     }

@@ -12,9 +12,9 @@ from engine.objectives.mim.program import MimProgram
 from models.config import ModelConfig
 from tools.cost.activations import micro_batch_saved_bytes, vision_temporary_bytes
 from tools.cost.cluster import Cluster, decoding_nodes
-from tools.cost.compute import stage_seconds
+from tools.cost.compute import frozen_images_seconds
 from tools.cost.counts import vision_parameters
-from tools.cost.layout import BYTES, Layout, Stage, stages_of, telling_stages
+from tools.cost.layout import BYTES, Layout, stages_of, telling_stages
 from tools.cost.memory import buffer_bytes, stage_parameters, state_bytes
 from tools.cost.time import UnitTime, input_seconds, optimizer_seconds, unit_time, vision_state_seconds
 
@@ -127,14 +127,10 @@ def _teacher(config: Config) -> ModelConfig:
 
 
 def _teacher_seconds(config: Config, layout: Layout, cluster: Cluster) -> float:
-    """A micro-batch a pass, without tensor parallelism."""
     teacher = _teacher(config)
-    whole = Stage(rank=0, chunks=(teacher.vision.depth,), has_embedding=True, has_head=True)
     precision = config.mim.teacher_precision or layout.precision
-    alone = replace(layout, tensor=1, pipeline=1, virtual=1, patch_dropout=0.0, precision=precision, layers=None)
     vision = replace(teacher.vision, pool="mean")  # the patches are looked at
-    once = stage_seconds(replace(teacher, vision=vision), alone, whole, cluster.hardware)
-    return once.forward * layout.own_rows / layout.micro_batch
+    return frozen_images_seconds(replace(teacher, vision=vision), precision, layout, cluster.hardware)
 
 
 def _exchange_seconds(config: Config, layout: Layout, cluster: Cluster) -> float:

@@ -25,7 +25,7 @@ from models.config import ModelConfig
 from models.tensors.kept import LEVELS
 from tools.cost.activations import FP32, output_levels, outputs_bytes
 from tools.cost.cluster import Cluster, decoding_nodes
-from tools.cost.compute import PassSeconds, stage_seconds, text_seconds
+from tools.cost.compute import PassSeconds, stage_seconds, teachers_seconds, text_seconds
 from tools.cost.counts import text_parameters
 from tools.cost.hardware import Hardware
 from tools.cost.layout import Layout, Stage, stages_of, telling_stages
@@ -60,6 +60,8 @@ class StepTime:
     """Waiting while the pipeline fills and drains."""
     text: float
     """Captions that do not fit into a wait."""
+    teachers: float
+    """Forwards of frozen CLIPs, which take the captions' turn."""
     data: float
     """Reduction of gradients and gathering of weights that no work hides."""
     loss: float
@@ -159,12 +161,14 @@ def step_time(model: ModelConfig, layout: Layout, cluster: Cluster) -> StepTime:
     fill = (layout.pipeline - 1) / layout.virtual
     bubble = fill * (unit.f + unit.b) + _uneven_rounds(layout, stage, unit)
     text_forward, text_backward = text_step(model, layout, hardware)
+    taught = teachers_seconds(layout, hardware)
     before = dict(
         compute=m * (unit.forward + unit.backward) + replays * (unit.r - unit.tensor_forward + spared_tensor),
         tensor=m * (unit.tensor_forward + unit.tensor_backward) + replays * (unit.tensor_forward - spared_tensor),
         p2p=_message_time(model, layout, stage, unit, cluster),
         bubble=bubble,
         text=_left_over(text_forward, unit.f, layout) + _left_over(text_backward, unit.b, layout),
+        teachers=_left_over(text_forward + taught, unit.f, layout) - _left_over(text_forward, unit.f, layout),
         data=state_time(model, layout, stage, unit, text_backward, cluster).total,
         loss=loss_seconds(model, layout, cluster),
         optimizer=contrastive_optimizer_seconds(model, layout, stage, hardware),
@@ -328,7 +332,10 @@ def _turns(layout: Layout, unit: UnitTime, reduce: float, gather: float) -> floa
 
 
 def loss_seconds(model: ModelConfig, layout: Layout, cluster: Cluster) -> float:
-    """Products in fp32, gathered embeddings and sums, and the rows' way from the last stage and back."""
+    """Products in fp32, gathered embeddings and sums, and the rows' way from the last stage and back.
+
+    The interactive loss of a teacher is two more of it, the relational one has the matrices of student and teacher.
+    """
     rows, batch, width = layout.own_rows, layout.global_batch, model.embed_dim
     hardware = cluster.hardware
     products = LOSS_PRODUCTS * 2 * rows * batch * width / (hardware.fp32_tflops * 1e12 * hardware.gemm_limit)
@@ -336,7 +343,8 @@ def loss_seconds(model: ModelConfig, layout: Layout, cluster: Cluster) -> float:
     sums = 2 * cluster.collective_seconds(layout, "world", 2 * batch * FP32, 3)
     local = layout.local_batch * width * FP32
     dealt = cluster.message_seconds(layout, local) if layout.pipeline > 1 else 0.0
-    return products + gathers + sums + dealt + cluster.collective_seconds(layout, "replica", local)
+    matrices = 1 + sum(2 * (one.interactive + one.relational) for one in layout.teachers)
+    return matrices * (products + gathers + sums) + dealt + cluster.collective_seconds(layout, "replica", local)
 
 
 def contrastive_optimizer_seconds(model: ModelConfig, layout: Layout, stage: Stage, hardware: Hardware) -> float:

@@ -5,9 +5,10 @@ projection's backward has the weight gradient only, since pixels want none. Capt
 """
 
 from collections import Counter
+from dataclasses import replace
 
 from engine.config.read import Config
-from engine.model_flops import image_tokens, model_flops, student_flops
+from engine.model_flops import image_tokens, model_flops, student_flops, taught_flops
 from engine.objectives.contrastive.program import ContrastiveProgram
 from engine.objectives.registry import objective_of
 from engine.pipeline.program import Backward, Forward, Program, Replay
@@ -22,7 +23,7 @@ from models.tensors.flops import (
 )
 from tools.cost.activations import FP32
 from tools.cost.counts import text_executed_flops, vision_executed_flops
-from tools.cost.layout import Layout, Stage
+from tools.cost.layout import FrozenModel, Layout, Stage
 from tools.cost.memory import KEPT_LOGITS
 
 # --- of a sample (docs/benchmarking.md) -------------------------------------------------------------------------------
@@ -44,7 +45,7 @@ def executed_flops(config: Config, *, kept_share: float, keeps_text: bool) -> fl
         return model_flops(config) + layers_again * student_flops(config)
     images = config.data.frames * vision_executed_flops(config.model, image_tokens(config))
     captions = (TRAINING_FORWARDS + (not keeps_text)) * text_executed_flops(config.model)
-    return (TRAINING_FORWARDS + 1 - kept_share + layers_again) * images + captions
+    return (TRAINING_FORWARDS + 1 - kept_share + layers_again) * images + captions + taught_flops(config)
 
 
 # --- of a rank --------------------------------------------------------------------------------------------------------
@@ -66,8 +67,18 @@ def rank_flops(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, fl
         "replay": passes["replay"] * forward,
         "backward": passes["backward"] * backward,
         "text": layout.own_rows * text_executed_flops(model) * (4 if replays_text else 3),
+        "teacher": sum(_frozen_flops(one.model, model, layout) for one in layout.teachers),
         "loss": loss_flops(model, layout),
     }
+
+
+def _frozen_flops(teacher: ModelConfig, model: ModelConfig, layout: Layout) -> float:
+    """Forwards of a whole teacher over the pairs that a rank owns."""
+    whole = Stage(rank=0, chunks=(teacher.vision.depth,), has_embedding=True, has_head=True)
+    alone = replace(layout, tensor=1, pipeline=1, virtual=1, patch_dropout=0.0, layers=None, teachers=())
+    images = micro_batch_flops(teacher, alone, whole) * layout.own_rows * layout.frames / layout.micro_batch
+    text = replace(teacher.text, context_length=model.text.context_length)
+    return images + layout.own_rows * text_executed_flops(replace(teacher, text=text))
 
 
 def passes_of(program: Program, stage: int) -> Counter[str]:
@@ -132,4 +143,15 @@ def loss_flops(model: ModelConfig, layout: Layout) -> float:
     """
     rows, batch = layout.own_rows, layout.global_batch
     again = 0 if rows * batch * FP32 <= KEPT_LOGITS else rows * batch
-    return 2 * model.embed_dim * (2 * rows * batch + again + rows * rows + 2 * rows * (batch - rows))
+    once = 2 * model.embed_dim * (2 * rows * batch + again + rows * rows + 2 * rows * (batch - rows))
+    crossed = 2 * sum(one.interactive for one in layout.teachers)  # images and captions of the teacher
+    return once * (1 + crossed) + sum(
+        _relational_flops(one, model, layout) for one in layout.teachers if one.relational
+    )
+
+
+def _relational_flops(teacher: FrozenModel, model: ModelConfig, layout: Layout) -> float:
+    """The same strips with the logits of both in both passes, and gradients of the student's embeddings."""
+    rows, others = layout.own_rows, layout.global_batch - layout.own_rows
+    logits = (model.embed_dim + teacher.model.embed_dim) * (2 * layout.global_batch + others)
+    return 2 * rows * (logits + model.embed_dim * (layout.global_batch + rows + others))

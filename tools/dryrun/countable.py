@@ -16,7 +16,9 @@ _COUNTED = {
 def models_of(config: Config) -> dict[str, ModelConfig]:
     """Key of the config -> model that its job runs."""
     teacher = config.mim.teacher_model
-    return {"model": config.model} | ({} if teacher is None else {"mim.teacher_model": teacher})
+    found = {"model": config.model} | ({} if teacher is None else {"mim.teacher_model": teacher})
+    taught = {f"train.distill[{number}].model": one.model for number, one in enumerate(config.train.distill)}
+    return found | {key: model for key, model in taught.items() if model is not None}
 
 
 def check_countable(config: Config) -> None:

@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from engine.build import Towers, build_optimizer, build_towers
-from engine.config.read import Config
+from engine.config.read import Config, TeacherConfig
+from engine.objectives.contrastive.distill.teachers import build_teachers
 from engine.objectives.contrastive.step import ContrastiveStep
 from engine.objectives.contrastive.tiles import DEFAULT_TILE_CUDA
 from engine.objectives.mim.step import MimStep
@@ -120,9 +121,13 @@ def _as_on_a_gpu(config: Config) -> Config:
     return replace(
         config,
         model=_sdpa(config.model),
-        train=replace(config.train, loss_tile=tile),
+        train=replace(config.train, loss_tile=tile, distill=[_taught_by(one) for one in config.train.distill]),
         mim=replace(config.mim, teacher_model=None if teacher is None else _sdpa(teacher)),
     )
+
+
+def _taught_by(teacher: TeacherConfig) -> TeacherConfig:
+    return replace(teacher, model=None if teacher.model is None else _sdpa(teacher.model))
 
 
 def _sdpa(model: ModelConfig) -> ModelConfig:
@@ -144,8 +149,10 @@ def _build_step(
 ) -> TrainingStep:
     if objective_of(config).distils:
         return MimStep(config, mesh, device, towers, optimizer, teacher_tower(config, mesh, device))
-    step = ContrastiveStep(config, mesh, device, towers, optimizer)
+    step = ContrastiveStep(config, mesh, device, towers, optimizer, build_teachers(config, mesh, device))
     step.text.trim = lambda tokens: tokens
+    for teacher in step.teaching.teachers if step.teaching is not None else ():
+        teacher.text.trimmed = lambda ids: ids  # type: ignore[method-assign]
     return step
 
 
@@ -153,7 +160,12 @@ def _parameters(step: TrainingStep) -> dict[str, int]:
     vision = _elements(step.towers.vision)
     if isinstance(step, MimStep):
         return {"student": vision, "teacher": _elements([step.teacher.tower])}
-    return {"vision": vision, "text": _elements([step.towers.text_side])}
+    taught = (
+        {}
+        if step.teaching is None
+        else {"teachers": _elements(t for one in step.teaching.teachers for t in one.towers)}
+    )
+    return {"vision": vision, "text": _elements([step.towers.text_side])} | taught
 
 
 def _elements(modules: Iterable[nn.Module]) -> int:

@@ -56,6 +56,9 @@ def record_step(step: TrainingStep, batch: LocalBatch, *, every: bool) -> Record
         with _inputs_as_activations(step, recorder), recorder:
             step(batch, RecordedPhases(recorder))
         return recorder
+    if step.teaching is not None:
+        towers = [tower for teacher in step.teaching.teachers for tower in teacher.towers]
+        _book(recorder, "teacher weights", (weight for tower in towers for weight in tower.parameters()))
     for keeper in (step.executor.stash, *step.work.outputs, step.captions.outputs):
         if isinstance(keeper, HostStash | HostOutputs):
             keeper.side = _HostMemory(recorder, step.device)

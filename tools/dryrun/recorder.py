@@ -26,6 +26,8 @@ _CATEGORIES = {
         "encode": "activations",
         "replay": "activations",
         "backward": "activations",
+        "deal": "teacher",
+        "teacher": "teacher",
         "encode_text": "text",
         "backward_text": "text",
         "loss": "loss",

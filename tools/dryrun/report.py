@@ -14,6 +14,7 @@ _FLOP_PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "replay": ("replay",),
         "backward": ("backward",),
         "text": ("encode_text", "backward_text"),
+        "teacher": ("teacher",),
         "loss": ("loss",),
     },
     "mim": {"teacher": ("teacher",), "forward": ("forward",), "backward": ("backward",)},

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.config.read import preset_model
+from models.config import ModelConfig
 from tools.cli import amount, answer, check_folder, command_parser, complain, positive
 from tools.cost.cluster import Cluster
 from tools.cost.hardware import Hardware, load_hardware, profile_names
 from tools.cost.kernels import ELEMENTWISE, Kernels
-from tools.cost.layout import PlanError
+from tools.cost.layout import FrozenModel, PlanError
 from tools.plan.mim import as_json_mim, mim_config, search_mim, show_mim
 from tools.plan.search import Found, Job, search
 from tools.plan.table import as_json, new_console, show
@@ -48,6 +49,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     length.add_argument("--samples", type=amount, default=PAPER_SAMPLES, help="pairs to train on (default: 6e9)")
     length.add_argument("--tokens", type=amount, help="the same as image tokens that are kept")
     parser.add_argument("--teacher", metavar="MODEL", help="plan masked-feature distillation from this preset instead")
+    parser.add_argument(
+        "--distill",
+        metavar="MODEL",
+        action="append",
+        default=[],
+        help="a frozen CLIP that teaches too; may be repeated",
+    )
     parser.add_argument("--masked", type=positive, metavar="N", help="patches masked of an image, with --teacher")
     parser.add_argument("--patch-dropout", type=float, default=0.5, metavar="P", help="share of patches dropped")
     parser.add_argument("--frames", type=int, default=1, metavar="N", help="images of a pair: those of a clip")
@@ -82,9 +90,10 @@ def _plan(arguments: argparse.Namespace) -> int:
         frames=arguments.frames,
         host_gb=arguments.host_gb,
         kernels=kernels,
+        teachers=tuple(_teacher(name, model) for name in arguments.distill),
     )
     found = search(job)
-    zero3 = best_zero3(model, cluster, job.global_batch, job.patch_dropout, job.frames, kernels)
+    zero3 = best_zero3(model, cluster, job.global_batch, job.patch_dropout, job.frames, kernels, job.teachers)
     if arguments.tokens is not None:
         samples /= job.frames * model.vision.kept_tokens(job.patch_dropout)
     if arguments.json:
@@ -97,6 +106,13 @@ def _plan(arguments: argparse.Namespace) -> int:
         for path in write_plan(arguments.model, found.best[0], samples, arguments.write):
             print(f"wrote {path}", file=sys.stderr)
     return 0
+
+
+def _teacher(name: str, student: ModelConfig) -> FrozenModel:
+    """Feature and interactive losses where both are as wide, else the relational one."""
+    model = preset_model(name)
+    as_wide = model.embed_dim == student.embed_dim
+    return FrozenModel(model, "bf16", interactive=as_wide, relational=not as_wide)
 
 
 def _kernels(arguments: argparse.Namespace, hardware: Hardware) -> Kernels:
@@ -113,6 +129,7 @@ def _plan_mim(arguments: argparse.Namespace, cluster: Cluster, kernels: Kernels,
         "--host-gb": arguments.host_gb,
         "--frames": arguments.frames > 1,
         "--fp8": arguments.fp8,
+        "--distill": arguments.distill,
     }
     for option, value in idle.items():
         if value:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from engine.model_flops import teachers_flops
 from models.config import ModelConfig
 from models.tensors.kept import spared_flops
 from tools.cost.activations import output_levels
@@ -71,21 +72,28 @@ def estimate(model: ModelConfig, layout: Layout, cluster: Cluster) -> Estimate:
 def priced(model: ModelConfig, layout: Layout, cluster: Cluster, memory: Memory) -> Estimate:
     """The same where its memory is known already."""
     time = step_time(model, layout, cluster)
+    taught = flops_of_teachers(model, layout)
     flops = executed_flops(model, layout.patch_dropout, layout.keep / layout.micro_batches, layout.frames)
     if layout.recompute == "full":
         flops += layout.frames * vision_executed_flops(model, model.vision.kept_tokens(layout.patch_dropout))
-    flops -= _spared_flops(model, layout) / layout.local_batch
+    flops += taught - _spared_flops(model, layout) / layout.local_batch
     return Estimate(
         name=str(layout),
         memory=memory,
         time=time,
         cluster=cluster,
         global_batch=layout.global_batch,
-        model_flops=training_flops(model, layout.patch_dropout, layout.frames),
+        model_flops=training_flops(model, layout.patch_dropout, layout.frames) + taught,
         executed_flops=flops,
         images_per_node_s=layout.global_batch * layout.frames / time.total / decoding_nodes(layout, cluster),
         layout=layout,
     )
+
+
+def flops_of_teachers(model: ModelConfig, layout: Layout) -> float:
+    """FLOPs of a pair in all teachers; model: the student's."""
+    models = (one.model for one in layout.teachers)
+    return teachers_flops(models, frames=layout.frames, context=model.text.context_length)
 
 
 def _spared_flops(model: ModelConfig, layout: Layout) -> float:

@@ -20,7 +20,7 @@ from tools.cli import counted
 from tools.cost.activations import micro_batch_saved_bytes, text_saved_bytes, vision_temporary_bytes
 from tools.cost.cluster import Cluster
 from tools.cost.kernels import Kernels
-from tools.cost.layout import Layout, PlanError, stages_of, telling_stages
+from tools.cost.layout import FrozenModel, Layout, PlanError, stages_of, telling_stages
 from tools.cost.memory import Memory, peak_memory
 from tools.cost.time import host_bytes, step_time, unit_time
 from tools.plan.estimate import Estimate, priced
@@ -50,6 +50,8 @@ class Job:
     """Pinned host memory of a GPU; None: the profile's."""
     kernels: Kernels = field(default_factory=Kernels)
     """Kernels of every layout."""
+    teachers: tuple[FrozenModel, ...] = ()
+    """Teachers of every layout."""
 
     @property
     def host_bytes(self) -> float:
@@ -184,6 +186,7 @@ def _cuts(job: Job) -> Iterator[Layout]:
                         shard_ranks=neighbours,
                         layers=None if even else tuple(counts),
                         kernels=job.kernels,
+                        teachers=job.teachers,
                     )
 
 

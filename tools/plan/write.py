@@ -140,6 +140,7 @@ def settings(model: str, entry: Estimate, samples: float) -> dict[str, Any]:
             "patch_dropout": layout.patch_dropout,
             "precision": layout.precision,
             **_moved(layout),
+            **_distilled(layout),
         },
         "checkpoint": {"every_steps": 500},
     }
@@ -157,6 +158,19 @@ def _kernel_settings(entry: Estimate) -> dict[str, Any]:
         "compiled": {"block_kernels": "torch", "norm_kernel": "compiled"},
         "eager": {"block_kernels": "torch"},
     }[kernels.elementwise]
+
+
+def _distilled(layout: Layout) -> dict[str, Any]:
+    """Teachers of the layout; their weights' place is for the user to fill in."""
+    if not layout.teachers:
+        return {}
+    weights = {True: {}, False: {"feature": 0, "interactive": 0, "relational": 1}}
+    return {
+        "distill": [
+            {"path": f"weights/{one.model.preset}", "model": one.model.preset} | weights[one.interactive]
+            for one in layout.teachers
+        ]
+    }
 
 
 def _moved(layout: Layout) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from tools.cost.activations import (
     vision_temporary_bytes,
 )
 from tools.cost.cluster import Cluster
-from tools.cost.compute import stage_seconds, text_seconds
+from tools.cost.compute import stage_seconds, teachers_seconds, text_seconds
 from tools.cost.counts import (
     TRAINING_FORWARDS,
     executed_flops,
@@ -29,10 +29,10 @@ from tools.cost.counts import (
     vision_parameters,
 )
 from tools.cost.kernels import Kernels
-from tools.cost.layout import Layout, Stage
-from tools.cost.memory import Memory, loss_bytes
+from tools.cost.layout import FrozenModel, Layout, Stage
+from tools.cost.memory import Memory, loss_bytes, teacher_bytes
 from tools.cost.time import StepTime, input_seconds, loss_seconds, optimizer_seconds
-from tools.plan.estimate import Estimate
+from tools.plan.estimate import Estimate, flops_of_teachers
 
 STATE_BYTES = (2, 4, 12)
 """bf16 weight; fp32 gradient; fp32 master, m and v: of each element, sharded over all GPUs."""
@@ -103,6 +103,7 @@ def zero3_memory(model: ModelConfig, layout: Layout, zero3: Zero3) -> Memory:
         text=text_kept,
         loss=loss_bytes(model, layout),
         buffers=(GATHERED_BLOCKS + 1) * block + zero3.pairs * layout.frames * 3 * vision.image_size**2,
+        teachers=teacher_bytes(layout),
     )
 
 
@@ -126,6 +127,7 @@ def zero3_time(model: ModelConfig, layout: Layout, zero3: Zero3, cluster: Cluste
         p2p=0.0,
         bubble=0.0,
         text=(1 + again) * text.forward + text.backward,
+        teachers=teachers_seconds(layout, cluster.hardware),
         data=exposed + gather / blocks,
         loss=loss_seconds(model, layout, cluster),
         optimizer=optimizer_seconds(elements / layout.ranks, elements / layout.ranks, layout, cluster.hardware),
@@ -140,6 +142,7 @@ def best_zero3(
     patch_dropout: float,
     frames: int = 1,
     kernels: Kernels | None = None,
+    teachers: tuple[FrozenModel, ...] = (),
 ) -> Estimate:
     """The fastest form that fits, or the one that needs the least memory."""
     pairs = -(-global_batch // cluster.gpus)
@@ -150,6 +153,7 @@ def best_zero3(
         frames=frames,
         patch_dropout=patch_dropout,
         kernels=kernels or Kernels(),
+        teachers=teachers,
     )
     found = list(_forms(model, cluster, layout, pairs))
     fitting = [form for form in found if form.fits]
@@ -158,6 +162,7 @@ def best_zero3(
 
 def _forms(model: ModelConfig, cluster: Cluster, layout: Layout, pairs: int) -> Iterator[Estimate]:
     counted = training_flops(model, layout.patch_dropout, layout.frames)
+    taught = flops_of_teachers(model, layout)
     three_forwards = executed_flops(model, layout.patch_dropout, kept_share=1, frames=layout.frames)
     for chunks in (n for n in range(1, pairs + 1) if pairs % n == 0):
         for checkpoints in (True, False):
@@ -169,7 +174,7 @@ def _forms(model: ModelConfig, cluster: Cluster, layout: Layout, pairs: int) -> 
                 time=time,
                 cluster=cluster,
                 global_batch=layout.global_batch,
-                model_flops=counted,
-                executed_flops=three_forwards * zero3.forwards / TRAINING_FORWARDS,
+                model_flops=counted + taught,
+                executed_flops=three_forwards * zero3.forwards / TRAINING_FORWARDS + taught,
                 images_per_node_s=layout.global_batch * layout.frames / time.total / cluster.nodes,
             )

@@ -67,6 +67,7 @@ class StageCosts:
 class CollectiveCosts:
     """Seconds that all stages spend together once in a step (exchange: twice), where no compute hides them."""
 
+    deal_s: float = 0.0
     exchange_s: float = 0.0
     loss_s: float = 0.0
     reduce_s: float = 0.0

@@ -7,6 +7,7 @@ from engine.config.read import Config
 from engine.objectives.registry import objective_of
 from models.config import ModelConfig
 from tools.cost.cluster import Cluster
+from tools.cost.compute import teachers_seconds
 from tools.cost.layout import Layout, Stage, layout_of, stages_of
 from tools.cost.memory import single_chunks
 from tools.cost.mim import mim_costs, student_of
@@ -72,7 +73,9 @@ def _contrastive_costs(config: Config, layout: Layout, cluster: Cluster) -> tupl
         reduce_s=state.ends,
         optimizer_s=contrastive_optimizer_seconds(model, layout, stages[slow], cluster.hardware),
     )
-    return _stage_costs(stages, units, encode_text_s=encode_text, backward_text_s=backward_text), together
+    taught = teachers_seconds(layout, cluster.hardware)
+    costs = _stage_costs(stages, units, encode_text_s=encode_text, backward_text_s=backward_text, teacher_s=taught)
+    return costs, together
 
 
 def _mim_costs(config: Config, layout: Layout, cluster: Cluster) -> tuple[list[StageCosts], CollectiveCosts]:

@@ -11,7 +11,7 @@ from typing import Any
 from tools.cli import CommandError
 
 COMPUTE = ("encode", "encode_text", "teacher", "forward", "replay", "backward", "backward_text", "loss", "optimizer")
-COMMUNICATION = ("exchange", "reduce", "gather_weights")
+COMMUNICATION = ("deal", "exchange", "reduce", "gather_weights")
 WAIT = "wait"
 """For a message of another stage."""
 AWAIT_WEIGHTS, AWAIT_GRADIENTS = "await_weights", "await_gradients"

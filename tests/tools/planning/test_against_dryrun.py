@@ -40,6 +40,10 @@ class Case:
 
 OFFLOADED = ("train.keep_outputs=all", "train.offload_outputs=true", "train.offload_stash=true")
 FUSED = "model.block_kernels=fused"
+TEACHER = (
+    "{path: '-', model: {preset: 18b, block_kernels: torch, vision: {image_size: 196, width: 1024, head_width: 64, "
+    "mlp_hidden: 4096, depth: 3}, text: {depth: 2}}, relational: 1}"
+)
 
 # fmt: off
 FAST = [
@@ -57,6 +61,7 @@ FAST = [
         (*SHORT, "parallel.pipeline=2", "parallel.virtual=2", "parallel.shard=weights", "parallel.shard_ranks=2",
          "train.outputs_budget_gb=0.5"),
     ),
+    Case("taught", 8, 1, (*SHORT, "parallel.tensor=2", "parallel.pipeline=2", f"train.distill=[{TEACHER}]")),
     Case("8b-full-virtual", 8, 1, (*SHORT, "parallel.pipeline=2", "parallel.virtual=2", "train.recompute=full"), "8b"),
 ]
 # fmt: on
@@ -83,7 +88,7 @@ def check(case: Case) -> None:
     report = dry_run(config, case.ranks, case.stage * layout.tensor * layout.data)
     counted = {phase: sum(t.flops for name, t in report.phases.items() if text_of(name) == phase) for phase in _PARTS}
     if layout.keeps_outputs:  # a replay multiplies less (models/tensors/kept.py, tests/engine/test_kept_outputs.py)
-        counted = {phase: flops for phase, flops in counted.items() if phase in ("encode", "backward", "loss")}
+        counted = {phase: flops for phase, flops in counted.items() if phase in ("encode", "backward", "teacher")}
     planned_flops = rank_flops(config.model, layout, stage)
     assert {phase: planned_flops[phase] for phase in counted} == pytest.approx(counted, rel=1e-9)
     planned = phase_memory(config.model, layout, stage)
@@ -98,7 +103,7 @@ def check(case: Case) -> None:
             assert 0.99 <= planned[phase].total / report.peaks[phase].total <= 1.05, phase
 
 
-_PARTS = ("encode", "replay", "backward", "text", "loss")
+_PARTS = ("encode", "replay", "backward", "text", "teacher", "loss")
 
 
 def text_of(phase: str) -> str:
