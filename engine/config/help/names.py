@@ -142,6 +142,7 @@ def hint(path: str, known: Mapping[str, object] | None = None) -> str:
     if name in OURS:
         return f" ({OURS[name]})" if OURS[name].startswith("no setting") else f" (here it is {OURS[name]})"
     elsewhere = [key for key in known if key.rpartition(".")[2] == name]
+    elsewhere = [key for key in elsewhere if "[]" not in key] or elsewhere  # entries of lists last
     near = elsewhere or difflib.get_close_matches(plain, known, n=3, cutoff=0.8)
     names: dict[str, list[str]] = {}
     for key in known:
