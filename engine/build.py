@@ -6,19 +6,21 @@ wrapped in megatron-core's DistributedDataParallel on its own: flat fp32 gradien
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.config.read import Config
+from engine.config.sections.freeze import Frozen, frozen_of
 from engine.config.stages import stage_layers
 from engine.objectives.registry import objective_of
 from engine.optim.groups import tensor_group
 from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.mesh import Axis, Mesh
-from engine.parallel.replicas import Buckets, in_buckets
-from engine.parallel.sharded import ShardedPart
+from engine.parallel.replicas import Buckets, FrozenBuffer, frozen_buffers, in_buckets
+from engine.parallel.sharded import ShardedPart, own_slice
 from engine.parallel.shards import TowerShards
 from models.clip import LogitBias, LogitScale
 from models.tensors.init import initialise
@@ -53,6 +55,8 @@ class Part:
     tensor_rank: int
     sharded: ShardedPart | None = None
     """None: weights and gradients are always whole on every owner (parallel.shard: optimizer)."""
+    frozen: list[FrozenBuffer] = field(default_factory=list)
+    """What is not trained, if anything: without gradients, and not gathered after a step."""
 
     def last_backward(self, is_last: bool) -> AbstractContextManager:
         """Context of a backward: a bucket's reduction starts in the step's last one, as soon as it is complete."""
@@ -84,8 +88,17 @@ class Part:
         """
         if self.sharded is not None:
             return self.sharded.partial_gradients()
-        parameters = [p for p in self.ddp.module.parameters() if getattr(p, "sequence_parallel", False)]
-        return [p.main_grad for p in parameters]  # type: ignore[attr-defined]
+        trained = [p for p in self.ddp.module.parameters() if p.requires_grad]
+        return [p.main_grad for p in trained if getattr(p, "sequence_parallel", False)]  # type: ignore[attr-defined]
+
+    def gather_frozen(self) -> None:
+        """Bring what is not trained to every owner, after it was loaded. Collective over the owners."""
+        if self.sharded is not None and self.sharded.axes is not None:
+            self.sharded.publish_frozen()
+        elif self.owners.size > 1:
+            for buffer in self.frozen:
+                own = own_slice(buffer.param_data, self.owners)
+                dist.all_gather_into_tensor(buffer.param_data, own, group=self.owners.group)
 
 
 @dataclass
@@ -141,6 +154,11 @@ class Towers:
             else:
                 part.ddp.start_param_sync(force_sync=wait)
 
+    def gather_frozen(self) -> None:
+        """Bring what is not trained to every rank that holds it, after it was loaded. Collective."""
+        for part in self.parts:
+            part.gather_frozen()
+
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
         """Every weight of this rank's parts can be read in the block, outside a step. Collective."""
@@ -166,13 +184,18 @@ def build_towers(config: Config, mesh: Mesh, device: torch.device) -> Towers:
     """
     chunks, parts = [], []
     rule = objective_of(config).initial_values()
+    frozen = frozen_of(config)
     for chunk in _vision_chunks(config, mesh, device):
+        logical = logical_tensors(chunk, "vision", chunk.layers.start, mesh.tensor.size)
+        _freeze(chunk, logical, frozen)
+        chunk.divide(frozen.vision_blocks_below(chunk.layers))
         part = Part(
             ddp=in_buckets(chunk, chunk.config, mesh.vision_groups(), config.parallel),
-            logical=logical_tensors(chunk, "vision", chunk.layers.start, mesh.tensor.size),
+            logical=logical,
             owners=mesh.data,
             holders=mesh.stage,
             tensor_rank=mesh.tensor.rank,
+            frozen=frozen_buffers([chunk.parameters()], mesh.data.size),
         )
         initialise(chunk, part.logical, config.model, config.train.seed, mesh.tensor.rank, mesh.tensor.size, rule)
         part.sharded = _shard(part, "data", config, mesh)
@@ -180,11 +203,20 @@ def build_towers(config: Config, mesh: Mesh, device: torch.device) -> Towers:
         parts.append(part)
     side = _build_text_side(config, mesh, device) if objective_of(config).reads_captions else None
     if side is not None:
-        ddp = in_buckets(side, side.tower.config, mesh.text_groups(), config.parallel)
-        part = Part(ddp, _text_side_tensors(side), owners=mesh.world, holders=mesh.world, tensor_rank=0)
-        initialise(side, part.logical, config.model, config.train.seed, 0, 1, rule)
+        logical = _text_side_tensors(side)
+        _freeze(side, logical, frozen)
+        side.tower.divide(frozen.text_blocks_below)
         # The loss, between the turns of the captions, reads the learned scalars and gives them their gradients.
         scalars = [*_parameters(side.logit_scale), *_parameters(side.logit_bias)]
+        part = Part(
+            ddp=in_buckets(side, side.tower.config, mesh.text_groups(), config.parallel),
+            logical=logical,
+            owners=mesh.world,
+            holders=mesh.world,
+            tensor_rank=0,
+            frozen=frozen_buffers([side.tower.parameters(), scalars], mesh.world.size),
+        )
+        initialise(side, part.logical, config.model, config.train.seed, 0, 1, rule)
         part.sharded = _shard(part, "world", config, mesh, scalars)
         parts.append(part)
     return Towers(mesh=mesh, vision=chunks, side=side, parts=parts)
@@ -192,6 +224,12 @@ def build_towers(config: Config, mesh: Mesh, device: torch.device) -> Towers:
 
 def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
     return [] if module is None else list(module.parameters())
+
+
+def _freeze(module: nn.Module, logical: dict[str, LogicalTensor], frozen: Frozen) -> None:
+    """Let nothing want gradients that is frozen; the module is not in buckets yet, which hold what is trained."""
+    for local, parameter in module.named_parameters():
+        parameter.requires_grad_(logical[local].name not in frozen.names)
 
 
 def _shard(
@@ -202,11 +240,11 @@ def _shard(
     if parallel.shard == "optimizer" or part.owners.size == 1:
         return None
     if parallel.shard == "gradients":
-        return ShardedPart(part.ddp, part.owners, None, resident)
+        return ShardedPart(part.ddp, part.owners, None, resident, part.frozen)
     together = parallel.shard_ranks or part.owners.size
     if parallel.shard_ranks and owners == "world":
         together = parallel.shard_ranks * mesh.tensor.size
-    return ShardedPart(part.ddp, part.owners, mesh.gather_axes(owners, together), resident)
+    return ShardedPart(part.ddp, part.owners, mesh.gather_axes(owners, together), resident, part.frozen)
 
 
 def build_vision(config: Config, mesh: Mesh, device: torch.device) -> list[VisionTower]:
@@ -252,14 +290,20 @@ def build_optimizer(config: Config, towers: Towers, schedule_steps: int | None =
     """LAMB or AdamW over the owned shards of every part. schedule_steps: of warm-up and cosine; None: train.steps."""
     pairs = []
     for part in towers.parts:
-        shards = TowerShards(
-            part.ddp,
-            part.logical,
-            owners=part.owners,
-            holders=part.holders,
-            tensor_rank=part.tensor_rank,
-            sharded=part.sharded,
-        )
+        shards = _shards(part)
         groups = [tensor_group(t.name, len(t.shape), config.model, config.optim) for t in shards.tensors]
         pairs.append((shards, groups))
-    return ShardedOptimizer(pairs, config.optim, schedule_steps or config.train.steps, towers.mesh.world)
+    frozen = [_shards(part, part.frozen) for part in towers.parts if part.frozen]
+    return ShardedOptimizer(pairs, config.optim, schedule_steps or config.train.steps, towers.mesh.world, frozen)
+
+
+def _shards(part: Part, frozen: list[FrozenBuffer] | None = None) -> TowerShards:
+    return TowerShards(
+        part.ddp,
+        part.logical,
+        owners=part.owners,
+        holders=part.holders,
+        tensor_rank=part.tensor_rank,
+        sharded=part.sharded,
+        frozen=frozen,
+    )

@@ -9,9 +9,10 @@ from engine.build import Towers
 from engine.checkpoint.format.manifest import AVERAGE, WEIGHT, Position
 from engine.checkpoint.format.matching import match
 from engine.checkpoint.initial import Resized
-from engine.checkpoint.load import fill, model_shapes, publish, same_run, training_position, updates_of
+from engine.checkpoint.load import fill, fill_moments, model_shapes, publish, same_run, training_position, updates_of
 from engine.checkpoint.reader import Checkpoint
 from engine.config.read import Config
+from engine.config.sections.freeze import frozen_of
 from engine.optim.average import restart_average
 from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.mesh import Mesh
@@ -39,16 +40,21 @@ def cross_border(
     fill(optimizer, mesh, names, lambda name, where, kind: source.read(name, where), (WEIGHT,))
     lines = [*chosen.lines(), *source.remarks]
     optimizer.reset_moments()  # a rewind finds those of the steps that it takes back
+    optimizer.update_count = 0 if reset_optimizer else updates_of(position)
     if reset_optimizer:
         lines.append("moments start at 0")
+        position.began = {}
+        optimizer.began({})
     else:
         same_shape = {name for name in names if stored[name] == source.shapes()[name]}
-        fill(optimizer, mesh, same_shape, checkpoint.read, optimizer.rule.moments)
+        position.began, unfrozen = fill_moments(optimizer, mesh, same_shape, checkpoint, config)
         lines += [f"moments of {name} start at 0" for name in sorted(names - same_shape)]
+        lines += [f"{len(unfrozen)} tensors are trained from here on, their moments start at 0"] if unfrozen else []
+    frozen = frozen_of(config).names
+    lines += [f"{len(frozen)} tensors are frozen"] if frozen else []
     publish(optimizer, towers)
     restart_average(optimizer)
     if optimizer.optim.ema_decay and checkpoint.manifest.shapes(AVERAGE):
         averages = Resized(checkpoint.kind(AVERAGE), config.model, None, resize_patch=False)
         fill(optimizer, mesh, names, lambda name, where, kind: averages.read(name, where), (AVERAGE,))
-    optimizer.update_count = 0 if reset_optimizer else updates_of(position)
     return position, lines

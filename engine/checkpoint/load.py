@@ -19,11 +19,13 @@ from engine.checkpoint.format.matching import Match, Shapes, match
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.state import owned_slice
 from engine.config.read import Config, to_dict
+from engine.config.sections.freeze import frozen_of
 from engine.optim.average import restart_average
 from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.agree import everyone
 from engine.parallel.mesh import Mesh
 from models.config import completed
+from models.tensors.freezing import frozen_names
 from models.tensors.naming import LogicalTensor
 
 _NOT_THE_MODEL = ("preset", "backend")  # how it was written down, and which kernels compute it
@@ -57,18 +59,41 @@ def resume_training(
     manifest, position = checkpoint.manifest, training_position(checkpoint)
     same_run(checkpoint, config)
     chosen = match(manifest.shapes(), model_shapes(towers, mesh), checkpoint.exceptions, str(checkpoint.folder))
-    for kind in optimizer.rule.moments:
-        lacking = sorted(set(chosen.load) - manifest.shapes(kind).keys())
-        if lacking:
-            raise CheckpointError(f"{checkpoint.folder} has no {kind} of {len(lacking)} tensors, first {lacking[0]}")
-    fill(optimizer, mesh, set(chosen.load), checkpoint.read, (WEIGHT, *optimizer.rule.moments))
+    names = set(chosen.load)
+    fill(optimizer, mesh, names, checkpoint.read, (WEIGHT,))
+    optimizer.reset_moments()  # a rewind finds those of the steps that it takes back
+    optimizer.update_count = updates_of(position)
+    position.began, _ = fill_moments(optimizer, mesh, names, checkpoint, config)
     publish(optimizer, towers)
     restart_average(optimizer)
     if optimizer.optim.ema_decay:  # what the checkpoint has no average of begins one with its weights
         fill(optimizer, mesh, set(chosen.load) & manifest.shapes(AVERAGE).keys(), checkpoint.read, (AVERAGE,))
     optimizer.step_count = position.step
-    optimizer.update_count = updates_of(position)
     return position, chosen
+
+
+def fill_moments(
+    optimizer: ShardedOptimizer, mesh: Mesh, names: set[str], checkpoint: Checkpoint, config: Config
+) -> tuple[dict[str, int], list[str]]:
+    """Moments of the tensors `names` that are trained, where others are 0; those that were frozen in the checkpoint
+    begin at the updates so far, as in a run whose optimizer gets to know them now. Returns since when they count, where
+    not from the start, and which begin.
+
+    Raises CheckpointError where moments are missing of what was trained.
+    """
+    manifest, folder = checkpoint.manifest, checkpoint.folder
+    trained = names - frozen_of(config).names
+    were_frozen = frozen_names(manifest.config["train"].get("freeze", []), trained)
+    for kind in optimizer.rule.moments:
+        lacking = sorted(trained - were_frozen - manifest.shapes(kind).keys())
+        if lacking:
+            raise CheckpointError(f"{folder} has no {kind} of {len(lacking)} tensors, first {lacking[0]}")
+    fill(optimizer, mesh, trained - were_frozen, checkpoint.read, tuple(optimizer.rule.moments))
+    stored = manifest.position.began if manifest.position is not None else {}
+    began = {name: updates for name, updates in stored.items() if name in trained}
+    began |= dict.fromkeys(sorted(were_frozen), optimizer.update_count)
+    optimizer.began(began)
+    return began, sorted(were_frozen)
 
 
 def training_position(checkpoint: Checkpoint) -> Position:
@@ -122,14 +147,17 @@ def model_differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: st
 
 @torch.no_grad()
 def fill(optimizer: ShardedOptimizer, mesh: Mesh, names: set[str], read, kinds: tuple[str, ...]) -> None:
-    """Read this rank's owned elements of the tensors `names`. read(name, where, kind) -> 1-D."""
-    for tower in optimizer.towers:
+    """Read this rank's owned elements of the tensors `names`, of the kinds that are kept of them.
+
+    read(name, where, kind) -> 1-D.
+    """
+    for tower in optimizer.held:
         for s, piece in tower.shards.owned():
             name = tower.shards.tensors[piece.tensor].name
             if name not in names:
                 continue
             where = owned_slice(tower.shards, piece, mesh)
-            for kind in kinds:
+            for kind in tower.kinds().keys() & set(kinds):
                 tower.kinds()[kind][s][piece.start : piece.stop].copy_(read(name, where, kind))
 
 
@@ -144,12 +172,13 @@ def load_weights_for_training(
 
 @torch.no_grad()
 def publish(optimizer: ShardedOptimizer, towers: Towers) -> None:
-    """Copy the owned masters to every rank's weights. Collective over the owners of each part."""
+    """Copy the owned masters, and what is not trained, to every rank's weights. Collective over each part's owners."""
     for tower in optimizer.towers:
         for shard, master in zip(tower.shards.shards, tower.master, strict=True):
             if master is not shard.weight:
                 shard.weight.copy_(master)
     towers.gather_weights(wait=True)
+    towers.gather_frozen()
 
 
 @torch.no_grad()

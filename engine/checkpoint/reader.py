@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.checkpoint.format.errors import CheckpointError, listed
 from engine.checkpoint.format.flat_slice import FlatSlice, RangeReader, copy_overlap
-from engine.checkpoint.format.manifest import WEIGHT, Manifest, read_manifest
+from engine.checkpoint.format.manifest import AVERAGE, WEIGHT, Manifest, read_manifest
 from engine.checkpoint.format.matching import Exceptions
 from engine.checkpoint.format.tensor_file import TensorFile, hash_file
 
@@ -32,9 +32,14 @@ class Checkpoint:
         """Logical name -> shape of every weight."""
         return self.manifest.shapes()
 
+    def key(self, name: str, kind: str) -> str:
+        """What a tensor of a kind is stored as: the average of one that was frozen is the weight."""
+        own = f"{kind}/{name}"
+        return f"{WEIGHT}/{name}" if kind == AVERAGE and own not in self.manifest.tensors else own
+
     def read(self, name: str, where: FlatSlice, kind: str = WEIGHT) -> Tensor:
         """The elements `where` of a logical tensor: 1-D on the CPU, in the stored dtype."""
-        key = f"{kind}/{name}"
+        key = self.key(name, kind)
         stored = self.manifest.tensors[key]
         out = torch.empty(where.numel(), dtype=stored.dtype)
         copied = 0
@@ -46,7 +51,7 @@ class Checkpoint:
 
     def read_whole(self, name: str, kind: str = WEIGHT) -> Tensor:
         """A logical tensor in its own shape."""
-        shape = self.manifest.tensors[f"{kind}/{name}"].shape
+        shape = self.manifest.tensors[self.key(name, kind)].shape
         return self.read(name, FlatSlice.whole(shape), kind).view(shape)
 
     def kind(self, kind: str) -> "KindOf":
@@ -127,7 +132,8 @@ class KindOf:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Logical name -> shape."""
-        return self._checkpoint.manifest.shapes(self._kind)
+        manifest = self._checkpoint.manifest
+        return {name: manifest.tensors[self._checkpoint.key(name, self._kind)].shape for name in manifest.shapes()}
 
     def read(self, name: str, where: FlatSlice) -> Tensor:
         """Some elements of a logical tensor, 1-D."""

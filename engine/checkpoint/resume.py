@@ -91,12 +91,12 @@ def load_state(towers: Towers, optimizer: ShardedOptimizer, phase: Phase, mesh: 
     _check_position(position, phase, checkpoint.folder)
     at_border = 0 < position.step == phase.first_step
     if at_border:
-        _, lines = cross_border(
+        position, lines = cross_border(
             checkpoint, towers, optimizer, phase.config, mesh, reset_optimizer=phase.reset_optimizer
         )
         did = f"phase {phase.name} goes on"
     else:
-        _, chosen = resume_training(checkpoint, towers, optimizer, phase.config, mesh)
+        position, chosen = resume_training(checkpoint, towers, optimizer, phase.config, mesh)
         lines, did = chosen.lines(), "resumed"
     optimizer.step_count = position.step - phase.schedule_first_step
     _say(f"{did} from {checkpoint.folder} (step {position.step}): " + "; ".join(lines), mesh)

@@ -42,7 +42,7 @@ class Snapshot:
         return list(self._parts())
 
     def _parts(self) -> Iterator[SnapshotPart]:
-        for t, tower in enumerate(self.optimizer.towers):
+        for t, tower in enumerate(self.optimizer.held):
             # Of tensors that every tensor rank holds whole, only the counted copy is written.
             writes = (tower.shards.counted > 0).tolist()
             for kind, flats in tower.kinds().items():
@@ -55,5 +55,6 @@ class Snapshot:
 
     def _copy(self, key: tuple[int, str, int], flat: Tensor) -> Tensor:
         if key not in self._buffers:
-            self._buffers[key] = torch.empty(flat.shape, dtype=flat.dtype, device="cpu", pin_memory=flat.is_cuda)
+            # fp32 as every stored weight, also of what is frozen and has no fp32 master.
+            self._buffers[key] = torch.empty(flat.shape, dtype=torch.float32, device="cpu", pin_memory=flat.is_cuda)
         return self._buffers[key].copy_(flat.detach())

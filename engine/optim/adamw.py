@@ -22,11 +22,14 @@ class AdamW:
     ) -> None:
         """The whole update of the owned elements; pieces of one rate and one decay go into one call."""
         equal: dict[tuple[float, float], list[tuple[Tensor, ...]]] = defaultdict(list)
+        updates: dict[tuple[float, float], list[float]] = defaultdict(list)
         for i, piece in state.shards.owned():
             group, part = state.groups[piece.tensor], slice(piece.start, piece.stop)
             moments = (state.moments[kind][i] for kind in self.moments)
             flats = (state.master[i], state.shards.shards[i].gradient, *moments)
-            equal[rates[group.tower] * group.lr_scale, group.weight_decay].append(tuple(flat[part] for flat in flats))
+            key = rates[group.tower] * group.lr_scale, group.weight_decay
+            equal[key].append(tuple(flat[part] for flat in flats))
+            updates[key].append(t - 1.0 - state.began[piece.tensor])
         device = state.shards.counted.device
         # Without a scale the kernel does not write the gradients back.
         scale = None if gradient_scale == 1 else torch.full((), 1 / gradient_scale, device=device)
@@ -38,7 +41,7 @@ class AdamW:
                 first,
                 second,
                 [],
-                list(torch.full((len(pieces),), t - 1.0, device=device).unbind()),
+                list(torch.tensor(updates[rate, decay], device=device).unbind()),
                 fused=True,
                 grad_scale=scale,
                 amsgrad=False,

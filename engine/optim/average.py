@@ -1,7 +1,7 @@
 """Exponential moving average of the weights, over the owned shards: one more fp32 copy, cut as the master weights are.
 
 a <- d a + (1 - d) w after every update that was applied (optim.ema_decay d), beginning with a = w; no warm-up and no
-bias correction. Elementwise, so every layout has the same average.
+bias correction. Elementwise, so every layout has the same average. A frozen tensor has none: it is its own.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def restart_average(optimizer: ShardedOptimizer) -> None:
 def move_average(optimizer: ShardedOptimizer) -> None:
     """Move the averaged weights by one update."""
     decay = optimizer.optim.ema_decay
-    for tower in optimizer.towers if decay else ():
+    for tower in (tower for tower in optimizer.towers if tower.average and decay):
         torch._foreach_lerp_(tower.average, tower.master, 1 - decay)
 
 

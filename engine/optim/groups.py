@@ -6,14 +6,12 @@ the MIM stage. No decay: vectors, biases, class token, registers and position ta
 authors store it as [1, 1, H] and go by its dimensions, and only the class token is on their list.
 """
 
-import re
 from dataclasses import dataclass
 
 from engine.config.read import OptimConfig
 from models.config import ModelConfig
+from models.tensors.freezing import layer_of
 
-_BLOCK = re.compile(r"(vision|text)\.blocks\.(\d+)\.")
-_FIRST_LAYER = ("vision.embed.", "text.token_embedding", "text.pos_embed")
 _DECAYED_VECTOR = "vision.embed.mask_token"
 _NEVER_DECAYED = (
     "vision.embed.cls_token",
@@ -43,14 +41,7 @@ def tensor_group(name: str, dims: int, model: ModelConfig, optim: OptimConfig) -
     depth = model.vision.depth if tower == "vision" else model.text.depth
     decay = optim.layer_decay_vision if tower == "vision" else optim.layer_decay_text
     plain = (dims <= 1 and name != _DECAYED_VECTOR) or name.endswith(".bias") or name in _NEVER_DECAYED
-    return TensorGroup(tower, decay ** (depth + 1 - _layer_id(name, depth)), 0.0 if plain else optim.weight_decay)
-
-
-def _layer_id(name: str, depth: int) -> int:
-    block = _BLOCK.match(name)
-    if block is not None:
-        return int(block[2]) + 1
-    return 0 if name.startswith(_FIRST_LAYER) else depth + 1
+    return TensorGroup(tower, decay ** (depth + 1 - layer_of(name, depth)), 0.0 if plain else optim.weight_decay)
 
 
 def base_rate(tower: str, optim: OptimConfig) -> float:

@@ -35,16 +35,17 @@ class Lamb:
         """Direction, ratios over whole tensors, update. Collective over the holders of the tower's tensors."""
         updates = _direction_of(state, optim, gradient_scale, t)
         ratios = self.trust_ratios(state, updates, optim)
-        _apply(state, updates, self.steps(state, optim, ratios, rates, _step_factor(optim, t)))
+        factors = [_step_factor(optim, t - began) for began in state.began]
+        _apply(state, updates, self.steps(state, optim, ratios, rates, factors))
 
     def steps(
-        self, state: OwnedState, optim: OptimConfig, ratios: Tensor, rates: Mapping[str, float], factor: float
+        self, state: OwnedState, optim: OptimConfig, ratios: Tensor, rates: Mapping[str, float], factors: list[float]
     ) -> Sequence[float | Tensor]:
         """Rate x layer decay x ratio x factor of each tensor: numbers on a CPU, elsewhere 0-d tensors of the device."""
         if not ratios.is_cpu:
-            return self.fixed(state, optim).steps(ratios, rates, factor)
-        of_tensors = zip(state.groups, ratios.tolist(), strict=True)
-        return [rates[group.tower] * group.lr_scale * ratio * factor for group, ratio in of_tensors]
+            return self.fixed(state, optim).steps(ratios, rates, factors)
+        of_tensors = zip(state.groups, ratios.tolist(), factors, strict=True)
+        return [rates[group.tower] * group.lr_scale * ratio * factor for group, ratio, factor in of_tensors]
 
     def trust_ratios(self, state: OwnedState, updates: list[Tensor], optim: OptimConfig) -> Tensor:
         """One ratio a logical tensor, float64 [tensors], from the norms of the whole tensor; nothing waits for them."""
@@ -79,9 +80,12 @@ class Fixed:
         }
         """Tower -> float64 [tensors]: layer decay of its tensors, 0 of the others."""
 
-    def steps(self, ratios: Tensor, rates: Mapping[str, float], factor: float) -> tuple[Tensor, ...]:
+    def steps(self, ratios: Tensor, rates: Mapping[str, float], factors: list[float]) -> tuple[Tensor, ...]:
         """Rate x ratio x factor of each tensor, 0-d fp32, which the host does not learn."""
         rate = sum((scale * rates[tower] for tower, scale in self.scales.items()), torch.zeros_like(ratios))
+        alike = len(set(factors)) == 1
+        # One number goes along with the launch; a list of them is a copy to the device.
+        factor = factors[0] if alike else torch.tensor(factors, dtype=ratios.dtype, device=ratios.device)
         return (rate * ratios * factor).float().unbind()
 
 
@@ -95,11 +99,24 @@ def _step_factor(optim: OptimConfig, t: int) -> float:
 def _direction_of(state: OwnedState, optim: OptimConfig, gradient_scale: float, t: int) -> list[Tensor]:
     """u of every owned element, written over the gradient (no longer needed); moments move on."""
     updates = [shard.gradient for shard in state.shards.shards]
-    for flats in zip(updates, *state.moments.values(), strict=True):
-        for gradient, m, v in _in_cache(*flats):
-            _direction(gradient, m, v, optim, gradient_scale, t)
+    flats = list(zip(updates, *state.moments.values(), strict=True))
+    for one_count, own_t in _of_one_count(state, flats, t):
+        for gradient, m, v in _in_cache(*one_count):
+            _direction(gradient, m, v, optim, gradient_scale, own_t)
     _add_weight_decay(state, updates)
     return updates
+
+
+def _of_one_count(
+    state: OwnedState, flats: list[tuple[Tensor, ...]], t: int
+) -> Iterator[tuple[tuple[Tensor, ...], int]]:
+    """Parts of the shards' flat vectors whose moments have seen as many updates, and how many: most often all t."""
+    if not any(state.began):
+        yield from ((of_shard, t) for of_shard in flats)
+        return
+    for i, piece in state.shards.owned():
+        part = slice(piece.start, piece.stop)
+        yield tuple(flat[part] for flat in flats[i]), t - state.began[piece.tensor]
 
 
 def _add_weight_decay(state: OwnedState, updates: list[Tensor]) -> None:

@@ -5,6 +5,7 @@ move is a rule's matter: `RULES` has one a name of `optim.name`.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -26,17 +27,31 @@ class ShardedOptimizer:
     """One optimizer over several towers: shared clipping, per-tower shards, per-tensor rates and ratios."""
 
     def __init__(
-        self, towers: list[tuple[TowerShards, list[TensorGroup]]], optim: OptimConfig, total_steps: int, world: Axis
+        self,
+        towers: list[tuple[TowerShards, list[TensorGroup]]],
+        optim: OptimConfig,
+        total_steps: int,
+        world: Axis,
+        frozen: Sequence[TowerShards] = (),
     ):
+        """frozen: what of the towers is not trained, for those who read and write weights."""
         self.optim = optim
         self.total_steps = total_steps
         self.world = world
         self.rule = RULES[optim.name]()
         self.towers = [OwnedState(shards, groups, self.rule.moments) for shards, groups in towers]
+        """What is trained, one a part of the model; some of them may have nothing here."""
+        self.frozen = [OwnedState(shards, [], (), trained=False) for shards in frozen]
+        """What is not, of parts that have some."""
         self.step_count = 0
         """Steps of the schedule of rates, skipped ones included."""
         self.update_count = 0
         """Updates that the moments have seen; the bias corrections follow it."""
+
+    @property
+    def held(self) -> list[OwnedState]:
+        """Everything whose weights this rank owns a part of."""
+        return [*self.towers, *self.frozen]
 
     def rates(self) -> dict[str, float]:
         """Learning rate of each tower (before layer decay) at the next step."""
@@ -63,14 +78,19 @@ class ShardedOptimizer:
         rates = self.rates()
         self.step_count += 1
         self.update_count += 1
-        for tower in self.towers:
+        for tower in filter(lambda tower: tower.shards.shards, self.towers):
             self.rule.update(tower, self.optim, gradient_scale=scale, rates=rates, t=self.update_count)
 
     @torch.no_grad()
     def reset_moments(self) -> None:
         """Let the moments of every tensor start at 0."""
+        for flat in (flat for tower in self.towers for flats in tower.moments.values() for flat in flats):
+            flat.zero_()
+
+    def began(self, updates: Mapping[str, int]) -> None:
+        """Let the moments of some tensors count from so many updates of the job on, those of the others from 0."""
         for tower in self.towers:
-            torch._foreach_zero_([flat for flats in tower.moments.values() for flat in flats])
+            tower.began = [updates.get(tensor.name, 0) for tensor in tower.shards.tensors]
 
     def skip(self) -> None:
         """A step without an update: weights, moments and update_count stay, the schedule goes on."""

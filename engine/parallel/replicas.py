@@ -4,8 +4,11 @@ The one place of the engine that imports its DistributedDataParallel and its col
 below are what the rest of the engine says instead.
 """
 
+from collections.abc import Iterable
+from itertools import accumulate, groupby, pairwise
 from typing import TypeAlias
 
+import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -14,7 +17,7 @@ from torch import nn
 from engine.config.schema import ParallelConfig
 
 Buckets: TypeAlias = DistributedDataParallel
-"""A module whose parameters lie in flat buckets, with fp32 gradient sums beside them."""
+"""A module whose trained parameters lie in flat buckets, with fp32 gradient sums beside them."""
 Groups: TypeAlias = ProcessGroupCollection
 """Process groups of megatron-core's layers and buckets."""
 
@@ -34,7 +37,7 @@ def bucket_elements(module: nn.Module, data_ranks: int) -> int:
     With thousands of ranks its buckets are larger than the caption tower, and nothing of a reduction is hidden behind
     the backward that makes one bucket.
     """
-    elements = sum(parameter.numel() for parameter in module.parameters())
+    elements = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     usual = max(_SMALLEST_BUCKET, _A_RANK * data_ranks)
     return min(usual, max(_SMALLEST_BUCKET, elements // _BUCKETS))
 
@@ -55,3 +58,41 @@ def in_buckets(module: nn.Module, transformer_config, groups: Groups, parallel: 
         # in which some ranks have nothing to do would wait for ever.
         group.param_gather_dispatched = True
     return buckets
+
+
+class FrozenBuffer:
+    """Parameters of one dtype that are not trained, in one flat tensor without gradients: a buffer of one bucket.
+
+    Attributes are named as those of megatron-core's buffers and buckets, so that slices are found in the same way.
+    """
+
+    offset = 0
+    """Element of the buffer at which the bucket begins."""
+
+    def __init__(self, parameters: list[nn.Parameter], owners: int):
+        """Moves the parameters into the flat tensor, which `owners` ranks cut into equal slices."""
+        ends = list(accumulate((parameter.numel() for parameter in parameters), initial=0))
+        self.params_list = parameters
+        places = zip(parameters, pairwise(ends), strict=True)
+        self.param_index_map = {parameter: (start, stop, 0) for parameter, (start, stop) in places}
+        padded = -(-ends[-1] // (owners * _ALIGNED)) * owners * _ALIGNED
+        self.param_data = torch.zeros(padded, dtype=parameters[0].dtype, device=parameters[0].device)
+        for parameter, (start, stop, _) in self.param_index_map.items():
+            place = self.param_data[start:stop].view(parameter.shape)
+            place.copy_(parameter.data)
+            parameter.data = place
+        self.buckets = [self]
+
+
+_ALIGNED = 64
+"""Elements: slices begin where wide loads do."""
+
+
+def frozen_buffers(groups: Iterable[Iterable[nn.Parameter]], owners: int) -> list[FrozenBuffer]:
+    """Buffers of the parameters of each group that are not trained, one a dtype."""
+    buffers = []
+    for group in groups:
+        frozen = sorted((p for p in group if not p.requires_grad), key=lambda p: str(p.dtype))
+        by_dtype = groupby(frozen, key=lambda p: p.dtype)
+        buffers += [FrozenBuffer(list(parameters), owners) for _, parameters in by_dtype]
+    return buffers

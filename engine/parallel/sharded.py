@@ -4,7 +4,8 @@ A part is wrapped in megatron-core's DistributedDataParallel: flat buckets of we
 one contiguous slice an owner. Sharded further (parallel.shard), the buckets' memory is given back between turns and
 only the own slices stay: weights are gathered for a turn and dropped behind it, gradients begin at zero with the
 backward's turn and are reduce-scattered behind it. Slices, hooks and buckets are the same as without, so the optimizer,
-checkpoints and averages see no difference, and neither does a loss, to the last bit.
+checkpoints and averages see no difference, and neither does a loss, to the last bit. What is not trained comes and goes
+with the weights, from buffers without gradients.
 
 The memory is that of the buckets' storages, which keep their tensors: a parameter is a view of its storage at any time,
 and what a graph has saved of a weight is there again when the backward's turn has gathered it.
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.parallel.mesh import Axis, GatherAxes
-from engine.parallel.replicas import Buckets
+from engine.parallel.replicas import Buckets, FrozenBuffer
 
 
 class Store:
@@ -56,17 +57,20 @@ class ShardedPart:
         owners: Axis,
         axes: GatherAxes | None,
         resident: Sequence[nn.Parameter] = (),
+        frozen: Sequence[FrozenBuffer] = (),
     ):
         """axes: ranks that gather the weights; None: weights stay whole, gradients alone are sharded.
 
         resident: a few small parameters that are read and learn between turns, too. The weights must have their values.
+        frozen: buffers of what is not trained; residents have their own.
         """
         self.ddp, self.owners, self.axes = ddp, owners, axes
         self.buckets = [bucket for buffer in ddp.buffers for bucket in buffer.buckets]
-        weights, gradients = ([self._own(flat) for flat in flats] for flats in self._flats())
+        self._held = [*self.buckets, *frozen]
+        weights = [own_slice(bucket.param_data, owners) for bucket in self._held]
         self.weights = weights if axes is None else [own.clone() for own in weights]
-        """Own slice of every bucket."""
-        self.gradients = [torch.zeros_like(own) for own in gradients]
+        """Own slice of every bucket, of what is trained and then of what is not."""
+        self.gradients = [torch.zeros_like(own_slice(bucket.grad_data, owners)) for bucket in self.buckets]
         """The same of the gradients, complete after `finish`."""
         # In bf16 the learned scalars, which are fp32, have a buffer of their own, and it stays.
         self._staying = [buffer for buffer in ddp.buffers if set(buffer.params) <= set(resident)]
@@ -76,7 +80,8 @@ class ShardedPart:
             for parameter in resident
             if any(parameter in buffer.param_index_map for buffer in coming)
         ]
-        self.weight_stores = [] if axes is None else [Store(buffer.param_data) for buffer in coming]
+        leaving = [*coming, *(buffer for buffer in frozen if not set(buffer.params_list) <= set(resident))]
+        self.weight_stores = [] if axes is None else [Store(buffer.param_data) for buffer in leaving]
         self.gradient_stores = [Store(buffer.grad_data) for buffer in coming]
         self._outer: list[Tensor] = []
         """Slices of the ranks that have this rank's place in other groups of gathering ranks, where there are any."""
@@ -87,13 +92,15 @@ class ShardedPart:
         for store in (*self.weight_stores, *self.gradient_stores):
             store.drop()
         self.publish()
+        self.publish_frozen()
 
-    def _flats(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [bucket.param_data for bucket in self.buckets], [bucket.grad_data for bucket in self.buckets]
+    def own_weights(self, bucket) -> Tensor:
+        """Own slice of a bucket's weights."""
+        return self.weights[self._held.index(bucket)]
 
-    def _own(self, flat: Tensor) -> Tensor:
-        length = flat.numel() // self.owners.size
-        return flat.view(-1)[self.owners.rank * length : (self.owners.rank + 1) * length]
+    def own_gradients(self, bucket) -> Tensor:
+        """The same of its gradients."""
+        return self.gradients[self.buckets.index(bucket)]
 
     def kept_weights(self) -> list[Tensor]:
         """What of the weights is here between turns, where they are sharded."""
@@ -102,12 +109,19 @@ class ShardedPart:
     # --- weights -------------------------------------------------------------------------------------------------
 
     def publish(self) -> None:
-        """Let what is kept of others' slices follow, after the own ones have changed."""
+        """Let what is kept of others' slices follow, after the own ones of what is trained have changed."""
+        self._publish(slice(len(self.buckets)))
+
+    def publish_frozen(self) -> None:
+        """The same of what is not trained, after it was loaded."""
+        self._publish(slice(len(self.buckets), None))
+
+    def _publish(self, which: slice) -> None:
         if self.axes is None or self.axes.outer is None:
             return
         if not self._outer:
             self._outer = [own.new_empty(self.axes.outer.size * own.numel()) for own in self.weights]
-        for outer, own in zip(self._outer, self.weights, strict=True):
+        for outer, own in zip(self._outer[which], self.weights[which], strict=True):
             dist.all_gather_into_tensor(outer, own, group=self.axes.outer.group)
 
     def gather(self) -> None:
@@ -117,7 +131,7 @@ class ShardedPart:
         for store in self.weight_stores:
             store.take()
         self._gathering = []
-        for i, bucket in enumerate(self.buckets):
+        for i, bucket in enumerate(self._held):
             whole, part, loose = bucket.param_data, self.weights[i], None
             if self.axes.outer is not None:
                 part, loose = self._outer[i], torch.empty_like(whole)
@@ -129,7 +143,7 @@ class ShardedPart:
     def wait(self) -> None:
         """Have the weights here."""
         self.gather()
-        for bucket, (work, loose) in zip(self.buckets, self._gathering or (), strict=False):
+        for bucket, (work, loose) in zip(self._held, self._gathering or (), strict=False):
             work.wait()
             if loose is not None:
                 self._in_order(loose, bucket.param_data)
@@ -179,7 +193,7 @@ class ShardedPart:
             return
         self.ddp.finish_grad_sync()
         for own, bucket in zip(self.gradients, self.buckets, strict=True):
-            own.copy_(self._own(bucket.grad_data))
+            own.copy_(own_slice(bucket.grad_data, self.owners))
         for store in self.gradient_stores:
             store.drop()
         self._is_reducing = False
@@ -195,9 +209,15 @@ class ShardedPart:
         return [part for part in found if part.numel()]
 
     def _owned_part(self, bucket, start: int, stop: int) -> Tensor:
-        own = self.gradients[self.buckets.index(bucket)]
+        own = self.own_gradients(bucket)
         first = bucket.offset + self.owners.rank * own.numel()
         return own[max(0, start - first) : max(0, stop - first)]
+
+
+def own_slice(flat: Tensor, owners: Axis) -> Tensor:
+    """The part of a bucket's weights or gradients that this rank owns: a view."""
+    length = flat.numel() // owners.size
+    return flat.view(-1)[owners.rank * length : (owners.rank + 1) * length]
 
 
 class _Resident:

@@ -7,7 +7,7 @@ optimizer can keep its state for the owned elements only and still sum over each
 short vector.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.parallel.mesh import Axis
-from engine.parallel.replicas import Buckets
-from engine.parallel.sharded import ShardedPart
+from engine.parallel.replicas import Buckets, FrozenBuffer
+from engine.parallel.sharded import ShardedPart, own_slice
 from models.tensors.naming import LogicalTensor
 
 
@@ -40,12 +40,12 @@ class Shard:
     weight: Tensor
     """1-D view into the bucket in the model's dtype; the all-gather sends it to the other ranks."""
     gradient: Tensor
-    """1-D fp32 view, complete after the reduce-scatter."""
+    """1-D fp32 view, complete after the reduce-scatter; empty for what is not trained."""
     pieces: list[Piece]
 
 
 class TowerShards:
-    """Shards of one module in buckets."""
+    """Shards of one module in buckets: of what is trained, or of what is not."""
 
     def __init__(
         self,
@@ -56,10 +56,12 @@ class TowerShards:
         holders: Axis,
         tensor_rank: int,
         sharded: ShardedPart | None = None,
+        frozen: Sequence[FrozenBuffer] | None = None,
     ):
         """owners: the data-parallel axis that shards the buckets; holders: all ranks with a slice of these tensors.
 
-        sharded: whose own slices these are; None: views into the buckets.
+        sharded: whose own slices these are; None: views into the buckets. frozen: what is not trained, instead of the
+        rest.
         """
         self.ddp = ddp
         self.holders = holders
@@ -67,20 +69,21 @@ class TowerShards:
         index = {name: i for i, name in enumerate(logical)}
         names = {parameter: name for name, parameter in ddp.module.named_parameters()}
         parameter_index = {parameter: index[names[parameter]] for parameter in names}
-        buckets = [(buffer, bucket) for buffer in ddp.buffers for bucket in buffer.buckets]
-        if sharded is None:
-            slices = [_own_slices(bucket, owners) for _, bucket in buckets]
-        else:
-            slices = list(zip(sharded.weights, sharded.gradients, strict=True))
+        buffers = ddp.buffers if frozen is None else frozen
+        buckets = [(buffer, bucket) for buffer in buffers for bucket in buffer.buckets]
+        slices = [
+            (_own_weights(bucket, owners, sharded), _own_gradients(bucket, owners, sharded)) for _, bucket in buckets
+        ]
         self.shards = [
             Shard(weight, gradient, _pieces(buffer, bucket, owners, parameter_index))
             for (buffer, bucket), (weight, gradient) in zip(buckets, slices, strict=True)
         ]
         numbers = [piece.tensor for _, piece in self.owned()]
-        self._tensor_of_piece = torch.tensor(numbers, dtype=torch.int64, device=self.shards[0].weight.device)
+        device = next(ddp.module.parameters()).device
+        self._tensor_of_piece = torch.tensor(numbers, dtype=torch.int64, device=device)
         # A tensor that every tensor rank holds whole counts once in sums over holders.
         counted = [tensor.split_dim is not None or tensor_rank == 0 for tensor in self.tensors]
-        self.counted = torch.tensor(counted, dtype=torch.float64, device=self.shards[0].weight.device)
+        self.counted = torch.tensor(counted, dtype=torch.float64, device=device)
 
     def squares(self, flats: list[Tensor]) -> Tensor:
         """float64 [tensors]: sum of squares of the owned elements; `flats` holds one 1-D tensor a shard.
@@ -110,15 +113,18 @@ class TowerShards:
                 yield i, piece
 
 
-def _own_slices(bucket, owners: Axis) -> tuple[Tensor, Tensor]:
-    """Views of this rank's part of a bucket's weights and gradients."""
-    length = bucket.grad_data.numel() // owners.size
-    own = slice(owners.rank * length, (owners.rank + 1) * length)
-    return bucket.param_data.view(-1)[own], bucket.grad_data.view(-1)[own]
+def _own_weights(bucket, owners: Axis, sharded: ShardedPart | None) -> Tensor:
+    return own_slice(bucket.param_data, owners) if sharded is None else sharded.own_weights(bucket)
+
+
+def _own_gradients(bucket, owners: Axis, sharded: ShardedPart | None) -> Tensor:
+    if isinstance(bucket, FrozenBuffer):
+        return torch.empty(0, device=bucket.param_data.device)
+    return own_slice(bucket.grad_data, owners) if sharded is None else sharded.own_gradients(bucket)
 
 
 def _pieces(buffer, bucket, owners: Axis, parameter_index: dict[nn.Parameter, int]) -> list[Piece]:
-    length = bucket.grad_data.numel() // owners.size
+    length = bucket.param_data.numel() // owners.size
     first = owners.rank * length
     pieces = []
     for parameter in bucket.params_list:

@@ -5,7 +5,7 @@ is of no unit (captions, teacher, exchanges, loss).
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -57,6 +57,10 @@ class Work:
     """Kept outputs of products, one a chunk."""
     parts: Sequence[ShardedPart | None] = ()
     """The chunks, and the captions' side where there is one; None: not sharded, so its weights are always here."""
+    below: Mapping[int, Chunk] = field(default_factory=dict)
+    """Number of a chunk -> its layers at the input with nothing to train in them and below: run once, without graph.
+    What they answer with waits for the replay instead of the chunk's input, and is what `chunks` takes.
+    """
 
 
 class Passes(Protocol):
@@ -158,10 +162,14 @@ class _Run:
     def _forward(self, action: Forward) -> None:
         unit, hidden = action.unit, self._arrived()
         leaving = self.work.outputs[unit.chunk].leaving(unit.micro_batch) if action.trains else nullcontext()
-        with self.phases.time(action.span, unit), torch.set_grad_enabled(action.keeps), leaving:
-            if action.keeps and hidden is not None:
-                hidden.requires_grad_()
-            output = self.work.chunks[unit.chunk](hidden, unit.micro_batch)
+        with self.phases.time(action.span, unit):
+            if unit.chunk in self.work.below:
+                with torch.no_grad():
+                    hidden = self.work.below[unit.chunk](hidden, unit.micro_batch)
+            with torch.set_grad_enabled(action.keeps), leaving:
+                if action.keeps:
+                    self._ask_for_gradient(unit, hidden)
+                output = self.work.chunks[unit.chunk](hidden, unit.micro_batch)
         if action.keeps:
             self.in_flight[unit] = hidden, output
         elif action.trains:
@@ -176,8 +184,7 @@ class _Run:
         self.replayed = unit
         with self.phases.time("replay", unit):
             hidden = self.executor.stash.pop()
-            if hidden is not None:
-                hidden.requires_grad_()
+            self._ask_for_gradient(unit, hidden)
             self.in_flight[unit] = hidden, self.work.chunks[unit.chunk](hidden, unit.micro_batch)
 
     def _backward(self, unit: Unit, is_last: bool) -> None:
@@ -188,8 +195,15 @@ class _Run:
         with self.phases.time("backward", unit), self.work.backward[unit.chunk](is_last):
             torch.autograd.backward(output, gradient)
         self.taking.close()
-        if hidden is not None:
+        if hidden is not None and self._returns(unit):
             self.leaving = hidden.grad
+
+    def _ask_for_gradient(self, unit: Unit, hidden: Tensor | None) -> None:
+        if hidden is not None and self._returns(unit):
+            hidden.requires_grad_()
+
+    def _returns(self, unit: Unit) -> bool:
+        return self.executor.program.returns_gradient(self.executor.stage, unit)
 
     def _take_outputs(self, unit: Unit) -> None:
         self.taking.enter_context(self.work.outputs[unit.chunk].taking(unit.micro_batch))

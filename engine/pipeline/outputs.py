@@ -118,7 +118,7 @@ def output_levels(
     budget_gb = config.train.outputs_budget_gb
     if budget_gb is None:
         return [config.train.keep_outputs] * (len(vision) + 1)
-    sizes = [{level: passes.vision_bytes(tower, level) for level in LEVELS} for tower in vision]
+    sizes = [{level: passes.vision_bytes(i, tower, level) for level in LEVELS} for i, tower in enumerate(vision)]
     sizes.append({level: passes.text_bytes(text, level) for level in LEVELS})
     chosen = choose_levels(budget_gb * 1e9, sizes)
     # A product that is repeated runs its collectives again, so the ranks of a tensor group have to agree.
@@ -131,15 +131,15 @@ def output_levels(
 class Passes:
     """How many passes of which size are kept at once on this rank, for the bytes of a level."""
 
-    def __init__(self, config: Config, tensor: int, *, vision_passes: int, captions: int):
+    def __init__(self, config: Config, tensor: int, *, vision_passes: Sequence[int], captions: int):
         """tensor: ranks of the tensor axis; vision_passes: of each chunk; captions: of this rank, 0 if kept whole."""
         self.config, self.tensor = config, tensor
         self.vision_passes, self.captions = vision_passes, captions
 
-    def vision_bytes(self, tower: VisionTower, level: str) -> int:
+    def vision_bytes(self, chunk: int, tower: VisionTower, level: str) -> int:
         """Bytes of one chunk at `level`."""
         train = self.config.train
-        samples, blocks = train.micro_batch_size, len(tower.layers)
+        samples, blocks = train.micro_batch_size, len(tower.blocks_above)
         pools = tower.is_last and blocks > 0 and tower.vision.reads_one_token
         pooled = -(-samples // tower.pooled_multiple) * tower.pooled_multiple if pools else None
         elements = kept_elements(
@@ -151,12 +151,14 @@ class Passes:
             tensor=self.tensor,
             sequence=tower.config.sequence_parallel,
         )
-        return self.vision_passes * elements * tower.config.params_dtype.itemsize
+        return self.vision_passes[chunk] * elements * tower.config.params_dtype.itemsize
 
     def text_bytes(self, tower: TextTower, level: str) -> int:
         """Bytes of all captions at full context; shorter ones keep less."""
         text = self.config.model.text
         rows = self.captions
         pooled = None if text.pool == "mean" else rows
-        elements = kept_elements(text, level, blocks=text.depth, tokens=rows * text.context_length, pooled=pooled)
+        blocks = len(tower.blocks_above)
+        pooled = pooled if blocks else None
+        elements = kept_elements(text, level, blocks=blocks, tokens=rows * text.context_length, pooled=pooled)
         return elements * tower.config.params_dtype.itemsize

@@ -204,10 +204,14 @@ class Program(ABC):
         """Whether the unit's output is the tower's, not a message."""
         return stage == self.stages - 1 and unit.chunk == self.chunks - 1
 
+    def returns_gradient(self, stage: int, unit: Unit) -> bool:
+        """Whether the unit's backward has a gradient of its input to send."""
+        return not self.starts(stage, unit)
+
     def in_flight(self, stage: int) -> int:
         """Units whose activations wait for their backward at once, at most."""
         held = (_held(action) for action in self.actions(stage))
-        return max(accumulate(held))
+        return max(accumulate(held, initial=0))
 
 
 def _held(action: Action) -> int:

@@ -132,7 +132,11 @@ class Audit:
 
     def _whole_parts(self) -> list[_Copy]:
         copies = [
-            _Copy(self._name(number), self._owners_of(number), sum(_bits(b.param_data) for b in part.ddp.buffers))
+            _Copy(
+                self._name(number),
+                self._owners_of(number),
+                sum(_bits(b.param_data) for b in (*part.ddp.buffers, *part.frozen)),
+            )
             for number, part in self._parts
         ]
         whole = [

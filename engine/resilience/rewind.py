@@ -97,7 +97,7 @@ class Recovery:
                 f"checkpoint.every_steps {config.checkpoint.every_steps}, or let health skip"
             )
         schedule_step = self.optimizer.step_count
-        load_state(self.towers, self.optimizer, self.phase, self.mesh, checkpoint)
+        position.began = load_state(self.towers, self.optimizer, self.phase, self.mesh, checkpoint).position.began
         self.optimizer.step_count = schedule_step
         self.audit.at_rest.end()
         checkpoint.close()

@@ -10,16 +10,18 @@ The linears here are megatron-core's with that one thing added; nothing changes 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     LinearWithGradAccumulationAndAsyncCommunication,
     RowParallelLinear,
     custom_fwd,
 )
-from megatron.core.tensor_parallel.mappings import _gather_along_first_dim
+from megatron.core.tensor_parallel.mappings import _gather_along_first_dim, _reduce_scatter_along_first_dim
 from torch import Tensor, nn
 
 from models.tensors.kept import LEVELS
@@ -66,6 +68,11 @@ class ColumnLinear(ColumnParallelLinear):
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **how: Any) -> Tensor:
         multiply = super()._forward_impl
+        if not weight.requires_grad:
+            group, scatters = how["tp_group"], how["sequence_parallel"]
+            groups = (group if how["allreduce_dgrad"] else None, group if scatters else None, None)
+            product = partial(_FrozenProduct.apply, input, weight, how["bias"], *groups)
+            return self.tape.product(self, lambda: product(None), product)
         return self.tape.product(
             self,
             lambda: multiply(input, weight, **how),
@@ -95,8 +102,15 @@ class RowLinear(RowParallelLinear):
         output = self.tape.product(self, lambda: forward(input_)[0], lambda output: self._given(input_, output))
         return output, self.bias
 
+    def _forward_impl(self, input: Tensor, weight: Tensor, **how: Any) -> Tensor:
+        if not weight.requires_grad:
+            return _FrozenProduct.apply(input, weight, None, None, None, None, None)
+        return super()._forward_impl(input, weight, **how)
+
     def _given(self, inputs: Tensor, output: Tensor) -> Tensor:
         gathered = self.tp_group if self.sequence_parallel else None
+        if not self.weight.requires_grad:
+            return _FrozenProduct.apply(inputs, self.weight, None, None, None, gathered, output)
         fusion = self.gradient_accumulation_fusion
         return _GivenProduct.apply(inputs, self.weight, None, fusion, False, False, None, gathered, output)
 
@@ -139,6 +153,51 @@ class _GivenProduct(LinearWithGradAccumulationAndAsyncCommunication):
             grad_output = _gather_along_first_dim(grad_output, ctx.gathered)
         gradients = LinearWithGradAccumulationAndAsyncCommunication.backward(ctx, grad_output)
         return (*gradients[:3], *(None,) * 6)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x W^T + bias with a weight that is not trained: keeps no input and computes no gradient of the weight.
+
+    megatron-core's own has no gradient for a bias that is trained.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        summed: Any,
+        scattered: Any,
+        gathered: Any,
+        output: Tensor | None,
+    ) -> Tensor:
+        """summed, scattered: group over which the gradient of the input is added up and left whole, or cut as the input
+        is. gathered: group over which that of the output is gathered. output: where it is known.
+        """
+        ctx.save_for_backward(weight)
+        ctx.summed, ctx.scattered, ctx.gathered = summed, scattered, gathered
+        if output is not None:
+            return output.view_as(output)
+        whole = input if scattered is None else _gather_along_first_dim(input, scattered)
+        product = torch.matmul(whole, weight.t())
+        return product if bias is None else product + bias
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of input and bias."""
+        (weight,) = ctx.saved_tensors
+        if ctx.gathered is not None:
+            gradient = _gather_along_first_dim(gradient, ctx.gathered)
+        of_input = None
+        if ctx.needs_input_grad[0]:
+            of_input = gradient.matmul(weight)
+            if ctx.summed is not None:
+                dist.all_reduce(of_input, group=ctx.summed)
+            elif ctx.scattered is not None:
+                of_input = _reduce_scatter_along_first_dim(of_input, ctx.scattered)
+        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return of_input, None, of_bias, *(None,) * 4
 
 
 def keep_outputs(layers: nn.ModuleList, level: str) -> OutputTape:

@@ -9,11 +9,13 @@ Notable choices:
 - the sub-LN norms see channels that tensor parallelism splits: they gather, normalise and split again (B/L only).
 """
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -41,6 +43,8 @@ from models.config import TextConfig, VisionConfig
 Spec = Any  # ModuleSpec or class, as megatron-core's submodule tables take them
 Groups: TypeAlias = ProcessGroupCollection
 """Process groups that a tower is built for."""
+Span: TypeAlias = Literal["whole", "below", "above"]
+"""What of a tower, or of a stage of it, a pass runs: all, the blocks at the input that are not trained, or the rest."""
 
 
 class SwiGLU(MegatronModule):
@@ -187,3 +191,34 @@ def build_block(
         if isinstance(layer, FusedBlock):
             layer.ends_stack = layer is block.layers[-1]
     return block
+
+
+class Divided:
+    """A block of layers in two spans: what a step runs once, and what it runs again with a graph."""
+
+    def __init__(self, block: TransformerBlock, below: int):
+        """below: layers of the first span; the layers stay those of `block`, under their names."""
+        layers = list(block.layers)
+        self.spans: dict[Span, list[nn.Module]] = {"whole": layers, "below": layers[:below], "above": layers[below:]}
+        self._blocks = {span: _with_layers(block, own) for span, own in self.spans.items() if own}
+
+    def __call__(self, hidden: Tensor, tokens: Any, span: Span) -> Tensor:
+        """[T or T / tp, 1, H] through the layers of a span, which may have none."""
+        if span not in self._blocks:
+            return hidden
+        block = self._blocks[span]
+        # A checkpointed layer has no gradients at all where its input wants none (reentrant autograd).
+        if torch.is_grad_enabled() and block.config.recompute_granularity == "full" and not hidden.requires_grad:
+            hidden = hidden.detach().requires_grad_()
+        return block(hidden, None, packed_seq_params=tokens)
+
+
+def _with_layers(block: TransformerBlock, layers: list[nn.Module]) -> TransformerBlock:
+    """A view of a block that runs some of its layers; it is not a module of the tower, so it has no names."""
+    if len(layers) == len(block.layers):
+        return block
+    view = copy.copy(block)
+    view._modules = dict(block._modules)
+    view.layers = nn.ModuleList(layers)
+    view.num_layers_per_pipeline_rank = len(layers)
+    return view

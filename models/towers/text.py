@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.blocks.norms import NORMS
 from models.blocks.packed import PackedTokens
 from models.blocks.rope import text_rope_tables
-from models.blocks.spec import Groups, build_block, text_layer_spec
+from models.blocks.spec import Divided, Groups, Span, build_block, text_layer_spec
 from models.blocks.transformer_config import text_transformer_config
 from models.config import ModelConfig
 
@@ -29,26 +29,48 @@ class TextTower(nn.Module):
         self.pos_embed = None if table is None else nn.Parameter(table)
         spec = text_layer_spec(text, self.config, groups)
         self.block = build_block(spec, text.depth, self.config, groups, ends_tower=True)
+        self._divided = Divided(self.block, 0)
         self.norm = NORMS[text.norm](config=self.config, hidden_size=text.width, eps=text.norm_eps)
         self.projection = nn.Linear(text.width, model.embed_dim, bias=text.head_bias, dtype=dtype)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def divide(self, below: int) -> None:
+        """Let span `below` be what leads to the first `below` blocks and those, `above` what follows."""
+        self._divided = Divided(self.block, below)
+
+    @property
+    def blocks_above(self) -> nn.ModuleList:
+        """Blocks of span `above`: all where the tower is not divided."""
+        return nn.ModuleList(self._divided.spans["above"])
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether span `below` has a block."""
+        return bool(self._divided.spans["below"])
+
+    def forward(self, ids: Tensor, hidden: Tensor | None = None, span: Span = "whole") -> Tensor:
         """int64 [M, L], L <= context_length -> features [M, D]: of the token that is pooled, or of their mean.
 
-        pool=end reads the first highest id. Callers may cut padding off with `trimmed`.
+        pool=end reads the first highest id. Callers may cut padding off with `trimmed`. span: `below` answers with
+        packed tokens, from which, as `hidden`, `above` goes on.
         """
         m, length = ids.shape
-        hidden = F.embedding(ids, self.token_embedding)
-        if self.pos_embed is not None:
-            hidden = hidden + self.pos_embed[:length]
+        if hidden is None:
+            hidden = self._embedded(ids).reshape(m * length, 1, -1)
         width = self.text.width // self.text.heads
         rope = text_rope_tables(length, width, ids.device) if self.text.rope else None
         tokens = PackedTokens.of(m, length, ids.device, rope)
         if (place := self._read(ids)) is not None:
             tokens = tokens.pooling(torch.arange(m, device=ids.device) * length + place)
-        hidden = self.block(hidden.reshape(m * length, 1, -1), None, packed_seq_params=tokens)
+        hidden = self._divided(hidden, tokens, span)
+        if span == "below":
+            return hidden
         rows = self.norm(hidden.squeeze(1))
         return self.projection(rows if place is not None else self._mean(rows.unflatten(0, (m, length)), ids))
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """[M, L] -> [M, L, H], with the positions."""
+        hidden = F.embedding(ids, self.token_embedding)
+        return hidden if self.pos_embed is None else hidden + self.pos_embed[: ids.shape[1]]
 
     def _read(self, ids: Tensor) -> Tensor | int | None:
         """The place in each caption that is pooled, of int64 [M, L]; None where all are."""

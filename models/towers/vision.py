@@ -15,7 +15,7 @@ from models.blocks.kernels import vision_kernels
 from models.blocks.norms import NORMS, mark_sequence_parallel
 from models.blocks.packed import PackedTokens
 from models.blocks.rope import rope_tables
-from models.blocks.spec import Groups, build_block, vision_layer_spec
+from models.blocks.spec import Divided, Groups, Span, build_block, vision_layer_spec
 from models.blocks.transformer_config import vision_transformer_config
 from models.config import ModelConfig, VisionConfig
 from models.towers.heads import Read, VisionHead
@@ -134,6 +134,7 @@ class VisionTower(nn.Module):
             self.embed = embedding(vision, self.config, groups.tp)
         spec = vision_layer_spec(vision, self.config, groups, kernels)
         self.block = build_block(spec, len(self.layers), self.config, groups, ends_tower=self.is_last)
+        self._divided = Divided(self.block, 0)
         if self.is_last:
             self.head = head(model, self.config, groups.tp)
         self.pooled_multiple = groups.tp.size() if self.config.sequence_parallel else 1
@@ -141,22 +142,46 @@ class VisionTower(nn.Module):
         if model.fp8 != "none":
             self.pooled_multiple *= FP8_ROWS
 
-    def forward(self, inputs: Tensor, kept: Tensor | None = None, *, samples: int, read: Read = "features") -> Tensor:
+    def divide(self, below: int) -> None:
+        """Let span `below` be what leads to the first `below` blocks of this stage and those, `above` what follows."""
+        self._divided = Divided(self.block, below)
+
+    @property
+    def blocks_above(self) -> nn.ModuleList:
+        """Blocks of span `above`: all where the tower is not divided."""
+        return nn.ModuleList(self._divided.spans["above"])
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether span `below` has a block."""
+        return bool(self._divided.spans["below"])
+
+    def forward(
+        self,
+        inputs: Tensor,
+        kept: Tensor | None = None,
+        *,
+        samples: int,
+        read: Read = "features",
+        span: Span = "whole",
+    ) -> Tensor:
         """Normalised images [M, 3, h, w] (first stage) or packed tokens -> packed tokens, or features [M, D] (last).
 
         kept: int64 [M, k], the patches that survive patch dropout, the same on every rank; None keeps all.
         read: what the head answers with (models/towers/heads.py); tokens need the last block's work for all of them.
+        span: `above` goes on from what `below` has answered.
         """
         tokens = self._tokens(samples, kept, inputs.device)
         if self.is_last and self.vision.reads_one_token and read != "tokens":
             class_rows = torch.arange(samples, device=inputs.device) * tokens.tokens_per_sample
             tokens = tokens.pooling(class_rows, self.pooled_multiple)
-        hidden = self.run_blocks(self.embed(inputs, kept) if self.is_first else inputs, tokens)
-        return self.head(hidden, tokens, read) if self.is_last else hidden
+        hidden = self.embed(inputs, kept) if self.is_first and span != "above" else inputs
+        hidden = self.run_blocks(hidden, tokens, span)
+        return self.head(hidden, tokens, read) if self.is_last and span != "below" else hidden
 
-    def run_blocks(self, hidden: Tensor, tokens: PackedTokens) -> Tensor:
+    def run_blocks(self, hidden: Tensor, tokens: PackedTokens, span: Span = "whole") -> Tensor:
         """Packed tokens [T or T / tp, 1, H] through this stage's blocks; a stage may have none."""
-        return self.block(hidden, None, packed_seq_params=tokens) if len(self.layers) else hidden
+        return self._divided(hidden, tokens, span)
 
     def _tokens(self, samples: int, kept: Tensor | None, device: torch.device) -> PackedTokens:
         patches = self.vision.patches if kept is None else kept.shape[1]

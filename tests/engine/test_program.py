@@ -1,6 +1,7 @@
 """The programs of both objectives on all stages at once: complete, without deadlock, in bounded memory, in order."""
 
 from collections import deque
+from dataclasses import replace
 from itertools import pairwise, product
 from types import SimpleNamespace
 
@@ -50,6 +51,14 @@ EMBEDDING = [
     ForwardProgram(stages=p, micro_batches=m, chunks=v, round_size=p)
     for p, m, v in product((1, 2, 3), (0, 1, 4, 5), (1, 3))
 ]
+PARTLY_FROZEN = [
+    ContrastiveProgram(
+        stages=p, micro_batches=m, chunks=v, keep=m // 2, trained_from=lowest, trains_captions=bool(lowest % 2)
+    )
+    for p, m, v in SHAPES
+    for lowest in range(1, p * v + 1)
+]
+"""The captions have no backward in some of them."""
 
 
 class _Ring:
@@ -99,7 +108,7 @@ class _Ring:
         self.boxes.setdefault((action.way, (stage + step) % self.stages), deque()).append(there)
 
 
-@pytest.mark.parametrize("programs", [ONE_F_ONE_B, BARRIER], ids=["1f1b", "barrier"])
+@pytest.mark.parametrize("programs", [ONE_F_ONE_B, BARRIER, PARTLY_FROZEN], ids=["1f1b", "barrier", "partly frozen"])
 def test_every_message_is_there_when_it_is_wanted(programs: list[Program]) -> None:
     for program in programs:
         ring = _Ring(program)
@@ -150,6 +159,21 @@ def test_every_unit_goes_forward_once_and_back_once(programs: list[Program]) -> 
             assert all(at[a.unit] < i for i, a in (*backwards, *replays))
             last = {a.unit.chunk: a.is_last for _, a in backwards}
             assert all(last.values()) and sum(a.is_last for _, a in backwards) == program.chunks
+
+
+def test_nothing_goes_back_through_what_lies_below_the_trained_part() -> None:
+    for program in PARTLY_FROZEN:
+        for stage in range(program.stages):
+            actions = list(program.actions(stage))
+            stashed = {a.unit for a in actions if isinstance(a, Forward) and a.trains and not a.keeps}
+            back = [a.unit for a in actions if isinstance(a, Backward)]
+            assert stashed == {a.unit for a in actions if isinstance(a, Replay)}, "and nothing waits for a replay"
+            places = [unit.chunk * program.stages + stage for unit in back]
+            above = [c for c in range(program.chunks) if c * program.stages + stage >= program.trained_from]
+            assert len(places) == len(above) * program.micro_batches and min(places, default=99) >= program.trained_from
+            sent = sum(action == Send("backward") for action in actions)
+            assert sent == sum(place > program.trained_from for place in places)
+            assert (Alone("backward_text") in actions) == program.trains_captions
 
 
 def test_no_stage_goes_back_before_every_stage_has_the_loss() -> None:
@@ -248,3 +272,8 @@ def test_a_program_of_a_config() -> None:
     )
     program = OBJECTIVES["contrastive"].program(config, 3)
     assert program == ContrastiveProgram(stages=2, micro_batches=4, chunks=2)
+    for freeze, lowest in (("vision.embed.*", 0), ("vision.embed.*,vision.blocks.0-2.*", 3), ("vision.*", 4)):
+        frozen = replace(config, train=replace(config.train, freeze=freeze.split(",")))
+        assert OBJECTIVES["contrastive"].program(frozen, 3) == replace(program, trained_from=lowest)
+    frozen = replace(config, train=replace(config.train, freeze=["text.*"]))
+    assert OBJECTIVES["contrastive"].program(frozen, 3) == replace(program, trains_captions=False)

@@ -72,11 +72,12 @@ class Case:
         return resolve({"data": {"shards": ["-"]}}, [*COMMON, *layout, *more, *self.options, *sharding])
 
 
+NODE = ("parallel.shard_ranks=2",)
 CASES = [
     Case("dp4-blocks", DP4, DEPTH),
     Case("dp4-whole", DP4, 1),
     Case("dp4-gradients", DP4, DEPTH, "gradients"),
-    Case("dp4-node", DP4, DEPTH, sharding=("parallel.shard_ranks=2",)),
+    Case("dp4-node", DP4, DEPTH, sharding=NODE),
     Case("dp4-alone", DP4, 2, sharding=("parallel.shard_ranks=1",)),
     Case("tp2-dp2", TP2_DP2, 2),
     Case("tp2-dp2-node-gradients", TP2_DP2, 2, "gradients", ("parallel.sequence=false",)),
@@ -92,6 +93,15 @@ CASES = [
     Case("dp4-fused", DP4, 2, options=("model.block_kernels=fused", "train.precision=bf16")),
     Case("dp4-plain", DP4, 2, options=("parallel.overlap=false", "train.loss_variant=ring")),
     Case("pp2-dp2-bf16", PP2_DP2, 2, options=("train.precision=bf16", "optim.ema_decay=0.5")),
+    Case("dp4-locked-vision", DP4, 2, options=("train.freeze=[vision.*]",)),
+    Case("dp4-locked-text", DP4, 2, options=("train.freeze=[text.*,logit_scale.*]",), sharding=NODE),
+    Case(
+        "pp2-dp2-upper-blocks",
+        PP2_DP2,
+        2,
+        options=("train.freeze=[vision.embed.*,vision.blocks.0-1.*,vision.blocks.3.*,text.blocks.*]",),
+    ),
+    Case("dp4-locked-gradients", DP4, 2, "gradients", ("train.freeze=[vision.*]", "train.precision=bf16")),
     Case("dp4-sigmoid", DP4, 2, options=("train.loss=sigmoid", "optim.name=adamw", "train.logit_scale=20")),
 ]
 SLOW = {

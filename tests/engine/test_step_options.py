@@ -67,6 +67,31 @@ MODELS: dict[str, tuple[str, ...]] = {
         f"train.distill=[{TEACHER}, {SMALL_TEACHER}]",
     ),
     "eva-02": ("model.preset=tiny-b16", "train.logit_scale=20", "model.vision.width=64"),
+    "locked-vision": (
+        "model.preset=tiny-18b",
+        "train.logit_scale=null",
+        "train.freeze=[vision.*]",
+        "optim.lr_text=0.02",
+    ),
+    "locked-text": ("model.preset=tiny-18b", "train.logit_scale=20", "train.freeze=[text.*]"),
+    # The image tower from within the second of four stages on, the caption tower from its last block on.
+    "upper-blocks": (
+        "model.preset=tiny-18b",
+        "train.logit_scale=20",
+        "model.vision.depth=8",
+        "train.freeze=[vision.embed.*,vision.blocks.0-2.*,text.token_embedding,text.pos_embed,text.blocks.0.*]",
+    ),
+    "heads": (
+        "model.preset=tiny-18b",
+        "train.logit_scale=20",
+        "train.freeze=[vision.embed.*,vision.blocks.*,text.token_embedding,text.pos_embed,text.blocks.*]",
+    ),
+    # Islands: a frozen block and frozen matrices between what is trained.
+    "islands": (
+        "model.preset=tiny-18b",
+        "train.logit_scale=null",
+        "train.freeze=[vision.blocks.2.*,*.attn.qkv.weight,*.mlp.fc2.weight,logit_scale.*]",
+    ),
 }
 """What changes the mathematics: case and reference share it."""
 BUDGET_GB = 0.0006
@@ -176,6 +201,22 @@ CASES = [
     Case("distilled", TP2_PP2, _train(loss_tile=3), model="distilled"),
     Case("distilled-shared", PP2_DP2, _train(loss_variant="ring") + _parallel(shard="weights"), model="distilled"),
     Case("distilled-sigmoid", TP2_PP2, _train(keep_activations=1) + _parallel(virtual=2), model="distilled-sigmoid"),
+    Case("locked-vision-tp2-pp2", TP2_PP2, model="locked-vision"),
+    Case("locked-vision-kept", PP2_DP2, _train(keep_activations=-1) + _parallel(virtual=2), model="locked-vision"),
+    Case("locked-text-pp4-offload", PP4, _train(offload_stash=True, keep_outputs="all"), model="locked-text"),
+    Case("upper-blocks-pp4", PP4, _train(keep_outputs="all", offload_stash=True), model="upper-blocks"),
+    Case("upper-blocks-tp2-pp2-full", TP2_PP2, _train(recompute="full", keep_activations=1), model="upper-blocks"),
+    Case("upper-blocks-virtual", PP2_DP2, _parallel(virtual=2, bucket_size=5000), model="upper-blocks"),
+    Case(
+        "upper-blocks-budgets",
+        DP4,
+        _train(activation_budget_gb=BUDGET_GB, outputs_budget_gb=OUTPUTS_BUDGET_GB),
+        model="upper-blocks",
+    ),
+    Case("heads-tp2-pp2", TP2_PP2, model="heads"),
+    Case("heads-dp4-full", DP4, _train(recompute="full", text_micro_batch_size=1), model="heads"),
+    Case("islands-tp2-pp2", TP2_PP2, _train(keep_outputs="fc2+proj+qkv"), model="islands"),
+    Case("islands-fused-no-sp", TP2_PP2, (*_FUSED, *_parallel(sequence=False)), model="islands"),
     Case("eva-02-virtual", PP2_DP2, _parallel(virtual=2), model="eva-02"),
     Case("eva-02-virtual-tp2-keep-1", TP2_PP2, _parallel(virtual=2) + _train(keep_activations=1), model="eva-02"),
 ]
@@ -183,6 +224,7 @@ SLOW = {
     "outputs-fc2", "outputs-full", "outputs-no-sp", "fused-tp2-pp2", "fused-kept-dp4", "fused-eva-02",
     "keep-2-pp4", "keep-all-dp4", "selective", "budget-nothing-fits", "offload-tp2-pp2", "text-one-by-one",
     "uneven-pp2", "virtual-tp2-pp2-keep-3", "virtual-pp4", "learned-scale", "virtual-pp2-4-chunks-full",
+    "locked-vision-kept", "upper-blocks-virtual", "upper-blocks-budgets", "heads-dp4-full", "islands-fused-no-sp",
     "small-buckets-virtual", "small-buckets-no-overlap", "ring-tp2-pp2-tiles", "sigmoid", "eva-02-virtual",
     "distilled-shared",
 }  # fmt: skip
@@ -195,7 +237,8 @@ SLOW = {
 def _curve(config: Config, mesh: Mesh, device: Device, *, spans_to: str = "", measure: bool = False) -> dict[str, Any]:
     """Losses of all steps; with spans_to, the last step's spans are written below that folder."""
     trainer = Trainer(first_phase(config), mesh, device)
-    losses = []
+    losses, frozen = [], [buffer.param_data for part in trainer.towers.parts for buffer in part.frozen]
+    before = [flat.clone() for flat in frozen]
     for step in range(STEPS):
         phases = Phases(record_spans=bool(spans_to) and step == STEPS - 1)
         trainer.meet()
@@ -204,6 +247,7 @@ def _curve(config: Config, mesh: Mesh, device: Device, *, spans_to: str = "", me
         if phases.record_spans:
             place = {"tensor": mesh.tensor.rank, "pipeline": mesh.pipeline.rank, "data": mesh.data.rank}
             write_spans(Path(spans_to), mesh.world.rank, place, step, zero_s, phases)
+    assert all(map(torch.equal, frozen, before)), "what is frozen has changed"
     contrastive_step = trainer.training_step
     bytes_each = contrastive_step.activations.micro_batch_bytes() if measure else 0
     return {

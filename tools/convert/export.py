@@ -59,7 +59,9 @@ class _Weights:
     def dtype(self, name: str) -> torch.dtype:
         if name == _SCALE and self.fixed_scale:
             return torch.float32
-        return dtype_of(name, self.checkpoint.manifest.tensors[f"{self._kind}/{name}"].dtype, self._dtype)
+        return dtype_of(
+            name, self.checkpoint.manifest.tensors[self.checkpoint.key(name, self._kind)].dtype, self._dtype
+        )
 
     def read(self, name: str) -> Tensor:
         if name == _SCALE and self.fixed_scale:

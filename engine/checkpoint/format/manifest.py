@@ -48,6 +48,8 @@ class Position:
     """Steps without an update, for the sake of health."""
     rewinds: int = 0
     """Times that the weights were taken back to a checkpoint."""
+    began: dict[str, int] = field(default_factory=dict)
+    """Name of a tensor that was frozen at first -> updates before its moments saw one."""
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,10 @@ class TrainConfig:
     """Kept outputs wait for the replay in (pinned) host memory instead of the device's."""
     patch_dropout: float = 0.5
     """Share of patches dropped from each image (paper, section 3: 0.5 for most of training)."""
+    freeze: list[str] = field(default_factory=list)
+    """Tensors that are not trained, by patterns over their names in checkpoints, such as [vision.*, text.blocks.0-5.*]:
+    without gradient buffer and optimizer state, and without replay and backward below all that is trained.
+    """
     seed: int = 0
     """Initial values, sample order, crops and kept patches all follow from it."""
     precision: str = "fp32"

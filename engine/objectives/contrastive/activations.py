@@ -11,9 +11,11 @@ from torch import Tensor
 from engine.build import Towers
 from engine.config.read import Config
 from engine.feed import LocalBatch
+from engine.objectives.contrastive.program import ContrastiveProgram
 from engine.objectives.contrastive.towers import VisionRunner
 from engine.parallel.mesh import Mesh
 from engine.pipeline.memory import keep_within, saved_bytes
+from engine.pipeline.program import Unit
 from models.clip import embedding
 
 
@@ -37,10 +39,12 @@ class Activations:
         towers: Towers,
         vision: Sequence[VisionRunner],
         text_rows: Sequence[slice],
+        program: ContrastiveProgram,
     ):
-        """vision: one a chunk. text_rows: this rank's captions, in parts for the tower."""
+        """vision: one a chunk. text_rows: this rank's captions, in parts for the tower. program: whatever its k."""
         self.config, self.mesh, self.device, self.towers = config, mesh, device, towers
         self.vision, self.text_rows = vision, text_rows
+        self.program = program
 
     def kept_micro_batches(self, micro_batches: int) -> int:
         """k: train.keep_activations (-1: all), or what train.activation_budget_gb holds on this rank."""
@@ -60,9 +64,12 @@ class Activations:
     def micro_batch_bytes(self) -> int:
         """Bytes that one micro-batch keeps for its backward, in all chunks of this rank."""
         total = 0
-        for runner, part in zip(self.vision, self.towers.parts, strict=False):
-            with part.whole_weights():
-                total += self._chunk_bytes(runner)
+        stage = self.mesh.pipeline.rank
+        for number, (runner, part) in enumerate(zip(self.vision, self.towers.parts, strict=False)):
+            unit = Unit(number, 0)
+            if self.program.trains(stage, unit):  # the others keep nothing
+                with part.whole_weights():
+                    total += self._chunk_bytes(runner, self.program.returns_gradient(stage, unit))
         return total
 
     def caption_bytes(self) -> int:
@@ -76,7 +83,7 @@ class Activations:
         with self.towers.parts[-1].whole_weights():
             return sum(saved_bytes(partial(encode, rows.stop - rows.start), weights) for rows in self.text_rows)
 
-    def _chunk_bytes(self, runner: VisionRunner) -> int:
+    def _chunk_bytes(self, runner: VisionRunner, returns_gradient: bool) -> int:
         side, samples = self.config.model.vision.image_size, self.config.micro_batch_samples
         runner.batch = LocalBatch(
             positions=np.arange(samples),
@@ -88,5 +95,9 @@ class Activations:
             hidden = torch.zeros(
                 message_shape(self.config, self.mesh), dtype=runner.tower.config.params_dtype, device=self.device
             )
-            hidden.requires_grad_()
+        if runner.tower.is_divided:
+            with torch.no_grad():
+                hidden = runner.below(hidden, 0)
+        if hidden is not None:
+            hidden.requires_grad_(returns_gradient)
         return saved_bytes(lambda: runner(hidden, 0), list(runner.tower.parameters()))

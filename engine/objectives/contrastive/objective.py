@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.config.errors import changed_settings, require
 from engine.config.schema import Config, MimConfig
+from engine.config.sections.freeze import check_freeze
 from engine.objectives.contrastive.program import ContrastiveProgram, contrastive_program
 
 if TYPE_CHECKING:
@@ -28,10 +29,11 @@ class Contrastive:
     defaults: Mapping[str, Mapping[str, Any]] = {}
 
     def check(self, config: Config) -> None:
-        """Raise ConfigError for settings of masked-feature distillation."""
+        """Raise ConfigError for settings of masked-feature distillation, and for what cannot be frozen."""
         changed = changed_settings(config.mim, [field.name for field in fields(MimConfig)])
         key = changed[0] if changed else ""
         require(not changed, f"mim.{key} has no effect with objective=contrastive: set objective=mim or remove it")
+        check_freeze(config)
 
     def unmeasured(self, config: Config) -> dict[str, str]:
         """Numbers of the step record that other settings would bring -> why this job does not measure them."""

@@ -1,7 +1,7 @@
 """What a contrastive step does beside the units of its pipeline: captions, loss, and the rows on their way there."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,8 +24,10 @@ Loss = Callable[[Tensor, Tensor], LossResult]
 class Captions:
     """How a rank encodes the captions of its rows."""
 
-    tower: Callable[[int], Tensor]
-    """part -> embeddings [·, D], fp32."""
+    tower: Callable[[int, Tensor | None], Tensor]
+    """part, and what `below` has answered -> embeddings [·, D], fp32."""
+    below: Callable[[int], Tensor] | None
+    """part -> packed tokens behind the blocks with nothing to train in them and below; None: there is none."""
     rows: list[slice]
     """This rank's own rows of the local batch, in parts for the tower."""
     backward: BackwardContext
@@ -33,14 +35,20 @@ class Captions:
     keeps: bool
     """Whether they keep their activations."""
 
+    stash: dict[int, Tensor | None] = field(default_factory=dict)
+    """part -> what `below` has answered, until it is repeated."""
+
     def encode(self) -> list[Tensor]:
         """Embeddings of every part, with their graphs where they keep them."""
-        with torch.set_grad_enabled(self.keeps):
-            return [self._encode_part(part) for part in range(len(self.rows))]
+        return [self._encode_part(part) for part in range(len(self.rows))]
 
     def _encode_part(self, part: int) -> Tensor:
-        with self.outputs.leaving(part):
-            return self.tower(part)
+        with torch.no_grad():
+            hidden = self.below(part) if self.below is not None else None
+        if not self.keeps:
+            self.stash[part] = hidden
+        with torch.set_grad_enabled(self.keeps), self.outputs.leaving(part):
+            return self.tower(part, hidden)
 
     def backprop(self, embeddings: list[Tensor], gradient: Tensor) -> None:
         """Gradient [·, D] of this rank's rows -> gradients of the tower, the last part first."""
@@ -48,7 +56,7 @@ class Captions:
         for part in reversed(range(len(self.rows))):
             rows = slice(self.rows[part].start - first, self.rows[part].stop - first)
             with self.outputs.taking(part):
-                embedding = embeddings[part] if self.keeps else self.tower(part)
+                embedding = embeddings[part] if self.keeps else self.tower(part, self.stash.pop(part))
                 with self.backward(part == 0):
                     torch.autograd.backward(embedding, gradient[rows])
 

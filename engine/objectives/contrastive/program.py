@@ -11,6 +11,9 @@ gradients has the same order for every k.
 Every rank also encodes captions of its own, where its stage would otherwise wait: before the first input arrives, and
 before the first gradient does. Frozen teachers (train.distill) work there, too, on pixels that are dealt at the start.
 
+Chunks of the tower below everything that is trained (train.freeze) have encode turns only, and so do the captions where
+they learn nothing. The first chunk above them sends no gradient on.
+
 Parts of a rank (chunks of the vision tower, and the captions' side, the last part) take turns. The weights of a part
 that is sharded are gathered while the part before it works and leave behind its turn; its gradients are reduced while
 the part after it works. So at most two chunks are whole at any time. The captions are shared by all ranks, whose stages
@@ -23,6 +26,8 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from engine.config.schema import Config
+from engine.config.sections.freeze import frozen_of
+from engine.config.stages import stage_layers
 from engine.pipeline.program import (
     Accumulate,
     Action,
@@ -62,6 +67,10 @@ class ContrastiveProgram(Program):
     """Parts whose weights are gathered for their turns."""
     sharded_gradients: frozenset[int] = frozenset()
     """Parts whose gradients are whole from their turn backward to their reduction only."""
+    trained_from: int = 0
+    """Chunks of the tower, in its order over all stages, below the first that is trained; all: the tower is locked."""
+    trains_captions: bool = True
+    """Whether the captions' side has a backward."""
     gathers_ahead: bool = True
     """Whether the weights of the next turn are gathered during this one."""
     teaches: bool = False
@@ -78,6 +87,18 @@ class ContrastiveProgram(Program):
         """k of a stage."""
         return self.keep[stage] if isinstance(self.keep, tuple) else self.keep
 
+    def trains(self, stage: int, unit: Unit) -> bool:
+        """Whether a unit has a backward."""
+        return self._place(stage, unit) >= self.trained_from
+
+    def returns_gradient(self, stage: int, unit: Unit) -> bool:
+        """Whether the unit's backward has a gradient of its input to send: there is something to train below."""
+        return self._place(stage, unit) > self.trained_from
+
+    def _place(self, stage: int, unit: Unit) -> int:
+        """Number of the unit's chunk in the tower."""
+        return unit.chunk * self.stages + stage
+
     @property
     def captions(self) -> int:
         """Number of the part that is the captions' side."""
@@ -90,17 +111,20 @@ class ContrastiveProgram(Program):
         yield from self._encode(stage)
         yield Together("exchange", 0)
         # Before the loss, what backprop needs first is asked for.
-        yield from self._ask_for_captions()
-        yield from self._expect(self._backward_turns(stage)[0].part)
+        if self.trains_captions:
+            yield from self._ask_for_captions()
+        for turn in self._backward_turns(stage)[:1]:
+            yield from self._expect(turn.part)
         yield Together("loss")
-        yield Together("exchange", 1)
+        if self.trained_from < self.stages * self.chunks:
+            yield Together("exchange", 1)
         yield from self._backprop(stage)
 
     def _encode(self, stage: int) -> Iterator[Action]:
         yield Open("forward")
         yield from self._ask_for_captions()
         first_kept = self.micro_batches - self.kept(stage)
-        for turn in self._turns(self.units(), captions_first=stage > 0):
+        for turn in _turns(self.units(), self.captions, first=stage > 0):
             if self.teaches and turn.part == self.captions:
                 yield Alone("teacher")
             yield from self._begin(turn)
@@ -109,7 +133,8 @@ class ContrastiveProgram(Program):
             for unit in turn.units:
                 if not self.starts(stage, unit):
                     yield Receive("forward")
-                yield Forward(unit, "encode", keeps=unit.micro_batch >= first_kept)
+                trains, keeps = self.trains(stage, unit), unit.micro_batch >= first_kept
+                yield Forward(unit, "encode", keeps=trains and keeps, trains=trains)
                 if not self.ends(stage, unit):
                     yield Send("forward")
             yield from self._end(turn)
@@ -143,19 +168,12 @@ class ContrastiveProgram(Program):
             yield from reducing
             reducing.clear()
         yield Backward(unit, is_last)
-        if not self.starts(stage, unit):
+        if self.returns_gradient(stage, unit):
             yield Send("backward")
 
     def _backward_turns(self, stage: int) -> list[_Turn]:
-        return self._turns(self.units()[::-1], captions_first=stage < self.stages - 1)
-
-    def _turns(self, units: Sequence[Unit], *, captions_first: bool) -> list[_Turn]:
-        """Captions go where the stage would otherwise wait."""
-        runs = [(chunk, list(run)) for chunk, run in groupby(units, key=lambda unit: unit.chunk)]
-        captions: tuple[int, list[Unit]] = (self.captions, [])
-        turns = [captions, *runs] if captions_first else [*runs, captions]
-        following = [*(part for part, _ in turns[1:]), None]
-        return [_Turn(part, run, then) for (part, run), then in zip(turns, following, strict=True)]
+        units = [unit for unit in self.units()[::-1] if self.trains(stage, unit)]
+        return _turns(units, self.captions if self.trains_captions else None, first=stage < self.stages - 1)
 
     def _begin(self, turn: _Turn) -> Iterator[Action]:
         if turn.part in self.sharded_weights:
@@ -178,6 +196,15 @@ class ContrastiveProgram(Program):
             yield Gather(self.captions)
 
 
+def _turns(units: Sequence[Unit], captions: int | None, *, first: bool) -> list[_Turn]:
+    """Captions go where the stage would otherwise wait; None: they have no turn."""
+    runs = [(chunk, list(run)) for chunk, run in groupby(units, key=lambda unit: unit.chunk)]
+    of_captions: list[tuple[int, list[Unit]]] = [] if captions is None else [(captions, [])]
+    turns = [*of_captions, *runs] if first else [*runs, *of_captions]
+    following = [*(part for part, _ in turns[1:]), None]
+    return [_Turn(part, run, then) for (part, run), then in zip(turns, following[: len(turns)], strict=True)]
+
+
 def contrastive_program(config: Config, data: int, keep: int) -> ContrastiveProgram:
     """The program of a config on `data` replicas. keep: k, micro-batches that keep their activations; -1: all."""
     parallel = config.parallel
@@ -185,6 +212,8 @@ def contrastive_program(config: Config, data: int, keep: int) -> ContrastiveProg
     vision = range(parallel.virtual if data > 1 else 0)
     captions = [parallel.virtual] if parallel.tensor * parallel.pipeline * data > 1 else []
     shared = frozenset([*vision, *captions])
+    frozen = frozen_of(config)
+    layers = stage_layers(config.model.vision.depth, parallel.pipeline * parallel.virtual, parallel.layers)
     return ContrastiveProgram(
         stages=parallel.pipeline,
         micro_batches=micro_batches,
@@ -194,6 +223,8 @@ def contrastive_program(config: Config, data: int, keep: int) -> ContrastiveProg
         round_size=parallel.round_size or (micro_batches if parallel.shard != "optimizer" else None),
         sharded_weights=shared if parallel.shard == "weights" else frozenset(),
         sharded_gradients=shared if parallel.shard != "optimizer" else frozenset(),
+        trained_from=frozen.first_chunk(layers),
+        trains_captions=not frozen.locks_text,
         gathers_ahead=parallel.overlap,
         teaches=bool(config.train.distill),
     )

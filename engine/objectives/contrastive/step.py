@@ -28,6 +28,7 @@ from engine.parallel.rows import own_rows, rows_of_every_rank
 from engine.pipeline.clock import Phases
 from engine.pipeline.executor import Executor, Work
 from engine.pipeline.outputs import Passes, keep_of, output_levels
+from engine.pipeline.program import Unit
 from models.clip import LEARNED_SCALE_MAX
 
 LOGIT_SCALE_BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
@@ -70,9 +71,10 @@ class ContrastiveStep:
         rows = own_rows(self.local_batch, mesh)
         self.row_counts = rows_of_every_rank(self.local_batch, mesh)
         self.text = TextRunner(self.side.tower, rows=_parts(rows, train.text_micro_batch_size), device=device)
-        self.activations = Activations(config, mesh, device, towers, self.vision, self.text.rows)
-        micro_batches = self.local_batch // config.micro_batch_samples
-        self.program = contrastive_program(config, mesh.data.size, self.activations.kept_micro_batches(micro_batches))
+        program = contrastive_program(config, mesh.data.size, 0)
+        self.activations = Activations(config, mesh, device, towers, self.vision, self.text.rows, program)
+        keep = self.activations.kept_micro_batches(program.micro_batches)
+        self.program = contrastive_program(config, mesh.data.size, keep)
         self.keep = self.program.kept(mesh.pipeline.rank)
         self.executor = Executor(
             mesh,
@@ -97,37 +99,51 @@ class ContrastiveStep:
     @property
     def keeps_captions(self) -> bool:
         """Whether the captions keep their activations: where every micro-batch does."""
-        return self.keep == self.program.micro_batches
+        return self.keep == self.program.micro_batches and self.program.trains_captions
 
     def _work(self) -> tuple[Work, Captions]:
         config, towers = self.config, self.towers
         *levels, of_text = output_levels(
             config, self.mesh, self.device, towers.vision, self.side.tower, self._output_passes()
         )
+        trains = [self._trains(number) for number in range(len(towers.vision))]
         work = Work(
             chunks=self.vision,
+            below={i: runner.below for i, runner in enumerate(self.vision) if runner.tower.is_divided},
             backward=[part.last_backward for part in towers.parts[:-1]],
             outputs=[
-                keep_of(tower.block.layers, level, config, self.device)
-                for tower, level in zip(towers.vision, levels, strict=True)
+                keep_of(tower.blocks_above, level if is_repeated else "none", config, self.device)
+                for tower, level, is_repeated in zip(towers.vision, levels, trains, strict=True)
             ],
             parts=[part.sharded for part in towers.parts],
         )
         captions = Captions(
             tower=self.text,
+            below=self.text.below if self.side.tower.is_divided else None,
             rows=self.text.rows,
             backward=towers.parts[-1].last_backward,
-            outputs=keep_of(self.side.tower.block.layers, of_text, config, self.device),
+            outputs=keep_of(
+                self.side.tower.blocks_above,
+                of_text if self.program.trains_captions else "none",
+                config,
+                self.device,
+            ),
             keeps=self.keeps_captions,
         )
         return work, captions
+
+    def _trains(self, chunk: int) -> bool:
+        """Whether a chunk of this rank has a backward."""
+        return self.program.trains(self.mesh.pipeline.rank, Unit(chunk, 0))
 
     def _output_passes(self) -> Passes:
         """Passes that leave outputs behind: those that are repeated, and all of them under full recomputation."""
         full = self.config.train.recompute == "full"
         repeated = self.program.micro_batches - (0 if full else self.keep)
-        captions = 0 if self.keeps_captions else sum(rows.stop - rows.start for rows in self.text.rows)
-        return Passes(self.config, self.mesh.tensor.size, vision_passes=repeated, captions=captions)
+        is_left = self.keeps_captions or not self.program.trains_captions
+        captions = 0 if is_left else sum(rows.stop - rows.start for rows in self.text.rows)
+        repeats = [repeated * self._trains(chunk) for chunk in range(len(self.towers.vision))]
+        return Passes(self.config, self.mesh.tensor.size, vision_passes=repeats, captions=captions)
 
     def __call__(self, batch: LocalBatch, phases: Phases) -> StepOutcome:
         """Train on one batch."""
@@ -182,7 +198,8 @@ class ContrastiveStep:
             bias = side.logit_bias()
             sigmoid = partial(sigmoid_loss, logit_scale=scale.detach(), logit_bias=bias.detach(), **where)
             result = of_sigmoid = self._whole_loss(sigmoid, image_rows, text_rows, scale.detach(), where)
-            self._backward_scalar(bias, of_sigmoid.grad_bias)
+            if bias.requires_grad:
+                self._backward_scalar(bias, of_sigmoid.grad_bias)
         else:
             softmax = partial(contrastive_loss, logit_scale=scale.detach(), **where)
             result = self._whole_loss(softmax, image_rows, text_rows, scale.detach(), where)

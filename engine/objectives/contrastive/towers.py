@@ -8,6 +8,7 @@ from torch import Tensor
 from data.order.stateless import kept_patches
 from data.pixels.transforms import normalise
 from engine.feed import LocalBatch
+from models.blocks.spec import Span
 from models.clip import embedding
 from models.config import VisionConfig
 from models.towers.text import TextTower
@@ -47,17 +48,26 @@ class VisionRunner:
         self.batch: LocalBatch | None = None
 
     def __call__(self, hidden: Tensor | None, i: int) -> Tensor:
-        """Run micro-batch i of the current batch."""
+        """Run micro-batch i of the current batch; of a divided tower what is above the blocks of `below`."""
+        if not self.tower.is_divided:
+            return self._run(hidden, i, "whole")
+        return self._run(hidden, i, "above")
+
+    def below(self, hidden: Tensor | None, i: int) -> Tensor:
+        """What the call takes of a divided tower, from what it takes of another one."""
+        return self._run(hidden, i, "below")
+
+    def _run(self, hidden: Tensor | None, i: int, span: Span) -> Tensor:
         assert self.batch is not None
         samples = self.micro_batch // self.frames
         rows = slice(i * samples, (i + 1) * samples)
         inputs = hidden
-        if self.tower.is_first:
+        if self.tower.is_first and span != "above":
             assert self.batch.images is not None
             pixels = self.batch.images[rows].to(self.device, non_blocking=True)
             inputs = normalise(pixels.view(-1, *pixels.shape[-3:]), self.tower.config.params_dtype, self.pixel_norm)
-        output = self.tower(inputs, self.kept.of(self.batch, rows), samples=self.micro_batch)
-        return embedding(output, self.frames) if self.tower.is_last else output
+        output = self.tower(inputs, self.kept.of(self.batch, rows), samples=self.micro_batch, span=span)
+        return embedding(output, self.frames) if self.tower.is_last and span != "below" else output
 
 
 class TextRunner:
@@ -70,9 +80,16 @@ class TextRunner:
         """Depends on the values of the ids; a dry run, which has none, keeps whole contexts."""
         self.batch: LocalBatch | None = None
 
-    def __call__(self, part: int) -> Tensor:
-        """Run one part of the current batch."""
+    def __call__(self, part: int, hidden: Tensor | None = None) -> Tensor:
+        """Run one part of the current batch, of a divided tower from what `below` has answered."""
+        return embedding(self.tower(self._ids(part), hidden, "whole" if hidden is None else "above"))
+
+    def below(self, part: int) -> Tensor:
+        """The blocks of a divided tower with nothing to train in them and below."""
+        return self.tower(self._ids(part), None, "below")
+
+    def _ids(self, part: int) -> Tensor:
         assert self.batch is not None
         rows, first = self.rows[part], self.rows[0].start
         tokens = self.trim(self.batch.tokens[rows.start - first : rows.stop - first])
-        return embedding(self.tower(tokens.to(self.device, non_blocking=True)))
+        return tokens.to(self.device, non_blocking=True)

@@ -35,6 +35,7 @@ _CONTRASTIVE_ONLY = {
         "offload_stash": _ONE_F_ONE_B,
         "outputs_budget_gb": _ONE_F_ONE_B,
         "offload_outputs": _ONE_F_ONE_B,
+        "freeze": "this stage makes the whole student: freeze it in the contrastive stage that follows",
         **dict.fromkeys(
             (
                 "text_micro_batch_size",

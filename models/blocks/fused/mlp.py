@@ -106,7 +106,7 @@ class _BiasActivation(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
         of_x = bias_activation_backward(gradient, x, bias, ctx.kind)
-        return of_x, None if bias is None else of_x.flatten(0, -2).sum(0), None
+        return of_x, of_x.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None, None
 
 
 class _SwiGlu(torch.autograd.Function):

@@ -46,7 +46,7 @@ class _Product(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """output: of an earlier pass, where it was kept."""
         ctx.save_for_backward(x, weight)
-        ctx.how, ctx.bias_dtype = how, None if bias is None else bias.dtype
+        ctx.how = how
         ctx.set_materialize_grads(False)
         if output is None:
             whole = x if how.gathered is None else _gather(x, how.gathered)[0]
@@ -63,7 +63,8 @@ class _Product(torch.autograd.Function):
         if gradient is None:
             return passed, None, None, None, None
         work = None
-        if how.gathered is not None:
+        trains, trains_bias = ctx.needs_input_grad[1:3]
+        if how.gathered is not None and trains:
             x, work = _gather(x, how.gathered, wait=False)
         if how.scatters:
             gradient = _gather(gradient, how.reduced)[0]
@@ -72,8 +73,8 @@ class _Product(torch.autograd.Function):
         if work is not None:
             work.wait()
         work, of_own = _start_sum(of_x, how)
-        of_weight = _weight_gradient(weight, rows, x.flatten(0, -2))
-        of_bias = None if ctx.bias_dtype is None else rows.sum(0)
+        of_weight = _weight_gradient(weight, rows, x.flatten(0, -2)) if trains else None
+        of_bias = rows.sum(0) if trains_bias else None
         if work is not None:
             work.wait()
             of_own = of_own if passed is None else passed.view_as(of_own) + of_own
