@@ -1,8 +1,5 @@
 """Checkpoints against the disk: save and load GB/s, the stall of background saves, resharding in little memory.
 
-    python -m benchmarks.checkpoint             # about 5 minutes on 2 idle cores, 12 GB of disk
-    python -m benchmarks.checkpoint --quick     # that everything runs
-
 - save: one rank's whole state (fp32 weights and two moments), hashed, synced, committed; beside it the same bytes in
   one plain sequential write with one fsync, by turns. load: verify every hash and fill weights and optimizer; beside it
   one plain sequential read. The page cache is dropped before every read (as far as a program can ask for it).
@@ -10,7 +7,6 @@
 - reshard: GB/s, and the peak memory of the process beyond what importing takes (that of a --dry-run).
 """
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -37,7 +33,12 @@ from engine.feed import LocalBatch
 from engine.parallel.device import prepare
 from engine.parallel.mesh import Mesh, build_mesh
 from engine.trainer import Trainer
+from tools.cli import command_parser
 
+_EXAMPLES = (
+    "python -m benchmarks.checkpoint             # about 5 minutes on 2 idle cores, 12 GB of disk",
+    "python -m benchmarks.checkpoint --quick     # that everything runs",
+)
 BLOCK = 16 * 2**20
 SAVE_EVERY, STALL_STEPS = 10, 41
 WIDTHS = {"full": (1024, 16), "quick": (256, 4)}
@@ -211,10 +212,10 @@ def _measured(arguments: list[str]) -> tuple[int, str]:
 
 def main() -> None:
     """Run everything and write benchmarks/results/checkpoint.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("checkpoint", __doc__, _EXAMPLES, room="benchmarks")
     parser.add_argument("--quick", action="store_true", help="small, to see that everything runs; writes no result")
-    parser.add_argument("--folder", type=Path, help="where to write the checkpoints (a folder of the disk to measure)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="of the disk to measure; default: a temporary one")
+    parser.add_argument("--rounds", type=int, default=3, help="saves and loads measured")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     size = "quick" if arguments.quick else "full"

@@ -1,9 +1,5 @@
 """Memory and time of the contrastive loss, forward and backward, against batch size, width and ranks.
 
-    python -m benchmarks.contrastive_loss            # everything, under 15 minutes on 2 cores
-    python -m benchmarks.contrastive_loss --batches 65536 --ranks 4 --widths 512 --max-seconds 300 --budget-s
-    2000
-
 Forms, all float32 with the same inputs and scale 100 (benchmarks/contrastive_forms.py):
 * full_matrix: every rank gathers with gradient and holds the B × B logits under autograd;
 * local_loss: gather with gradient, two strips of b × B logits under autograd, as open_clip's recipes run it;
@@ -28,10 +24,15 @@ import matplotlib
 
 from benchmarks.common import CHILD_ENVIRONMENT, RESULTS, machine, write_json
 from benchmarks.contrastive_forms import FORMS, Case, Measurement, computed_bytes, measure
+from tools.cli import command_parser
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+_EXAMPLES = (
+    "python -m benchmarks.contrastive_loss       # everything, under 15 minutes on 2 cores",
+    "python -m benchmarks.contrastive_loss --batches 65536 --ranks 4 --widths 512 --max-seconds 300 --budget-s 2000",
+)
 GOAL_BATCH, GOAL_RANKS = 32768, 4
 GOAL_MEMORY_SHARE, GOAL_TIME_SHARE = 1 / 20, 0.8
 LINE_STYLES = {1: ":", 2: "--", 4: "-"}
@@ -221,18 +222,19 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    verbatim = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=verbatim)
+    parser = command_parser("contrastive_loss", __doc__, _EXAMPLES, room="benchmarks")
     batches = [2**k for k in range(10, 17)]
     parser.add_argument("--batches", type=int, nargs="+", default=batches, help="global batches B")
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 1536], help="embedding widths D")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], choices=sorted(LINE_STYLES))
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[1, 2, 4], choices=sorted(LINE_STYLES), help="ranks of a case"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="process sets per case")
     parser.add_argument("--repeat-below-s", type=float, default=2.0, help="longer runs are not repeated")
     parser.add_argument("--max-seconds", type=float, default=60.0, help="skip runs expected to last longer")
     parser.add_argument("--max-gb", type=float, default=20.0, help="skip cases that need more over all ranks")
     parser.add_argument("--budget-s", type=float, default=840.0, help="start nothing that would end later")
-    parser.add_argument("--output", type=Path, default=RESULTS / "contrastive_loss.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "contrastive_loss.json", help="the numbers")
     return parser.parse_args()
 
 

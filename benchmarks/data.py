@@ -1,8 +1,5 @@
 """Images per CPU-second of the data room, against webdataset + Pillow + torchvision-style transforms.
 
-    pip install --no-deps webdataset braceexpand      # the peer; DALI is the extra `dali`
-    python -m benchmarks.data [--images 384] [--rounds 5] [--out benchmarks/results]
-
 500 x 375 JPEGs of about 110 kB (gradients with noise) in tar shards, to 224 x 224, training transform of the paper,
 page cache warm. Every path runs in this process on one thread unless its name says otherwise; paths alternate within a
 round, and the table holds medians over the rounds of CPU milliseconds an image (CPU time is what a loaded machine does
@@ -19,7 +16,6 @@ not distort much; wall time it does).
   pipeline in one worker of a torch DataLoader.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -45,10 +41,15 @@ from data.pixels.transforms import CLIP_MEAN, CLIP_STD, RandomResizedCrop, norma
 from data.reader import SampleReader
 from data.shards.write import write_shard
 from data.tokenizer import Tokenizer
+from tools.cli import command_parser
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+_EXAMPLES = (
+    "python -m benchmarks.data                   # the peer: pip install --no-deps webdataset braceexpand",
+    "python -m benchmarks.data --images 96 --rounds 2 --out results",
+)
 WIDTH, HEIGHT, SIDE, CONTEXT, BATCH, SHARDS = 500, 375, 224, 77, 64, 6
 SCALE = (0.9, 1.0)
 Path_ = Callable[[int], int]
@@ -267,10 +268,10 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Measure, print, write data.json and data.png."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=384)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser = command_parser("data", __doc__, _EXAMPLES, room="benchmarks")
+    parser.add_argument("--images", type=int, default=384, help="pictures of a round")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of every path")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of data.json and data.png")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

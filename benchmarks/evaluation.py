@@ -1,13 +1,10 @@
 """Memory of scoring against the number of pictures and captions, from features on disk.
 
-    python -m benchmarks.evaluation [--pictures 100000] [--pairs 100000] [--width 8]
-
 Each case runs in a process of its own: N pictures against 1,000 classes, and N pictures against N captions both ways
 (`engine/evaluation/ranking.py`), N being 1,000 and what is asked for. What is told is the peak above what the process
 had when its features lay on disk. Without tiles the second case would need N x N scores: 40 GB at 100,000 in fp32.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -21,16 +18,21 @@ from benchmarks.common import RESULTS, machine, python_module, reset_peak, resid
 from engine.evaluation.ranking import both_ranks
 from engine.evaluation.suite.features import FileRows
 from engine.evaluation.suite.metrics import ranks_and_predictions
+from tools.cli import command_parser
 
+_EXAMPLES = (
+    "python -m benchmarks.evaluation",
+    "python -m benchmarks.evaluation --pictures 10000 --pairs 10000",
+)
 FEW, CLASSES = 1_000, 1_000
 
 
 def main() -> None:
     """Measure every case and write benchmarks/results/evaluation.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("evaluation", __doc__, _EXAMPLES, room="benchmarks")
     parser.add_argument("--pictures", type=int, default=100_000, help="against the classes")
     parser.add_argument("--pairs", type=int, default=100_000, help="pictures and captions against each other")
-    parser.add_argument("--width", type=int, default=8)
+    parser.add_argument("--width", type=int, default=8, help="of the features")
     parser.add_argument("--case", nargs=2, metavar=("WHAT", "N"), help="one case in this process")
     arguments = parser.parse_args()
     if arguments.case:

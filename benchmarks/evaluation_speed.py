@@ -1,7 +1,5 @@
 """Pictures and prompts a CPU-second of the evaluation, against the bare tower and open_clip under clip_benchmark.
 
-    python -m benchmarks.evaluation_speed [--peers FOLDER] [--images 24] [--rounds 3] [--classes 3]
-
 A model of open_clip's ViT-B-16's shape, random weights, pictures of 500 x 375 in a tar as CLIP-benchmark has them;
 every process has one thread for products. Comparisons, of medians over rounds:
 
@@ -28,19 +26,24 @@ from PIL import Image
 
 from benchmarks.common import RESULTS, child_environment, machine, write_json
 from data.shards.write import write_shard
+from tools.cli import command_parser
 
+_EXAMPLES = (
+    "python -m benchmarks.evaluation_speed --peers FOLDER",
+    "python -m benchmarks.evaluation_speed --quick",
+)
 GOALS = {"evaluated / bare, 2 ranks": 0.95, "fp32": 1.5, "bf16": 2.0, "prompts": 1.3}
 WIDTH, HEIGHT = 500, 375
 
 
 def main() -> None:
     """Measure every side and write benchmarks/results/evaluation_speed.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", default="")
+    parser = command_parser("evaluation_speed", __doc__, _EXAMPLES, room="benchmarks")
+    parser.add_argument("--peers", default="", help="folder with open_clip and clip_benchmark (benchmarks/README.md)")
     parser.add_argument("--images", type=int, default=24, help="a multiple of 16")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--classes", type=int, default=3)
-    parser.add_argument("--readers", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of every side")
+    parser.add_argument("--classes", type=int, default=3, help="classes of 80 prompts")
+    parser.add_argument("--readers", type=int, default=1, help="threads of a rank that decode")
     parser.add_argument("--quick", action="store_true", help="a toy model, to see that everything runs")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

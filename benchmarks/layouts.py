@@ -1,7 +1,5 @@
 """The same global batch at one rank and at layouts of two and four: time against one process, and bytes sent by axis.
 
-    python -m benchmarks.layouts            # about 7 minutes on 2 idle cores
-
 One rank has two threads, a rank of two or four has one, so two ranks have the same two cores. Four ranks share them
 too: their share says what the layout costs, not what four cores would give. Layouts take turns in rounds, each time in
 fresh processes; all train the model of benchmarks/step.py with the same batch, micro-batches and losses. Bytes are
@@ -21,10 +19,15 @@ from typing import Any
 import matplotlib
 
 from benchmarks.common import RESULTS, Spread, child_environment, machine, write_json
+from tools.cli import command_parser
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+_EXAMPLES = (
+    "python -m benchmarks.layouts                # about 7 minutes on 2 idle cores",
+    "python -m benchmarks.layouts --quick",
+)
 GOAL, GOAL_LAYOUTS = 0.85, ("PP 2", "DP 2")
 LOSSES_AGREE = {"fp32": 1e-4, "bf16": 2e-2}
 AXIS_COLOURS = {
@@ -143,14 +146,14 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("layouts", __doc__, _EXAMPLES, room="benchmarks")
     parser.add_argument("--batch", type=int, default=32, help="global batch")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a set of ranks, after one to warm up")
     parser.add_argument("--rounds", type=int, default=2, help="fresh sets of ranks of each layout")
     parser.add_argument("--cores", type=int, default=2, help="threads of the one rank")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of all layouts")
     parser.add_argument("--quick", action="store_true", help="a toy model, to see that everything runs")
-    parser.add_argument("--output", type=Path, default=RESULTS / "layouts.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "layouts.json", help="the numbers")
     return parser.parse_args()
 
 

@@ -1,7 +1,5 @@
 """Peak resident memory of a step against kept micro-batches k, micro-batch size and recompute, and what was promised.
 
-    python -m benchmarks.memory             # about 6 minutes on 2 idle cores
-
 Every case is a fresh process on one thread with the model of benchmarks/step.py. A is what one micro-batch keeps: the
 step measures it at start (engine/objectives/contrastive/activations.py), and train.activation_budget_gb is divided by
 it. A step at k >= 1 should need (k - 1) A more than the same step at k = 0, which replays a single micro-batch at a
@@ -21,10 +19,15 @@ from typing import Any
 import matplotlib
 
 from benchmarks.common import RESULTS, machine, python_module, write_json
+from tools.cli import command_parser
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+_EXAMPLES = (
+    "python -m benchmarks.memory                 # about 6 minutes on 2 idle cores",
+    "python -m benchmarks.memory --quick",
+)
 GOAL = 0.10
 LARGER = 4
 """Times the micro-batch and the batch, under full recomputation."""
@@ -144,13 +147,13 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("memory", __doc__, _EXAMPLES, room="benchmarks")
     parser.add_argument("--batch", type=int, default=32, help="global batch")
-    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--micro-batch", type=int, default=4, help="images of a pass")
     parser.add_argument(
         "--quick", action="store_true", help="a toy model, to see that everything runs; no promise holds"
     )
-    parser.add_argument("--output", type=Path, default=RESULTS / "memory.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "memory.json", help="the numbers")
     return parser.parse_args()
 
 

@@ -1,8 +1,5 @@
 """What a block does beside matrix products and attention: launches, and bytes read and written, counted.
 
-    python -m benchmarks.operators                     # every preset of the paper, torch's kernels and fused ones
-    python -m benchmarks.operators --models b16 --rows
-
 No values, no time: one block of the engine's own tower, with the gradient buffers that it trains with, runs on tensors
 without values, in bf16. A launch is an operator that is no view; its bytes are what it reads and what it writes, in
 bytes a token and channel of the residual stream. A fused operator (models/blocks/fused) counts as one pass: what its
@@ -10,7 +7,6 @@ sums over rows read again is at most what `tests/models/test_fused_compiled.py` 
 grow with the weights and not with the tokens, are counted apart, in bytes an element.
 """
 
-import argparse
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,8 +25,13 @@ from engine.parallel.device import prepare
 from engine.parallel.mesh import Mesh, build_mesh
 from models.config import ModelConfig
 from models.towers.vision import VisionTower
+from tools.cli import command_parser
 from tools.dryrun.absent import Absent
 
+_EXAMPLES = (
+    "python -m benchmarks.operators              # every preset of the paper, torch's kernels and fused ones",
+    "python -m benchmarks.operators --models b16 --rows",
+)
 MODELS = ("18b", "8b", "e14-plus", "l14", "b16")
 SAMPLES, DROPOUT = 4, 0.5
 _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
@@ -131,7 +132,7 @@ def count_block(model: ModelConfig, mesh: Mesh) -> BlockCounts:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("operators", __doc__, _EXAMPLES, room="benchmarks")
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="names in models/presets")
     parser.add_argument("--rows", action="store_true", help="every operator with its bytes a token and channel")
     options = parser.parse_args()

@@ -1,7 +1,5 @@
 """Weights sharded over four data-parallel ranks: the engine against PyTorch's fully_shard with GradCache.
 
-    python -m benchmarks.sharded            # about 10 minutes on 2 idle cores
-
 Every side trains the model of benchmarks/step.py on the same pairs with the exact loss over the global batch, in fresh
 ranks of one thread each; sides take turns in rounds, and their first losses must agree. `ours` keeps weights and
 gradients whole on every rank (parallel.shard=optimizer), `ours_sharded` gathers a chunk's weights for its turn,
@@ -23,7 +21,12 @@ from typing import Any
 
 from benchmarks.common import RESULTS, Spread, child_environment, machine, write_json
 from benchmarks.sharded_rank import FSDP, OURS
+from tools.cli import command_parser
 
+_EXAMPLES = (
+    "python -m benchmarks.sharded                # about 10 minutes on 2 idle cores",
+    "python -m benchmarks.sharded --quick",
+)
 RANKS = 4
 LOSSES_AGREE = 1e-4
 RATE_GOAL, PEAK_GOAL, HELD_GOAL, WALL_GOAL = 1.15, 1.0, 0.40, 1.05
@@ -101,13 +104,15 @@ def show(result: dict[str, Any]) -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("sharded", __doc__, _EXAMPLES, room="benchmarks")
     parser.add_argument("--batch", type=int, default=64, help="global batch")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a set of ranks, after one to warm up")
     parser.add_argument("--rounds", type=int, default=2, help="fresh sets of ranks of each side")
-    parser.add_argument("--sides", nargs="+", choices=[*OURS, *FSDP], default=[*OURS, *FSDP])
+    parser.add_argument(
+        "--sides", nargs="+", choices=[*OURS, *FSDP], default=[*OURS, *FSDP], help="sides that take turns"
+    )
     parser.add_argument("--quick", action="store_true", help="a toy model, to see that everything runs")
-    parser.add_argument("--output", type=Path, default=RESULTS / "sharded.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "sharded.json", help="the numbers")
     return parser.parse_args()
 
 

@@ -1,7 +1,5 @@
 """How far the schedule simulator (tools/simulate/events.py) is from recorded steps of the same layout.
 
-    python -m benchmarks.simulator            # about 6 minutes on 2 idle cores
-
 Each layout trains the model of benchmarks/step.py with tools.benchmark on fresh ranks, which records the spans of its
 last two steps. The simulator gets, twice, what each piece of work took and nothing else:
 * own: every unit its own duration. What is missing then is what lies between the spans: messages, Python, memory;
@@ -10,7 +8,6 @@ Ranks that share a core stretch each other's work; the recorded durations contai
 the order and the waits, not a prediction for four cores.
 """
 
-import argparse
 import statistics
 import tempfile
 from collections import defaultdict
@@ -26,10 +23,15 @@ from benchmarks.step_sides import FULL, QUICK
 from engine.pipeline.program import Unit
 from tools.benchmark.launch import launch
 from tools.benchmark.options import TRACED_STEPS
+from tools.cli import command_parser
 from tools.simulate.events import Durations, bubble_bound, simulate
 from tools.simulate.recorded import program_of, recorded_durations, stage_rows
 from tools.timeline.spans import StepTimeline, read_step
 
+_EXAMPLES = (
+    "python -m benchmarks.simulator              # about 6 minutes on 2 idle cores",
+    "python -m benchmarks.simulator --quick",
+)
 STEPS, WARMUP = 2, 2
 GLOBAL_BATCH, MICRO_BATCH = 32, 4
 
@@ -111,9 +113,9 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("simulator", __doc__, _EXAMPLES, room="benchmarks")
     parser.add_argument("--quick", action="store_true", help="a toy model, to see that everything runs")
-    parser.add_argument("--output", type=Path, default=RESULTS / "simulator.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "simulator.json", help="the numbers")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for layout in LAYOUTS:

@@ -1,10 +1,5 @@
 """One training step in one process: the engine, the same model in plain PyTorch, and open_clip's nearest model.
 
-    python -m benchmarks.step                         # about 9 minutes on 2 idle cores
-    python -m benchmarks.step --peers FOLDER          # with open_clip installed there (benchmarks/README.md)
-    python -m benchmarks.step --sides ours_fused plain_compiled plain --precisions fp32 --batch 8 --captions full
-    python -m benchmarks.step --profile ours --precisions bf16
-
 The model is EVA-CLIP-18B's shape scaled down (benchmarks/step_sides.py), one thread. Every side lives in a fresh
 process and they take turns within a round: the table holds medians over rounds and their range. `ours` keeps all
 activations, `ours_stash` none (k = 0, two micro-batches), `ours_stash_fc2` and `ours_stash_all` none but outputs of
@@ -29,10 +24,17 @@ import matplotlib
 
 from benchmarks.common import RESULTS, Spread, machine, python_module, write_json
 from benchmarks.step_sides import GEMM_REPEATS, GEMM_SIDE, SIDES, Workload, workload_of
+from tools.cli import command_parser
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+_EXAMPLES = (
+    "python -m benchmarks.step                   # about 9 minutes on 2 idle cores",
+    "python -m benchmarks.step --peers FOLDER    # with open_clip installed there (benchmarks/README.md)",
+    "python -m benchmarks.step --sides ours_fused plain_compiled plain --precisions fp32 --batch 8 --captions full",
+    "python -m benchmarks.step --profile ours --precisions bf16",
+)
 GOALS = (
     ("ours", "plain", "fp32", 1.05),
     ("ours", "plain", "bf16", 1.3),
@@ -250,17 +252,25 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("step", __doc__, _EXAMPLES, room="benchmarks")
     sides = [side for side in SIDES if side != "gemm"]
     parser.add_argument("--rounds", type=int, default=9, help="measured steps of each side")
-    parser.add_argument("--sides", nargs="+", choices=sides, default=sides)
-    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--sides", nargs="+", choices=sides, default=sides, help="sides that take turns")
+    parser.add_argument(
+        "--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="each measured by itself"
+    )
     parser.add_argument("--peers", default="", help="folder with open_clip, put on that side's path only")
     parser.add_argument("--batch", type=int, help="pairs of a step, another number than usual")
-    parser.add_argument("--captions", nargs="+", choices=("full", "short"), default=["full", "short"])
+    parser.add_argument(
+        "--captions",
+        nargs="+",
+        choices=("full", "short"),
+        default=["full", "short"],
+        help="of the whole context, or as long as people write them",
+    )
     parser.add_argument("--quick", action="store_true", help="a toy model, to see that everything runs")
     parser.add_argument("--profile", choices=sides, help="print where this side's time goes, measure nothing")
-    parser.add_argument("--output", type=Path, default=RESULTS / "step.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "step.json", help="the numbers")
     return parser.parse_args()
 
 

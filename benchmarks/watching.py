@@ -1,8 +1,5 @@
 """What watching a job costs: CPU seconds of training steps with everything that watches them, and without, by turns.
 
-    python -m benchmarks.watching               # about 4 minutes on 2 idle cores
-    python -m benchmarks.watching --quick       # that everything runs
-
 Two data-parallel ranks train the quickstart's model. Rounds of ten steps alternate in one run: with the watch's thread
 (heartbeats, judges), the pulse of every part of a step, the agreement before each step, sums of the owned state around
 every update and the comparison of all copies once a round; then with none of it. A rank's CPU seconds do not depend on
@@ -40,6 +37,12 @@ from engine.resilience.audit import AtRest, Audit
 from engine.resilience.roll_call import RollCall
 from engine.resilience.watch import Pulse, Watch
 from engine.trainer import Trainer
+from tools.cli import command_parser
+
+_EXAMPLES = (
+    "python -m benchmarks.watching               # about 4 minutes on 2 idle cores",
+    "python -m benchmarks.watching --quick       # that everything runs",
+)
 
 GOAL = 0.01
 """Share of a step."""
@@ -174,9 +177,9 @@ def run_ranks(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--batch", type=int, default=256)
+    parser = command_parser("watching", __doc__, _EXAMPLES, room="benchmarks")
+    parser.add_argument("--rounds", type=int, default=6, help="rounds of ten steps with the watch, and as many without")
+    parser.add_argument("--batch", type=int, default=256, help="global batch")
     parser.add_argument("--quick", action="store_true", help="two rounds of a small batch; nothing is written")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

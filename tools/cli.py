@@ -58,7 +58,9 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
-        told = "default" in text or action.default in (None, False, argparse.SUPPRESS, []) or not action.option_strings
+        told = (
+            "default" in text or action.default in (None, False, "", argparse.SUPPRESS, []) or not action.option_strings
+        )
         return text if told else f"{text} (default: %(default)s)"
 
 
@@ -69,10 +71,12 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
-def command_parser(command: str, description: str | None, examples: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser of `python -m tools.COMMAND`: what it does, its options with their defaults, examples that can run."""
+def command_parser(
+    command: str, description: str | None, examples: Sequence[str], *, room: str = "tools"
+) -> argparse.ArgumentParser:
+    """The parser of `python -m ROOM.COMMAND`: what it does, its options with their defaults, examples that can run."""
     return _Parser(
-        prog=f"python -m tools.{command}",
+        prog=f"python -m {room}.{command}",
         description=description,
         epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
         formatter_class=_Help,

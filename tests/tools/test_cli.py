@@ -17,7 +17,10 @@ from tools.cli import CommandError, answer, check_file, check_folder, counted, p
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["plan", "dryrun", "simulate", "timeline", "benchmark", "benchmark sweep", "benchmark compare"]
-COMMANDS += ["benchmark table", "report", "reshard", "inspect", "prepare_emoji"]
+COMMANDS += ["benchmark table", "report", "reshard", "inspect", "prepare_emoji", "elastic", "doctor", "index_shards"]
+COMMANDS += ["inspect_shards", "embed", "evaluate", "convert"]
+BENCHMARKS = ["checkpoint", "contrastive_loss", "data", "evaluation", "evaluation_speed", "layouts", "memory"]
+BENCHMARKS += ["operators", "sharded", "simulator", "step", "watching"]
 QUICKSTART = str(ROOT / "examples" / "quickstart" / "train.yaml")
 WRITERS = {
     "plan": ["--model", "b16", "--gpus", "8", "--gpu", "h100", "--global-batch", "1024", "--write"],
@@ -125,18 +128,37 @@ def _main(command: str) -> Callable[[list[str]], int]:
     return lambda arguments: module.main([*rest, *arguments])
 
 
+def _check_help(said: str, name: str) -> None:
+    """Usage, each argument with its meaning, defaults that are values, two examples."""
+    assert said.startswith(f"usage: python -m {name} ")
+    body, examples = said.split("\nexamples:\n")
+    assert len([line for line in examples.splitlines() if f"-m {name}" in line]) >= 2
+    arguments = body[min(body.find(title) % len(body) for title in ("\npositional arguments:\n", "\noptions:\n")) :]
+    entries = re.split(r"\n  (?=\S)", arguments)[1:]
+    told = [re.search(r"(\S  +|\n {4,})\S", entry.partition("\n\n")[0]) for entry in entries]
+    assert len(entries) >= 2 and all(told), f"an argument without its meaning: {entries[told.index(None)]}"
+    assert not re.search(r"default: (None|False|\)|$)", arguments)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_says_everything(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:
         _main(command)(["--help"])
     said = capsys.readouterr()
     assert (ended.value.code, said.err) == (0, "")
-    assert said.out.startswith(f"usage: python -m tools.{command} ")
-    options, examples = said.out.split("\nexamples:\n")
-    assert len([line for line in examples.splitlines() if f"-m tools.{command}" in line]) >= 2
-    entries = re.split(r"\n  (?=\S)", options.partition("\noptions:\n")[2])
-    assert entries and all(re.search(r"(  |\n +)\S", entry) for entry in entries), "an option without its meaning"
-    assert "default: None" not in options and "default: False" not in options
+    _check_help(said.out, f"tools.{command}")
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_help_of_a_benchmark_says_everything(
+    name: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = importlib.import_module(f"benchmarks.{name}")
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main()
+    assert ended.value.code == 0
+    _check_help(capsys.readouterr().out, f"benchmarks.{name}")
 
 
 @pytest.mark.parametrize("command", WRITERS)

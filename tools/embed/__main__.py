@@ -24,7 +24,7 @@ from engine.evaluation.progress import Progress
 from engine.evaluation.session import Session, block_size, load, open_session, shard_input, split_overrides
 from engine.parallel.mesh import LayoutError
 from engine.resilience.exit import leave
-from tools.cli import answer, check_file, command_parser
+from tools.cli import answer, check_file, command_parser, positive
 from tools.embed.inputs import Input, NpzInput
 from tools.embed.outputs import check_ending, open_table
 from tools.embed.rows import ShardRows
@@ -55,10 +55,10 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
             "parallel.tensor=2 parallel.pipeline=2",
         ],
     )
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint or run folder")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--npz", type=Path)
-    source.add_argument("--shards", nargs="+")
+    source.add_argument("--npz", type=Path, help="arrays `images` and/or `tokens`")
+    source.add_argument("--shards", nargs="+", help="entries of data.shards")
     parser.add_argument("--out", type=Path, required=True, help="OUT.npz or OUT.parquet")
     parser.add_argument(
         "--unreadable",
@@ -66,7 +66,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         default="leave-out",
         help="what becomes of such samples of shards",
     )
-    parser.add_argument("--micro-batch", type=int, default=64, help="images of one pass through a stage")
+    parser.add_argument("--micro-batch", type=positive, default=64, help="images of one pass through a stage")
     parser.add_argument("--ema", action="store_true", help="the averaged weights (optim.ema_decay)")
     parser.add_argument("--skip-hashes", action="store_true", help="check the sizes of the files only")
     return parser.parse_args(argv)

@@ -44,8 +44,8 @@ def _parser() -> argparse.ArgumentParser:
             "--transform both parallel.tensor=2 parallel.pipeline=4",
         ],
     )
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("shards", nargs="*")
+    parser.add_argument("checkpoint", type=Path, help="run or checkpoint folder, trained or converted")
+    parser.add_argument("shards", nargs="*", help="entries of data.shards, held out; or --suite")
     parser.add_argument("--out", type=Path, help="scores of shards as JSON; or the folder of a suite's results")
     parser.add_argument("--micro-batch", type=positive, default=64, help="images of one pass through a stage")
     parser.add_argument("--ema", action="store_true", help="the averaged weights (optim.ema_decay)")
@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     suites = parser.add_argument_group("of a suite")
     suites.add_argument("--suite", help="paper, datacomp, video, quick or FILE.yaml")
     suites.add_argument("--data", type=Path, help="the folder that holds the sets")
-    suites.add_argument("--transform", choices=("squash", "crop", "both"), default="squash")
+    suites.add_argument(
+        "--transform", choices=("squash", "crop", "both"), default="squash", help="how pictures become squares"
+    )
     suites.add_argument("--frames", type=positive, nargs="+", default=[1], help="of clips: 1, 8, 16, or several")
     suites.add_argument("--probe", choices=PROBES, nargs="+", default=[], help="fitted on the train part of a set")
     suites.add_argument(
