@@ -324,11 +324,11 @@ def write_rank(folder: Path, rank: int, parts: list[SnapshotPart]) -> dict[str, 
     report: dict[str, Any] = {"host": socket.gethostname(), "not_finite": not_finite}
     if not not_finite:
         report |= _write_parts(folder / f"rank_{rank:05d}.safetensors", parts)
-    # Complete as soon as it has its name: rank 0 looks for that.
     hidden = folder / f".rank_{rank:05d}.json"
     write_synced(hidden, json.dumps(report).encode())
-    hidden.rename(folder / f"rank_{rank:05d}.json")
     sync_folder(folder)
+    # Complete as soon as it has its name: rank 0 looks for that, and may have moved the folder an instant later.
+    hidden.rename(folder / f"rank_{rank:05d}.json")
     return report
 
 

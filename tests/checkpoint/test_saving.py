@@ -16,6 +16,7 @@ from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.folders import Retention, all_checkpoints, prune, step_folder
 from engine.checkpoint.format.lock import LOCK_FILE
 from engine.checkpoint.reader import Checkpoint
+from engine.checkpoint.save import write_rank
 from engine.checkpoint.state import Snapshot
 from engine.config.read import ConfigError
 from engine.parallel.mesh import Mesh
@@ -28,6 +29,21 @@ from tests.data.shard_factory import make_shards
 def mesh() -> Iterator[Mesh]:
     with alone() as mesh:
         yield mesh
+
+
+def test_the_folder_may_be_in_its_place_as_soon_as_the_last_report_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder := tmp_path / "saving").mkdir()
+    rename = Path.rename
+
+    def rename_and_commit(path: Path, target: Path) -> Path:
+        there = rename(path, target)
+        return rename(folder, tmp_path / "step") / there.name
+
+    monkeypatch.setattr(Path, "rename", rename_and_commit)
+    write_rank(folder, 0, [])
+    assert sorted(path.name for path in (tmp_path / "step").iterdir()) == ["rank_00000.json", "rank_00000.safetensors"]
 
 
 def test_a_checkpoint_holds_everything(tmp_path: Path, mesh: Mesh) -> None:
