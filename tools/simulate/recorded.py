@@ -66,11 +66,6 @@ Work = tuple[str, int | None, int | None]
 """(phase, micro-batch, chunk)."""
 
 
-def order_of_work(row: Row) -> list[Work]:
-    """What a rank did, in order, its waits included."""
-    return [(span.phase, span.micro_batch, span.chunk) for span in row.spans]
-
-
 def _queues(spans: Sequence[Span]) -> dict[Work, deque[float]]:
     queues: dict[Work, deque[float]] = defaultdict(deque)
     for span in spans:

@@ -20,7 +20,7 @@ from tests.distributed import run_distributed
 from tests.engine.mim_jobs import Layout, mim_config
 from tools.benchmark.synthetic import SyntheticFeed
 from tools.simulate.events import simulate
-from tools.simulate.recorded import order_of_work, program_of, recorded_durations, stage_rows
+from tools.simulate.recorded import program_of, recorded_durations, stage_rows
 from tools.timeline.spans import Row, Span, StepTimeline, read_step
 
 
@@ -91,7 +91,12 @@ def _check_order(timeline: StepTimeline, case: Case) -> None:
     chunks = int(dict(option.split("=") for option in case.options).get("parallel.virtual", 1))
     assert (simulation.program.stages, simulation.program.chunks) == (case.pipeline, chunks)
     for row in timeline.rows:  # of every tensor rank and replica
-        assert order_of_work(row) == order_of_work(simulation.timeline.rows[row.pipeline])
+        assert _order_of(row) == _order_of(simulation.timeline.rows[row.pipeline])
+
+
+def _order_of(row: Row) -> list[tuple[str, int | None, int | None]]:
+    """What a rank did, in order, its waits included."""
+    return [(span.phase, span.micro_batch, span.chunk) for span in row.spans]
 
 
 def _check_dependencies(timeline: StepTimeline) -> None:
