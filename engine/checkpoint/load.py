@@ -84,11 +84,11 @@ def fill_moments(
     manifest, folder = checkpoint.manifest, checkpoint.folder
     trained = names - frozen_of(config).names
     were_frozen = frozen_names(manifest.config["train"].get("freeze", []), trained)
-    for kind in optimizer.rule.moments:
+    for kind in optimizer.moments:
         lacking = sorted(trained - were_frozen - manifest.shapes(kind).keys())
         if lacking:
             raise CheckpointError(f"{folder} has no {kind} of {len(lacking)} tensors, first {lacking[0]}")
-    fill(optimizer, mesh, trained - were_frozen, checkpoint.read, tuple(optimizer.rule.moments))
+    fill(optimizer, mesh, trained - were_frozen, checkpoint.read, optimizer.moments)
     stored = manifest.position.began if manifest.position is not None else {}
     began = {name: updates for name, updates in stored.items() if name in trained}
     began |= dict.fromkeys(sorted(were_frozen), optimizer.update_count)

@@ -7,15 +7,12 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
-from engine.checkpoint.format.manifest import MOMENT1, MOMENT2
 from engine.config.read import OptimConfig
 from engine.optim.state import OwnedState
 
 
 class AdamW:
     """p -= rate x (m / c1 / (sqrt(v / c2) + eps) + decay x p); elementwise, so every layout does the same."""
-
-    moments = (MOMENT1, MOMENT2)
 
     def update(
         self, state: OwnedState, optim: OptimConfig, *, gradient_scale: float, rates: Mapping[str, float], t: int
@@ -25,7 +22,7 @@ class AdamW:
         updates: dict[tuple[float, float], list[float]] = defaultdict(list)
         for i, piece in state.shards.owned():
             group, part = state.groups[piece.tensor], slice(piece.start, piece.stop)
-            moments = (state.moments[kind][i] for kind in self.moments)
+            moments = (flats[i] for flats in state.moments.values())
             flats = (state.master[i], state.shards.shards[i].gradient, *moments)
             key = rates[group.tower] * group.lr_scale, group.weight_decay
             equal[key].append(tuple(flat[part] for flat in flats))

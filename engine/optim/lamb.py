@@ -16,15 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from engine.checkpoint.format.manifest import MOMENT1, MOMENT2
 from engine.config.read import OptimConfig
 from engine.optim.state import OwnedState
 
 
 class Lamb:
     """The rules above, by `optim.mode`."""
-
-    moments = (MOMENT1, MOMENT2)
 
     def __init__(self) -> None:
         self._fixed: dict[OwnedState, Fixed] = {}

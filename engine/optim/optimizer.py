@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.config.read import OptimConfig
+from engine.config.sections.optim import MOMENTS
 from engine.optim.adamw import AdamW
 from engine.optim.groups import TensorGroup, base_rate
 from engine.optim.lamb import Lamb
@@ -39,7 +40,9 @@ class ShardedOptimizer:
         self.total_steps = total_steps
         self.world = world
         self.rule = RULES[optim.name]()
-        self.towers = [OwnedState(shards, groups, self.rule.moments) for shards, groups in towers]
+        self.moments = MOMENTS[optim.name]
+        """Kinds of state beside the weights, as checkpoints name them."""
+        self.towers = [OwnedState(shards, groups, self.moments) for shards, groups in towers]
         """What is trained, one a part of the model; some of them may have nothing here."""
         self.frozen = [OwnedState(shards, [], (), trained=False) for shards in frozen]
         """What is not, of parts that have some."""

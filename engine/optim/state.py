@@ -42,11 +42,6 @@ class OwnedState:
 class Rule(Protocol):
     """How weights move: an optimizer's mathematics over the owned elements of one tower."""
 
-    @property
-    def moments(self) -> tuple[str, ...]:
-        """Kinds of state that it keeps beside the weights."""
-        ...
-
     def update(
         self, state: OwnedState, optim: OptimConfig, *, gradient_scale: float, rates: Mapping[str, float], t: int
     ) -> None:

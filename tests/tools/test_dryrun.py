@@ -10,7 +10,6 @@ import torch
 
 from engine.config.read import Config, load_config, resolve
 from engine.config.stages import stage_layers
-from models.config import ModelConfig
 from models.tensors.flops import block_flops, last_block_flops
 from models.tensors.kept import kept_elements, spared_flops
 from tools.cost import counts
@@ -59,11 +58,11 @@ def vision_flops(config: Config, stage: int) -> tuple[int, int]:
     return blocks // tensor + embed + 2 * vision.width * model.embed_dim, embed
 
 
-def loss_flops(model: ModelConfig, rows: int, batch: int) -> int:
+def loss_flops(width: int, rows: int, batch: int) -> int:
     """Products of the tiled loss when the logits of the own images are kept: a forward and a backward product for the
     own images x all texts, the own block's share of the text gradient, and all other images x own texts.
     """
-    return 2 * model.embed_dim * (2 * rows * batch + rows * rows + 2 * rows * (batch - rows))
+    return 2 * width * (2 * rows * batch + rows * rows + 2 * rows * (batch - rows))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +70,7 @@ def loss_flops(model: ModelConfig, rows: int, batch: int) -> int:
     [
         (1, 0, ()),
         (1, 0, ("train.keep_activations=3",)),
-        (4, 1, ("parallel.tensor=2",)),
+        (4, 1, ("parallel.tensor=2", "train.matryoshka=[8,16,32]")),
         (4, 3, ("parallel.tensor=2", "parallel.sequence=false")),
         (6, 5, ("parallel.pipeline=3", "train.global_batch_size=24")),
         (4, 0, ("parallel.pipeline=2", "parallel.tensor=2", "train.text_micro_batch_size=3")),
@@ -89,6 +88,7 @@ def test_flops_are_those_of_the_planner(ranks: int, rank: int, options: tuple[st
     forward, embed = vision_flops(config, report.stage)
     replayed = local - report.keep * config.train.micro_batch_size
     vision, text, level = config.model.vision, config.model.text, config.train.keep_outputs
+    widths = config.train.matryoshka or [config.model.embed_dim]
     spared = spared_flops(
         vision,
         level,
@@ -103,7 +103,7 @@ def test_flops_are_those_of_the_planner(ranks: int, rank: int, options: tuple[st
         "replay": replayed * (forward - spared),
         "backward": local * (2 * forward - embed),
         "text": captions * (4 * counts.text_executed_flops(config.model) - of_captions),
-        "loss": loss_flops(config.model, captions, config.train.global_batch_size),
+        "loss": loss_flops(sum(widths), captions, config.train.global_batch_size),
         "other": 0,
     }
 
@@ -163,9 +163,10 @@ def test_sharded_parts_are_in_the_memory_during_their_turn() -> None:
 # --- traffic ----------------------------------------------------------------------------------------------------------
 
 
-def test_traffic_is_that_of_the_planner() -> None:
+@pytest.mark.parametrize("options", [(), ("train.loss=sigmoid", "train.matryoshka=[8,16,32]")], ids=["one", "nested"])
+def test_traffic_is_that_of_the_planner(options: tuple[str, ...]) -> None:
     # Real steps agree, too (test_dryrun_real.py), but are read by the same code. The buckets are padded, hence 5 %.
-    config = small("parallel.tensor=2", "parallel.pipeline=2")
+    config = small("parallel.tensor=2", "parallel.pipeline=2", *options)
     report = dry_run(config, 8, 7)
     layout = layout_of(config, 8)
     expected: Counter[tuple[str, str]] = Counter()

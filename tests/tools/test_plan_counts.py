@@ -1,10 +1,22 @@
 """Planner formulas against the counts of the real models and the published cost of the 18B."""
 
-import pytest
+from types import SimpleNamespace
+from typing import Any
 
-from engine.config.read import preset_model
+import pytest
+import torch
+
+from engine.config.read import preset_model, resolve
+from engine.config.sections.optim import MOMENTS
+from engine.optim.average import restart_average
+from engine.optim.optimizer import RULES, ShardedOptimizer
 from tests.models.test_counts import REAL
 from tools.cost import counts
+from tools.cost.cluster import Cluster
+from tools.cost.hardware import load_hardware
+from tools.cost.layout import layout_of
+from tools.cost.memory import optimizer_bytes_per_element
+from tools.cost.time import loss_seconds, optimizer_seconds
 
 
 @pytest.mark.parametrize("preset", REAL)
@@ -41,3 +53,53 @@ def test_kept_activations_are_not_replayed() -> None:
     model = preset_model("18b")
     replayed, kept = (counts.executed_flops(model, 0.5, kept_share=share) for share in (0.0, 1.0))
     assert replayed == pytest.approx(kept * 4 / 3)
+
+
+# --- state of the optimizer, and losses -------------------------------------------------------------------------------
+
+
+def planned(*options: str) -> Any:
+    """Layout of a small job of two ranks."""
+    return layout_of(
+        resolve({"model": "b16", "data": {"shards": ["-"]}, "train": {"global_batch_size": 512}}, [*options]), 2
+    )
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_an_element_has_the_state_that_the_optimizer_keeps(name: str, precision: str, ema: float) -> None:
+    config = resolve({"data": {"shards": ["-"]}}, [f"optim.name={name}", f"optim.ema_decay={ema}"])
+    weight = torch.zeros(10, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    tower: Any = SimpleNamespace(shards=[SimpleNamespace(weight=weight)])
+    optimizer = ShardedOptimizer([(tower, [])], config.optim, 1, SimpleNamespace())  # type: ignore[arg-type]
+    restart_average(optimizer)
+    held = [flat for flats in optimizer.towers[0].kinds().values() for flat in flats if flat is not weight]
+    layout = planned(f"optim.name={name}", f"optim.ema_decay={ema}", f"train.precision={precision}")
+    assert sum(flat.nbytes for flat in held) == 10 * optimizer_bytes_per_element(layout)
+
+
+def test_every_optimizer_says_what_it_keeps() -> None:
+    assert MOMENTS.keys() == RULES.keys()
+
+
+def test_an_update_takes_as_long_as_its_kernels_read_and_write() -> None:
+    hardware = load_hardware("h100")
+    plain, fused, averaged = (
+        optimizer_seconds(1e9, 0, planned("train.precision=bf16", *options), hardware) * hardware.memory_bytes_s / 1e9
+        for options in ((), ("optim.name=adamw",), ("optim.name=adamw", "optim.ema_decay=0.9"))
+    )
+    assert plain == pytest.approx(5 * 16)
+    # Gradient, moments and master read; moments and master written, then read and written in the weights' dtype.
+    assert fused == pytest.approx(4 * 4 + 3 * 4 + 4 + 2, rel=0.06)
+    assert averaged - fused == pytest.approx(3 * 4)
+
+
+def test_every_width_of_an_embedding_has_a_loss() -> None:
+    model, cluster = preset_model("b16"), Cluster(hardware=load_hardware("h100"), gpus=2, per_node=8)
+    one, nested, sigmoid = (
+        loss_seconds(model, planned(*options), cluster)
+        for options in ((), ("train.matryoshka=[256,512]",), ("train.loss=sigmoid",))
+    )
+    assert 1.3 * one < nested < 2 * one
+    assert 0.5 * one < sigmoid < one

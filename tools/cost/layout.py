@@ -76,6 +76,14 @@ class Layout:
     kernels: Kernels = field(default_factory=Kernels)
     teachers: tuple[FrozenModel, ...] = ()
     """CLIPs of train.distill, whole on every rank."""
+    optimizer: str = "lamb"
+    """A name of engine/config/sections/optim.py."""
+    averages: bool = False
+    """Whether an average of the weights is kept (optim.ema_decay)."""
+    loss: str = "softmax"
+    """softmax | sigmoid."""
+    widths: tuple[int, ...] = ()
+    """Widths of the embedding that each have a loss (train.matryoshka); none: the whole embedding's."""
 
     @property
     def replica(self) -> int:
@@ -150,6 +158,10 @@ class Layout:
         """Bytes of an element of weights and activations."""
         return BYTES[self.precision]
 
+    def loss_widths(self, model: ModelConfig) -> tuple[int, ...]:
+        """Width of the rows of each loss of a step."""
+        return self.widths or (model.embed_dim,)
+
     def packed_tokens(self, vision: VisionConfig) -> int:
         """T = M x S of one micro-batch."""
         return self.micro_batch * vision.kept_tokens(self.patch_dropout)
@@ -211,6 +223,10 @@ def layout_of(config: Config, ranks: int) -> Layout:
             for teacher in train.distill
             if teacher.model is not None
         ),
+        optimizer=config.optim.name,
+        averages=config.optim.ema_decay > 0,
+        loss=train.loss,
+        widths=tuple(train.matryoshka),
     )
 
 

@@ -1,9 +1,9 @@
 """Memory of the fullest rank at the fullest moment of a step, by part. Bytes.
 
 What lies there all the time: weights, their fp32 gradients (whole on each rank: megatron-core's buffers), and the
-optimizer's fp32 master, m and v of the owned elements (vision over DP, text over all ranks). Where more is sharded only
-the owned elements stay; a part is whole in its turn and the next one is gathered, the one before it reduced meanwhile
-(engine/pipeline/executor.py, engine/parallel/sharded.py). On top, by phase:
+optimizer's fp32 master, moments and average of the owned elements (vision over DP, text over all ranks). Where more is
+sharded only the owned elements stay; a part is whole in its turn and the next one is gathered, the one before it
+reduced meanwhile (engine/pipeline/executor.py, engine/parallel/sharded.py). On top, by phase:
 - encode: the stash, k kept micro-batches, what the forward of the last one needs; then, on the first stage, what the
   captions' encoding needs: the others encode theirs before the first image;
 - loss: the stash, k kept micro-batches, the gathered embeddings of one tower;
@@ -16,6 +16,7 @@ Kept outputs lie there from their encoding to their replay; in host memory only 
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
+from engine.config.sections.optim import MOMENTS
 from models.config import ModelConfig
 from models.tensors.inventory import (
     block_split_dim,
@@ -107,8 +108,11 @@ def block_parameters(model: ModelConfig, tensor: int) -> int:
 
 
 def optimizer_bytes_per_element(layout: Layout) -> int:
-    """Two moments, and a master where the weights are not fp32 themselves."""
-    return 2 * FP32 if layout.precision == "fp32" else 3 * FP32
+    """What the optimizer keeps, the average, and a master where the weights are not fp32 themselves.
+
+    LAMB needs no room beside it: its direction is written over the gradient (engine/optim/lamb.py).
+    """
+    return FP32 * (len(MOMENTS[layout.optimizer]) + layout.averages + (layout.precision != "fp32"))
 
 
 def state_bytes(layout: Layout, elements: int, owners: int, gathering: int) -> tuple[float, float, float]:
@@ -199,12 +203,22 @@ def stash_inputs(stage: Stage, micro_batches: int) -> int:
 
 
 def loss_bytes(model: ModelConfig, layout: Layout) -> float:
-    """Own rows of both towers and their gradients, one gathered tower, sums and normalisers of all rows, tiles."""
+    """Own rows of both towers and their gradients, one gathered tower, sums and normalisers of all rows, tiles.
+
+    Of several widths it is the last, widest one's, beside the rows as units of their own and the gradients so far.
+    """
     rows, width, batch = layout.own_rows, model.embed_dim * FP32, layout.global_batch
     tile = min(GPU_TILE, rows) * min(GPU_TILE, batch) * FP32 * 2
-    kept = rows * batch * FP32
+    kept = rows * batch * FP32 if layout.loss == "softmax" and keeps_logits(layout) else 0
     gathered = layout.ranks * rows * width
-    return 4 * rows * width + gathered + 5 * batch * FP32 + tile + (kept if kept <= KEPT_LOGITS else 0)
+    nested = 4 * rows * width + 2 * rows * FP32 if layout.widths else 0
+    sums = (5 if layout.loss == "softmax" else 1) * batch * FP32
+    return 4 * rows * width + nested + gathered + sums + tile + kept
+
+
+def keeps_logits(layout: Layout) -> bool:
+    """Whether the logits of a softmax are few enough to wait for its second pass."""
+    return layout.own_rows * layout.global_batch * FP32 <= KEPT_LOGITS
 
 
 def buffer_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:

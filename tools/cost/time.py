@@ -37,13 +37,15 @@ from tools.cost.traffic import (
     token_gradient_elements,
 )
 
-LOSS_PRODUCTS = 5
-"""Strips of logits or gradients of own rows x all rows x D: logits three times, gradients twice."""
+LOSS_PRODUCTS = {"softmax": 5, "sigmoid": 4}
+"""Strips of own rows x all rows x D: logits three times, of a sigmoid twice, and gradients twice."""
 BUCKET_ELEMENTS = 40_000_000
 RECEIVE_CHANNELS = 2
 """Channels, each on a multiprocessor of its own, of a message that is waited for (NVIDIA/nccl issue 1424)."""
-OPTIMIZER_PASSES = 5
-"""Reads and writes of the optimizer's state by LAMB's separate kernels, in units of that state."""
+OPTIMIZER_PASSES = {"lamb": 5, "adamw": 2}
+"""Reads and writes of the optimizer's state, in units of it: LAMB has separate kernels, AdamW torch's fused one."""
+AVERAGE_PASSES = 3
+"""Average and master read, average written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,15 +338,27 @@ def loss_seconds(model: ModelConfig, layout: Layout, cluster: Cluster) -> float:
 
     The interactive loss of a teacher is two more of it, the relational one has the matrices of student and teacher.
     """
-    rows, batch, width = layout.own_rows, layout.global_batch, model.embed_dim
-    hardware = cluster.hardware
-    products = LOSS_PRODUCTS * 2 * rows * batch * width / (hardware.fp32_tflops * 1e12 * hardware.gemm_limit)
-    gathers = cluster.collective_seconds(layout, "world", 2 * batch * width * FP32 + 2 * batch * FP32, 3)
-    sums = 2 * cluster.collective_seconds(layout, "world", 2 * batch * FP32, 3)
-    local = layout.local_batch * width * FP32
+    local = layout.local_batch * model.embed_dim * FP32
     dealt = cluster.message_seconds(layout, local) if layout.pipeline > 1 else 0.0
-    matrices = 1 + sum(2 * (one.interactive + one.relational) for one in layout.teachers)
-    return matrices * (products + gathers + sums) + dealt + cluster.collective_seconds(layout, "replica", local)
+    losses = sum(_one_loss_seconds(width, layout.loss, layout, cluster) for width in layout.loss_widths(model))
+    taught = sum(2 * (one.interactive + one.relational) for one in layout.teachers)
+    if taught:
+        losses += taught * _one_loss_seconds(model.embed_dim, "softmax", layout, cluster)
+    return losses + dealt + cluster.collective_seconds(layout, "replica", local)
+
+
+def _one_loss_seconds(width: int, loss: str, layout: Layout, cluster: Cluster) -> float:
+    """One width of the embedding. A softmax gathers normalisers and sums over columns, a sigmoid has their maximum."""
+    rows, batch, hardware = layout.own_rows, layout.global_batch, cluster.hardware
+    products = LOSS_PRODUCTS[loss] * 2 * rows * batch * width
+    normalised = loss == "softmax"
+    gathered = 2 * batch * width * FP32 + (2 * batch * FP32 if normalised else 0)
+    summed = (2 if normalised else 1) * batch * FP32
+    return (
+        products / (hardware.fp32_tflops * 1e12 * hardware.gemm_limit)
+        + cluster.collective_seconds(layout, "world", gathered, 2 + normalised)
+        + 2 * cluster.collective_seconds(layout, "world", summed, 2 + normalised)
+    )
 
 
 def contrastive_optimizer_seconds(model: ModelConfig, layout: Layout, stage: Stage, hardware: Hardware) -> float:
@@ -355,8 +369,9 @@ def contrastive_optimizer_seconds(model: ModelConfig, layout: Layout, stage: Sta
 
 def optimizer_seconds(owned: float, gradients: float, layout: Layout, hardware: Hardware) -> float:
     """Update of the `owned` elements, and zeroing of a rank's fp32 `gradients`."""
-    state = owned * (optimizer_bytes_per_element(layout) + FP32) * OPTIMIZER_PASSES
-    return (state + gradients * FP32) / hardware.memory_bytes_s
+    state = optimizer_bytes_per_element(replace(layout, averages=False)) + FP32
+    moved = state * OPTIMIZER_PASSES[layout.optimizer] + layout.averages * AVERAGE_PASSES * FP32
+    return (owned * moved + gradients * FP32) / hardware.memory_bytes_s
 
 
 def input_seconds(model: ModelConfig, layout: Layout, rest_s: float, cluster: Cluster, nodes: int) -> float:

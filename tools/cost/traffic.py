@@ -219,14 +219,12 @@ def row_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffi
     """Embeddings, their gradients, the loss, and the batch itself (engine/parallel/rows.py,
     engine/objectives/contrastive/softmax.py, engine/feed.py).
     """
-    width, batch, own = model.embed_dim * FP32, layout.global_batch, layout.own_rows
+    width, own = model.embed_dim * FP32, layout.own_rows
     pixels = 3 * layout.frames * model.vision.image_size**2
     ids = model.text.context_length * FP32
     entry = Traffic
     found = [
-        entry(what="loss", axis="world", kind="all-gather", count=2, sent_bytes=2 * own * width),
-        entry(what="loss", axis="world", kind="all-gather", count=1, sent_bytes=own * 2 * FP32),
-        entry(what="loss", axis="world", kind="all-reduce", count=3, sent_bytes=2 * batch * FP32 + 4 * FP32),
+        *_loss_traffic(model, layout),
         entry(what="rows", axis="replica", kind="all-gather", count=1, sent_bytes=own * width),
     ]
     if stage.has_head:
@@ -239,6 +237,26 @@ def row_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffi
             entry(what="data", axis="pipeline", kind="broadcast", count=1, sent_bytes=layout.local_batch * ids),
         ]
     return found
+
+
+def _loss_traffic(model: ModelConfig, layout: Layout) -> list[Traffic]:
+    """Rows of both towers; of a softmax normalisers and sums over columns, of a sigmoid their maximum; a width each."""
+    own, batch, widths = layout.own_rows, layout.global_batch, layout.loss_widths(model)
+    times, rows = len(widths), 2 * own * FP32
+    if layout.loss == "sigmoid":
+        return [
+            Traffic(what="loss", axis="world", kind="all-gather", count=2 * times, sent_bytes=sum(widths) * rows),
+            Traffic(
+                what="loss", axis="world", kind="all-reduce", count=2 * times, sent_bytes=times * (batch + 5) * FP32
+            ),
+        ]
+    return [
+        Traffic(what="loss", axis="world", kind="all-gather", count=2 * times, sent_bytes=sum(widths) * rows),
+        Traffic(what="loss", axis="world", kind="all-gather", count=times, sent_bytes=times * rows),
+        Traffic(
+            what="loss", axis="world", kind="all-reduce", count=3 * times, sent_bytes=times * (2 * batch + 4) * FP32
+        ),
+    ]
 
 
 def optimizer_traffic(model: ModelConfig, stage: Stage) -> list[Traffic]:

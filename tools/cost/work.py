@@ -21,10 +21,9 @@ from models.tensors.flops import (
     head_flops,
     last_block_flops,
 )
-from tools.cost.activations import FP32
 from tools.cost.counts import text_executed_flops, vision_executed_flops
 from tools.cost.layout import FrozenModel, Layout, Stage
-from tools.cost.memory import KEPT_LOGITS
+from tools.cost.memory import keeps_logits
 
 # --- of a sample (docs/benchmarking.md) -------------------------------------------------------------------------------
 
@@ -139,14 +138,18 @@ def _tokens(model: ModelConfig, layout: Layout) -> int:
 
 def loss_flops(model: ModelConfig, layout: Layout) -> float:
     """Strips of own rows x all rows: logits of the sums, logits and gradient of the images' strip, the same of the
-    captions' strip; the two strips share the own block. Logits are kept from the first to the second if they are few.
+    captions' strip; the two strips share the own block. Logits are kept from the first to the second if they are few,
+    and a sigmoid needs no sums. Each width of the embedding has all of it.
     """
     rows, batch = layout.own_rows, layout.global_batch
-    again = 0 if rows * batch * FP32 <= KEPT_LOGITS else rows * batch
-    once = 2 * model.embed_dim * (2 * rows * batch + again + rows * rows + 2 * rows * (batch - rows))
+    strips = 2 * rows * batch + rows * rows + 2 * rows * (batch - rows)
+    softmax = strips if keeps_logits(layout) else strips + rows * batch
+    once = 2 * sum(layout.loss_widths(model)) * (strips if layout.loss == "sigmoid" else softmax)
     crossed = 2 * sum(one.interactive for one in layout.teachers)  # images and captions of the teacher
-    return once * (1 + crossed) + sum(
-        _relational_flops(one, model, layout) for one in layout.teachers if one.relational
+    return (
+        once
+        + crossed * 2 * model.embed_dim * softmax
+        + sum(_relational_flops(one, model, layout) for one in layout.teachers if one.relational)
     )
 
 

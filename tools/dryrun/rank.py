@@ -24,6 +24,7 @@ from engine.objectives.contrastive.tiles import DEFAULT_TILE_CUDA
 from engine.objectives.mim.step import MimStep
 from engine.objectives.mim.teacher import teacher_tower
 from engine.objectives.registry import objective_of
+from engine.optim.average import restart_average
 from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.device import forget_gathered_tokens, prepare
 from engine.parallel.mesh import Group, Mesh, build_mesh
@@ -91,7 +92,9 @@ def dry_run(config: Config, world_size: int, rank: int, *, every_micro_batch: bo
         # Real tensors come in as well: kept and masked patches from numpy, the state of the random generator.
         with FakeTensorMode(allow_non_fake_inputs=True), Absent():
             towers = build_towers(config, mesh, device)
-            step = _build_step(config, mesh, device, towers, build_optimizer(config, towers))
+            optimizer = build_optimizer(config, towers)
+            restart_average(optimizer)
+            step = _build_step(config, mesh, device, towers, optimizer)
             batch = placeholder_batch(config, mesh)
             activation_bytes = measure_activations(step, batch)
             recorder = record_step(step, batch, every=every_micro_batch)

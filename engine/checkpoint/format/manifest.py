@@ -27,7 +27,8 @@ from engine.checkpoint.format.tensor_file import DTYPE_NAMES, DTYPES, FileRecord
 FORMAT = 2
 RECORD = "record.json"
 """Beside the manifest: the record of its step with what was measured after the checkpoint had begun."""
-WEIGHT, MOMENT1, MOMENT2, AVERAGE = "weight", "moment1", "moment2", "average"
+WEIGHT, AVERAGE = "weight", "average"
+"""Kinds that are weights; the others are the optimizer's (engine/config/sections/optim.py)."""
 
 
 @dataclass

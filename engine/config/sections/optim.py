@@ -6,6 +6,12 @@ from engine.config.errors import MOST_STEPS, require, require_within
 from engine.config.typed import Unbounded
 from models.sizes import Limits
 
+MOMENTS = {"lamb": ("moment1", "moment2"), "adamw": ("moment1", "moment2")}
+"""Optimizer -> kinds of state that it keeps in fp32 of every owned element, beside the weights and their average.
+
+Who makes, stores or counts state asks here: optimizer, checkpoints, dry run and planner.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -66,7 +72,7 @@ _LIMITS: Limits = {
 def check_optim(optim: OptimConfig) -> None:
     """Raise ConfigError for what cannot be run."""
     require_within("optim", optim, _LIMITS)
-    require(optim.name in ("lamb", "adamw"), f"optim.name is {optim.name!r}: choose lamb or adamw")
+    require(optim.name in MOMENTS, f"optim.name is {optim.name!r}: choose {' or '.join(MOMENTS)}")
     require(optim.mode in ("paper", "nvlamb"), f"optim.mode is {optim.mode!r}: choose paper or nvlamb")
     require(len(optim.betas) == 2 and all(0 <= b < 1 for b in optim.betas), f"optim.betas {optim.betas}: two in [0, 1)")
     require(

@@ -28,18 +28,24 @@ def nested_loss(loss: Callable[[Tensor, Tensor], R], image: Tensor, text: Tensor
     if not widths:
         return loss(image, text)
     grads = [rows.new_zeros(rows.shape) for rows in (image, text)]
-    results: list[R] = []
-    for width in widths:
-        parts = [rows[:, :width] for rows in (image, text)]
-        norms = [part.norm(dim=1, keepdim=True).clamp_min(1e-12) for part in parts]
-        units = [part / norm for part, norm in zip(parts, norms, strict=True)]
-        results.append(loss(*units))
-        of_units = (results[-1].grad_image, results[-1].grad_text)
-        for grad, unit, norm, of_unit in zip(grads, units, norms, of_units, strict=True):
-            radial = (of_unit * unit).sum(1, keepdim=True)  # the norm does not matter, so nothing pulls along it
-            grad[:, :width] += (of_unit - radial * unit) / (norm * len(widths))
+    results: list[R] = [_add_width(loss, (image, text), width, grads, len(widths)) for width in widths]
     scalars = ["loss", "grad_logit_scale", *(["grad_bias"] if isinstance(results[-1], SigmoidLoss) else [])]
     means: dict[str, Any] = {
         name: torch.stack([getattr(result, name) for result in results]).mean() for name in scalars
     }
-    return replace(results[-1], grad_image=grads[0], grad_text=grads[1], **means)
+    return replace(results[-1], **means)
+
+
+def _add_width(
+    loss: Callable[[Tensor, Tensor], R], rows: Sequence[Tensor], width: int, grads: Sequence[Tensor], widths: int
+) -> R:
+    """The loss of the first `width` numbers; it holds `grads`, to which its share of `widths` is added."""
+    parts = [whole[:, :width] for whole in rows]
+    norms = [part.norm(dim=1, keepdim=True).clamp_min(1e-12) for part in parts]
+    units = [part / norm for part, norm in zip(parts, norms, strict=True)]
+    result = loss(*units)
+    of_units = (result.grad_image, result.grad_text)
+    for grad, unit, norm, of_unit in zip(grads, units, norms, of_units, strict=True):
+        radial = (of_unit * unit).sum(1, keepdim=True)  # the norm does not matter, so nothing pulls along it
+        grad[:, :width] += (of_unit - radial * unit) / (norm * widths)
+    return replace(result, grad_image=grads[0], grad_text=grads[1])

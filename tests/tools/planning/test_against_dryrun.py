@@ -48,10 +48,23 @@ TEACHER = (
 # fmt: off
 FAST = [
     Case("first-stage-tp2", 8, 0, (*SHORT, "parallel.tensor=2", "parallel.pipeline=2")),
-    Case("virtual", 8, 0, (*SHORT, "parallel.pipeline=2", "parallel.virtual=2", "train.micro_batch_size=32")),
-    Case("clips", 8, 1, (*SHORT, "parallel.pipeline=2", "data.frames=8", "train.global_batch_size=64")),
+    Case(
+        "virtual-nested", 8, 0,
+        (*SHORT, "parallel.pipeline=2", "parallel.virtual=2", "train.micro_batch_size=32",
+         "train.matryoshka=[256,768,1536]"),
+    ),
+    Case(
+        "clips-averaged", 8, 1,
+        (*SHORT, "parallel.pipeline=2", "data.frames=8", "train.global_batch_size=64", "optim.ema_decay=0.9",
+         "optim.name=adamw"),
+    ),
     Case("captions-beside-kept", 2, 0, (*LARGE, "train.keep_activations=1", "parallel.pipeline=2"), "l14"),
-    Case("captions-kept", 1, 0, (*LARGE, "train.keep_activations=-1", "model.vision.depth=3"), "b16"),
+    Case(
+        "captions-kept-sigmoid", 1, 0,
+        (*LARGE, "train.keep_activations=-1", "model.vision.depth=3", "train.loss=sigmoid",
+         "train.matryoshka=[64,512]"),
+        "b16",
+    ),
     Case(
         "weights-come-and-go", 8, 0,
         (*SHORT, "parallel.virtual=4", "parallel.shard=weights", "train.keep_outputs=fc2+proj", FUSED),
