@@ -1,11 +1,15 @@
 """Every fault once, each in another phase of a step; all of them in all phases: python -m tests.chaos.matrix."""
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.chaos.faults import FAULTS, PARTS, named
-from tests.chaos.matrix import Lab, may_mount, run_case, table
+from tests.chaos.matrix import CONFIG, Lab, may_mount, run_case, table
+from tests.chaos.ranks import TINY, launch
+from tests.data.shard_factory import make_shards
 
 QUICK = {"SIGTERM to all ranks"}
 
@@ -33,6 +37,33 @@ def test_what_comes_of_a_fault(name: str, phase: str, lab: Lab) -> None:
     if name.startswith("disk") and not may_mount():
         pytest.skip("no right to mount a tmpfs")
     assert run_case(lab, named(name), phase)["fault"] == name
+
+
+OTHERWISE = {
+    "optim.lr_vision=1e-3": "rank 1 on .* has optim.lr_vision 0.001, others ",
+    "train.seed=5": "rank 1 on .* has train.seed 5, others ",
+    "train.patch_dropout=0.25": "rank 1 on .* has train.patch_dropout 0.25",
+    "train.precision=bf16": "rank 1 on .* has train.precision 'bf16'",
+    "parallel.tensor=2": "rank 1 on .* has parallel.tensor 2, others 1",
+    "train.steps=3": "rank 1 on .* has train.steps 3",
+    "health.on_nonfinite=skip": "rank 1 on .* has health.on_nonfinite 'skip'",
+    "run_dir=elsewhere": "rank 1 on .* has run_dir 'elsewhere'",
+    "train.global_batch_size=7": "rank 1 on .*global_batch_size 7",  # which it finds itself, as no other rank does
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("override", OTHERWISE)
+def test_one_rank_with_another_config_is_one_line_before_any_step(override: str, tmp_path: Path) -> None:
+    shards = ",".join(make_shards(tmp_path, [20]))
+    settings = [*TINY, f"data.shards=[{shards}]", "train.steps=2", f"run_dir={tmp_path / 'run'}"]
+    usual = [setting for setting in settings if setting.partition("=")[0] == override.partition("=")[0]]
+    settings = [setting for setting in settings if setting not in usual]
+    start = launch(CONFIG, settings, 2, tmp_path / "log", overrides_of={0: usual, 1: [override]})
+    assert all(start.end()), start.text
+    said = start.own_errors()
+    assert len(said) == 1 and re.search(OTHERWISE[override], said[0]), start.text
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_the_table_has_a_line_for_each_outcome_of_a_fault() -> None:
