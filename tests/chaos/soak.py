@@ -11,6 +11,7 @@ line through them, the first ones of a start left out. Numbers come to benchmark
 
 import argparse
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -33,7 +34,15 @@ from tests.chaos.ranks import TINY, launch
 from tests.data.shard_factory import make_shards
 
 FAULT_EVERY, READ_EVERY, WARM_STEPS = 50, 10, 60
-NAMES = ("memory of a rank, kB", "memory of its reader, kB", "descriptors", "threads", "shared memory, kB")
+NAMES = (
+    "memory of a rank, kB",
+    "of it in use, kB",
+    "Python objects",
+    "memory of its reader, kB",
+    "descriptors",
+    "threads",
+    "shared memory, kB",
+)
 TURNS = ("pause", "save asked for", "NaN gradient", "flipped weight", "flipped moment", "kill -9 of a rank")
 RESULT = RESULTS / "soak.json"
 
@@ -44,16 +53,40 @@ def _memory_kb(pid: int | str) -> tuple[int, int, int]:
     return int(status["RssAnon"].split()[0]), int(status["RssShmem"].split()[0]), int(status["Threads"])
 
 
+class _Mallinfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def _in_use_kb() -> int:
+    """What the C library has handed out and not got back: a leak shows here, a heap with holes does not."""
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = _Mallinfo
+    info = mallinfo()
+    return (info.uordblks + info.hblkhd) // 1024
+
+
 def _sample() -> tuple[int, ...]:
     ctypes.CDLL(None).malloc_trim(0)  # captions of changing length leave holes in the heap, which are no leak
     own, shared, threads = _memory_kb("self")
     readers = [_memory_kb(child.pid) for child in multiprocessing.active_children() if child.pid is not None]
     shared_of_all = shared + sum(reader[1] for reader in readers)
-    return own, sum(reader[0] for reader in readers), len(os.listdir("/proc/self/fd")), threads, shared_of_all
+    objects = len(gc.get_objects())
+    return (
+        own,
+        _in_use_kb(),
+        objects,
+        sum(reader[0] for reader in readers),
+        len(os.listdir("/proc/self/fd")),
+        threads,
+        shared_of_all,
+    )
 
 
-def watch_and_disturb(folder: str, rank: int) -> None:
-    """Sample every ten steps; disturb every fifty. Run in every rank before its job."""
+def watch_and_disturb(folder: str, disturb: bool, rank: int) -> None:
+    """Sample every ten steps; disturb every fifty, if so. Run in every rank before its job."""
     from engine.resilience.watch import Pulse
     from engine.trainer import Trainer
 
@@ -76,7 +109,7 @@ def watch_and_disturb(folder: str, rank: int) -> None:
         if part == "roll call" and step % READ_EVERY == 0:
             with (Path(folder) / f"samples_{rank}_{os.getpid()}").open("a") as file:
                 file.write(" ".join(map(str, (step, *_sample()))) + "\n")
-        if part in ("backward", "replay") and step and step % FAULT_EVERY == 0 and step not in done:
+        if part in ("backward", "replay") and disturb and step and step % FAULT_EVERY == 0 and step not in done:
             done.add(step)
             turn = step // FAULT_EVERY - 1
             marker = Path(folder) / f"fault_{step}"
@@ -87,11 +120,15 @@ def watch_and_disturb(folder: str, rank: int) -> None:
     Trainer.fit, Pulse.at = fitted, at  # type: ignore[method-assign]
 
 
+def _rows(samples: Path) -> list[list[int]]:
+    return [list(map(int, line.split())) for line in samples.read_text().splitlines()]
+
+
 def growth(folder: Path) -> dict[str, list[float]]:
     """What grows by how much a step, of each start that is long enough."""
     slopes: dict[str, list[float]] = {name: [] for name in NAMES}
     for path in sorted(folder.glob("samples_*")):
-        rows = np.array([list(map(int, line.split())) for line in path.read_text().splitlines()])
+        rows = np.array(_rows(path))
         rows = rows[rows[:, 0] >= rows[0, 0] + WARM_STEPS] if len(rows) else rows
         if len(rows) >= 5:
             for column, name in enumerate(NAMES, start=1):
@@ -104,25 +141,26 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--minutes", type=float, default=120.0)
+    parser.add_argument("--undisturbed", action="store_true", help="no faults: only what grows")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
-        found = run(Path(name), given.steps, 60 * given.minutes)
+        found = run(Path(name), given.steps, 60 * given.minutes, not given.undisturbed)
     for name, value in found.items():
-        print(f"{name}: {value}")
+        print(f"{name}: {value}" if not name.startswith("samples") else "")
     if given.write:
-        write_json(RESULT, found)
+        write_json(found, RESULT)
     return int(not found["every step once"] or found["steps"] < given.steps or bool(found["strange"]))
 
 
-def run(folder: Path, steps: int, limit_s: float) -> dict[str, Any]:
+def run(folder: Path, steps: int, limit_s: float, disturb: bool) -> dict[str, Any]:
     """Train in `folder` until all steps are done or the time is over; what is reported."""
     shards = make_shards(folder, [20, 28])
     began, starts, strange = time.monotonic(), 0, list[str]()
     own = [f"data.shards=[{','.join(shards)}]", f"train.steps={steps}", f"run_dir={folder / 'run'}", "data.workers=1"]
     own += ["checkpoint.every_steps=20", "health.on_nonfinite=skip", "health.on_divergence=repair"]
     own += ["health.audit_every_steps=1", "health.max_rewinds=1000"]
-    prepare = partial(watch_and_disturb, str(folder))
+    prepare = partial(watch_and_disturb, str(folder), disturb)
     while not strange:
         start = launch("examples/quickstart/train.yaml", [*TINY, *own], 2, folder / "log", prepare=prepare)
         starts += 1
@@ -147,6 +185,7 @@ def run(folder: Path, steps: int, limit_s: float) -> dict[str, Any]:
             for name, slopes in growth(folder).items()
             if slopes
         },
+        "samples: step, then as above": {path.name: _rows(path) for path in sorted(folder.glob("samples_*"))},
         "strange": strange,
     }
 
