@@ -112,7 +112,7 @@ def _disturb(name: str, place: dict[str, Any], rank: int) -> None:
 def _judge(lab: Lab, fault: Fault, place: Place, start: Start, statuses: list[int]) -> dict[str, Any]:
     said, text = start.own_errors(), start.text
     left = curve(place.run_dir)
-    line = said[0][:120].replace(str(place.run_dir), "run_dir") if said else ""
+    line = said[0].replace(str(place.run_dir), "run_dir")[:120] if said else ""
     row = {"said": line, "left": left}
     if not any(statuses):
         assert fault.comes != "stops", text

@@ -35,14 +35,9 @@ from tests.data.shard_factory import make_shards
 
 FAULT_EVERY, READ_EVERY, WARM_STEPS = 50, 10, 60
 NAMES = (
-    "memory of a rank, kB",
-    "of it in use, kB",
-    "Python objects",
-    "memory of its reader, kB",
-    "descriptors",
-    "threads",
+    "memory of a rank, kB", "of it in use, kB", "Python objects", "memory of its reader, kB", "descriptors", "threads",
     "shared memory, kB",
-)
+)  # fmt: skip
 TURNS = ("pause", "save asked for", "NaN gradient", "flipped weight", "flipped moment", "kill -9 of a rank")
 RESULT = RESULTS / "soak.json"
 
@@ -54,9 +49,22 @@ def _memory_kb(pid: int | str) -> tuple[int, int, int]:
 
 
 class _Mallinfo(ctypes.Structure):
+    """struct mallinfo2 of the C library."""
+
     _fields_ = [
         (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "top",
+        )
     ]
 
 
