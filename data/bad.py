@@ -23,6 +23,7 @@ REASONS = {
     "caption_too_long": "more than 16 KiB",
     "caption_not_utf8": "bytes that are not UTF-8",
     "truncated_shard": "the tar ends within the member",
+    "no_features": "the picture could not be read when data.features were made",
     "member_too_large": "a member of more than 1 GiB",
 }
 READS_BEFORE_JUDGING = 1_000

@@ -27,7 +27,8 @@ class SampleBatch:
     """n samples in the order of their positions."""
 
     images: torch.Tensor
-    """uint8 RGB [n, 3, image_size, image_size]; [n, frames, 3, image_size, image_size] with data.frames > 1."""
+    """uint8 RGB [n, 3, image_size, image_size]; [n, frames, 3, image_size, image_size] with data.frames > 1; float32
+    [n, D] with data.features."""
     tokens: torch.Tensor
     """int64 [n, context_length]."""
     captions: list[str]
@@ -78,6 +79,8 @@ class EncodedSample:
     """Within its tar."""
     place: tuple[int, int]
     """(shard, sample) it came from."""
+    features: np.ndarray | None = None
+    """float32 [D] in the place of pictures, with data.features."""
     picture_id: int = 0
     """Hash (63 bits) of the encoded pictures, where it is asked for."""
     passed_over: int

@@ -82,6 +82,10 @@ class DataConfig:
     """auto | pillow | dali; auto is pillow (docs/results/decoders.md)."""
     max_pixels: int = 89_478_485
     """Larger images are bad samples (decompression bombs); the default is Pillow's bound, 268 MB as RGB."""
+    features: str = ""
+    """FILE.npz of a locked image tower's embeddings of these shards, written once by tools.embed and read in the place
+    of pixels (docs/features.md).
+    """
     frames: int = 1
     """Frames of a sample, uniformly spread over its clip (paper: 8 or 16 for video); 1 reads still images."""
     workers: int = 1

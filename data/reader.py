@@ -22,7 +22,7 @@ from data.captions import CAPTION, METADATA, CaptionChoice
 from data.config import DataConfig
 from data.errors import DataError, Rejected
 from data.pixels.decode import make_decoder
-from data.pixels.transforms import RandomResizedCrop, Transform, eval_transform
+from data.pixels.transforms import RandomResizedCrop, Transform, Window, eval_transform
 from data.pixels.video import ClipDecoder, check_available, frame_numbers, is_clip
 from data.shards.index import Place, ShardIndex, Span
 from data.sources import Listing, Sources
@@ -33,6 +33,7 @@ __all__ = ["BadSample", "SampleBatch", "SampleReader"]
 _MAX_MEMBER_BYTES = 1 << 30  # no picture and no clip of ten minutes: a sparse file, or damage
 _MAX_CONSECUTIVE_BAD = 100
 _NO_CAPTION = "missing_caption"
+_NO_WINDOW = Window(box=(0, 0, 0, 0), size=0)
 _TEXT_PLACES = {CAPTION: Place.CAPTION, METADATA: Place.METADATA}
 _CPU = torch.device("cpu")
 
@@ -84,6 +85,7 @@ class SampleReader:
             else eval_transform(evaluation, size=image_size)
         )
         self._decoder = make_decoder(config.decoder, max_pixels=config.max_pixels, device=device)
+        self._features = self.sources.features(config.features, image_size) if config.features else None
         self._clips = ClipDecoder(frames=config.frames, max_pixels=config.max_pixels)
         if config.frames > 1:
             check_available()
@@ -100,6 +102,11 @@ class SampleReader:
     def total_samples(self) -> int:
         """Samples of one epoch of all sources, bad ones included."""
         return sum(self._order.totals)
+
+    @property
+    def feature_width(self) -> int | None:
+        """D of data.features; None without."""
+        return None if self._features is None else self._features.width
 
     @property
     def decodes_on_gpu(self) -> bool:
@@ -129,8 +136,13 @@ class SampleReader:
         every row is filled.
         """
         samples, bad, frames = list(batch.samples), list(batch.bad), self._config.frames
-        images = torch.empty((len(samples), *self._image_shape()), dtype=torch.uint8, device=self._decoder.device)
-        pending = list(range(len(samples)))
+        device = self._decoder.device
+        if self._features is None:
+            images = torch.empty((len(samples), *self._image_shape()), dtype=torch.uint8, device=device)
+        else:  # judged when they were fetched
+            rows = np.array([sample.features for sample in samples], dtype=np.float32)
+            images = torch.from_numpy(rows.reshape(-1, 1, self._features.width)).to(device)
+        pending = list(range(len(samples))) if self._features is None else []
         while pending:
             problems = self._decode_rows([samples[row] for row in pending], images, pending)
             for row, problem in sorted(problems.items()):
@@ -248,6 +260,8 @@ class SampleReader:
     ) -> EncodedSample:
         """caption: the text, its tokens, and whether it stands in for another."""
         shard, sample = place
+        if self._features is not None:
+            return self._with_features(self._features.row(shard, sample), caption, place, passed_over)
         pictures = self._read_pictures(shard, sample)
         clip = is_clip(pictures[0], frames=self._config.frames)
         width, height = self._clips.size(pictures[0]) if clip else self._common_size(pictures)
@@ -261,6 +275,22 @@ class SampleReader:
             key=self.sources.index(shard).key(sample),
             place=place,
             picture_id=_hash(pictures) if self._picture_ids else 0,
+            passed_over=passed_over,
+        )
+
+    def _with_features(
+        self, features: np.ndarray, caption: tuple[str, np.ndarray, bool], place: tuple[int, int], passed_over: int
+    ) -> EncodedSample:
+        return EncodedSample(
+            pictures=[],
+            is_clip=False,
+            window=_NO_WINDOW,
+            features=features,
+            tokens=caption[1],
+            caption=caption[0],
+            fell_back=caption[2],
+            key=self.sources.index(place[0]).key(place[1]),
+            place=place,
             passed_over=passed_over,
         )
 

@@ -15,6 +15,7 @@ from data.errors import DataError
 from data.order.mixture import Mixture, MixtureLaw, Switch, integer_weights
 from data.order.order import SampleOrder
 from data.order.subsets import Picks, Subsets
+from data.pixels.features import Features
 from data.shards.index import ShardIndex
 from data.shards.index_store import IndexStore, Tally
 from data.shards.listing import ShardFiles, expand_shards
@@ -115,6 +116,21 @@ class Sources:
         if self.kept is None:
             return self._indices.digests
         return np.array([kept.digest for kept in self.kept], dtype=np.uint64)
+
+    @property
+    def tallies(self) -> Sequence[Tally]:
+        """What is known of every shard by its id, whatever its subset."""
+        return self._indices.tallies
+
+    def features(self, path: str, image_size: int) -> Features:
+        """The rows of `data.features` for these shards. Raises DataError if they are not of them."""
+        return Features(
+            path,
+            shards=self.shards,
+            samples=[tally.samples for tally in self.tallies],
+            digests=[tally.digest for tally in self.tallies],
+            image_size=image_size,
+        )
 
     def subsets(self) -> list[str]:
         """Say in words what each source keeps of its samples, where it has a subset."""

@@ -53,7 +53,7 @@ class LocalBatch:
     """int64 [b]: global positions of the replica's samples."""
     images: Tensor | None
     """uint8 [b, 3, h, w] on the first stage ([b, frames, 3, h, w] for clips), on the host or the device; None
-    elsewhere."""
+    elsewhere. With data.features float32 [b, D], the embeddings."""
     tokens: Tensor
     """int64 [own rows, context] on the host: this rank's captions; none of them with objective=mim."""
     bad: Sequence[BadSample] = ()
@@ -149,6 +149,7 @@ class Feed:
                 device=device,
                 listing=listing,
             )
+            self._check_width(config)
             if self.captions and mesh.world.rank == 0:
                 for line in self.reader.sources.subsets():
                     _log.info("%s", line)
@@ -165,6 +166,14 @@ class Feed:
                 workers=config.data.workers,
                 prefetch=self._units_ahead(config),
                 stall_timeout_s=config.data.stall_timeout_s,
+            )
+
+    def _check_width(self, config: Config) -> None:
+        width = self.reader.feature_width
+        if width not in (None, config.model.embed_dim):
+            raise DataError(
+                f"data.features {config.data.features} have {width} numbers, model.embed_dim is "
+                f"{config.model.embed_dim}: embed the shards with this model"
             )
 
     def __iter__(self) -> Iterator[LocalBatch]:
@@ -301,7 +310,8 @@ class Feed:
             return 1
         each = math.ceil(data.prefetch_batches * len(self.units) / data.workers)
         rows = max(unit.stop - unit.start for unit in self.units)
-        needed = each * data.workers * rows * data.frames * 3 * side * side
+        of_row = 4 * config.model.embed_dim if data.features else data.frames * 3 * side * side
+        needed = each * data.workers * rows * of_row
         shared = os.statvfs(_SHARED_MEMORY)
         free = shared.f_bavail * shared.f_frsize
         _log.info(

@@ -45,8 +45,8 @@ def image_tokens(config: Config) -> int:
 
 
 def _images_flops(config: Config) -> int:
-    """A forward of every frame of a sample."""
-    return config.data.frames * vision_forward_flops(config.model, image_tokens(config))
+    """A forward of every frame of a sample; none where its embedding is read."""
+    return 0 if config.data.features else config.data.frames * vision_forward_flops(config.model, image_tokens(config))
 
 
 def student_flops(config: Config) -> int:

@@ -35,6 +35,8 @@ def check_paths(job: Job) -> None:
             _check_exists(f"init.{part}", getattr(config.init, part))
     _check_exists("mim.teacher", config.mim.teacher)
     for phase in job.phases:
+        _check_exists("data.features", phase.config.data.features)
+    for phase in job.phases:
         for number, teacher in enumerate(phase.config.train.distill):
             _check_exists(f"train.distill[{number}].path", teacher.path)
 

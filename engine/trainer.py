@@ -22,6 +22,7 @@ from engine.config.origin import model_in_words
 from engine.config.phases import Phase
 from engine.config.read import to_dict
 from engine.feed import Feed, LocalBatch, list_together
+from engine.objectives.frozen import check_features
 from engine.objectives.registry import objective_of
 from engine.objectives.update import StepOutcome
 from engine.optim.average import restart_average
@@ -142,6 +143,8 @@ class Trainer:
                 listing=listing,
             )
         self._check_data(feed)
+        if self.config.data.features:
+            check_features(self.config.data.features, self.towers, self.mesh)
         self.quarantine = Quarantine(
             Path(self.config.run_dir),
             self.mesh,

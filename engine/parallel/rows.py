@@ -47,18 +47,25 @@ def deal_from_last_stage(embeddings: Tensor | None, rows: int, width: int, mesh:
     return embeddings[own_rows(rows, mesh)]
 
 
-def deal_images(images: Tensor | None, rows: int, shape: tuple[int, ...], mesh: Mesh, device: torch.device) -> Tensor:
-    """First stage: uint8 [rows, *shape], the local batch on each of its tensor ranks (engine/feed.py) -> every rank of
-    the replica: its own rows. Collective over the pipeline.
+def deal_from_first_stage(
+    batch: Tensor | None,
+    rows: int,
+    shape: tuple[int, ...],
+    mesh: Mesh,
+    device: torch.device,
+    dtype: torch.dtype = torch.uint8,
+) -> Tensor:
+    """First stage: [rows, *shape], the local batch on each of its tensor ranks (engine/feed.py) -> every rank of the
+    replica: its own rows. Collective over the pipeline.
     """
     own = own_rows(rows, mesh)
     if mesh.pipeline.size == 1:
-        assert images is not None
-        return images[own].to(device, non_blocking=True)
+        assert batch is not None
+        return batch[own].to(device, non_blocking=True)
     parts = split_rows(rows, mesh.replica.size)[mesh.tensor.rank :: mesh.tensor.size]  # of this pipeline's stages
     longest = max(part.stop - part.start for part in parts)
-    block = torch.empty(longest, *shape, dtype=torch.uint8, device=device)
-    blocks = None if images is None else [padded(images[part].to(device, non_blocking=True), longest) for part in parts]
+    block = torch.empty(longest, *shape, dtype=dtype, device=device)
+    blocks = None if batch is None else [padded(batch[part].to(device, non_blocking=True), longest) for part in parts]
     dist.scatter(block, blocks, group_src=0, group=mesh.pipeline.group)
     return block[: own.stop - own.start]
 

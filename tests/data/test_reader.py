@@ -91,8 +91,8 @@ def test_a_bad_sample_is_counted_and_replaced_by_the_next(tmp_path: Path, reason
 
 
 def test_every_reason_of_an_image_or_caption_is_built_here() -> None:
-    # below, in tests/real_files and in test_video.py
-    elsewhere = {"truncated_shard", "member_too_large", "undecodable_clip", "clip_too_long"}
+    # below, in tests/real_files, test_video.py and tests/engine/test_features.py
+    elsewhere = {"truncated_shard", "member_too_large", "undecodable_clip", "clip_too_long", "no_features"}
     assert set(BAD) | elsewhere == set(REASONS)
 
 

@@ -43,6 +43,7 @@ def executed_flops(config: Config, *, kept_share: float, keeps_text: bool) -> fl
     if objective_of(config).distils:
         return model_flops(config) + layers_again * student_flops(config)
     images = config.data.frames * vision_executed_flops(config.model, image_tokens(config))
+    images = 0 if config.data.features else images
     captions = (TRAINING_FORWARDS + (not keeps_text)) * text_executed_flops(config.model)
     return (TRAINING_FORWARDS + 1 - kept_share + layers_again) * images + captions + taught_flops(config)
 

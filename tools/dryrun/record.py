@@ -35,10 +35,12 @@ def placeholder_batch(config: Config, mesh: Mesh) -> LocalBatch:
     own = own_rows(rows, mesh)
     side, context = config.model.vision.image_size, config.model.text.context_length
     clip = (config.data.frames,) if config.data.frames > 1 else ()
+    pixels = torch.zeros(rows, *clip, 3, side, side, dtype=torch.uint8)
+    inputs = torch.zeros(rows, config.model.embed_dim) if config.data.features else pixels
     captions = own.stop - own.start if objective_of(config).reads_captions else 0
     return LocalBatch(
         positions=np.arange(mesh.data.rank * rows, (mesh.data.rank + 1) * rows),
-        images=torch.zeros(rows, *clip, 3, side, side, dtype=torch.uint8) if mesh.is_first_stage else None,
+        images=inputs if mesh.is_first_stage else None,
         tokens=torch.zeros(captions, context, dtype=torch.int64),
         picture_ids=torch.zeros(captions, dtype=torch.int64),
     )

@@ -7,8 +7,9 @@ DIR is a checkpoint of any layout, converted or trained, or a run folder. IN.npz
 already normalised) and/or `tokens` (int64 [N, context]). OUT holds `image_embeddings` and/or `text_embeddings`, fp32
 [N, D] of length 1, in input order, and for shards `keys` and bool `image_valid`, `text_valid`. A row of a shard is a
 sample that has a picture, a caption or both; the side that it lacks is NaN and marked. Samples of which something is
-there but unreadable are left out, counted and listed with their reasons in OUT.left_out.jsonl; --unreadable nan keeps
-them, marked. Blocks are read, embedded and written one after another; the finished file is read back.
+there but unreadable are left out, counted and listed with their reasons in OUT.left_out.jsonl; --unreadable nan keep
+them, marked: then OUT.npz has a row of every sample, and a job with a locked image tower reads it in place of pixels
+(data.features). Blocks are read, embedded and written one after another; the finished file is read back.
 """
 
 import argparse
@@ -18,10 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
+from data.pixels.features import FeatureOrigin
+from engine.config.read import Config
 from engine.evaluation.embedder import Embedder
 from engine.evaluation.inputs import Block, ShardInput
 from engine.evaluation.progress import Progress
 from engine.evaluation.session import Session, block_size, load, open_session, shard_input, split_overrides
+from engine.objectives.frozen import tower_digest
 from engine.parallel.mesh import LayoutError
 from engine.resilience.exit import leave
 from tools.cli import answer, check_file, command_parser, positive
@@ -89,6 +93,7 @@ def _embed(arguments: argparse.Namespace, session: Session) -> None:
         if isinstance(source, ShardInput)
         else None
     )
+    tower = tower_digest(embedder.encoders.vision, session.mesh) if source.has_images else 0
     progress = Progress("embed", len(source), shown=session.is_first)
     with open_table(arguments.out) if session.is_first else nullcontext() as table:
         for block in source.blocks(block_size(session)):
@@ -99,7 +104,23 @@ def _embed(arguments: argparse.Namespace, session: Session) -> None:
         written = table.rows if table is not None else 0
     if rows is not None and session.is_first:
         rows.left_out.write(Path(f"{arguments.out}.left_out.jsonl"), rows.samples)
+        if rows.keeps_all and source.has_images and arguments.out.suffix == ".npz":
+            _origin(source, session.config, tower).write(arguments.out)
     progress.finish(f"{arguments.out}: {written:,} rows at {session.mesh.layout} in {progress.seconds:.1f} s")
+
+
+def _origin(source: Input, config: Config, tower: int) -> FeatureOrigin:
+    """What a job has to know to read the rows in the place of pixels (data.features)."""
+    assert isinstance(source, ShardInput)
+    shards, tallies = source.reader.sources.shards, source.reader.sources.tallies
+    return FeatureOrigin(
+        shards=shards,
+        samples=[tally.samples for tally in tallies],
+        digests=[tally.digest for tally in tallies],
+        tower=tower,
+        embed_dim=config.model.embed_dim,
+        image_size=config.model.vision.image_size,
+    )
 
 
 def _npz_columns(embedder: Embedder, source: Input, block: Block) -> dict[str, np.ndarray]:

@@ -4,7 +4,6 @@ An .npz holds prepared arrays; its uncompressed members are mapped, so that a ra
 engine/evaluation/inputs.py.
 """
 
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -13,12 +12,10 @@ import numpy as np
 import torch
 
 from data.errors import DataError
+from data.pixels.features import mapped_member
 from engine.config.read import Config
 from engine.evaluation.embedder import Pixels
 from engine.evaluation.inputs import Block
-
-_LOCAL_HEADER = 30
-"""Bytes of a zip member's header before its name."""
 
 
 class Input(Protocol):
@@ -37,7 +34,7 @@ class NpzInput:
 
     def __init__(self, path: Path, config: Config):
         """Raises DataError for a file without either, of other shapes, or with ids beyond the vocabulary."""
-        self.images, self.tokens = _member(path, "images"), _member(path, "tokens")
+        self.images, self.tokens = mapped_member(path, "images"), mapped_member(path, "tokens")
         self.has_images, self.has_tokens = self.images is not None, self.tokens is not None
         self._path = path
         if not self.has_images and not self.has_tokens:
@@ -92,35 +89,3 @@ def _rows(array: np.ndarray | None, start: int, stop: int) -> np.ndarray | None:
 
 def _pixels_of(images: np.ndarray) -> Pixels:
     return lambda rows: torch.from_numpy(np.array(images[rows], dtype=np.float32))
-
-
-def _member(path: Path, name: str) -> np.ndarray | None:
-    """An array of an .npz: mapped if stored, read if compressed; None if absent."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if f"{name}.npy" not in archive.namelist():
-                return None
-            info = archive.getinfo(f"{name}.npy")
-        if info.compress_type != zipfile.ZIP_STORED:
-            return np.load(path, allow_pickle=False)[name]
-        return _mapped(path, info)
-    except (OSError, zipfile.BadZipFile, ValueError) as error:
-        raise DataError(f"{path} cannot be read as an .npz: {error}") from error
-
-
-def _mapped(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
-    with open(path, "rb") as file:
-        file.seek(info.header_offset + _LOCAL_HEADER - 4)
-        lengths = file.read(4)
-        name, extra = int.from_bytes(lengths[:2], "little"), int.from_bytes(lengths[2:], "little")
-        file.seek(name + extra, 1)
-        version = np.lib.format.read_magic(file)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        if version not in read_header:
-            raise ValueError(f"array format {version} is not one of {sorted(read_header)}")
-        shape, fortran, dtype = read_header[version](file)
-        if dtype.hasobject:
-            raise ValueError("it holds Python objects")
-        if 0 in shape:
-            return np.empty(shape, dtype)
-        return np.memmap(path, dtype, mode="r", offset=file.tell(), shape=shape, order="F" if fortran else "C")

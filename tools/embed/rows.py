@@ -18,7 +18,7 @@ class ShardRows:
 
     def __init__(self, source: SampleInput, embedder: Embedder, config: Config, *, keep: bool):
         """keep: unreadable samples become rows of NaN with a mark, instead of being left out."""
-        self._source, self._embedder, self._keep = source, embedder, keep
+        self._source, self._embedder, self.keeps_all = source, embedder, keep
         self._tokenizer = tokenizer_of(config.model.text, config.data)
         self.left_out = LeftOut(kept=keep)
         self.samples = 0
@@ -57,7 +57,7 @@ class ShardRows:
             judged = [bad for bad in judged if bad.reason != f"missing_{'caption' if sides == ['image'] else 'image'}"]
         self.samples += block.stop - block.start
         self.left_out.samples += judged
-        if self._keep:
+        if self.keeps_all:
             return np.arange(block.stop - block.start)
         gone = {bad.position - block.start for bad in judged}
         return np.array([row for row in range(block.stop - block.start) if row not in gone], dtype=np.int64)

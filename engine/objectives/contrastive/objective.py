@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.config.errors import changed_settings, require
 from engine.config.schema import Config, MimConfig
-from engine.config.sections.freeze import check_freeze
+from engine.config.sections.freeze import check_freeze, frozen_of
 from engine.objectives.contrastive.program import ContrastiveProgram, contrastive_program
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Contrastive:
         key = changed[0] if changed else ""
         require(not changed, f"mim.{key} has no effect with objective=contrastive: set objective=mim or remove it")
         check_freeze(config)
+        _check_features(config)
 
     def unmeasured(self, config: Config) -> dict[str, str]:
         """Numbers of the step record that other settings would bring -> why this job does not measure them."""
@@ -77,3 +78,30 @@ class Contrastive:
         from engine.objectives.contrastive.step import ContrastiveStep
 
         return ContrastiveStep(config, mesh, device, towers, optimizer)
+
+
+def _check_features(config: Config) -> None:
+    """Raise ConfigError where embeddings that were computed once are not what the job would compute."""
+    data, train = config.data, config.train
+    if not data.features:
+        return
+    require(
+        frozen_of(config).locks_vision,
+        "data.features are of a locked image tower: freeze it (train.freeze=[vision.*])",
+    )
+    require(
+        data.crop_scale == [1.0, 1.0] and not data.flip,
+        f"data.features hold one view of each picture: augmentation is off with them, set data.crop_scale=[1,1] (it is "
+        f"{data.crop_scale}) and data.flip=false",
+    )
+    require(
+        train.patch_dropout == 0,
+        f"train.patch_dropout is {train.patch_dropout}: data.features are of whole pictures, set it to 0",
+    )
+    require(data.frames == 1, f"data.frames {data.frames}: data.features are of still pictures")
+    require(not train.distill, "train.distill teaches from pixels, which are not read with data.features: remove one")
+    require(
+        train.mask_false_negatives in ("none", "captions"),
+        f"train.mask_false_negatives={train.mask_false_negatives} tells pictures by their files, which are not read "
+        "with data.features: captions or none",
+    )

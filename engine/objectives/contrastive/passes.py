@@ -10,7 +10,7 @@ from engine.objectives.contrastive.distill.teachers import Teaching
 from engine.objectives.contrastive.sigmoid import SigmoidLoss
 from engine.objectives.contrastive.softmax import ContrastiveLoss
 from engine.parallel.mesh import Mesh
-from engine.parallel.rows import deal_from_last_stage, gather_rows
+from engine.parallel.rows import deal_from_first_stage, deal_from_last_stage, gather_rows
 from engine.pipeline.executor import BackwardContext
 from engine.pipeline.outputs import KeptOutputs
 from engine.pipeline.program import Unit
@@ -76,12 +76,17 @@ class ContrastivePasses:
     """D."""
     teaching: Teaching | None = None
     """What frozen teachers say, of a job that has some."""
+    reads_features: bool = False
+    """Whether the images' embeddings are read in the place of pixels."""
+    features: Tensor | None = None
+    """These embeddings, float32 [b, D] on the first stage."""
 
     def __post_init__(self) -> None:
         self._embeddings: list[Tensor] = []
         self._text_embeddings: list[Tensor] = []
         self._rows: tuple[Tensor, Tensor] | None = None
         self._image_gradients: tuple[Tensor, ...] = ()
+        self._features: Tensor | None = None
         self.result: LossResult | None = None
         """The loss, once it is there."""
 
@@ -106,10 +111,11 @@ class ContrastivePasses:
             self._text_embeddings = []
 
     def together(self, span: str, number: int) -> None:
-        """Pixels to the teachers; embeddings to their rows' owners; the loss; gradients back to the last stage."""
+        """Pixels to the teachers, or features to their rows' owners; embeddings to theirs; the loss; gradients back to
+        the last stage.
+        """
         if span == "deal":
-            assert self.teaching is not None
-            self.teaching.deal()
+            self._deal_inputs()
         elif span == "loss":
             assert self._rows is not None
             self.result = self.loss(*self._rows)
@@ -120,10 +126,20 @@ class ContrastivePasses:
             gradient = gather_rows(self.result.grad_image, self.local_batch, self.mesh.replica)
             self._image_gradients = gradient.split(self.local_batch // self.micro_batches)
 
+    def _deal_inputs(self) -> None:
+        if self.teaching is not None:
+            self.teaching.deal()
+        if self.reads_features:
+            shape, where = (self.embed_dim,), (self.mesh, self.device)
+            self._features = deal_from_first_stage(self.features, self.local_batch, shape, *where, torch.float32)
+
     def _deal(self) -> tuple[Tensor, Tensor]:
         """(image rows, text rows) of this rank, [·, D] fp32 without graph."""
         mine = torch.cat(self._embeddings) if self._embeddings else None
         self._embeddings = []
-        rows = deal_from_last_stage(mine, self.local_batch, self.embed_dim, self.mesh, self.device)
+        if self._features is not None:
+            rows = self._features
+        else:
+            rows = deal_from_last_stage(mine, self.local_batch, self.embed_dim, self.mesh, self.device)
         own_text = [embedding.detach() for embedding in self._text_embeddings]
         return rows, torch.cat(own_text) if own_text else rows.new_empty(0, self.embed_dim)

@@ -75,6 +75,8 @@ class ContrastiveProgram(Program):
     """Whether the weights of the next turn are gathered during this one."""
     teaches: bool = False
     """Whether frozen teachers embed the rank's pairs, ahead of its captions."""
+    reads_features: bool = False
+    """Whether the images' embeddings are read (data.features): nothing of the tower runs."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for what the engine refuses, too."""
@@ -86,6 +88,10 @@ class ContrastiveProgram(Program):
     def kept(self, stage: int) -> int:
         """k of a stage."""
         return self.keep[stage] if isinstance(self.keep, tuple) else self.keep
+
+    def units(self) -> list[Unit]:
+        """None where the images' embeddings are read."""
+        return [] if self.reads_features else super().units()
 
     def trains(self, stage: int, unit: Unit) -> bool:
         """Whether a unit has a backward."""
@@ -106,7 +112,7 @@ class ContrastiveProgram(Program):
 
     def actions(self, stage: int) -> Iterator[Action]:
         """Encode, exchange of embeddings, loss, exchange of their gradients, backprop."""
-        if self.teaches:
+        if self.teaches or self.reads_features:
             yield Together("deal")
         yield from self._encode(stage)
         yield Together("exchange", 0)
@@ -227,4 +233,5 @@ def contrastive_program(config: Config, data: int, keep: int) -> ContrastiveProg
         trains_captions=not frozen.locks_text,
         gathers_ahead=parallel.overlap,
         teaches=bool(config.train.distill),
+        reads_features=bool(config.data.features),
     )

@@ -170,6 +170,8 @@ class ContrastiveStep:
             micro_batches=self.program.micro_batches,
             embed_dim=self.config.model.embed_dim,
             teaching=self.teaching,
+            reads_features=bool(self.config.data.features),
+            features=batch.images if self.config.data.features else None,
         )
         self.executor.run(self.work, passes, phases)
         assert passes.result is not None, "the program has no loss"

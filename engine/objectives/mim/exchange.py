@@ -1,6 +1,6 @@
 """What travels within a replica behind the teacher: targets to the last stage, whose tensor ranks all compute the loss.
 
-Rank r of the replica teaches the rows `own_rows` of the local batch; its pixels come by `deal_images`.
+Rank r of the replica teaches the rows `own_rows` of the local batch; its pixels come by `deal_from_first_stage`.
 """
 
 from collections.abc import Sequence

@@ -86,6 +86,7 @@ class Mim:
             f"train.keep_outputs={kept} with objective=mim needs train.recompute=full, not {recompute}: 1F1B repeats "
             "no product otherwise",
         )
+        require(not config.data.features, "data.features needs objective=contrastive: a student sees pixels")
         frames = config.data.frames
         require(frames == 1, f"data.frames {frames} needs objective=contrastive")
         _check_mim(config)

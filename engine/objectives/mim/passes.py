@@ -10,7 +10,7 @@ from engine.objectives.mim.exchange import collect_targets
 from engine.objectives.mim.student import MaskedBatch, StudentRunner
 from engine.objectives.mim.teacher import Teacher
 from engine.parallel.mesh import Mesh
-from engine.parallel.rows import deal_images, own_rows, split_rows
+from engine.parallel.rows import deal_from_first_stage, own_rows, split_rows
 from engine.pipeline.program import Unit
 
 
@@ -49,7 +49,7 @@ class MimPasses:
         """Images to every rank of the replica; targets to its last stage, and the batch to the student."""
         if number == 0:
             side = self.student[0].tower.vision.image_size
-            self._dealt = deal_images(self.batch.images, self._rows, (3, side, side), self.mesh, self.device)
+            self._dealt = deal_from_first_stage(self.batch.images, self._rows, (3, side, side), self.mesh, self.device)
         else:
             self._show()
 

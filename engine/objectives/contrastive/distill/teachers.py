@@ -18,7 +18,7 @@ from engine.feed import LocalBatch
 from engine.objectives.contrastive.distill.losses import Taught
 from engine.objectives.frozen import FrozenSource
 from engine.parallel.mesh import Mesh
-from engine.parallel.rows import deal_images
+from engine.parallel.rows import deal_from_first_stage
 from models.clip import embedding
 from models.towers.mim import resize_for_teacher
 from models.towers.text import TextTower
@@ -98,7 +98,7 @@ class Teaching:
         """Every rank of the replica gets the pixels of its own pairs. Collective over the pipeline."""
         assert self.batch is not None
         shape = (3, self.side, self.side) if self.frames == 1 else (self.frames, 3, self.side, self.side)
-        dealt = deal_images(self.batch.images, self.local_batch, shape, self.mesh, self.device)
+        dealt = deal_from_first_stage(self.batch.images, self.local_batch, shape, self.mesh, self.device)
         self._pixels = dealt.view(len(dealt), self.frames, *shape[-3:])
 
     @torch.no_grad()
