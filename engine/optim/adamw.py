@@ -17,20 +17,18 @@ class AdamW:
     def update(
         self, state: OwnedState, optim: OptimConfig, *, gradient_scale: float, rates: Mapping[str, float], t: int
     ) -> None:
-        """The whole update of the owned elements; pieces of one rate and one decay go into one call."""
-        equal: dict[tuple[float, float], list[tuple[Tensor, ...]]] = defaultdict(list)
-        updates: dict[tuple[float, float], list[float]] = defaultdict(list)
+        """The whole update of the owned elements; pieces of one rate, one decay and one age go into one call."""
+        equal: dict[tuple[float, float, float], list[tuple[Tensor, ...]]] = defaultdict(list)
         for i, piece in state.shards.owned():
             group, part = state.groups[piece.tensor], slice(piece.start, piece.stop)
             moments = (flats[i] for flats in state.moments.values())
             flats = (state.master[i], state.shards.shards[i].gradient, *moments)
-            key = rates[group.tower] * group.lr_scale, group.weight_decay
+            key = rates[group.tower] * group.lr_scale, group.weight_decay, t - 1.0 - state.began[piece.tensor]
             equal[key].append(tuple(flat[part] for flat in flats))
-            updates[key].append(t - 1.0 - state.began[piece.tensor])
         device = state.shards.counted.device
         # Without a scale the kernel does not write the gradients back.
         scale = None if gradient_scale == 1 else torch.full((), 1 / gradient_scale, device=device)
-        for (rate, decay), pieces in equal.items():
+        for (rate, decay, updates), pieces in equal.items():
             weights, gradients, first, second = map(list, zip(*pieces, strict=True))
             torch_adamw(
                 weights,
@@ -38,7 +36,7 @@ class AdamW:
                 first,
                 second,
                 [],
-                list(torch.tensor(updates[rate, decay], device=device).unbind()),
+                list(torch.full((len(pieces),), updates, device=device).unbind()),
                 fused=True,
                 grad_scale=scale,
                 amsgrad=False,
