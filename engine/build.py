@@ -4,7 +4,7 @@ A rank holds one or more chunks of the vision tower (more than one with virtual 
 wrapped in megatron-core's DistributedDataParallel on its own: flat fp32 gradient buckets, reduce-scatter, all-gather.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -23,7 +23,7 @@ from engine.parallel.replicas import Buckets, FrozenBuffer, frozen_buffers, in_b
 from engine.parallel.sharded import ShardedPart, own_slice
 from engine.parallel.shards import TowerShards
 from models.clip import LogitBias, LogitScale
-from models.tensors.init import initialise
+from models.tensors.init import every_name, initialise
 from models.tensors.naming import LogicalTensor, logical_name, logical_tensors
 from models.towers.text import TextTower
 from models.towers.vision import VisionTower
@@ -177,10 +177,10 @@ class Towers:
             part.wait_for_weights()
 
 
-def build_towers(config: Config, mesh: Mesh, device: torch.device) -> Towers:
+def build_towers(config: Config, mesh: Mesh, device: torch.device, drawn: Callable[[str], bool] = every_name) -> Towers:
     """Build, initialise, wrap and shard, part by part: no more than one is whole where weights are sharded.
 
-    Collective over the mesh.
+    drawn: whether a logical tensor gets an initial value; what a checkpoint fills needs none. Collective over the mesh.
     """
     chunks, parts = [], []
     rule = objective_of(config).initial_values()
@@ -197,7 +197,9 @@ def build_towers(config: Config, mesh: Mesh, device: torch.device) -> Towers:
             tensor_rank=mesh.tensor.rank,
             frozen=frozen_buffers([chunk.parameters()], mesh.data.size),
         )
-        initialise(chunk, part.logical, config.model, config.train.seed, mesh.tensor.rank, mesh.tensor.size, rule)
+        initialise(
+            chunk, part.logical, config.model, config.train.seed, mesh.tensor.rank, mesh.tensor.size, rule, drawn
+        )
         part.sharded = _shard(part, "data", config, mesh)
         chunks.append(chunk)
         parts.append(part)
@@ -216,7 +218,7 @@ def build_towers(config: Config, mesh: Mesh, device: torch.device) -> Towers:
             tensor_rank=0,
             frozen=frozen_buffers([side.tower.parameters(), scalars], mesh.world.size),
         )
-        initialise(side, part.logical, config.model, config.train.seed, 0, 1, rule)
+        initialise(side, part.logical, config.model, config.train.seed, 0, 1, rule, drawn)
         part.sharded = _shard(part, "world", config, mesh, scalars)
         parts.append(part)
     return Towers(mesh=mesh, vision=chunks, side=side, parts=parts)

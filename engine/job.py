@@ -70,7 +70,7 @@ def _run_next(
     phase = next((phase for phase in plan if done < phase.last_step), plan[-1])
     _check_later_shards(plan[plan.index(phase) + 1 :], mesh)
     with _watch(phase.config, mesh, wishes) as pulse:
-        trainer = Trainer(phase, mesh, device, pulse)
+        trainer = Trainer(phase, mesh, device, pulse, checkpoint)
         trainer.begin(checkpoint, lock)
         with together(mesh.control):
             watching = callbacks(trainer)

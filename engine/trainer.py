@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.build import build_optimizer, build_towers
+from engine.build import build_optimizer, build_towers, every_name
 from engine.checkpoint.continuity import accept_data
 from engine.checkpoint.format.lock import RunLock
 from engine.checkpoint.format.manifest import Position
@@ -44,12 +44,22 @@ from engine.resilience.watch import Pulse
 class Trainer:
     """One training job, or one phase of it, on this rank."""
 
-    def __init__(self, phase: Phase, mesh: Mesh, device: Device, pulse: Pulse | None = None):
-        """Build everything. pulse: where the watch reads what this rank does. Collective over the mesh."""
+    def __init__(
+        self,
+        phase: Phase,
+        mesh: Mesh,
+        device: Device,
+        pulse: Pulse | None = None,
+        checkpoint: Checkpoint | None = None,
+    ):
+        """Build everything. pulse: where the watch reads what this rank does. checkpoint: that `begin` will load; no
+        initial value is drawn for what it fills. Collective over the mesh.
+        """
         self.phase = phase
         self.config = config = phase.config
         self.mesh, self.device = mesh, device
-        self.towers = build_towers(config, mesh, device.torch_device)
+        drawn = every_name if checkpoint is None else checkpoint.leaves_fresh
+        self.towers = build_towers(config, mesh, device.torch_device, drawn)
         self.optimizer = build_optimizer(config, self.towers, self.phase.schedule_steps)
         restart_average(self.optimizer)
         self.training_step = objective_of(config).step(config, mesh, device.torch_device, self.towers, self.optimizer)

@@ -1,6 +1,7 @@
 """An open checkpoint: any range of any tensor, whatever layout wrote it; and the check of its files."""
 
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -27,6 +28,10 @@ class Checkpoint:
         self.is_local = False
         """Whether each host has the files of its own ranks only (engine/checkpoint/local.py)."""
         self._files: dict[str, TensorFile] = {}
+
+    def leaves_fresh(self, name: str) -> bool:
+        """Whether a tensor of the model keeps its initial value beside this checkpoint, which fills every other one."""
+        return any(fnmatchcase(name, pattern) for pattern in self.exceptions.reinit)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Logical name -> shape of every weight."""

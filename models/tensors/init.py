@@ -121,6 +121,11 @@ def initial_value(tensor: LogicalTensor, model: ModelConfig, seed: int, rule: Ru
     return rule(tensor.name, model)(torch.empty(tensor.shape, dtype=torch.float32, device="cpu"), generator)
 
 
+def every_name(name: str) -> bool:
+    """All tensors are drawn."""
+    return True
+
+
 @torch.no_grad()
 def initialise(
     module: nn.Module,
@@ -130,8 +135,15 @@ def initialise(
     tensor_rank: int,
     tensor_size: int,
     rule: Rule = clip_rule,
+    drawn: Callable[[str], bool] = every_name,
 ) -> None:
-    """Fill every parameter with its slice of the logical tensor's fresh value."""
+    """Fill every parameter with its slice of the logical tensor's fresh value.
+
+    drawn: whether the tensor of this name needs one; the others are NaN, so that one which nothing fills later is seen.
+    """
     for local, parameter in module.named_parameters():
+        if not drawn(tensors[local].name):
+            parameter.fill_(math.nan)
+            continue
         whole = initial_value(tensors[local], model, seed, rule)
         parameter.copy_(whole[tensors[local].slice_of(tensor_rank, tensor_size)])

@@ -3,16 +3,19 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.matching import Exceptions, match
 from engine.checkpoint.reader import Checkpoint
 from engine.config.phases import first_phase
 from engine.config.read import Config, resolve
+from engine.parallel.device import prepare
 from engine.parallel.mesh import Mesh
 from engine.trainer import Trainer
 from models.formats.eva_names import from_logical
@@ -77,6 +80,38 @@ def test_a_resume_is_partial_only_where_the_config_says_so(tmp_path: Path, mesh:
     without_scale = save(again)
     with pytest.raises(CheckpointError, match=r"missing, 1 .*\n +logit_scale\.log_scale"):
         build(job_config(tmp_path / "c", f"checkpoint.resume={without_scale}", accepted), mesh)
+
+
+class _Draws(TorchDispatchMode):
+    """Counts what takes random numbers."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_no_initial_value_is_drawn_for_what_a_checkpoint_fills(
+    tmp_path: Path, mesh: Mesh, trained: Path, precision: str
+) -> None:
+    config = job_config(tmp_path, f"train.precision={precision}", "checkpoint.accept=[train.precision]")
+    draws = {}
+    for reinit in ((), ("text.token_embedding",)):
+        checkpoint = Checkpoint(trained, Exceptions(reinit=list(reinit)))
+        with _Draws() as counted:
+            trainer = Trainer(first_phase(config), mesh, prepare(), checkpoint=checkpoint)
+            draws[reinit] = counted.count
+        assert sum(bool(value.isnan().all()) for value in weights(trainer).values()) == len(stored(trained)) - len(
+            reinit
+        )
+        trainer.begin(checkpoint, None)
+        for name, value in weights(trainer).items():
+            expected = stored(trained)[name]
+            assert torch.equal(value, expected.to(value.dtype)) != (name in reinit), name
+        run_steps(trainer, 1)
+    assert draws == {(): 0, ("text.token_embedding",): 1}
 
 
 def test_another_model_or_seed_is_no_resume(tmp_path: Path, mesh: Mesh, trained: Path) -> None:
