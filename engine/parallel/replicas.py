@@ -4,15 +4,15 @@ The one place of the engine that imports its DistributedDataParallel and its col
 below are what the rest of the engine says instead.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, groupby, pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import nn
+from torch import Tensor, nn
 
 from engine.config.schema import ParallelConfig
 
@@ -54,6 +54,8 @@ def in_buckets(module: nn.Module, transformer_config, groups: Groups, parallel: 
     )
     buckets = DistributedDataParallel(transformer_config, settings, module, pg_collection=groups)
     for group in buckets.bucket_groups:
+        if parallel.reduce_dtype == "bf16" and groups.dp.size() > 1:
+            group.start_grad_sync = _ReduceInBf16(group, groups.dp).start
         # Fresh weights are the same everywhere; without this the first forward would gather them, and an evaluation
         # in which some ranks have nothing to do would wait for ever.
         group.param_gather_dispatched = True
@@ -96,3 +98,55 @@ def frozen_buffers(groups: Iterable[Iterable[nn.Parameter]], owners: int) -> lis
         by_dtype = groupby(frozen, key=lambda p: p.dtype)
         buffers += [FrozenBuffer(list(parameters), owners) for _, parameters in by_dtype]
     return buffers
+
+
+class _ReduceInBf16:
+    """Takes the place of a bucket group's reduce-scatter: gradients travel in bf16 and are added up in fp32.
+
+    A rank sends each other rank that one's slice of its fp32 sums, rounded once, and adds to its own, which is not
+    rounded, what comes, in the order of the ranks: each gradient is off by at most 2^-8 of what the other ranks put
+    into it. A reduce-scatter in bf16 would send as many bytes and round every partial sum.
+    """
+
+    def __init__(self, group: Any, owners: dist.ProcessGroup):
+        """group: of buckets, of megatron-core; owners: ranks that own a slice of each."""
+        self.group, self.owners = group, owners
+
+    def start(self, force_all_reduce: bool | None = False) -> None:
+        """Send the slices, and without overlap add up what comes; `grad_reduce_handle` does it otherwise."""
+        assert not force_all_reduce, "every rank owns a slice"
+        group = self.group
+        if group.is_first_batch and group.grad_reduce_handle is not None:
+            return  # of the first batch megatron-core asks again when it is over
+        arriving = [self._send(bucket) for bucket in group.buckets]
+        if group.ddp_config.overlap_grad_reduce:
+            group.grad_reduce_handle = _Arriving(arriving)
+        else:
+            _Arriving(arriving).wait()
+
+    def _send(self, bucket: Any) -> tuple[dist.Work, Tensor, Sequence[Tensor], Tensor]:
+        """(work, what is sent and must stay until then, what comes from the others, own slice)."""
+        if bucket.gradient_scaling_factor != 1.0:
+            bucket.grad_data.mul_(bucket.gradient_scaling_factor)
+        sent = bucket.grad_data.to(torch.bfloat16)
+        came = torch.empty_like(sent)
+        work = dist.all_to_all_single(came, sent, group=self.owners, async_op=True)
+        assert work is not None, "this rank owns a slice"
+        rank, size = self.owners.rank(), self.owners.size()
+        others = [slice_ for number, slice_ in enumerate(came.view(size, -1)) if number != rank]
+        return work, sent, others, bucket.grad_data.view(size, -1)[rank]
+
+
+class _Arriving:
+    """Slices on their way."""
+
+    def __init__(self, arriving: Sequence[tuple[dist.Work, Tensor, Sequence[Tensor], Tensor]]):
+        self.arriving = arriving
+
+    def wait(self) -> None:
+        """Add them up; their memory is free behind it."""
+        for work, _, others, own in self.arriving:
+            work.wait()
+            for slice_ in others:
+                own.add_(slice_)
+        self.arriving = ()

@@ -19,6 +19,7 @@ _COLLECTIVES = {
     "allreduce_": ("all-reduce", 0),
     "_reduce_scatter_base_": ("reduce-scatter", 1),
     "reduce_scatter_tensor_coalesced_": ("reduce-scatter", 1),
+    "alltoall_base_": ("all-to-all", 1),
     "_allgather_base_": ("all-gather", 1),
     "allgather_": ("all-gather", 1),
     "allgather_into_tensor_coalesced_": ("all-gather", 1),
@@ -40,7 +41,7 @@ class Transfer:
     ranks: int
     """Size of that group."""
     kind: str
-    """all-reduce | reduce-scatter | all-gather | broadcast | scatter | gather | send | receive."""
+    """all-reduce | reduce-scatter | all-to-all | all-gather | broadcast | scatter | gather | send | receive."""
     tensor_bytes: int
     """Bytes of the tensors that go in, or that come out of a receive and of a broadcast from elsewhere."""
     puts_in: bool
@@ -53,10 +54,16 @@ class Transfer:
 
     @property
     def wire_bytes(self) -> float:
-        """What leaves this rank in a ring: n - 1 of n parts once (reduce-scatter, all-gather) or twice (all-reduce)."""
+        """What leaves this rank: n - 1 of n parts once (reduce-scatter, all-to-all, all-gather), twice (all-reduce)."""
         others = self.ranks - 1
         part = others / self.ranks
-        share = {"all-reduce": 2 * part, "reduce-scatter": part, "scatter": part, "all-gather": others}
+        share = {
+            "all-reduce": 2 * part,
+            "reduce-scatter": part,
+            "all-to-all": part,
+            "scatter": part,
+            "all-gather": others,
+        }
         return self.sent_bytes * share.get(self.kind, 1)
 
 

@@ -36,6 +36,9 @@ class ParallelConfig:
     FLOPs, patch embedding and projection counted (it is a list once the config is resolved)."""
     overlap: bool = True
     """Reduce gradients during the last backward and gather weights during the next encode, bucket by bucket."""
+    reduce_dtype: str = "fp32"
+    """Gradients on their way between data-parallel ranks: fp32 | bf16 (half the bytes; added up in fp32, and not the
+    same to the bit: off by at most 2^-8 of what other ranks put in)."""
     bucket_size: int | None = None
     """Elements of one bucket of gradients; null: megatron-core's choice (at least 40 million, a million a rank), but at
     most an eighth of a tower that is larger."""
@@ -97,6 +100,10 @@ def _check_stages(parallel: ParallelConfig, depth: int) -> None:
         parallel.round_size is None or (parallel.round_size >= parallel.pipeline and parallel.virtual > 1),
         f"parallel.round_size {parallel.round_size} needs parallel.virtual > 1 and at least as many micro-batches as "
         f"parallel.pipeline {parallel.pipeline}",
+    )
+    require(
+        parallel.reduce_dtype in ("fp32", "bf16"),
+        f"parallel.reduce_dtype is {parallel.reduce_dtype!r}: choose fp32 or bf16",
     )
     require(
         parallel.shard in ("optimizer", "gradients", "weights"),
