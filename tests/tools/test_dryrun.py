@@ -163,7 +163,11 @@ def test_sharded_parts_are_in_the_memory_during_their_turn() -> None:
 # --- traffic ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [(), ("train.loss=sigmoid", "train.matryoshka=[8,16,32]")], ids=["one", "nested"])
+@pytest.mark.parametrize(
+    "options",
+    [(), ("train.loss=sigmoid", "train.matryoshka=[8,16,32]", "parallel.reduce_dtype=bf16")],
+    ids=["one", "nested-bf16"],
+)
 def test_traffic_is_that_of_the_planner(options: tuple[str, ...]) -> None:
     # Real steps agree, too (test_dryrun_real.py), but are read by the same code. The buckets are padded, hence 5 %.
     config = small("parallel.tensor=2", "parallel.pipeline=2", *options)

@@ -14,9 +14,9 @@ from tests.models.test_counts import REAL
 from tools.cost import counts
 from tools.cost.cluster import Cluster
 from tools.cost.hardware import load_hardware
-from tools.cost.layout import layout_of
-from tools.cost.memory import optimizer_bytes_per_element
-from tools.cost.time import loss_seconds, optimizer_seconds
+from tools.cost.layout import layout_of, stages_of
+from tools.cost.memory import optimizer_bytes_per_element, phase_memory, stage_parameters, travelling_bytes
+from tools.cost.time import loss_seconds, optimizer_seconds, vision_transfer_seconds
 
 
 @pytest.mark.parametrize("preset", REAL)
@@ -103,3 +103,21 @@ def test_every_width_of_an_embedding_has_a_loss() -> None:
     )
     assert 1.3 * one < nested < 2 * one
     assert 0.5 * one < sigmoid < one
+
+
+@pytest.mark.parametrize("shard", ["optimizer", "weights"])
+def test_gradients_in_bf16_take_half_the_bytes_and_room_for_their_copies(shard: str) -> None:
+    model, cluster = preset_model("b16"), Cluster(hardware=load_hardware("h100"), gpus=2, per_node=1)
+    options = ("parallel.virtual=4", f"parallel.shard={shard}", "train.micro_batch_size=64")
+    fp32, bf16, bare = (
+        planned(*options, *more)
+        for more in ((), ("parallel.reduce_dtype=bf16",), ("parallel.reduce_dtype=bf16", "parallel.overlap=false"))
+    )
+    stage = stages_of(model, fp32)[0]
+    reduced, halved = (vision_transfer_seconds(model, one, stage, cluster)[0] for one in (fp32, bf16))
+    assert halved == pytest.approx(reduced / 2, rel=0.05)
+    travelling = travelling_bytes(model, bf16, stage)
+    gained = [phase_memory(model, one, stage)["backprop"].total for one in (fp32, bf16, bare)]
+    assert gained[1] - gained[0] == pytest.approx(travelling) and gained[2] <= gained[0]
+    parts = stage_parameters(model, bf16, stage) / (4 if shard == "weights" else 1)
+    assert travelling == pytest.approx(4 * (parts + counts.text_parameters(model)), rel=0.05)

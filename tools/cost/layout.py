@@ -76,6 +76,8 @@ class Layout:
     kernels: Kernels = field(default_factory=Kernels)
     teachers: tuple[FrozenModel, ...] = ()
     """CLIPs of train.distill, whole on every rank."""
+    reduce_dtype: str = "fp32"
+    """Gradients on their way between data-parallel ranks."""
     optimizer: str = "lamb"
     """A name of engine/config/sections/optim.py."""
     averages: bool = False
@@ -162,6 +164,11 @@ class Layout:
         """Width of the rows of each loss of a step."""
         return self.widths or (model.embed_dim,)
 
+    @property
+    def reduced_bytes(self) -> int:
+        """Bytes of a gradient on its way."""
+        return BYTES[self.reduce_dtype]
+
     def packed_tokens(self, vision: VisionConfig) -> int:
         """T = M x S of one micro-batch."""
         return self.micro_batch * vision.kept_tokens(self.patch_dropout)
@@ -223,6 +230,7 @@ def layout_of(config: Config, ranks: int) -> Layout:
             for teacher in train.distill
             if teacher.model is not None
         ),
+        reduce_dtype=parallel.reduce_dtype,
         optimizer=config.optim.name,
         averages=config.optim.ema_decay > 0,
         loss=train.loss,

@@ -232,6 +232,19 @@ def buffer_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
     return messages + gathered + pixels
 
 
+def travelling_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
+    """Copies in bf16 of gradients on their way, those that leave and those that come, where all travel at once.
+
+    Without overlap a bucket travels at a time, when the activations are gone.
+    """
+    if layout.reduce_dtype == "fp32" or not layout.overlap:
+        return 0.0
+    chunks = [stage_parameters(model, layout, chunk) for chunk in single_chunks(stage)]
+    vision = (sum(chunks) if layout.shard == "optimizer" else max(chunks)) if layout.data > 1 else 0
+    text = text_parameters(model) if layout.ranks > 1 else 0
+    return 2 * layout.reduced_bytes * (vision + text)
+
+
 def teacher_bytes(layout: Layout) -> float:
     """Weights of the teachers, which every rank holds whole."""
     sizes = (
@@ -275,6 +288,7 @@ def phase_memory(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, 
         ),
     }
     stash, buffers = stash_bytes(model, layout, stage), buffer_bytes(model, layout, stage)
+    travelling = travelling_bytes(model, layout, stage)
     without = _WITHOUT_STASH[stage.has_head, stage.has_embedding]
     return {
         phase: Memory(
@@ -286,7 +300,9 @@ def phase_memory(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, 
             activations=activations,
             text=text_states + text + whole[phase].text + text_outputs,
             loss=loss,
-            buffers=buffers + (moving if phase in ("encode", "backprop") else 0),
+            buffers=buffers
+            + (moving if phase in ("encode", "backprop") else 0)
+            + (travelling if phase in ("text", "backprop") else 0),
             teachers=teacher_bytes(layout),
         )
         for phase, (activations, text, loss) in phases.items()

@@ -281,7 +281,7 @@ def text_state_seconds(model: ModelConfig, layout: Layout, cluster: Cluster) -> 
     """(reduction, one gathering) of the caption tower over all ranks."""
     text = text_parameters(model)
     buckets = -(-text // BUCKET_ELEMENTS)
-    reduce = cluster.collective_seconds(layout, "world", text * FP32, buckets)
+    reduce = cluster.collective_seconds(layout, "world", text * layout.reduced_bytes, buckets)
     return reduce, cluster.collective_seconds(layout, "world", text * layout.element_bytes, buckets)
 
 
@@ -309,7 +309,7 @@ def vision_transfer_seconds(model: ModelConfig, layout: Layout, stage: Stage, cl
     """(reduction, one gathering) of what a stage holds of the image tower, hidden or not."""
     elements = stage_parameters(model, layout, stage)
     buckets = max(len(stage.chunks), -(-elements // BUCKET_ELEMENTS))
-    reduce = cluster.collective_seconds(layout, "data", elements * FP32, buckets)
+    reduce = cluster.collective_seconds(layout, "data", elements * layout.reduced_bytes, buckets)
     return reduce, _gather_seconds(layout, elements * layout.element_bytes, buckets, cluster)
 
 

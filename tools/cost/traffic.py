@@ -44,14 +44,15 @@ class Traffic:
     axis: str
     """tensor | pipeline | data | replica | stage | world."""
     kind: str
-    """all-gather | reduce-scatter | all-reduce | broadcast | send."""
+    """all-gather | reduce-scatter | all-to-all | all-reduce | broadcast | send."""
     count: int
     sent_bytes: float
     """Put in by this rank, over all `count`."""
 
     def wire_bytes(self, ranks: int) -> float:
         """What leaves a rank of a ring of `ranks`."""
-        share = {"all-reduce": 2 * (ranks - 1) / ranks, "reduce-scatter": (ranks - 1) / ranks, "all-gather": ranks - 1}
+        part = (ranks - 1) / ranks
+        share = {"all-reduce": 2 * part, "reduce-scatter": part, "all-to-all": part, "all-gather": ranks - 1}
         return self.sent_bytes * share.get(self.kind, 1) if ranks > 1 else 0
 
 
@@ -184,15 +185,16 @@ def stage_messages(model: ModelConfig, layout: Layout, stage: Stage) -> list[Tra
 
 
 def state_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffic]:
-    """fp32 gradients reduce-scattered and weights all-gathered: vision over DP, text over all ranks.
+    """Gradients reduced (fp32: scattered; bf16: sent to their owners), weights gathered: vision over DP, text over all.
 
     Counts are per tower: the number of buckets follows from parallel.bucket_size.
     """
     found = []
+    kind = "reduce-scatter" if layout.reduce_dtype == "fp32" else "all-to-all"
     for axis, count in (("data", stage_parameters(model, layout, stage)), ("world", text_parameters(model))):
         ranks = axis_size(layout, axis)
         found += [
-            Traffic(what="gradients", axis=axis, kind="reduce-scatter", count=1, sent_bytes=count * FP32),
+            Traffic(what="gradients", axis=axis, kind=kind, count=1, sent_bytes=count * layout.reduced_bytes),
             Traffic(
                 what="weights",
                 axis=axis,
