@@ -213,6 +213,26 @@ class Divided:
         return block(hidden, None, packed_seq_params=tokens)
 
 
+class DividedTower(nn.Module):
+    """A tower whose blocks of this stage are run in two spans where the first ones are frozen."""
+
+    block: TransformerBlock
+
+    def divide(self, below: int) -> None:
+        """Let span `below` be what leads to the first `below` blocks and those, `above` what follows."""
+        self._divided = Divided(self.block, below)
+
+    @property
+    def blocks_above(self) -> nn.ModuleList:
+        """Blocks of span `above`: all where the tower is not divided."""
+        return nn.ModuleList(self._divided.spans["above"])
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether span `below` has a block."""
+        return bool(self._divided.spans["below"])
+
+
 def _with_layers(block: TransformerBlock, layers: list[nn.Module]) -> TransformerBlock:
     """A view of a block that runs some of its layers; it is not a module of the tower, so it has no names."""
     if len(layers) == len(block.layers):

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from models.blocks.norms import NORMS
 from models.blocks.packed import PackedTokens
 from models.blocks.rope import text_rope_tables
-from models.blocks.spec import Divided, Groups, Span, build_block, text_layer_spec
+from models.blocks.spec import DividedTower, Groups, Span, build_block, text_layer_spec
 from models.blocks.transformer_config import text_transformer_config
 from models.config import ModelConfig
 
 
-class TextTower(nn.Module):
+class TextTower(DividedTower):
     """Token ids -> features."""
 
     def __init__(self, model: ModelConfig, *, groups: Groups, dtype: torch.dtype = torch.float32):
@@ -29,23 +29,9 @@ class TextTower(nn.Module):
         self.pos_embed = None if table is None else nn.Parameter(table)
         spec = text_layer_spec(text, self.config, groups)
         self.block = build_block(spec, text.depth, self.config, groups, ends_tower=True)
-        self._divided = Divided(self.block, 0)
+        self.divide(0)
         self.norm = NORMS[text.norm](config=self.config, hidden_size=text.width, eps=text.norm_eps)
         self.projection = nn.Linear(text.width, model.embed_dim, bias=text.head_bias, dtype=dtype)
-
-    def divide(self, below: int) -> None:
-        """Let span `below` be what leads to the first `below` blocks and those, `above` what follows."""
-        self._divided = Divided(self.block, below)
-
-    @property
-    def blocks_above(self) -> nn.ModuleList:
-        """Blocks of span `above`: all where the tower is not divided."""
-        return nn.ModuleList(self._divided.spans["above"])
-
-    @property
-    def is_divided(self) -> bool:
-        """Whether span `below` has a block."""
-        return bool(self._divided.spans["below"])
 
     def forward(self, ids: Tensor, hidden: Tensor | None = None, span: Span = "whole") -> Tensor:
         """int64 [M, L], L <= context_length -> features [M, D]: of the token that is pooled, or of their mean.

@@ -15,7 +15,7 @@ from models.blocks.kernels import vision_kernels
 from models.blocks.norms import NORMS, mark_sequence_parallel
 from models.blocks.packed import PackedTokens
 from models.blocks.rope import rope_tables
-from models.blocks.spec import Divided, Groups, Span, build_block, vision_layer_spec
+from models.blocks.spec import DividedTower, Groups, Span, build_block, vision_layer_spec
 from models.blocks.transformer_config import vision_transformer_config
 from models.config import ModelConfig, VisionConfig
 from models.towers.heads import Read, VisionHead
@@ -97,7 +97,7 @@ def chosen_patches(patches: Tensor, chosen: Tensor, shown: Tensor) -> Tensor:
     return pixels.masked_fill_(~shown.unsqueeze(1), 0)
 
 
-class VisionTower(nn.Module):
+class VisionTower(DividedTower):
     """Blocks `layers` of the image tower, with the embedding if they start at 0 and the head if they end at depth."""
 
     def __init__(
@@ -134,27 +134,13 @@ class VisionTower(nn.Module):
             self.embed = embedding(vision, self.config, groups.tp)
         spec = vision_layer_spec(vision, self.config, groups, kernels)
         self.block = build_block(spec, len(self.layers), self.config, groups, ends_tower=self.is_last)
-        self._divided = Divided(self.block, 0)
+        self.divide(0)
         if self.is_last:
             self.head = head(model, self.config, groups.tp)
         self.pooled_multiple = groups.tp.size() if self.config.sequence_parallel else 1
         """Refuse rows behind the pooling that fp8 products cannot take: each tensor rank has as many of them."""
         if model.fp8 != "none":
             self.pooled_multiple *= FP8_ROWS
-
-    def divide(self, below: int) -> None:
-        """Let span `below` be what leads to the first `below` blocks of this stage and those, `above` what follows."""
-        self._divided = Divided(self.block, below)
-
-    @property
-    def blocks_above(self) -> nn.ModuleList:
-        """Blocks of span `above`: all where the tower is not divided."""
-        return nn.ModuleList(self._divided.spans["above"])
-
-    @property
-    def is_divided(self) -> bool:
-        """Whether span `below` has a block."""
-        return bool(self._divided.spans["below"])
 
     def forward(
         self,
