@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from data.sources import SourceSize
 from engine.record import Callback, Record, RunInfo
+from engine.resilience.quarantine import QUARANTINE_FILE
 
 
 class ConsoleProgress(Callback):
@@ -30,6 +31,7 @@ class ConsoleProgress(Callback):
         self._task = TaskID(0)
         self._window: list[Record] = []
         self._run: RunInfo | None = None
+        self._bad_samples = 0
 
     def on_start(self, run: RunInfo) -> None:
         self._run = run
@@ -50,6 +52,7 @@ class ConsoleProgress(Callback):
         assert self._run is not None, "on_start comes first"
         self._window.append(record)
         done_steps = int(record["step"]) + 1
+        self._bad_samples = int(record.get("bad_samples", 0))
         if "eval_zero_shot_top1" in record:
             top1, chance = 100 * record["eval_zero_shot_top1"], 100 * record["eval_chance"]
             self._print(f"step {done_steps:,}: zero-shot top-1 {top1:.1f} % (chance {chance:.2g} %)")
@@ -67,6 +70,9 @@ class ConsoleProgress(Callback):
     def on_end(self, record: Record) -> None:
         if self._progress is not None:
             self._progress.stop()
+        if self._bad_samples and self._run is not None:
+            were = "sample was" if self._bad_samples == 1 else "samples were"
+            self._print(f"{self._bad_samples:,} bad {were} replaced so far: {self._run.run_dir / QUARANTINE_FILE}")
 
     def _summary(self) -> str:
         """The last record in words, with rates over the window."""
@@ -85,6 +91,8 @@ class ConsoleProgress(Callback):
             waiting = sum(record["data_time_s"] for record in self._window) / seconds
             parts.append(f"{self._run.global_batch_size / mean_step_s:,.1f} samples/s")
             parts.append(f"data {100 * waiting:.0f} %")
+        if self._bad_samples:
+            parts.append(f"bad {self._bad_samples:,}")
         remaining_steps = self._run.total_steps - int(last["step"]) - 1
         parts.append(f"ETA {timedelta(seconds=round(remaining_steps * mean_step_s))}")
         return "  ".join(parts)

@@ -60,6 +60,21 @@ def steps_of(run_dir: Path) -> list[int]:
     return [entry["step"] for entry in read_metrics(run_dir / "metrics.jsonl")]
 
 
+def test_bad_samples_are_said_with_the_steps_and_at_the_end(tmp_path: Path) -> None:
+    for counts, end in (([0, 2, 3], "3 bad samples were"), ([0, 1, 1], "1 bad sample was"), ([0, 0, 0], "")):
+        out = io.StringIO()
+        console = ConsoleProgress(log_every_steps=1, console=Console(file=out, width=300))
+        console.on_start(run_info(tmp_path, total_steps=3))
+        for step, bad in enumerate(counts):
+            console.on_step(record(step, bad_samples=bad))
+        console.on_end({})
+        lines = out.getvalue().splitlines()
+        assert [f"bad {bad}" in line for line, bad in zip(lines[3:6], counts, strict=True)] == [
+            bad > 0 for bad in counts
+        ]
+        assert lines[6:] == ([f"{end} replaced so far: {tmp_path / 'quarantine.jsonl'}"] if end else [])
+
+
 def test_a_disk_that_refuses_a_line_does_not_end_the_run_and_no_line_is_lost(tmp_path, capfd) -> None:
     metrics = MetricsFile()
     metrics.on_start(run_info(tmp_path))
