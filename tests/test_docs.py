@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from docs.images import parallelism_pictures
+from models.names import public_names
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -29,3 +30,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_pictures_of_parallelism_are_what_the_script_draws() -> None:
     for name, picture in parallelism_pictures.PICTURES.items():
         assert (ROOT / f"docs/images/parallel_{name}.svg").read_text() == picture().svg(), name
+
+
+def test_the_table_of_public_names_is_whole() -> None:
+    rows = re.findall(r"^\| `([^`]+)` \| (.+) \|$", (ROOT / "docs" / "model_names.md").read_text(), re.MULTILINE)
+    assert {preset: re.findall(r"`([^`]+)`", names) for preset, names in rows} == public_names()

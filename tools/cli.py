@@ -31,6 +31,8 @@ PROBE_BYTES = 1 << 16
 """Bytes that a place must take before work starts whose result goes there."""
 _TOLD_EVERY = 32
 """Items between two words to a bar: a word costs ten microseconds or so."""
+MOST_COUNT, MOST_RANKS = 10**10, 1 << 20
+"""Samples, steps, files; ranks of a job: what is above is a slip of the pen, and would be counted through."""
 _INTERRUPTED, _PIPE_CLOSED = 130, 141
 """Exit statuses of a shell's command that SIGINT or SIGPIPE ended."""
 
@@ -217,8 +219,24 @@ def hashing(size_bytes: float) -> Iterator[Callable[[int], None]]:
 
 def positive(text: str) -> int:
     """An option's whole number, at least 1."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return _between(text, 1, MOST_COUNT)
+
+
+def whole(text: str) -> int:
+    """An option's whole number, at least 0."""
+    return _between(text, 0, MOST_COUNT)
+
+
+def ranks(text: str) -> int:
+    """An option's number of ranks or GPUs, at least 1 and no more than anybody has."""
+    return _between(text, 1, MOST_RANKS)
+
+
+def _between(text: str, least: int, most: int) -> int:
+    if (value := int(text)) < least:
+        raise argparse.ArgumentTypeError(f"{value} is below {least}")
+    if value > most:
+        raise argparse.ArgumentTypeError(f"{value} is above {most:,}")
     return value
 
 

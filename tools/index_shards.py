@@ -33,7 +33,7 @@ from data.shards.storage import Storage
 from data.shards.subset import KeptTally
 from data.shards.subset_table import check_subset
 from data.sources import Listing, tally_kept
-from tools.cli import CommandError, amount, answer, command_parser, progress
+from tools.cli import CommandError, amount, answer, command_parser, progress, whole
 
 _EXAMPLES = (
     "python -m tools.index_shards /data/shards",
@@ -133,7 +133,7 @@ def add_shard_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+", help="entries of data.shards")
     parser.add_argument("--cache-dir", default="", help="folder for copies of remote shards and for indices")
     parser.add_argument("--cache-gb", type=amount, default=DataConfig.cache_gb, help="bound of the copies")
-    parser.add_argument("--workers", type=int, default=4, help="processes (0: one)")
+    parser.add_argument("--workers", type=whole, default=4, help="processes (0: one)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

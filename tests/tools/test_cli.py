@@ -1,5 +1,6 @@
 """What all commands share: outputs are looked at before the work, one line says what is refused, help is complete."""
 
+import argparse
 import importlib
 import os
 import pty
@@ -13,7 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from tools.cli import CommandError, answer, check_file, check_folder, counted, progress
+from tools.cli import (
+    CommandError,
+    amount,
+    answer,
+    check_file,
+    check_folder,
+    counted,
+    positive,
+    progress,
+    ranks,
+    whole,
+)
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["plan", "dryrun", "simulate", "timeline", "benchmark", "benchmark sweep", "benchmark compare"]
@@ -126,6 +138,23 @@ def _main(command: str) -> Callable[[list[str]], int]:
     package = importlib.import_module(f"tools.{name}")
     module = importlib.import_module(f"tools.{name}.__main__") if hasattr(package, "__path__") else package
     return lambda arguments: module.main([*rest, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "said"),
+    [
+        (positive, "0", "0 is below 1"),
+        (positive, "20000000000", "20000000000 is above 10,000,000,000"),
+        (whole, "-1", "-1 is below 0"),
+        (ranks, "8000000", "8000000 is above 1,048,576"),
+        (amount, "-1", "not a finite number from 0 up"),
+        (amount, "nan", "not a finite number from 0 up"),
+    ],
+)
+def test_an_option_that_is_no_size_is_refused(kind: Callable[[str], float], text: str, said: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=said):
+        kind(text)
+    assert kind("7") == 7
 
 
 def _check_help(said: str, name: str) -> None:

@@ -14,7 +14,7 @@ from engine.config.read import Config, ConfigError, check_layout, check_vocabula
 from engine.config.stages import stage_layers
 from engine.objectives.registry import objective_of
 from engine.resilience.exit import leave
-from tools.cli import amount, answer, check_file, command_parser, complain, positive
+from tools.cli import amount, answer, check_file, command_parser, complain, ranks
 from tools.cost.hardware import load_hardware, profile_names
 from tools.dryrun.countable import check_countable
 
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser("dryrun", __doc__, _EXAMPLES)
     parser.add_argument("config", metavar="CONFIG.yaml", help="the YAML of engine.train")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="as for engine.train")
-    parser.add_argument("--world-size", type=positive, required=True, metavar="N", help="ranks of the job")
+    parser.add_argument("--world-size", type=ranks, required=True, metavar="N", help="ranks of the job")
     parser.add_argument("--phase", default="", metavar="NAME", help="of a config with phases; default: the first")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--rank", type=int, default=0, metavar="R", help="rank to run; 0 is on the first stage")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from engine.config.read import preset_model
 from models.config import ModelConfig
-from tools.cli import amount, answer, check_folder, command_parser, complain, positive
+from tools.cli import amount, answer, check_folder, command_parser, complain, positive, ranks
 from tools.cost.cluster import Cluster
 from tools.cost.hardware import Hardware, load_hardware, profile_names
 from tools.cost.kernels import ELEMENTWISE, Kernels
@@ -39,11 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser("plan", __doc__, _EXAMPLES)
     parser.add_argument("--model", required=True, help="a preset, such as 18b, 8b, e14-plus, l14, b16")
-    parser.add_argument("--gpus", type=positive, required=True, help="GPUs of the job")
+    parser.add_argument("--gpus", type=ranks, required=True, help="GPUs of the job")
     parser.add_argument(
         "--gpu", required=True, metavar="PROFILE", help=f"{', '.join(profile_names())}, or a YAML file of your own"
     )
-    parser.add_argument("--nodes-of", type=positive, default=8, metavar="N", help="GPUs of a node")
+    parser.add_argument("--nodes-of", type=ranks, default=8, metavar="N", help="GPUs of a node")
     parser.add_argument("--global-batch", type=positive, required=True, metavar="B", help="pairs of a step")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--samples", type=amount, default=PAPER_SAMPLES, help="pairs to train on (default: 6e9)")
@@ -58,8 +58,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--masked", type=positive, metavar="N", help="patches masked of an image, with --teacher")
     parser.add_argument("--patch-dropout", type=float, default=0.5, metavar="P", help="share of patches dropped")
-    parser.add_argument("--frames", type=int, default=1, metavar="N", help="images of a pair: those of a clip")
-    parser.add_argument("--host-gb", type=float, metavar="GB", help="pinned host memory a GPU may use; 0: none")
+    parser.add_argument("--frames", type=positive, default=1, metavar="N", help="images of a pair: those of a clip")
+    parser.add_argument("--host-gb", type=amount, metavar="GB", help="pinned host memory a GPU may use; 0: none")
     parser.add_argument("--kernels", choices=ELEMENTWISE, default="fused", help="kernels between the products")
     parser.add_argument("--fp8", action="store_true", help="products of the blocks in fp8")
     parser.add_argument("--top", type=positive, default=10, metavar="N", help="layouts to print")

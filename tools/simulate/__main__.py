@@ -15,7 +15,7 @@ from engine.objectives.contrastive.program import ContrastiveProgram
 from engine.objectives.mim.program import MimProgram
 from engine.objectives.registry import OBJECTIVES
 from engine.pipeline.program import Program
-from tools.cli import CommandError, answer, check_file, command_parser
+from tools.cli import CommandError, amount, answer, check_file, command_parser, positive, ranks, whole
 from tools.cost.cluster import Cluster
 from tools.cost.hardware import load_hardware, profile_names
 from tools.simulate.events import CollectiveCosts, Simulation, StageCosts, bubble_bound, durations_of, simulate
@@ -39,32 +39,34 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="a training config")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="its overrides")
     of_config = parser.add_argument_group("from a config")
-    of_config.add_argument("--world-size", type=int, default=0, metavar="N", help="ranks of the job, needed")
+    of_config.add_argument("--world-size", type=ranks, default=0, metavar="N", help="ranks of the job, needed")
     of_config.add_argument("--gpu", default="", metavar="PROFILE", help=f"{', '.join(profile_names())}, or a YAML file")
-    of_config.add_argument("--nodes-of", type=int, default=8, metavar="N", help="GPUs of a node (%(default)s)")
+    of_config.add_argument("--nodes-of", type=ranks, default=8, metavar="N", help="GPUs of a node (%(default)s)")
     of_config.add_argument("--phase", default="", metavar="NAME", help="of a config with phases; default: the first")
     numbers = parser.add_argument_group("from numbers")
     numbers.add_argument("--objective", choices=list(OBJECTIVES), default="contrastive", help="default: contrastive")
-    numbers.add_argument("--stages", type=int, metavar="P", help="pipeline stages, needed")
-    numbers.add_argument("--micro-batches", type=int, metavar="M", help="of a replica and step, needed")
-    numbers.add_argument("--chunks", type=int, default=1, metavar="V", help="virtual stages a rank holds")
-    numbers.add_argument("--keep", type=int, default=0, metavar="K", help="micro-batches that are not replayed")
-    numbers.add_argument("--encode-ms", type=float, metavar="MS", help="forward through all chunks of a stage, needed")
-    numbers.add_argument("--replay-ms", type=float, metavar="MS", help="default: as encode")
-    numbers.add_argument("--backward-ms", type=float, metavar="MS", help="default: twice encode")
-    numbers.add_argument("--encode-text-ms", type=float, default=0.0, metavar="MS", help="all captions of a rank")
-    numbers.add_argument("--backward-text-ms", type=float, default=0.0, metavar="MS", help="the same, their backward")
-    numbers.add_argument("--teacher-ms", type=float, default=0.0, metavar="MS", help="a rank's share of teaching (mim)")
+    numbers.add_argument("--stages", type=ranks, metavar="P", help="pipeline stages, needed")
+    numbers.add_argument("--micro-batches", type=positive, metavar="M", help="of a replica and step, needed")
+    numbers.add_argument("--chunks", type=positive, default=1, metavar="V", help="virtual stages a rank holds")
+    numbers.add_argument("--keep", type=whole, default=0, metavar="K", help="micro-batches that are not replayed")
+    numbers.add_argument("--encode-ms", type=amount, metavar="MS", help="forward through all chunks of a stage, needed")
+    numbers.add_argument("--replay-ms", type=amount, metavar="MS", help="default: as encode")
+    numbers.add_argument("--backward-ms", type=amount, metavar="MS", help="default: twice encode")
+    numbers.add_argument("--encode-text-ms", type=amount, default=0.0, metavar="MS", help="all captions of a rank")
+    numbers.add_argument("--backward-text-ms", type=amount, default=0.0, metavar="MS", help="the same, their backward")
     numbers.add_argument(
-        "--message-mb", type=float, default=0.0, metavar="MB", help="activations between stages, 10^6 bytes"
+        "--teacher-ms", type=amount, default=0.0, metavar="MS", help="a rank's teaching (mim)"
+    )
+    numbers.add_argument(
+        "--message-mb", type=amount, default=0.0, metavar="MB", help="activations between stages, 10^6 bytes"
     )
     numbers.add_argument(
         "--bandwidth-gb-s", type=float, default=math.inf, metavar="GB", help="between stages; default: no limit"
     )
-    numbers.add_argument("--latency-us", type=float, default=0.0, metavar="US", help="of a message")
+    numbers.add_argument("--latency-us", type=amount, default=0.0, metavar="US", help="of a message")
     for phase in _COLLECTIVES:
         numbers.add_argument(
-            f"--{phase.replace('_', '-')}-ms", type=float, default=0.0, metavar="MS", help="once a step, not hidden"
+            f"--{phase.replace('_', '-')}-ms", type=amount, default=0.0, metavar="MS", help="once a step, not hidden"
         )
     both = parser.add_argument_group("both")
     both.add_argument("--png", type=Path, metavar="FILE", help="draw the timeline")
