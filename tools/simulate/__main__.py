@@ -54,9 +54,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     numbers.add_argument("--backward-ms", type=amount, metavar="MS", help="default: twice encode")
     numbers.add_argument("--encode-text-ms", type=amount, default=0.0, metavar="MS", help="all captions of a rank")
     numbers.add_argument("--backward-text-ms", type=amount, default=0.0, metavar="MS", help="the same, their backward")
-    numbers.add_argument(
-        "--teacher-ms", type=amount, default=0.0, metavar="MS", help="a rank's teaching (mim)"
-    )
+    numbers.add_argument("--teacher-ms", type=amount, default=0.0, metavar="MS", help="a rank's teaching (mim)")
     numbers.add_argument(
         "--message-mb", type=amount, default=0.0, metavar="MB", help="activations between stages, 10^6 bytes"
     )
