@@ -90,7 +90,9 @@ def test_no_layout_shows(embedded: Path, tensor: int, pipeline: int) -> None:
     layout = (f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", "train.micro_batch_size=2")
     with alone():
         one = curve(job(embedded, f"data.features={embedded}/features.npz"))
-    for losses in run_distributed(curve, 4, config=job(embedded, f"data.features={embedded}/features.npz", *layout)):
+    elsewhere = f"run_dir={embedded}/{tensor}-{pipeline}"
+    several = job(embedded, f"data.features={embedded}/features.npz", elsewhere, *layout)
+    for losses in run_distributed(curve, 4, config=several):
         assert losses == pytest.approx(one, rel=1e-5)
 
 
