@@ -1,14 +1,18 @@
 """What frozen teachers add to the loss, against the full matrices in float64; and teachers that cannot teach."""
 
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.reader import Checkpoint
 from engine.config.errors import ConfigError
 from engine.config.phases import plan_job
 from engine.config.read import Config, resolve, to_dict
+from tests.checkpoint.jobs import alone, build, job_config, run_steps, save
 from tests.engine.distill_reference import TEACHERS, distilled_reference, result_of, taught_by
 from tests.engine.loss_reference import pairs, worst_error
 from tests.golden import FOLDER
@@ -103,3 +107,29 @@ def test_phases_have_teachers_of_their_own_and_a_student_of_masks_none() -> None
             mim={"teacher": FILE, "teacher_model": "tiny-18b"},
             train={"distill": [TEACHER], "patch_dropout": 0},
         )
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_taught_run_goes_on_to_the_bit_and_says_what_changed(tmp_path: Path) -> None:
+    """The teacher is a run folder, which says its model itself; nothing of it is in the checkpoint."""
+    with alone() as mesh:
+        save(build(job_config(tmp_path / "teacher"), mesh))
+
+        def taught(run: str, *overrides: str) -> Config:
+            teacher = f"train.distill=[{{path: {tmp_path}/teacher, relational: 1}}]"
+            return job_config(tmp_path / run, teacher, *overrides)
+
+        whole = run_steps(build(taught("whole"), mesh), 4)
+        first = build(taught("parts"), mesh)
+        losses = run_steps(first, 2)
+        folder = save(first)
+        assert {name.split("/")[1].split(".")[0] for name in Checkpoint(folder).manifest.tensors} == {
+            "vision", "text", "logit_scale",
+        }  # fmt: skip
+        resumed = taught("other", f"checkpoint.resume={folder}")
+        assert losses + run_steps(build(resumed, mesh), 2) == whole
+        changes = f"checkpoint.resume={folder}", f"train.distill=[{{path: {tmp_path}/teacher, feature: 3}}]"
+        with pytest.raises(CheckpointError, match=r"train\.distill\.0\.feature 1\.0 → 3\.0; .*relational 1\.0 → 0\.0"):
+            build(job_config(tmp_path / "third", *changes), mesh)
