@@ -20,7 +20,7 @@ from tools.embed import __main__ as embed
 MODEL = ("model.text.vocab_size=49408", "model.text.context_length=16", "model.vision.depth=4")
 LOCKED = (
     *MODEL, "train.freeze=[vision.*]", "train.patch_dropout=0", "data.crop_scale=[1,1]", "data.workers=0",
-    "data.max_bad_fraction=0.5", "optim.eps=1e-4",
+    "data.max_bad_fraction=0.5", "optim.eps=1e-4", "optim.lr_text=5e-3",
 )  # fmt: skip
 STEPS = 3
 
