@@ -269,7 +269,7 @@ def test_odd_paths_reach_the_config_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    "script", [path for path in SCRIPTS if path.parent.name in ("18b", "8b", "quickstart")], ids=str
+    "script", [path for path in SCRIPTS if path.parent.name in ("18b", "8b", "quickstart", "docker")], ids=str
 )
 def test_help_is_the_head_of_the_script(script: Path, tmp_path: Path) -> None:
     (tmp_path / "my clone").symlink_to(ROOT)
