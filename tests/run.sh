@@ -6,6 +6,7 @@
 #   bash tests/run.sh -n 0 -m "not slow"       one test after the other
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. examples/common.sh
 . examples/setup.sh
 ensure_environment test
 if [ $# -eq 0 ]; then set -- -m "not slow"; fi

@@ -8,6 +8,7 @@
 # front of what is installed, so that this runs on the interpreter and the torch at hand, 2 MB of download.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. examples/common.sh
 . examples/setup.sh
 ensure_environment test
 

@@ -10,6 +10,7 @@
 # PyPI torch is a CUDA build of 3 GB unless pip is pointed at builds for CPUs. Ends with status 1 if a cell failed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
+. examples/common.sh
 . examples/setup.sh
 ensure_environment test || exit 1
 logs=runs/stack

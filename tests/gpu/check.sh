@@ -10,6 +10,7 @@
 # has not begun after eight minutes is skipped, and said.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
+. examples/common.sh
 out=${OUT:-runs/gpu-check}
 mode=() patience=1
 case "${1:-}" in
