@@ -73,7 +73,7 @@ class Start:
         deadline, told = time.monotonic() + patience_s, False
         running = {rank.sentinel: rank for rank in self.ranks}
         while running:
-            left = max(0.0, deadline - time.monotonic())
+            left = max(0.0, deadline - time.monotonic()) if deadline < float("inf") else None
             for sentinel in wait(list(running), timeout=left):
                 rank = running.pop(sentinel)  # type: ignore[arg-type]
                 rank.join()
@@ -86,6 +86,7 @@ class Start:
                 _dump_stacks(running.values(), self.log)
                 for other in running.values():
                     other.kill()
+                deadline = float("inf")  # nothing outlives that
         return [rank.exitcode or 0 for rank in self.ranks]
 
 
