@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from engine.config.read import Config
+from engine.config.sections.freeze import Frozen, frozen_of
 from engine.objectives.registry import objective_of
 from models.config import ModelConfig
 from models.tensors.flops import (
@@ -17,11 +18,27 @@ from models.tensors.flops import (
 
 
 def model_flops(config: Config) -> float:
-    """Three forwards of every trained tower and one of every teacher; nothing runs twice."""
+    """Three forwards of what is trained, one of what lies below it and of every teacher; nothing runs twice."""
     if objective_of(config).distils:
         return TRAINING_FORWARDS * student_flops(config) + _teacher_flops(config)
-    trained = TRAINING_FORWARDS * (_images_flops(config) + text_forward_flops(config.model))
-    return trained + taught_flops(config)
+    images, captions = _images_flops(config), text_forward_flops(config.model)
+    below_images, below_captions = below_flops(
+        config.model, frozen_of(config), image_tokens(config), config.data.frames
+    )
+    trained = images - min(images, below_images) + captions - below_captions  # images that are read as features are 0
+    return images + captions + (TRAINING_FORWARDS - 1) * trained + taught_flops(config)
+
+
+def below_flops(model: ModelConfig, frozen: Frozen, tokens: int, frames: int) -> tuple[int, int]:
+    """(Every frame of a sample, its caption) through what lies below everything that is trained and has no backward."""
+    images, captions = vision_forward_flops(model, tokens), text_forward_flops(model)
+    if not frozen.locks_vision:
+        blocks = frozen.vision_blocks_below(range(model.vision.depth))
+        images = blocks * block_flops(model.vision, tokens) + (embedding_flops(model.vision, tokens) if blocks else 0)
+    if not frozen.locks_text:
+        above = replace(model.text, depth=model.text.depth - frozen.text_blocks_below)
+        captions -= text_forward_flops(replace(model, text=above))
+    return frames * images, captions
 
 
 def taught_flops(config: Config) -> int:

@@ -8,10 +8,12 @@ import torch
 
 from engine.config.read import preset_model, resolve
 from engine.config.sections.optim import MOMENTS
+from engine.model_flops import image_tokens, model_flops
 from engine.optim.average import restart_average
 from engine.optim.optimizer import RULES, ShardedOptimizer
+from models.tensors.flops import block_flops, embedding_flops
 from tests.models.test_counts import REAL
-from tools.cost import counts
+from tools.cost import counts, work
 from tools.cost.cluster import Cluster
 from tools.cost.hardware import load_hardware
 from tools.cost.layout import layout_of, stages_of
@@ -121,3 +123,19 @@ def test_gradients_in_bf16_take_half_the_bytes_and_room_for_their_copies(shard: 
     assert gained[1] - gained[0] == pytest.approx(travelling) and gained[2] <= gained[0]
     parts = stage_parameters(model, bf16, stage) / (4 if shard == "weights" else 1)
     assert travelling == pytest.approx(4 * (parts + counts.text_parameters(model)), rel=0.05)
+
+
+def test_a_locked_image_tower_costs_one_forward_and_lower_blocks_theirs() -> None:
+    tree = {"model": "b16", "data": {"shards": ["-"]}, "train": {"global_batch_size": 64}}
+    locked = resolve(tree, ["train.freeze=[vision.*]"])
+    model, tokens = locked.model, image_tokens(locked)
+    images, captions = counts.vision_executed_flops(model, tokens), counts.text_executed_flops(model)
+    assert work.executed_flops(locked, kept_share=0, keeps_text=False) == images + 4 * captions
+    assert model_flops(locked) == counts.vision_forward_flops(model, tokens) + 3 * counts.text_forward_flops(model)
+    layout = layout_of(locked, 1)
+    spans = work.rank_flops(model, layout, stages_of(model, layout)[0])
+    assert (spans["replay"], spans["backward"], spans["text"]) == (0, 0, 64 * 4 * captions)
+    lower = resolve(tree, ["train.freeze=[vision.embed.*,vision.blocks.0-8.*,text.*]", "train.keep_activations=-1"])
+    below = 9 * block_flops(model.vision, tokens) + embedding_flops(model.vision, tokens)
+    executed = work.executed_flops(lower, kept_share=1, keeps_text=True)
+    assert executed == 3 * images - 2 * below + captions

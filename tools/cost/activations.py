@@ -134,7 +134,7 @@ def micro_batch_saved_bytes(model: ModelConfig, layout: Layout, stage: Stage) ->
     else:
         lse = layout.recompute == "none"
         blocks = stage.whole_blocks * _vision_block_bytes(vision, layout, lse=lse)
-        if stage.has_head:
+        if stage.last_blocks:
             blocks += _vision_block_bytes(
                 vision, layout, lse=lse, pooled=layout.pooled_rows if vision.reads_one_token else None
             )
@@ -168,6 +168,8 @@ def text_saved_bytes(model: ModelConfig, captions: int, element: int) -> float:
     head = norm_saved_bytes(blocks, tokens if pooled is None else captions, element) + captions * (
         text.width * element + model.embed_dim * FP32
     )
+    if not text.depth:
+        return head
     whole = (text.depth - 1) * block_saved_bytes(blocks, tokens, element=element)
     return whole + block_saved_bytes(blocks, tokens, element=element, pooled=pooled) + tokens * INDEX + head
 
@@ -200,7 +202,7 @@ def kept_output_bytes(model: ModelConfig, layout: Layout, stage: Stage, chunk: i
 
 def pass_output_bytes(model: ModelConfig, layout: Layout, stage: Stage, chunk: int, level: str) -> int:
     """One micro-batch through one chunk of a stage."""
-    pools = stage.has_head and chunk == len(stage.chunks) - 1 and model.vision.reads_one_token
+    pools = stage.last_blocks and chunk == len(stage.chunks) - 1 and model.vision.reads_one_token
     elements = kept_elements(
         model.vision,
         level,
@@ -283,6 +285,18 @@ def text_forward_temporary_bytes(model: ModelConfig, captions: int, element: int
 def text_stream_bytes(model: ModelConfig, captions: int, element: int) -> float:
     """Embedded tokens, residual, norm and branch of a block of the caption tower."""
     return 4 * captions * model.text.context_length * model.text.width * element
+
+
+def locked_forward_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
+    """The most that a forward without graph needs of a stage: fc1's output before and behind its bias, and the streams.
+
+    Where something is trained, a backward needs more.
+    """
+    vision, element = model.vision, layout.element_bytes
+    tokens, share = layout.packed_tokens(vision), layout.tensor if layout.splits_tokens else 1
+    hidden = 2 * tokens * vision.mlp_hidden * element / layout.tensor
+    pixels = layout.micro_batch * 3 * vision.image_size**2 * element if stage.has_embedding else 0
+    return hidden + 4 * tokens * vision.width * element / share + pixels
 
 
 def vision_forward_temporary_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:

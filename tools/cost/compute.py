@@ -127,7 +127,7 @@ def _blocks_by_level(stage: Stage, levels: list[str]) -> dict[tuple[str, bool], 
     found: dict[tuple[str, bool], int] = {}
     last = len(stage.chunks) - 1
     for number, (blocks, level) in enumerate(zip(stage.chunks, levels, strict=True)):
-        ends = int(stage.has_head and number == last)
+        ends = stage.last_blocks if number == last else 0
         for key, count in (((level, False), blocks - ends), ((level, True), ends)):
             found[key] = found.get(key, 0) + count
     return found
@@ -165,7 +165,8 @@ def text_seconds(
     )
     times = captions / at_once  # the last pass may be short
     sums = passes * _sum_bytes(text_parameters(model), element, kernels) / hardware.memory_bytes_s
-    return PassSeconds(backward=sums).plus(inner, times * (text.depth - 1)).plus(last, times)
+    of_blocks = PassSeconds(backward=sums)
+    return of_blocks.plus(inner, times * (text.depth - 1)).plus(last, times) if text.depth else of_blocks
 
 
 def teachers_seconds(layout: Layout, hardware: Hardware) -> float:

@@ -8,6 +8,8 @@ of the last blocks (models/blocks/last_block.py).
 
 from functools import cache
 
+from engine.config.sections.freeze import Frozen
+from engine.model_flops import below_flops
 from models.config import ModelConfig, VisionConfig
 from models.tensors.flops import (
     TRAINING_FORWARDS,
@@ -60,7 +62,7 @@ def vision_executed_flops(model: ModelConfig, tokens: int) -> int:
 def text_executed_flops(model: ModelConfig) -> int:
     """The same without what nobody reads: behind the last block's attention, all rows but the end of text."""
     w, length = model.text.width, model.text.context_length
-    if model.text.pool == "mean":
+    if model.text.pool == "mean" or not model.text.depth:
         return text_forward_flops(model)
     unread = (
         2 * (length - 1) * (w * w + mlp_products(model.text) * w * model.text.hidden)
@@ -70,14 +72,30 @@ def text_executed_flops(model: ModelConfig) -> int:
     return text_forward_flops(model) - unread
 
 
-def training_flops(model: ModelConfig, patch_dropout: float, frames: int = 1) -> int:
+def below_executed_flops(model: ModelConfig, frozen: Frozen, tokens: int, frames: int) -> tuple[int, int]:
+    """`below_flops` of engine/model_flops.py without what nobody reads of a last block that lies below."""
+    images, captions = below_flops(model, frozen, tokens, frames)
+    vision, text = model.vision, model.text
+    if frozen.locks_vision or frozen.vision_blocks_below(range(vision.depth)) == vision.depth:
+        images -= frames * (block_flops(vision, tokens) - last_block_flops(vision, tokens))
+    if frozen.locks_text or frozen.text_blocks_below == text.depth:
+        captions -= text_forward_flops(model) - text_executed_flops(model)
+    return images, captions
+
+
+def training_flops(model: ModelConfig, patch_dropout: float, frames: int = 1, frozen: Frozen | None = None) -> int:
     """Model FLOPs of one pair in a training step; an MFU is this x samples/s / (GPUs x peak)."""
     tokens = model.vision.kept_tokens(patch_dropout)
-    return TRAINING_FORWARDS * (frames * vision_forward_flops(model, tokens) + text_forward_flops(model))
+    once = frames * vision_forward_flops(model, tokens) + text_forward_flops(model)
+    below = sum(below_flops(model, frozen, tokens, frames)) if frozen is not None else 0
+    return TRAINING_FORWARDS * once - (TRAINING_FORWARDS - 1) * below
 
 
-def executed_flops(model: ModelConfig, patch_dropout: float, kept_share: float = 0.0, frames: int = 1) -> float:
+def executed_flops(
+    model: ModelConfig, patch_dropout: float, kept_share: float = 0.0, frames: int = 1, frozen: Frozen | None = None
+) -> float:
     """FLOPs that really run for one pair; kept_share: k / m of the micro-batches keep activations (no replay)."""
-    forwards = TRAINING_FORWARDS + REPLAY_FORWARDS * (1 - kept_share)
-    images = frames * vision_executed_flops(model, model.vision.kept_tokens(patch_dropout))
-    return (images + text_executed_flops(model)) * forwards
+    forwards, tokens = TRAINING_FORWARDS + REPLAY_FORWARDS * (1 - kept_share), model.vision.kept_tokens(patch_dropout)
+    once = frames * vision_executed_flops(model, tokens) + text_executed_flops(model)
+    below = sum(below_executed_flops(model, frozen, tokens, frames)) if frozen is not None else 0
+    return once * forwards - below * (forwards - 1)

@@ -1,11 +1,14 @@
 """One way to lay a job out over GPUs, and what each pipeline stage then holds. Plain numbers, no torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 from engine.config.read import Config, check_layout
-from engine.config.stages import even_layers
+from engine.config.sections.freeze import Frozen, frozen_parts
+from engine.config.stages import even_layers, stage_layers
 from models.config import ModelConfig, TextConfig, VisionConfig
+from models.tensors.freezing import frozen_names
+from models.tensors.inventory import elements, text_shapes, vision_shapes
 from tools.cli import CommandError
 from tools.cost.kernels import Kernels
 
@@ -73,6 +76,9 @@ class Layout:
     """
     layers: tuple[int, ...] | None = None
     """Blocks of each chunk in tower order; None: even."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of what is not trained. What is frozen above the lowest tensor of a tower that is trained counts as
+    trained in the image tower: few do that."""
     kernels: Kernels = field(default_factory=Kernels)
     teachers: tuple[FrozenModel, ...] = ()
     """CLIPs of train.distill, whole on every rank."""
@@ -222,6 +228,7 @@ def layout_of(config: Config, ranks: int) -> Layout:
         shard_ranks=parallel.shard_ranks,
         group_size=parallel.round_size,
         layers=tuple(parallel.layers) if parallel.layers else None,
+        freeze=tuple(train.freeze),
         kernels=kernels_of(config.model),
         teachers=tuple(
             FrozenModel(
@@ -257,6 +264,25 @@ class Stage:
     """Blocks of each of its chunks, in tower order."""
     has_embedding: bool
     has_head: bool
+    repeated: "Stage | None" = None
+    """The part of it that is replayed and has a backward, as a stage; None: all of it."""
+    inputs: int = -1
+    """Chunks whose inputs wait for a replay; below 0: all but the one that takes images."""
+
+    @property
+    def above(self) -> "Stage":
+        """The part with a backward."""
+        return self if self.repeated is None else self.repeated
+
+    @property
+    def trains(self) -> bool:
+        """Whether it has anything to do backward, itself being a part with a backward."""
+        return self.blocks > 0 or self.has_head or self.has_embedding
+
+    @property
+    def stashed_inputs(self) -> int:
+        """Chunks whose inputs wait for a replay."""
+        return len(self.chunks) - self.has_embedding if self.inputs < 0 else self.inputs
 
     @cached_property
     def blocks(self) -> int:
@@ -266,12 +292,60 @@ class Stage:
     @property
     def whole_blocks(self) -> int:
         """Those that compute every row: not the tower's last one (models/blocks/last_block.py)."""
-        return self.blocks - self.has_head
+        return self.blocks - self.last_blocks
+
+    @property
+    def last_blocks(self) -> int:
+        """1 where the tower's last block is here; 0 too for a head alone."""
+        return int(self.has_head and self.chunks[-1] > 0)
 
 
 def stages_of(model: ModelConfig, layout: Layout) -> list[Stage]:
     """Every stage of the pipeline; rank r holds chunks r, r + P, r + 2P, … of the tower."""
-    return _stages(model.vision.depth, layout.pipeline, layout.virtual, layout.layers)
+    stages = _stages(model.vision.depth, layout.pipeline, layout.virtual, layout.layers)
+    if not layout.freeze:
+        return stages
+    frozen = frozen_in(model, layout.freeze)
+    layers = stage_layers(model.vision.depth, layout.pipeline * layout.virtual, layout.layers)
+    return [_with_frozen(stage, frozen, layers, layout.pipeline) for stage in stages]
+
+
+def _with_frozen(stage: Stage, frozen: Frozen, layers: list[range], stages: int) -> Stage:
+    first, own = frozen.first_chunk(layers), range(stage.rank, len(layers), stages)
+    left = [number for number in own if number >= first]
+    below = {number: frozen.vision_blocks_below(layers[number]) for number in left}
+    has_embedding = stage.has_embedding and first == 0 and not below[0]
+    above = replace(
+        stage,
+        chunks=tuple(len(layers[number]) - below[number] if number in below else 0 for number in own),
+        has_embedding=has_embedding,
+        has_head=stage.has_head and not frozen.locks_vision,
+        inputs=len(left) - has_embedding,
+    )
+    return replace(stage, repeated=above)
+
+
+@lru_cache(maxsize=256)
+def frozen_in(model: ModelConfig, freeze: tuple[str, ...]) -> Frozen:
+    """What some patterns freeze of a model; learned scalars are not looked at."""
+    names = [*vision_shapes(model), *text_shapes(model)]
+    return frozen_parts(model, frozen_names(freeze, names), names)
+
+
+def text_above(model: ModelConfig, layout: Layout) -> ModelConfig | None:
+    """The model with those blocks of the caption tower alone that are repeated and have a backward; None: none is."""
+    if not layout.freeze:
+        return model
+    frozen = frozen_in(model, layout.freeze)
+    depth = model.text.depth - frozen.text_blocks_below
+    return None if frozen.locks_text else replace(model, text=replace(model.text, depth=depth))
+
+
+@lru_cache(maxsize=256)
+def trained_text_parameters(model: ModelConfig, freeze: tuple[str, ...]) -> int:
+    """Elements of the caption tower with gradients."""
+    frozen = frozen_in(model, freeze).names
+    return elements({name: shape for name, shape in text_shapes(model).items() if name not in frozen})
 
 
 @lru_cache(maxsize=1024)

@@ -28,6 +28,7 @@ from models.tensors.inventory import (
 from tools.cost.activations import (
     FP32,
     backward_temporary_bytes,
+    locked_forward_bytes,
     micro_batch_saved_bytes,
     output_levels,
     outputs_bytes,
@@ -40,7 +41,17 @@ from tools.cost.activations import (
 )
 from tools.cost.counts import text_parameters, vision_parameters
 from tools.cost.kernels import Kernels
-from tools.cost.layout import BYTES, Layout, Stage, stages_of, telling_stages, text_blocks
+from tools.cost.layout import (
+    BYTES,
+    Layout,
+    Stage,
+    frozen_in,
+    stages_of,
+    telling_stages,
+    text_above,
+    text_blocks,
+    trained_text_parameters,
+)
 
 GPU_TILE = 8192
 KEPT_LOGITS = 64 * 2**20
@@ -115,19 +126,22 @@ def optimizer_bytes_per_element(layout: Layout) -> int:
     return FP32 * (len(MOMENTS[layout.optimizer]) + layout.averages + (layout.precision != "fp32"))
 
 
-def state_bytes(layout: Layout, elements: int, owners: int, gathering: int) -> tuple[float, float, float]:
+def state_bytes(
+    layout: Layout, elements: int, owners: int, gathering: int, trained: int | None = None
+) -> tuple[float, float, float]:
     """Weights, gradients and optimizer of `elements` that always lie there, the last sharded over `owners` ranks.
 
-    gathering: ranks that hold sharded weights once among them.
+    gathering: ranks that hold sharded weights once among them. trained: elements with gradients; None: all.
     """
-    optimizer = elements * optimizer_bytes_per_element(layout) / owners
+    trained = elements if trained is None else trained
+    optimizer = trained * optimizer_bytes_per_element(layout) / owners
     weights: float = elements * layout.element_bytes
     if layout.shard == "optimizer" or owners == 1:
-        return weights, elements * FP32, optimizer
+        return weights, trained * FP32, optimizer
     if layout.shard == "weights":
         # Of the neighbours' slices in other groups there is a copy, beside the own one.
         weights *= 1 / owners + (1 / gathering if gathering < owners else 0)
-    return weights, elements * FP32 / owners, optimizer
+    return weights, trained * FP32 / owners, optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,34 +169,40 @@ def visitors(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, Visi
     if layout.shard == "optimizer":
         return dict.fromkeys(phases, Visitors())
     element = layout.element_bytes if layout.shard == "weights" else 0
-    chunks = [stage_parameters(model, layout, chunk) for chunk in single_chunks(stage)]
-    if layout.data == 1:
-        chunks = [0] * len(chunks)
+    chunks, sums = (
+        [stage_parameters(model, layout, chunk) if layout.data > 1 else 0 for chunk in single_chunks(part)]
+        for part in (stage, stage.above)
+    )
+    again = [whole if own else 0 for whole, own in zip(chunks, sums, strict=True)]
+    """Elements of chunks that are gathered once more, for their backward."""
     loose = 2 if layout.gathering_ranks < layout.data else 1
     """A gather within a node lands in memory of its own first."""
     text = text_parameters(model) if layout.ranks > 1 else 0
-    of_text, text_sums = text * element, text * FP32
+    of_text, text_sums = text * element, trained_text_parameters(model, layout.freeze) * FP32 if text else 0
+    text_again = of_text if text_sums else 0
     alone = layout.pipeline == 1
-    waiting = 0 if alone else of_text
+    waiting, waiting_again = (0, 0) if alone else (of_text, text_again)
     following = [*chunks[1:], 0]
     ahead = loose if layout.overlap else 0
     encode = max(now + ahead * then for now, then in zip(chunks, following, strict=True)) * element
-    first, last = chunks[0], chunks[-1]
-    reversed_pairs = zip(chunks, [0, *chunks[:-1]], following, strict=True)
-    turns = [((now + ahead * then) * element, (now + before) * FP32) for now, then, before in reversed_pairs]
+    first, last = chunks[0], again[-1]
+    turns = [
+        ((now + ahead * then) * element, (own + before) * FP32)
+        for now, then, own, before in zip(again, [0, *again[:-1]], sums, [*sums[1:], 0], strict=True)
+    ]
     weights, gradients = max(turns, key=sum)
     return {
         "encode": Visitors(weights=encode, text=waiting if stage.has_embedding else 0),
         "encode_text": Visitors(weights=0 if stage.has_embedding else ahead * first * element, text=of_text),
         "loss": Visitors(
-            weights=ahead * last * element if stage.has_head else 0, text=0 if stage.has_head and alone else of_text
+            weights=ahead * last * element if stage.has_head else 0, text=0 if stage.has_head and alone else text_again
         ),
         "text": Visitors(
             weights=0 if stage.has_head else ahead * last * element,
-            gradients=first * FP32 if stage.has_head else 0,
-            text=of_text + text_sums,
+            gradients=sums[0] * FP32 if stage.has_head else 0,
+            text=text_again + text_sums,
         ),
-        "backprop": Visitors(weights=weights, gradients=gradients, text=waiting if stage.has_head else text_sums),
+        "backprop": Visitors(weights=weights, gradients=gradients, text=waiting_again if stage.has_head else text_sums),
     }
 
 
@@ -198,8 +218,8 @@ def stash_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
 
 
 def stash_inputs(stage: Stage, micro_batches: int) -> int:
-    """Inputs of a stage's chunks that so many micro-batches leave in the stash."""
-    return micro_batches * (len(stage.chunks) - (1 if stage.has_embedding else 0))
+    """Inputs of chunks, or what their blocks below the trained part put out, that these micro-batches stash."""
+    return micro_batches * stage.above.stashed_inputs
 
 
 def loss_bytes(model: ModelConfig, layout: Layout) -> float:
@@ -239,9 +259,9 @@ def travelling_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
     """
     if layout.reduce_dtype == "fp32" or not layout.overlap:
         return 0.0
-    chunks = [stage_parameters(model, layout, chunk) for chunk in single_chunks(stage)]
+    chunks = [stage_parameters(model, layout, chunk) for chunk in single_chunks(stage.above)]
     vision = (sum(chunks) if layout.shard == "optimizer" else max(chunks)) if layout.data > 1 else 0
-    text = text_parameters(model) if layout.ranks > 1 else 0
+    text = trained_text_parameters(model, layout.freeze) if layout.ranks > 1 else 0
     return 2 * layout.reduced_bytes * (vision + text)
 
 
@@ -261,28 +281,31 @@ def stage_memory(model: ModelConfig, layout: Layout, stage: Stage) -> Memory:
 def phase_memory(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, Memory]:
     """The peak of each phase that can be the step's: encode, encode_text, loss, text, backprop."""
     parameters, neighbours = stage_parameters(model, layout, stage), layout.gathering_ranks
-    weights, gradients, optimizer = state_bytes(layout, parameters, layout.data, neighbours)
+    above = stage.above
+    trained = stage_parameters(model, layout, above)
+    weights, gradients, optimizer = state_bytes(layout, parameters, layout.data, neighbours, trained)
     text_neighbours = neighbours * layout.tensor if layout.shard_ranks else layout.ranks
-    text_states = sum(state_bytes(layout, text_parameters(model), layout.ranks, text_neighbours))
+    text_trained = trained_text_parameters(model, layout.freeze)
+    text_states = sum(state_bytes(layout, text_parameters(model), layout.ranks, text_neighbours, text_trained))
     whole = visitors(model, layout, stage)
-    outputs, text_outputs, moving = kept_outputs(model, layout, stage)
-    keeps_all = layout.keep >= layout.micro_batches
-    text_kept = text_saved_bytes(model, layout.own_rows, layout.element_bytes) if keeps_all else 0
+    outputs, text_outputs, moving = kept_outputs(model, layout, above)
+    text_kept, text_stash = _kept_text_bytes(model, layout)
     gradients_of_rows = (layout.local_batch + layout.own_rows) * model.embed_dim * FP32
-    kept = layout.keep * own_saved_bytes(model, layout, stage)
+    kept = layout.keep * own_saved_bytes(model, layout, above)
     # Replays go chunk by chunk, and the kept have freed a chunk of theirs before that of another is replayed.
-    live = max(kept, *(own_saved_bytes(model, layout, chunk) for chunk in set(single_chunks(stage))))
+    live = max(kept, *(own_saved_bytes(model, layout, chunk) for chunk in set(single_chunks(above))))
     forward = vision_forward_temporary_bytes(model, layout, stage)
+    locked = 0 if above.trains else locked_forward_bytes(model, layout, stage)
     captions = layout.captions_at_once, layout.element_bytes
     encoding = max(text_kept + text_stream_bytes(model, *captions), text_forward_temporary_bytes(model, *captions))
     dealt = layout.local_batch * model.embed_dim * FP32 if stage.has_head else 0
     phases = {
-        "encode": (kept + forward if kept else 0, 0 if stage.has_embedding else text_kept, dealt),
+        "encode": (kept + forward if kept else locked, 0 if stage.has_embedding else text_kept, dealt),
         "encode_text": (kept if stage.has_embedding else 0, encoding, dealt),
         "loss": (kept, text_kept, loss_bytes(model, layout)),
         "text": (0 if stage.has_head else kept, text_kept + _text_pass_bytes(model, layout), gradients_of_rows),
         "backprop": (
-            live + max(forward, vision_temporary_bytes(model, layout, stage)),
+            live + max(forward, vision_temporary_bytes(model, layout, above)) if above.trains else 0,
             text_kept,
             gradients_of_rows,
         ),
@@ -298,7 +321,7 @@ def phase_memory(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, 
             stash=0 if phase in without else stash,
             outputs=0 if phase in without else outputs,
             activations=activations,
-            text=text_states + text + whole[phase].text + text_outputs,
+            text=text_states + text + whole[phase].text + text_outputs + text_stash,
             loss=loss,
             buffers=buffers
             + (moving if phase in ("encode", "backprop") else 0)
@@ -307,6 +330,17 @@ def phase_memory(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, 
         )
         for phase, (activations, text, loss) in phases.items()
     }
+
+
+def _kept_text_bytes(model: ModelConfig, layout: Layout) -> tuple[float, float]:
+    """(activations of all captions, where they keep them; what waits for their replay behind blocks below it)."""
+    trained, keeps = text_above(model, layout), layout.keep >= layout.micro_batches
+    if trained is None:
+        return 0, 0
+    if keeps:
+        return text_saved_bytes(trained, layout.own_rows, layout.element_bytes), 0
+    divided = trained.text.depth < model.text.depth
+    return 0, divided * layout.own_rows * model.text.context_length * model.text.width * layout.element_bytes
 
 
 def kept_outputs(model: ModelConfig, layout: Layout, stage: Stage) -> tuple[float, float, float]:
@@ -331,6 +365,8 @@ def single_chunks(stage: Stage) -> list[Stage]:
             chunks=(blocks,),
             has_embedding=stage.has_embedding and number == 0,
             has_head=stage.has_head and number == last,
+            repeated=None if stage.repeated is None else single_chunks(stage.repeated)[number],
+            inputs=-1,
         )
         for number, blocks in enumerate(stage.chunks)
     ]
@@ -338,14 +374,15 @@ def single_chunks(stage: Stage) -> list[Stage]:
 
 def own_saved_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
     """What a kept micro-batch adds: all that autograd keeps but the chunks' inputs, which are counted as stash."""
-    chunks = len(stage.chunks) - (1 if stage.has_embedding else 0)
-    return micro_batch_saved_bytes(model, layout, stage) - chunks * layout.message_bytes(model.vision)
+    return micro_batch_saved_bytes(model, layout, stage) - stage.stashed_inputs * layout.message_bytes(model.vision)
 
 
 def _text_pass_bytes(model: ModelConfig, layout: Layout) -> float:
     """Replay and backward of the captions of one pass. The token table's gradient is dense; it comes last."""
     text, element = model.text, layout.element_bytes
-    captions = layout.captions_at_once
+    trained, captions = text_above(model, layout), layout.captions_at_once
+    if trained is None:
+        return 0
     temporary = backward_temporary_bytes(
         text_blocks(text),
         captions * text.context_length,
@@ -354,8 +391,9 @@ def _text_pass_bytes(model: ModelConfig, layout: Layout) -> float:
         splits_tokens=False,
         kernels=Kernels(),
     )
-    table = text.vocab_size * text.width * element
-    saved = 0 if layout.keep >= layout.micro_batches else text_saved_bytes(model, captions, element)
+    is_learned = not layout.freeze or "text.token_embedding" not in frozen_in(model, layout.freeze).names
+    table = is_learned * text.vocab_size * text.width * element
+    saved = 0 if layout.keep >= layout.micro_batches else text_saved_bytes(trained, captions, element)
     return max(saved + temporary, table)
 
 

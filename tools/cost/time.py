@@ -28,7 +28,7 @@ from tools.cost.cluster import Cluster, decoding_nodes
 from tools.cost.compute import PassSeconds, stage_seconds, teachers_seconds, text_seconds
 from tools.cost.counts import text_parameters
 from tools.cost.hardware import Hardware
-from tools.cost.layout import Layout, Stage, stages_of, telling_stages
+from tools.cost.layout import Layout, Stage, stages_of, telling_stages, text_above, trained_text_parameters
 from tools.cost.memory import optimizer_bytes_per_element, stage_parameters, stash_inputs
 from tools.cost.traffic import (
     block_backward_collectives,
@@ -87,6 +87,8 @@ class UnitTime:
     tensor_backward: float
     spared: float = 0.0
     """Seconds of a forward that a replay does not take, tensor axis included."""
+    spared_tensor: float = 0.0
+    """The tensor axis's part of it."""
 
     @property
     def r(self) -> float:
@@ -106,6 +108,23 @@ class UnitTime:
 
 def unit_time(model: ModelConfig, layout: Layout, stage: Stage, cluster: Cluster) -> UnitTime:
     """Time of one micro-batch through all chunks of `stage`; full recomputation is part of the backward."""
+    whole = _passes(model, layout, stage, cluster)
+    return whole if stage.repeated is None else _with_backward_of(whole, _passes(model, layout, stage.above, cluster))
+
+
+def _with_backward_of(whole: UnitTime, above: UnitTime) -> UnitTime:
+    """A stage that repeats, and works backward, the part `above` alone."""
+    spared_tensor = whole.tensor_forward - above.tensor_forward + above.spared_tensor
+    return replace(
+        whole,
+        backward=above.backward,
+        tensor_backward=above.tensor_backward,
+        spared=whole.f - above.f + above.spared,
+        spared_tensor=spared_tensor,
+    )
+
+
+def _passes(model: ModelConfig, layout: Layout, stage: Stage, cluster: Cluster) -> UnitTime:
     computed = stage_seconds(model, layout, stage, cluster.hardware)
     waiting = RECEIVE_CHANNELS / cluster.hardware.multiprocessors if layout.pipeline > 1 else 0.0
     computed = PassSeconds().plus(computed, 1 / (1 - waiting))
@@ -113,14 +132,15 @@ def unit_time(model: ModelConfig, layout: Layout, stage: Stage, cluster: Cluster
         _tensor_seconds(layout, stage_collectives(of_block, model.vision, layout, stage), cluster)
         for of_block in (block_forward_collectives, block_backward_collectives)
     )
-    spared = computed.spared + _spared_collectives(model, layout, stage) * tensor_forward
+    spared_tensor = _spared_collectives(model, layout, stage) * tensor_forward
     again = 1 if layout.recompute == "full" else 0
     return UnitTime(
         forward=computed.forward,
         backward=computed.backward + again * (computed.forward - computed.spared),
         tensor_forward=tensor_forward,
-        tensor_backward=tensor_backward + again * (tensor_forward - spared + computed.spared),
-        spared=spared,
+        tensor_backward=tensor_backward + again * (tensor_forward - spared_tensor),
+        spared=computed.spared + spared_tensor,
+        spared_tensor=spared_tensor,
     )
 
 
@@ -134,7 +154,7 @@ def _spared_collectives(model: ModelConfig, layout: Layout, stage: Stage) -> flo
         return 0.0
     *levels, _ = output_levels(model, layout, stage)
     shares = [_spared_share(layout, level) * blocks for level, blocks in zip(levels, stage.chunks, strict=True)]
-    return sum(shares) / stage.blocks
+    return sum(shares) / max(1, stage.blocks)
 
 
 def _spared_share(layout: Layout, level: str) -> float:
@@ -159,7 +179,7 @@ def step_time(model: ModelConfig, layout: Layout, cluster: Cluster) -> StepTime:
     m, replays = layout.micro_batches, layout.micro_batches - layout.keep
     slow = slowest(layout, units)
     unit, stage, hardware = units[slow], stages[slow], cluster.hardware
-    spared_tensor = _spared_collectives(model, layout, stage) * unit.tensor_forward
+    spared_tensor = unit.spared_tensor
     fill = (layout.pipeline - 1) / layout.virtual
     bubble = fill * (unit.f + unit.b) + _uneven_rounds(layout, stage, unit)
     text_forward, text_backward = text_step(model, layout, hardware)
@@ -196,7 +216,18 @@ def _uneven_rounds(layout: Layout, stage: Stage, unit: UnitTime) -> float:
 
 def text_step(model: ModelConfig, layout: Layout, hardware: Hardware) -> tuple[float, float]:
     """(encoding, backward with its replay) of a rank's captions; kept whole where every micro-batch is."""
-    once = text_seconds(
+    once = _captions(model, layout, hardware)
+    trained = text_above(model, layout)
+    if trained is None:
+        return once.forward, 0.0
+    again = _captions(trained, layout, hardware)
+    replay = 0 if layout.keep >= layout.micro_batches else again.forward - again.spared
+    return once.forward, replay + again.backward
+
+
+def _captions(model: ModelConfig, layout: Layout, hardware: Hardware) -> PassSeconds:
+    """All of a rank, once."""
+    return text_seconds(
         model,
         layout.own_rows,
         layout.captions_at_once,
@@ -205,8 +236,6 @@ def text_step(model: ModelConfig, layout: Layout, hardware: Hardware) -> tuple[f
         layout.kernels,
         layout.keep_outputs,
     )
-    replay = 0 if layout.keep >= layout.micro_batches else once.forward - once.spared
-    return once.forward, replay + once.backward
 
 
 def _left_over(text: float, window: float, layout: Layout) -> float:
@@ -279,10 +308,11 @@ def state_time(
 
 def text_state_seconds(model: ModelConfig, layout: Layout, cluster: Cluster) -> tuple[float, float]:
     """(reduction, one gathering) of the caption tower over all ranks."""
-    text = text_parameters(model)
-    buckets = -(-text // BUCKET_ELEMENTS)
-    reduce = cluster.collective_seconds(layout, "world", text * layout.reduced_bytes, buckets)
-    return reduce, cluster.collective_seconds(layout, "world", text * layout.element_bytes, buckets)
+    trained = trained_text_parameters(model, layout.freeze)
+    held = text_parameters(model) if layout.shard == "weights" else trained
+    buckets = -(-held // BUCKET_ELEMENTS)
+    reduce = cluster.collective_seconds(layout, "world", trained * layout.reduced_bytes, buckets)
+    return reduce, cluster.collective_seconds(layout, "world", held * layout.element_bytes, buckets)
 
 
 def vision_state_seconds(model: ModelConfig, layout: Layout, stage: Stage, unit: UnitTime, cluster: Cluster) -> float:
@@ -293,7 +323,7 @@ def vision_state_seconds(model: ModelConfig, layout: Layout, stage: Stage, unit:
 def _vision_state(model: ModelConfig, layout: Layout, stage: Stage, unit: UnitTime, cluster: Cluster) -> StateTime:
     reduce, gather = vision_transfer_seconds(model, layout, stage, cluster)
     turns, m = layout.virtual if layout.round_size == layout.micro_batches else 1, layout.micro_batches
-    partial = token_gradient_elements(model, stage) * FP32 if layout.splits_tokens else 0
+    partial = token_gradient_elements(model, stage.above) * FP32 if layout.splits_tokens else 0
     ends = 2 * cluster.collective_seconds(layout, "tensor", partial)
     if layout.shard == "weights":
         return StateTime(turns=_turns(layout, unit, reduce, gather), ends=ends)
@@ -307,10 +337,11 @@ def _vision_state(model: ModelConfig, layout: Layout, stage: Stage, unit: UnitTi
 
 def vision_transfer_seconds(model: ModelConfig, layout: Layout, stage: Stage, cluster: Cluster) -> tuple[float, float]:
     """(reduction, one gathering) of what a stage holds of the image tower, hidden or not."""
-    elements = stage_parameters(model, layout, stage)
-    buckets = max(len(stage.chunks), -(-elements // BUCKET_ELEMENTS))
-    reduce = cluster.collective_seconds(layout, "data", elements * layout.reduced_bytes, buckets)
-    return reduce, _gather_seconds(layout, elements * layout.element_bytes, buckets, cluster)
+    trained = stage_parameters(model, layout, stage.above)
+    held = stage_parameters(model, layout, stage) if layout.shard == "weights" else trained
+    buckets = max(len(stage.chunks), -(-held // BUCKET_ELEMENTS))
+    reduce = cluster.collective_seconds(layout, "data", trained * layout.reduced_bytes, buckets)
+    return reduce, _gather_seconds(layout, held * layout.element_bytes, buckets, cluster)
 
 
 def _gather_seconds(layout: Layout, whole_bytes: float, count: int, cluster: Cluster) -> float:
@@ -363,7 +394,8 @@ def _one_loss_seconds(width: int, loss: str, layout: Layout, cluster: Cluster) -
 
 def contrastive_optimizer_seconds(model: ModelConfig, layout: Layout, stage: Stage, hardware: Hardware) -> float:
     """Update of both towers on a stage."""
-    vision, text = stage_parameters(model, layout, stage), text_parameters(model)
+    vision = stage_parameters(model, layout, stage.above)
+    text = trained_text_parameters(model, layout.freeze)
     return optimizer_seconds(vision / layout.data + text / layout.ranks, vision + text, layout, hardware)
 
 

@@ -111,7 +111,7 @@ def stage_collectives(
 ) -> Collectives:
     """Collectives of one micro-batch through the blocks of a stage. of_block: one of the two functions below."""
     total: Collectives = {}
-    for is_last, times in ((False, stage.whole_blocks), (vision.reads_one_token, int(stage.has_head))):
+    for is_last, times in ((False, stage.whole_blocks), (vision.reads_one_token, stage.last_blocks)):
         for kind, (count, sent) in of_block(vision, layout, is_last).items():
             have, bytes_so_far = total.get(kind, (0, 0.0))
             total[kind] = have + times * count, bytes_so_far + times * sent

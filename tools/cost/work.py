@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 
 from engine.config.read import Config
+from engine.config.sections.freeze import frozen_of
 from engine.model_flops import image_tokens, model_flops, student_flops, taught_flops
 from engine.objectives.contrastive.program import ContrastiveProgram
 from engine.objectives.registry import objective_of
@@ -21,8 +22,8 @@ from models.tensors.flops import (
     head_flops,
     last_block_flops,
 )
-from tools.cost.counts import text_executed_flops, vision_executed_flops
-from tools.cost.layout import FrozenModel, Layout, Stage
+from tools.cost.counts import below_executed_flops, text_executed_flops, vision_executed_flops
+from tools.cost.layout import FrozenModel, Layout, Stage, text_above
 from tools.cost.memory import keeps_logits
 
 # --- of a sample (docs/benchmarking.md) -------------------------------------------------------------------------------
@@ -42,10 +43,17 @@ def executed_flops(config: Config, *, kept_share: float, keeps_text: bool) -> fl
     layers_again = config.train.recompute == "full"
     if objective_of(config).distils:
         return model_flops(config) + layers_again * student_flops(config)
-    images = config.data.frames * vision_executed_flops(config.model, image_tokens(config))
-    images = 0 if config.data.features else images
-    captions = (TRAINING_FORWARDS + (not keeps_text)) * text_executed_flops(config.model)
-    return (TRAINING_FORWARDS + 1 - kept_share + layers_again) * images + captions + taught_flops(config)
+    model, tokens, frames = config.model, image_tokens(config), config.data.frames
+    images = 0 if config.data.features else frames * vision_executed_flops(model, tokens)
+    captions = text_executed_flops(model)
+    below_images, below_captions = below_executed_flops(model, frozen_of(config), tokens, frames)
+    return (
+        images
+        + captions
+        + (TRAINING_FORWARDS - kept_share + layers_again) * (images - min(images, below_images))
+        + (TRAINING_FORWARDS - keeps_text) * (captions - below_captions)
+        + taught_flops(config)
+    )
 
 
 # --- of a rank --------------------------------------------------------------------------------------------------------
@@ -57,16 +65,18 @@ def rank_flops(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, fl
         stages=layout.pipeline, micro_batches=layout.micro_batches, chunks=layout.virtual, keep=layout.keep
     )
     passes = passes_of(program, stage.rank)
-    forward = micro_batch_flops(model, layout, stage)
-    backward = 2 * forward + _recomputed_flops(model, layout, stage)
-    if stage.has_embedding:
+    above = stage.above
+    forward, again = micro_batch_flops(model, layout, stage), micro_batch_flops(model, layout, above)
+    backward = 2 * again + _recomputed_flops(model, layout, above)
+    if above.has_embedding:
         backward -= _embedding_flops(model, layout)
-    replays_text = passes["replay"] > 0
+    trained = text_above(model, layout)
+    again_text = 0 if trained is None else text_executed_flops(trained) * (3 if passes["replay"] > 0 else 2)
     return {
         "encode": passes["encode"] * forward,
-        "replay": passes["replay"] * forward,
+        "replay": passes["replay"] * again,
         "backward": passes["backward"] * backward,
-        "text": layout.own_rows * text_executed_flops(model) * (4 if replays_text else 3),
+        "text": layout.own_rows * (text_executed_flops(model) + again_text),
         "teacher": sum(_frozen_flops(one.model, model, layout) for one in layout.teachers),
         "loss": loss_flops(model, layout),
     }
@@ -114,7 +124,7 @@ def _embedding_flops(model: ModelConfig, layout: Layout) -> float:
 def _block_flops(model: ModelConfig, layout: Layout, stage: Stage) -> int:
     """One sample through the blocks of a stage."""
     vision, tokens = model.vision, _tokens(model, layout)
-    last = last_block_flops(vision, tokens) if stage.has_head else 0
+    last = last_block_flops(vision, tokens) if stage.last_blocks else 0
     return stage.whole_blocks * block_flops(vision, tokens) + last
 
 
@@ -126,7 +136,7 @@ def _recomputed_flops(model: ModelConfig, layout: Layout, stage: Stage) -> float
     if layout.recompute == "selective":
         last = (
             attention_flops(tokens, width, queries=1 if model.vision.reads_one_token else tokens)
-            if stage.has_head
+            if stage.last_blocks
             else 0
         )
         again = stage.whole_blocks * attention_flops(tokens, width) + last

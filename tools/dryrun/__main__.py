@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.config.read import Config, ConfigError, check_layout, check_vocabulary, read_job
+from engine.config.sections.freeze import frozen_of
 from engine.config.stages import stage_layers
 from engine.objectives.registry import objective_of
 from engine.resilience.exit import leave
@@ -97,10 +98,14 @@ def _stages_alike(config: Config, data: int) -> list[list[int]]:
     parallel, replica = config.parallel, config.parallel.tensor * config.parallel.pipeline
     blocks = stage_layers(config.model.vision.depth, parallel.pipeline * parallel.virtual, parallel.layers)
     rows, longer = divmod(config.train.global_batch_size // data, replica)
-    groups: dict[tuple[object, ...], list[int]] = {}
+    frozen, groups = frozen_of(config), dict[tuple[object, ...], list[int]]()
+    first = frozen.first_chunk(blocks)
     for stage in range(parallel.pipeline):
         ends = stage == 0, stage == parallel.pipeline - 1
-        lengths = tuple(len(chunk) for chunk in blocks[stage :: parallel.pipeline])
+        chunks = list(enumerate(blocks))[stage :: parallel.pipeline]
+        lengths = tuple(
+            (len(chunk), number > first, number == first, frozen.vision_blocks_below(chunk)) for number, chunk in chunks
+        )
         groups.setdefault((lengths, ends, rows + (stage * parallel.tensor < longer)), []).append(stage)
     return list(groups.values())
 

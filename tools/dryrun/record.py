@@ -24,7 +24,7 @@ from engine.pipeline.stash import HostStash
 from tools.dryrun.folding import Folding
 from tools.dryrun.memory import ELSEWHERE
 from tools.dryrun.recorder import RecordedPhases, Recorder
-from tools.dryrun.stand_in import FoldedChunk
+from tools.dryrun.stand_in import FoldedBelow, FoldedChunk
 
 TrainingStep = ContrastiveStep | MimStep
 
@@ -64,7 +64,9 @@ def record_step(step: TrainingStep, batch: LocalBatch, *, every: bool) -> Record
     for keeper in (step.executor.stash, *step.work.outputs, step.captions.outputs):
         if isinstance(keeper, HostStash | HostOutputs):
             keeper.side = _HostMemory(recorder, step.device)
-    step.work.chunks = [FoldedChunk(chunk, i, recorder) for i, chunk in enumerate(step.vision)]
+    below = step.work.below
+    step.work.chunks = [FoldedChunk(chunk, i, recorder, divided=i in below) for i, chunk in enumerate(step.vision)]
+    step.work.below = {i: FoldedBelow(chunk, recorder) for i, chunk in below.items()}
     with recorder:
         step(batch, RecordedPhases(recorder))
     return recorder
@@ -118,7 +120,7 @@ def _adopt(recorder: Recorder, step: TrainingStep, batch: LocalBatch) -> None:
     towers = step.towers
     for part, state in zip(towers.parts, step.optimizer.towers, strict=True):
         tower = "text " if part.ddp.module is towers.side else ""
-        _book(recorder, tower + "weights", [buffer.param_data for buffer in part.ddp.buffers])
+        _book(recorder, tower + "weights", [buffer.param_data for buffer in (*part.ddp.buffers, *part.frozen)])
         _book(recorder, tower + "gradients", [buffer.grad_data for buffer in part.ddp.buffers])
         if part.sharded is not None:
             _adopt_sharded(recorder, part.sharded, tower)

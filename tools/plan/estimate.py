@@ -7,8 +7,8 @@ from models.config import ModelConfig
 from models.tensors.kept import spared_flops
 from tools.cost.activations import output_levels
 from tools.cost.cluster import Cluster, decoding_nodes
-from tools.cost.counts import executed_flops, training_flops, vision_executed_flops
-from tools.cost.layout import Layout, stages_of
+from tools.cost.counts import below_executed_flops, executed_flops, training_flops, vision_executed_flops
+from tools.cost.layout import Layout, frozen_in, stages_of
 from tools.cost.memory import Memory, peak_memory
 from tools.cost.time import StepTime, step_time
 
@@ -73,9 +73,11 @@ def priced(model: ModelConfig, layout: Layout, cluster: Cluster, memory: Memory)
     """The same where its memory is known already."""
     time = step_time(model, layout, cluster)
     taught = flops_of_teachers(model, layout)
-    flops = executed_flops(model, layout.patch_dropout, layout.keep / layout.micro_batches, layout.frames)
+    frozen, tokens = frozen_in(model, layout.freeze), model.vision.kept_tokens(layout.patch_dropout)
+    flops = executed_flops(model, layout.patch_dropout, layout.keep / layout.micro_batches, layout.frames, frozen)
     if layout.recompute == "full":
-        flops += layout.frames * vision_executed_flops(model, model.vision.kept_tokens(layout.patch_dropout))
+        flops += layout.frames * vision_executed_flops(model, tokens)
+        flops -= below_executed_flops(model, frozen, tokens, layout.frames)[0]
     flops += taught - _spared_flops(model, layout) / layout.local_batch
     return Estimate(
         name=str(layout),
@@ -83,7 +85,7 @@ def priced(model: ModelConfig, layout: Layout, cluster: Cluster, memory: Memory)
         time=time,
         cluster=cluster,
         global_batch=layout.global_batch,
-        model_flops=training_flops(model, layout.patch_dropout, layout.frames) + taught,
+        model_flops=training_flops(model, layout.patch_dropout, layout.frames, frozen) + taught,
         executed_flops=flops,
         images_per_node_s=layout.global_batch * layout.frames / time.total / decoding_nodes(layout, cluster),
         layout=layout,
@@ -102,9 +104,9 @@ def _spared_flops(model: ModelConfig, layout: Layout) -> float:
         return 0.0
     tokens, total = layout.packed_tokens(model.vision), 0.0
     for stage in stages_of(model, layout):
-        *levels, _ = output_levels(model, layout, stage)
-        for number, (blocks, level) in enumerate(zip(stage.chunks, levels, strict=True)):
-            pools = stage.has_head and number == len(stage.chunks) - 1 and model.vision.reads_one_token
+        *levels, _ = output_levels(model, layout, stage.above)
+        for number, (blocks, level) in enumerate(zip(stage.above.chunks, levels, strict=True)):
+            pools = stage.above.last_blocks and number == len(stage.chunks) - 1 and model.vision.reads_one_token
             pooled = layout.pooled_rows if pools else None
             total += spared_flops(model.vision, level, blocks=blocks, tokens=tokens, pooled=pooled)
     return total * layout.passes_kept

@@ -89,8 +89,8 @@ def _stage_costs(stages: Sequence[Stage], units: Sequence[UnitTime], **alone: An
     return [
         StageCosts(
             forward_s=_by_chunk(unit.f, stage),
-            backward_s=_by_chunk(unit.b, stage),
-            replay_s=_by_chunk(unit.r, stage),
+            backward_s=_by_chunk(unit.b, stage.above),
+            replay_s=_by_chunk(unit.r, stage.above),
             **alone,
         )
         for stage, unit in zip(stages, units, strict=True)
@@ -98,4 +98,6 @@ def _stage_costs(stages: Sequence[Stage], units: Sequence[UnitTime], **alone: An
 
 
 def _by_chunk(seconds: float, stage: Stage) -> tuple[float, ...]:
-    return tuple(seconds * blocks / stage.blocks for blocks in stage.chunks)
+    """A head alone counts as a block: it has the seconds of its stage."""
+    weights = stage.chunks if stage.blocks else (*[0] * (len(stage.chunks) - 1), 1)
+    return tuple(seconds * weight / sum(weights) for weight in weights)

@@ -75,6 +75,15 @@ FAST = [
          "train.outputs_budget_gb=0.5"),
     ),
     Case("taught", 8, 1, (*SHORT, "parallel.tensor=2", "parallel.pipeline=2", f"train.distill=[{TEACHER}]")),
+    Case("locked-image-tower", 8, 0, (*SHORT, "parallel.pipeline=2", "train.freeze=[vision.*]")),
+    Case(
+        "upper-blocks", 8, 1, (*SHORT, "parallel.tensor=2", "parallel.pipeline=2", "train.freeze="
+        "[vision.embed.*,vision.blocks.0-2.*,text.*]"),
+    ),
+    Case(
+        "upper-blocks-of-both", 2, 0, (*LARGE[1:], "model.vision.depth=8", "train.freeze="
+        "[vision.embed.*,vision.blocks.0-1.*,text.token_embedding,text.pos_embed,text.blocks.0.*]"), "b16",
+    ),
     Case("8b-full-virtual", 8, 1, (*SHORT, "parallel.pipeline=2", "parallel.virtual=2", "train.recompute=full"), "8b"),
 ]
 # fmt: on
@@ -105,7 +114,7 @@ def check(case: Case) -> None:
     planned_flops = rank_flops(config.model, layout, stage)
     assert {phase: planned_flops[phase] for phase in counted} == pytest.approx(counted, rel=1e-9)
     planned = phase_memory(config.model, layout, stage)
-    for phase, ours in PHASES.items():
+    for phase, ours in ((phase, ours) for phase, ours in PHASES.items() if phase in report.peaks):
         measured = report.peaks[phase].total
         assert planned[ours].total == pytest.approx(measured, rel=0.05), (phase, planned[ours], report.peaks[phase])
     # What is kept of captions or micro-batches while others are encoded is a moment of its own (first stage).
