@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.checkpoint.format.errors import CheckpointError
-from engine.checkpoint.format.manifest import AVERAGE, MOMENT1, WEIGHT
+from engine.checkpoint.format.manifest import AVERAGE, WEIGHT
 from engine.checkpoint.reader import Checkpoint
 from engine.config.phases import plan_job
 from engine.config.read import Config, ConfigError
@@ -28,7 +28,19 @@ from models.clip import LogitScale, embedding
 from models.tensors.naming import logical_name
 from models.towers.text import TextTower
 from models.towers.vision import VisionTower
-from tests.checkpoint.jobs import BATCH, CONTEXT, SIDE, VOCABULARY, alone, build, job_config, run_steps, save
+from tests.checkpoint.jobs import (
+    BATCH,
+    CONTEXT,
+    SIDE,
+    VOCABULARY,
+    alone,
+    build,
+    job_config,
+    run_steps,
+    save,
+    world_mesh,
+)
+from tests.distributed import run_distributed
 from tests.gather import whole_weights
 from tests.golden import deviations
 
@@ -181,11 +193,43 @@ def test_a_run_goes_on_to_the_bit(precision: str, tmp_path: Path) -> None:
     shapes = checkpoint.manifest.shapes()
     assert shapes.keys() == whole.keys(), "what is frozen is in the checkpoint"
     trained = {name for name in shapes if not name.startswith(("vision.", "text.blocks.0."))}
-    assert checkpoint.manifest.shapes(MOMENT1).keys() == checkpoint.manifest.shapes(AVERAGE).keys() == trained
+    assert checkpoint.manifest.shapes("moment1").keys() == checkpoint.manifest.shapes(AVERAGE).keys() == trained
     averages = checkpoint.kind(AVERAGE)
     assert averages.shapes() == shapes
     name = "vision.head.projection.weight"
     assert torch.equal(checkpoint.read_whole(name, AVERAGE), checkpoint.read_whole(name, WEIGHT))
+
+
+ELSEWHERE = {
+    "tensor": ("parallel.tensor=2",),
+    "pipeline": ("parallel.pipeline=2",),
+    "sharded": ("parallel.virtual=2", "parallel.shard=weights", "train.micro_batch_size=2"),
+}
+
+
+def _go_on(checkpoint: str, run_dir: str) -> dict[str, Any]:
+    """Two more steps at each layout of two ranks, and the weights of rank 0."""
+    found = {}
+    for name, layout in ELSEWHERE.items():
+        config = job_config(f"{run_dir}/{name}", LOCKED, *layout, f"checkpoint.resume={checkpoint}")
+        trainer = build(config, world_mesh(config))
+        found[name] = {"losses": run_steps(trainer, 2), "weights": whole_weights(trainer)}
+    return found
+
+
+@pytest.mark.dist
+def test_a_run_goes_on_at_other_layouts(tmp_path: Path) -> None:
+    with alone() as mesh:
+        trainer = build(job_config(tmp_path / "alone", LOCKED), mesh)
+        run_steps(trainer, 2)
+        folder = save(trainer)
+        expected, weights = run_steps(trainer, 2), whole_weights(trainer)
+    found, _ = run_distributed(_go_on, 2, checkpoint=str(folder), run_dir=str(tmp_path))
+    for name, result in found.items():
+        assert result["losses"] == pytest.approx(expected, rel=1e-5), name
+        for tensor, value in weights.items():
+            if tensor.startswith(("vision.", "text.blocks.0.")):
+                assert torch.equal(result["weights"][tensor], value), f"{name}: {tensor}"
 
 
 @pytest.mark.dist
