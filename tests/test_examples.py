@@ -326,10 +326,13 @@ def test_the_recipes_from_scratch_are_of_real_sizes_and_rates_that_learn() -> No
         assert optim.lr_vision == optim.lr_text <= 3e-4 and optim.layer_decay_vision == optim.layer_decay_text == 1
 
 
-def test_the_command_of_the_readme_is_a_recipe() -> None:
+def test_the_commands_of_the_readme_are_jobs() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    (command,) = re.findall(r"^torchrun .*-m engine\.train .*$", text, re.MULTILINE)
-    words = shlex.split(command)
-    config = load_config(ROOT / words[words.index("engine.train") + 1], words[words.index("engine.train") + 2 :])
-    assert config.model == preset_model("b16") and config.data.shards == ["/data/cc12m/{00000..01242}.tar"]
-    assert check_layout(config, int(_option(words, "--nproc-per-node"))) == 8
+    jobs = []
+    for command in re.findall(r"^torchrun .*-m engine\.train .*$", text, re.MULTILINE):
+        words = shlex.split(command)
+        config = load_config(ROOT / words[words.index("engine.train") + 1], words[words.index("engine.train") + 2 :])
+        jobs.append((config, check_layout(config, int(_option(words, "--nproc-per-node")))))
+    (recipe, replicas), (toy, toy_replicas) = jobs
+    assert recipe.model == preset_model("b16") and recipe.data.shards == ["/data/cc12m/{00000..01242}.tar"]
+    assert toy.train.steps == 50 and (replicas, toy_replicas) == (8, 1)
