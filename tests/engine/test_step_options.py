@@ -94,6 +94,8 @@ MODELS: dict[str, tuple[str, ...]] = {
     ),
 }
 """What changes the mathematics: case and reference share it."""
+LIMIT_S = 300.0
+"""Of one launch, which is a minute on two idle cores."""
 BUDGET_GB = 0.0006
 """A few micro-batches of one stage of tiny-18b."""
 OUTPUTS_BUDGET_GB = 0.0001
@@ -226,7 +228,8 @@ SLOW = {
     "uneven-pp2", "virtual-tp2-pp2-keep-3", "virtual-pp4", "learned-scale", "virtual-pp2-4-chunks-full",
     "locked-vision-kept", "upper-blocks-virtual", "upper-blocks-budgets", "heads-dp4-full", "islands-fused-no-sp",
     "small-buckets-virtual", "small-buckets-no-overlap", "ring-tp2-pp2-tiles", "sigmoid", "eva-02-virtual",
-    "distilled-shared",
+    "distilled-shared", "distilled-sigmoid", "upper-blocks-tp2-pp2-full", "eva-02-virtual-tp2-keep-1",
+    "outputs-eva-02-tp2", "outputs-selective", "full-keep-1", "uneven-virtual-pp2", "locked-text-pp4-offload",
 }  # fmt: skip
 """Pairs of options that the slow tests add; each option is in a fast case, too."""
 
@@ -297,13 +300,13 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(run_dir: Path) -> list[dict[str, Any]]:
     """What each of the four ranks returned, by case."""
-    return run_distributed(_all_cases, RANKS, folder=str(run_dir))
+    return run_distributed(_all_cases, RANKS, timeout_s=LIMIT_S, folder=str(run_dir))
 
 
 @pytest.fixture(scope="module")
 def slow_ranks() -> list[dict[str, Any]]:
     """The same of the slow cases and of the plain one."""
-    return run_distributed(_all_cases, RANKS, slow=True)
+    return run_distributed(_all_cases, RANKS, timeout_s=LIMIT_S, slow=True)
 
 
 @pytest.fixture(scope="module")
@@ -315,8 +318,9 @@ def references() -> Iterator[dict[str, list[float]]]:
 
 def test_the_references_learn_something(references: dict[str, list[float]]) -> None:
     for model, losses in references.items():
+        least = 50 if model == "heads" else 1e3  # projections alone do not move far
         for before, after in pairwise(losses):
-            assert abs(after - before) > 1e3 * TOLERANCE * before, f"{model}: {losses} hardly moves"
+            assert abs(after - before) > least * TOLERANCE * before, f"{model}: {losses} hardly moves"
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name not in SLOW], ids=lambda case: case.name)

@@ -105,6 +105,7 @@ def test_flops_are_those_of_the_planner(ranks: int, rank: int, options: tuple[st
         "text": captions * (4 * counts.text_executed_flops(config.model) - of_captions),
         "loss": loss_flops(sum(widths), captions, config.train.global_batch_size),
         "other": 0,
+        "teacher": 0,
     }
 
 
