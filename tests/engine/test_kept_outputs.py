@@ -179,7 +179,7 @@ def test_a_budget_is_not_exceeded() -> None:
     [
         (("train.keep_outputs=fc1",), "train.keep_outputs is 'fc1': choose one of none, fc2"),
         (("train.keep_outputs=all", "train.outputs_budget_gb=1"), "give one of them"),
-        (("train.outputs_budget_gb=-1",), "not a negative budget"),
+        (("train.outputs_budget_gb=-1",), "must be at least 0"),
         (("train.offload_outputs=true",), "nothing to move"),
         (("train.keep_outputs=all", "train.keep_activations=-1"), "no product is repeated"),
         (("train.keep_outputs=all", "train.keep_activations=4"), "all 4 micro-batches"),

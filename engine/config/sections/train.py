@@ -113,8 +113,8 @@ def _check_numbers(train: TrainConfig) -> None:
         f"train.recompute is {train.recompute!r}: choose none, selective or full",
     )
     require(
-        train.activation_budget_gb is None or (train.activation_budget_gb >= 0 and train.keep_activations == 0),
-        "train.activation_budget_gb replaces train.keep_activations: give one of them, and not a negative budget",
+        train.activation_budget_gb is None or train.keep_activations == 0,
+        "train.activation_budget_gb replaces train.keep_activations: give one of them",
     )
     require(
         train.logit_scale is None or train.logit_scale > 0,
@@ -162,9 +162,8 @@ def _check_outputs(config: "Config") -> None:
     level, budget = train.keep_outputs, train.outputs_budget_gb
     require(level in LEVELS, f"train.keep_outputs is {level!r}: choose one of {', '.join(LEVELS)}")
     require(
-        budget is None or (budget >= 0 and level == "none"),
-        f"train.outputs_budget_gb {budget} replaces train.keep_outputs {level}: give one of them, and not a negative "
-        "budget",
+        budget is None or level == "none",
+        f"train.outputs_budget_gb {budget} replaces train.keep_outputs {level}: give one of them",
     )
     if level == "none" and budget is None:
         require(
