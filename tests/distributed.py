@@ -6,7 +6,8 @@ from a server that has imported the engine, so a launch costs no import.
 
 * Ranks meet through a file, so two test runs never race for a port.
 * The first rank that fails ends the others; the error shows the stderr of every rank.
-* A hang ends at `timeout_s`: every rank writes its Python stack and exits; what is left is killed.
+* A hang ends at `timeout_s`: every rank writes its Python stack and exits; what is left is killed. A crash leaves its
+  stack, too.
 * Results travel as tensor files that are read with `weights_only`, so a rank may return tensors, numbers,
   strings, and lists, tuples and dicts of them.
 """
@@ -128,6 +129,7 @@ def _rank_main(
     rank: int, world_size: int, scratch: str, timeout_s: float, fn: Callable[..., Any], kwargs: dict[str, Any]
 ) -> None:
     _send_stderr_to(_stderr_path(Path(scratch), rank))
+    faulthandler.enable()  # a rank that crashes in foreign code leaves its stacks
     faulthandler.dump_traceback_later(timeout_s, exit=True)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
