@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -28,6 +29,25 @@ _FORMAT_VERSION = 4
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 _log = logging.getLogger(__name__)
+
+
+class _OneThread:
+    """Lets one thread at a time read arrays from a file, also in a process that was forked meanwhile.
+
+    NumPy reads the head of an array with ast.literal_eval, which in CPython 3.11 fails once in a while when two threads
+    are in it ("AST constructor recursion depth mismatch", seen with 3.11.7), and evaluations read by threads.
+    """
+
+    def __init__(self) -> None:
+        self.renew()
+        os.register_at_fork(after_in_child=self.renew)
+
+    def renew(self) -> None:
+        """Forget who was reading."""
+        self.lock = threading.Lock()
+
+
+ONE_THREAD = _OneThread()
 
 
 class Tally(NamedTuple):
@@ -130,7 +150,7 @@ def _from_cache(shard: str, storage: Storage, read: Callable[[Mapping[str, np.nd
     """
     stamp = _stamp(shard, storage)
     for file in storage.side_files(index_name(shard)):
-        with contextlib.suppress(*_UNREADABLE), np.load(file, allow_pickle=False) as cache:
+        with ONE_THREAD.lock, contextlib.suppress(*_UNREADABLE), np.load(file, allow_pickle=False) as cache:
             found = cache["stamp"]
             if found[0] == stamp[0] and (stamp[1] < 0 or np.array_equal(found, stamp)):
                 return read(cache)

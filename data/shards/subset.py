@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.shards.index import Place, ShardIndex
-from data.shards.index_store import IndexStore
+from data.shards.index_store import ONE_THREAD, IndexStore
 from data.shards.listing import ShardFiles
 from data.shards.lru import Lru
 from data.shards.storage import Storage
@@ -127,7 +127,7 @@ class SubsetOfShards:
         digest = self._digest_of(shard)
         name = f"{self._shards[shard]}.subset-{self._digest}.npz"
         for file in self._storage.side_files(name):
-            with contextlib.suppress(*_UNREADABLE), np.load(file, allow_pickle=False) as cache:
+            with ONE_THREAD.lock, contextlib.suppress(*_UNREADABLE), np.load(file, allow_pickle=False) as cache:
                 if cache["version"] == _VERSION and cache["index"] == np.uint64(digest):
                     weights = cache["weights"] if self._weights else None
                     return Kept(samples=cache["samples"], weights=weights, nameless=int(cache["nameless"]))

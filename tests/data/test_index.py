@@ -5,11 +5,13 @@ import os
 import tarfile
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from data.errors import DataError
+from data.shards import index_store
 from data.shards.index import Place, ShardIndex
 from data.shards.index import build_index as build_from_stream
 from data.shards.index_store import COUNTS_FILE, IndexStore, Tally, index_name, load_index, write_counts
@@ -172,3 +174,22 @@ def test_a_tar_cut_in_its_first_sample_is_an_error(tmp_path: Path) -> None:
     os.truncate(path, 700)
     with pytest.raises(DataError, match="cut before the end of its first sample"):
         load_index(path, Storage())
+
+
+def test_one_thread_at_a_time_reads_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = str(tmp_path / "x.tar")
+    write_shard(shard, [good_sample(0)])
+    load_index(shard, Storage())
+    seen, load = [], np.load
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        seen.append(index_store.ONE_THREAD.lock.locked())
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(np, "load", watched)
+    assert load_index(shard, Storage()).keys[0] and seen == [True]
+    lock = index_store.ONE_THREAD.lock
+    with lock:
+        if (child := os.fork()) == 0:
+            os._exit(int(index_store.ONE_THREAD.lock.locked()))
+        assert os.waitpid(child, 0)[1] == 0, "a fork keeps waiting for a thread that it does not have"

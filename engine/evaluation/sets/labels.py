@@ -10,6 +10,7 @@ import numpy as np
 from data.config import DataConfig
 from data.each import EachReader
 from data.errors import DataError
+from data.shards.index_store import ONE_THREAD
 from engine.evaluation.sets.spec import SetSpec
 from engine.evaluation.text_files import caption_lines
 
@@ -87,7 +88,8 @@ def _class_of(spec: SetSpec, text: bytes) -> int:
 
 def _classes_of(spec: SetSpec, content: bytes) -> np.ndarray:
     try:
-        labels = np.load(io.BytesIO(content), allow_pickle=False)
+        with ONE_THREAD.lock:
+            labels = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise DataError(f"set {spec.name}: a .npy of labels cannot be read ({error})") from None
     if labels.ndim != 1 or not np.isin(labels, (0, 1)).all():
