@@ -24,7 +24,7 @@ from benchmarks.sharded_rank import FSDP, OURS
 from tools.cli import command_parser
 
 _EXAMPLES = (
-    "python -m benchmarks.sharded                # about 10 minutes on 2 idle cores",
+    "python -m benchmarks.sharded",
     "python -m benchmarks.sharded --quick",
 )
 RANKS = 4

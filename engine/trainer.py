@@ -22,7 +22,7 @@ from engine.config.origin import model_in_words
 from engine.config.phases import Phase
 from engine.config.read import to_dict
 from engine.feed import Feed, LocalBatch, list_together
-from engine.objectives.frozen import check_features
+from engine.objectives.features import check_features
 from engine.objectives.registry import objective_of
 from engine.objectives.update import StepOutcome
 from engine.optim.average import restart_average

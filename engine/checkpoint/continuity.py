@@ -7,11 +7,11 @@ unless the job accepts the change by name (`checkpoint.accept`, `data.changed`).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from data.fingerprint import differences
 from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.format.matching import matches
 
 _CHANGES_THE_RESULT = (
     "objective", "train.global_batch_size", "train.patch_dropout", "train.precision", "train.logit_scale", "train.loss",
@@ -47,17 +47,13 @@ def changed_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> li
     return [
         Change(name, was[name], now[name])
         for name in sorted(was.keys() & now.keys())
-        if was[name] != now[name] and any(fnmatchcase(name, pattern) for pattern in watched)
+        if was[name] != now[name] and matches(name, watched)
     ]
 
 
 def accept_settings(changes: Sequence[Change], accepted: Sequence[str], folder: object) -> str:
     """What to say about them; empty where nothing changed. Raises CheckpointError for what is not accepted."""
-    refused = [
-        change
-        for change in changes
-        if not _only_said(change.name) and not any(fnmatchcase(change.name, pattern) for pattern in accepted)
-    ]
+    refused = [change for change in changes if not matches(change.name, (*_ONLY_SAID, *accepted))]
     if refused:
         raise CheckpointError(
             f"{folder} was written with other settings: {'; '.join(map(str, refused))}. Restore them, or go on with "
@@ -78,10 +74,6 @@ def accept_data(was: Mapping[str, Any], now: Mapping[str, Any], *, accepted: boo
             "Restore it, or go on with the new order by data.changed=accept"
         )
     return f"goes on with other data: {'; '.join(lines)}" if lines else ""
-
-
-def _only_said(name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in _ONLY_SAID)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """An open checkpoint: any range of any tensor, whatever layout wrote it; and the check of its files."""
 
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from engine.checkpoint.format.errors import CheckpointError, listed
 from engine.checkpoint.format.flat_slice import FlatSlice, RangeReader, copy_overlap
 from engine.checkpoint.format.manifest import AVERAGE, WEIGHT, Manifest, read_manifest
-from engine.checkpoint.format.matching import Exceptions
+from engine.checkpoint.format.matching import Exceptions, matches
 from engine.checkpoint.format.tensor_file import TensorFile, hash_file
 
 WHOLE = Exceptions()
@@ -31,7 +30,7 @@ class Checkpoint:
 
     def leaves_fresh(self, name: str) -> bool:
         """Whether a tensor of the model keeps its initial value beside this checkpoint, which fills every other one."""
-        return any(fnmatchcase(name, pattern) for pattern in self.exceptions.reinit)
+        return matches(name, self.exceptions.reinit)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Logical name -> shape of every weight."""

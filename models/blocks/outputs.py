@@ -14,14 +14,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     LinearWithGradAccumulationAndAsyncCommunication,
     RowParallelLinear,
     custom_fwd,
 )
-from megatron.core.tensor_parallel.mappings import _gather_along_first_dim, _reduce_scatter_along_first_dim
+from megatron.core.tensor_parallel.mappings import _gather_along_first_dim, _reduce, _reduce_scatter_along_first_dim
 from torch import Tensor, nn
 
 from models.tensors.kept import LEVELS
@@ -193,7 +192,7 @@ class _FrozenProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_input = gradient.matmul(weight)
             if ctx.summed is not None:
-                dist.all_reduce(of_input, group=ctx.summed)
+                of_input = _reduce(of_input, ctx.summed)
             elif ctx.scattered is not None:
                 of_input = _reduce_scatter_along_first_dim(of_input, ctx.scattered)
         of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None

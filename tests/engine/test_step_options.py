@@ -95,7 +95,7 @@ MODELS: dict[str, tuple[str, ...]] = {
 }
 """What changes the mathematics: case and reference share it."""
 LIMIT_S = 300.0
-"""Of one launch, which is a minute on two idle cores."""
+"""Of one launch, which takes 90 s on two cores."""
 BUDGET_GB = 0.0006
 """A few micro-batches of one stage of tiny-18b."""
 OUTPUTS_BUDGET_GB = 0.0001

@@ -25,7 +25,7 @@ from engine.evaluation.embedder import Embedder
 from engine.evaluation.inputs import Block, ShardInput
 from engine.evaluation.progress import Progress
 from engine.evaluation.session import Session, block_size, load, open_session, shard_input, split_overrides
-from engine.objectives.frozen import tower_digest
+from engine.objectives.features import tower_digest
 from engine.parallel.mesh import LayoutError
 from engine.resilience.exit import leave
 from tools.cli import answer, check_file, command_parser, positive

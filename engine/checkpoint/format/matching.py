@@ -1,5 +1,6 @@
 """Which tensors a load takes: strict by default, exceptions only by pattern, and printed."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -69,8 +70,8 @@ def match(stored: Shapes, wanted: Shapes, exceptions: Exceptions, source: str, k
     """
     _refuse_idle_patterns(exceptions.skip, stored, f"{keys}.skip", source)
     _refuse_idle_patterns(exceptions.reinit, wanted, f"{keys}.reinit", "the model")
-    skip = [name for name in stored if _matches(name, exceptions.skip)]
-    reinit = [name for name in wanted if _matches(name, exceptions.reinit)]
+    skip = [name for name in stored if matches(name, exceptions.skip)]
+    reinit = [name for name in wanted if matches(name, exceptions.reinit)]
     aside = set(skip) | set(reinit)
     needed = {name: shape for name, shape in wanted.items() if name not in set(reinit)}
     found = compare(needed, {name: shape for name, shape in stored.items() if name not in aside})
@@ -79,7 +80,8 @@ def match(stored: Shapes, wanted: Shapes, exceptions: Exceptions, source: str, k
     return Match(load=list(needed), reinit=reinit, skip=skip)
 
 
-def _matches(name: str, patterns: list[str]) -> bool:
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns (shell style) is the name's."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
