@@ -17,7 +17,7 @@ from engine.config.phases import Job, naming
 from engine.config.read import Config, ConfigError, check_layout, check_vocabulary, read_job, to_dict
 from engine.paths import check_paths
 from engine.resilience.elastic import fit_job, in_words
-from engine.resilience.exit import STOPPED, leave, refuse
+from engine.resilience.exit import STOPPED, crashes_leave_stacks, leave, refuse
 
 if TYPE_CHECKING:
     from engine.record import Callback
@@ -28,6 +28,7 @@ def main(arguments: list[str]) -> int:
     """Run a training job on this rank; the exit status."""
     if not arguments or arguments[0].startswith("-"):
         return _help(arguments)
+    crashes_leave_stacks()
     try:
         job = read_job(arguments[0], arguments[1:])
         came = working = int(os.environ.get("WORLD_SIZE", "1"))

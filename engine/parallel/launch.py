@@ -12,6 +12,7 @@ from engine.parallel.mesh import Mesh, build_mesh, meet
 from engine.parallel.rendezvous import own_store
 from engine.parallel.standby import StoodBy, let_go, stand_by
 from engine.resilience.agreement import agree
+from engine.resilience.exit import crashes_leave_stacks
 from engine.resilience.failures import note
 
 
@@ -25,6 +26,7 @@ def job(
     working: how many of the ranks the layout uses (None: all); the others stand by until these have ended and raise
     StoodBy. What is raised inside carries who tells it (engine/resilience/failures.py).
     """
+    crashes_leave_stacks()
     if parallel.tensor > 1:
         order_kernels_by_launch()
     device = prepare()

@@ -1,5 +1,7 @@
 """How a rank ends. Imports neither torch nor megatron-core: a mistake in a config ends here, too, and at once."""
 
+import contextlib
+import faulthandler
 import logging
 import os
 import socket
@@ -29,6 +31,15 @@ def refuse(error: Exception) -> int:
     where = "" if rank == 0 else f"rank {rank} on {socket.gethostname()}: "
     print(f"error: {where}{error}", file=sys.stderr, flush=True)
     return 1
+
+
+def crashes_leave_stacks() -> None:
+    """Have a crash in foreign code (SIGSEGV, SIGABRT, SIGBUS, SIGFPE, SIGILL) leave the Python stacks of all threads on
+    standard error, which the rank's log holds. Where there is no such stream (a notebook's own), nothing changes.
+    """
+    if not faulthandler.is_enabled():
+        with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):
+            faulthandler.enable(all_threads=True)
 
 
 def leave(status: int) -> None:

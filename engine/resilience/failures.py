@@ -19,33 +19,44 @@ import torch.distributed as dist
 
 from engine.parallel.agree import PeerFailed
 
+_POLL_S = 0.02
 _LOST = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting \d+ms|NCCL (error|timeout)|ncclRemoteError"
     r"|Application timeout|wait timeout after|Connection was likely closed|Failed to recv|failed to connect"
 )
 _READER = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)")
 """torch's signal handler says so wherever the training thread happens to be."""
-_AT_FAULT = "told by the rank at fault"
+_AT_FAULT, _NOTED = "told by the rank at fault", "noted"
 _LATER_S = 3.0
-"""How much later than the rank at fault the others end."""
+"""How much later than the rank at fault the others end, and how long the rank that holds the store stays for them."""
 
 
 def note(error: Exception, store: dist.Store) -> None:
     """Settle whether this rank tells `error`. store: that of this start."""
-    if isinstance(error, PeerFailed):
-        told = True
-    else:
-        lost = lost_peer(error)
-        text = "lost" if lost else f"{type(error).__name__} {error}"
-        try:
-            if lost:
-                error.at_fault_has_told = lambda: store.check([_AT_FAULT])  # type: ignore[attr-defined]
-            else:
+    lost = lost_peer(error)
+    text = "lost" if lost else f"{type(error).__name__} {error}"
+    at_fault_has_told: Callable[[], bool] = lambda: store.check([_AT_FAULT])  # noqa: E731
+    try:
+        if isinstance(error, PeerFailed) or (lost and at_fault_has_told()):
+            told = True
+        else:
+            if not lost:
                 store.set(_AT_FAULT, "")
             told = store.add(f"told/{hashlib.sha256(text.encode()).hexdigest()}", 1) > 1
-        except RuntimeError:  # the store went with its host: better told twice than never
-            told = False
+        store.add(_NOTED, 1)
+    except RuntimeError:  # the store went with its host: better told twice than never
+        told = isinstance(error, PeerFailed)
     error.told_elsewhere = told  # type: ignore[attr-defined]
+    if lost:
+        error.at_fault_has_told = at_fault_has_told  # type: ignore[attr-defined]
+    elif _holds_the_store():
+        everyone = int(os.environ["WORLD_SIZE"])
+        error.all_have_noted = lambda: store.add(_NOTED, 0) >= everyone  # type: ignore[attr-defined]
+
+
+def _holds_the_store() -> bool:
+    """Whether the store ends with this rank: torchrun, which holds it otherwise, has not started it."""
+    return os.environ.get("RANK") == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def lost_peer(error: Exception) -> bool:
@@ -59,34 +70,45 @@ def tell(error: Exception) -> int:
         time.sleep(_LATER_S)
         if _asked(getattr(error, "at_fault_has_told", None)):
             return 1
-    if getattr(error, "told_elsewhere", False):
-        return 1
+    if not getattr(error, "told_elsewhere", False):
+        _say(_in_words(error))
+    _stay_for_the_others(error)
+    return 1
+
+
+def _in_words(error: Exception) -> str:
     rank = f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
     if lost_peer(error):
         what = " ".join(str(error).splitlines()[0].split("] ")[-1].split(". This is")[0].split())
-        _say(f"error: {rank} lost another rank ({what}): torchrun's summary names the rank that ended first")
-    elif isinstance(error, torch.OutOfMemoryError):
-        _say(
+        return f"error: {rank} lost another rank ({what}): torchrun's summary names the rank that ended first"
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
             f"error: {rank} is out of memory ({' '.join(str(error).split())}): lower train.micro_batch_size or "
             "train.keep_activations, set train.recompute, or cut the model further (tools.plan)"
         )
-    elif isinstance(error, RuntimeError) and _READER.search(str(error)):
-        _say(
+    if isinstance(error, RuntimeError) and _READER.search(str(error)):
+        return (
             f"error: a reader of {rank} died ({' '.join(str(error).split())}): out of memory? lower "
             "data.prefetch_batches or data.workers"
         )
-    elif isinstance(error, OSError):
-        _say(f"error: {rank}: {error}")
-    else:
-        _say("".join(traceback.format_exception(error)) + f"error: {rank} failed: {type(error).__name__}: {error}")
-    return 1
+    if isinstance(error, OSError):
+        return f"error: {rank}: {error}"
+    return "".join(traceback.format_exception(error)) + f"error: {rank} failed: {type(error).__name__}: {error}"
 
 
 def tell_line(error: Exception) -> int:
     """The same for a mistake whose message says everything."""
     if not getattr(error, "told_elsewhere", False):
         _say(f"error: {error}")
+    _stay_for_the_others(error)
     return 1
+
+
+def _stay_for_the_others(error: Exception) -> None:
+    """The rank that holds the store stays until the others have asked there whether they are to tell the error too."""
+    all_have_noted, until_s = getattr(error, "all_have_noted", None), time.monotonic() + _LATER_S
+    while all_have_noted is not None and not _asked(all_have_noted) and time.monotonic() < until_s:
+        time.sleep(_POLL_S)
 
 
 def _asked(question: Callable[[], bool] | None) -> bool:

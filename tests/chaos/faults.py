@@ -64,6 +64,8 @@ class Fault:
     overrides: tuple[str, ...] = ()
     mend: Callable[[Place], None] = lambda place: None
     """Undone before the next start, as a person or a scheduler would."""
+    leaves: str = ""
+    """What the log of the ranks holds beside that line."""
 
 
 def arm(rank: int, fault: Callable[[Place, Any], None], place: Place) -> None:
@@ -328,7 +330,7 @@ FAULTS = [
     Fault("touch STOP", touch("STOP"), "stops", "/STOP after step "),
     Fault("touch SAVE", touch("SAVE"), "on"),
     Fault("kill -9 of a rank", to_self(signal.SIGKILL), "ends", LOST),
-    Fault("segmentation fault", to_self(signal.SIGSEGV), "ends", LOST),
+    Fault("segmentation fault", to_self(signal.SIGSEGV), "ends", LOST, leaves="Fatal Python error: Segmentation fault"),
     Fault("an exception", fail(RuntimeError("injected")), "ends", "RuntimeError: injected"),
     Fault("out of memory", fail(torch.OutOfMemoryError("injected")), "ends", "injected"),
     Fault("SIGSTOP of a rank", to_self(signal.SIGSTOP), "ends", "no sign of life from rank 1 on ", STILL),

@@ -129,7 +129,7 @@ def _judge(lab: Lab, fault: Fault, place: Place, start: Start, statuses: list[in
         assert statuses == [STOPPED] * RANKS and read_status(place.run_dir)["outcome"] == "stopped", text
     else:
         assert fault.comes in ("ends", "counted") and statuses != [STOPPED] * RANKS, text
-    assert len(said) == 1 and search(fault.says, said[0]), text
+    assert len(said) == 1 and search(fault.says, said[0]) and fault.leaves in text, text
     return row | {"outcome": "stops in order" if fault.comes == "stops" else "ends"}
 
 

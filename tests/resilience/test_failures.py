@@ -1,10 +1,16 @@
 """Who tells what when a rank ends: the one at fault, once, in one line where the cause is known."""
 
+import signal
+import subprocess
+import sys
+import threading
+
 import pytest
 import torch.distributed as dist
 
 from engine.resilience import failures
-from engine.resilience.failures import note, tell
+from engine.resilience.failures import note, tell, tell_line
+from engine.resilience.judge import UnhealthyStep
 
 LOST = "[/a/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer. This is typically …"
 
@@ -37,3 +43,52 @@ def test_where_nobody_could_tell_the_loss_is_told_once(capsys: pytest.CaptureFix
 def test_a_reader_that_dies_in_the_middle_of_a_step_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     told = said(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), dist.HashStore(), capsys)
     assert told.startswith("error: a reader of rank 0 on ") and told.count("\n") == 1 and "data.workers" in told
+
+
+def test_the_rank_that_holds_the_store_stays_until_the_others_have_asked_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without torchrun the store ends with rank 0, and a rank that cannot ask tells the same once more."""
+    monkeypatch.setattr(failures, "_LATER_S", 30.0)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    store, order = dist.HashStore(), list[str]()
+
+    def other_rank() -> None:
+        while not store.check([failures._AT_FAULT]):
+            pass
+        order.append("noted")
+        note(UnhealthyStep("step 7"), store)
+
+    other = threading.Thread(target=other_rank)
+    other.start()
+    note(own := UnhealthyStep("step 7"), store)
+    assert tell_line(own) == 1
+    order.append("left")
+    other.join()
+    assert order == ["noted", "left"] and capsys.readouterr().err == "error: step 7\n"
+
+
+def test_a_rank_that_lost_the_one_at_fault_need_not_ask_again(capsys: pytest.CaptureFixture[str]) -> None:
+    store = dist.HashStore()
+    note(ValueError("injected"), store)
+    note(lost := RuntimeError(LOST), store)
+    store.delete_key(failures._AT_FAULT)  # as the store itself is gone when the time has come to tell
+    assert tell(lost) == 1 and capsys.readouterr().err == ""
+
+
+def test_a_crash_in_foreign_code_leaves_the_stacks_of_all_threads() -> None:
+    """A process of its own, as pytest has the same handler."""
+    code = (
+        "import os, signal, threading\n"
+        "from engine.resilience.exit import crashes_leave_stacks\n"
+        "crashes_leave_stacks()\n"
+        "def waits(): threading.Event().wait()\n"
+        "threading.Thread(target=waits, daemon=True).start()\n"
+        "def crashes(): os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "crashes()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGSEGV
+    for said in ("Fatal Python error: Segmentation fault", "in crashes", "in waits"):
+        assert said in ended.stderr
