@@ -25,6 +25,7 @@ from tools.cli import command_parser
 
 _EXAMPLES = (
     "python -m benchmarks.sharded",
+    "python -m benchmarks.sharded --rounds 1 --add   # another round on top of what was measured before",
     "python -m benchmarks.sharded --quick",
 )
 RANKS = 4
@@ -111,24 +112,43 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--sides", nargs="+", choices=[*OURS, *FSDP], default=[*OURS, *FSDP], help="sides that take turns"
     )
+    parser.add_argument("--add", action="store_true", help="keep the rounds of the output and add to them")
     parser.add_argument("--quick", action="store_true", help="a toy model, to see that everything runs")
     parser.add_argument("--output", type=Path, default=RESULTS / "sharded.json", help="the numbers")
     return parser.parse_args()
 
 
+def _earlier(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Runs of the rounds that the output holds. Exits where they measured something else."""
+    if not options.add:
+        return []
+    before = json.loads(options.output.read_text())
+    now = _settings(options)
+    differ = [name for name in ("batch", "steps", "sides", "quick") if before["options"][name] != now[name]]
+    if differ:
+        raise SystemExit(f"sharded: {options.output} has another {', '.join(differ)}: {before['options']}")
+    return before["runs"]
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(options).items() if name not in ("output", "add")}
+
+
 def main() -> None:
     options = parse_options()
-    runs = []
-    for number in range(options.rounds):
+    runs = _earlier(options)
+    first = 1 + max((run["round"] for run in runs), default=-1)
+    for number in range(first, first + options.rounds):
         for side in options.sides if number % 2 == 0 else reversed(options.sides):
             runs.append(measure(side, options) | {"round": number})
             print(f"round {number + 1}: {side}  {runs[-1]['steps'][-1]['wall_s']:.2f} s", flush=True)
-    check_losses(runs)
-    table = summary(runs, options.batch)
-    settings = {name: value for name, value in vars(options).items() if name != "output"}
-    result = {"machine": machine(), "ranks": RANKS, "options": settings, "goals": goals(runs, table), "table": table}
+        check_losses(runs)
+        table = summary(runs, options.batch)
+        settings = _settings(options) | {"rounds": number + 1}
+        result = {"machine": machine(), "ranks": RANKS, "options": settings, "goals": goals(runs, table)}
+        result |= {"table": table}
+        write_json(result | {"runs": runs}, options.output)
     show(result)
-    write_json(result | {"runs": runs}, options.output)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,8 @@ class Checkpoint:
 
 def _require_plain_names(manifest: Manifest, folder: Path) -> None:
     """Nothing that a manifest names lies outside its folder."""
-    parts = (part.file for tensor in manifest.tensors.values() for part in tensor.parts)
+    # Files of ranks in tables are named by numbers.
+    parts = (part.file for tensor in manifest.tensors.values() for part in tensor.listed)
     for name in dict.fromkeys([*manifest.files, *parts]):
         if Path(name).name != name or name == "..":
             raise CheckpointError(f"{folder} names the file {name!r}: files of a checkpoint lie in its folder")

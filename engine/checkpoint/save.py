@@ -1,7 +1,8 @@
 """Saving: snapshot, background writer on every rank, commit by rank 0.
 
 1. All ranks copy what they own to host memory (the stall), agree that it fits on the disk, and go on training.
-2. A thread a rank writes rank_*.safetensors, hashing while it writes, then a small rank_*.json: parts, size, hash.
+2. A thread a rank writes rank_*.safetensors, hashing while it writes, then a small rank_*.json: size, hash, and which
+   tables of shards its parts follow from; the first rank of a table writes it down.
 3. Rank 0's thread waits for those of all ranks, merges them into the manifest, renames the folder into its place, moves
    `latest` and deletes what is no longer kept.
 A state that is not finite is not committed: there would be nothing to go back to. The checkpoint before stays until the
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 
 from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.format.flat_slice import FlatSlice
 from engine.checkpoint.format.folders import (
     Retention,
     prune,
@@ -40,14 +42,11 @@ from engine.checkpoint.format.manifest import (
     RECORD,
     Manifest,
     Position,
-    StoredPart,
-    StoredTensor,
-    parse_tensor,
     sync_folder,
-    tensor_entry,
     write_manifest,
     write_synced,
 )
+from engine.checkpoint.format.tables import ShardTable, digest_of, parse_table, rank_file, table_entry
 from engine.checkpoint.format.tensor_file import FileRecord, TensorSpec, write_tensor_file
 from engine.checkpoint.state import Snapshot, SnapshotPart
 from engine.config.read import Config, to_dict
@@ -100,7 +99,8 @@ class CheckpointSaver:
             return
         rank = self.mesh.world.rank
         self.rejected = ""
-        self._writing = BackgroundTask(lambda: write_rank(saving_folder(final), rank, parts))
+        tables = self._snapshot.tables()
+        self._writing = BackgroundTask(lambda: write_rank(saving_folder(final), rank, parts, tables))
         if rank == 0:
             manifest = self.head(position, callbacks, metrics, data or {})
             self._committing = BackgroundTask(lambda: self._commit(final, manifest))
@@ -238,18 +238,17 @@ class CheckpointSaver:
         reports = [folder / f"rank_{rank:05d}.json" for rank in range(self.mesh.world.size)]
         if not self._wait_for(reports):
             return
-        for rank, report in enumerate(reports):
-            content = json.loads(report.read_text())
+        contents = [json.loads(report.read_text()) for report in reports]
+        for rank, (report, content) in enumerate(zip(reports, contents, strict=True)):
             if content["not_finite"]:
                 rejected.append(f"rank {rank} on {content['host']} holds {', '.join(content['not_finite'][:3])}")
-            else:
-                merge_report(manifest, content)
             report.unlink()
         if rejected:
             self.rejected = f"not finite: {'; '.join(rejected[:4])}"
             shutil.rmtree(folder)
             print(f"WARNING: {final.name} was not saved: {self.rejected}", file=sys.stderr, flush=True)
             return
+        merge_reports(manifest, contents)
         write_manifest(folder, manifest)
         put_in_place(final)
         for folder in set_later_aside(final, self.run_dir):
@@ -318,12 +317,14 @@ def _sizes(folder: Path) -> dict[str, int]:
         return {}
 
 
-def write_rank(folder: Path, rank: int, parts: list[SnapshotPart]) -> dict[str, Any]:
+def write_rank(folder: Path, rank: int, parts: list[SnapshotPart], tables: list[ShardTable]) -> dict[str, Any]:
     """Write what a rank owns, unless it is not finite, and at last the report that says so; returns the report."""
     not_finite = [part.key for part in parts if not bool(torch.isfinite(part.values).all())]
     report: dict[str, Any] = {"host": socket.gethostname(), "not_finite": not_finite}
     if not not_finite:
-        report |= _write_parts(folder / f"rank_{rank:05d}.safetensors", parts)
+        report |= _write_parts(folder / rank_file(rank), parts)
+        report["tables"] = [_table_report(rank, table) for table in tables]
+        _require_tables(rank, parts, tables)
     hidden = folder / f".rank_{rank:05d}.json"
     write_synced(hidden, json.dumps(report).encode())
     sync_folder(folder)
@@ -335,21 +336,39 @@ def write_rank(folder: Path, rank: int, parts: list[SnapshotPart]) -> dict[str, 
 def _write_parts(file: Path, parts: list[SnapshotPart]) -> dict[str, Any]:
     specs = [TensorSpec(part.key, part.values.dtype, (part.values.numel(),)) for part in parts]
     record = write_tensor_file(file, specs, (part.values for part in parts))
-    tensors = {
-        part.key: tensor_entry(StoredTensor(part.values.dtype, part.where.shape, [StoredPart(file.name, part.where)]))
-        for part in parts
-    }
-    return {"file": file.name, "record": asdict(record), "tensors": tensors}
+    return {"file": file.name, "record": asdict(record)}
 
 
-def merge_report(manifest: Manifest, report: dict[str, Any]) -> None:
-    """Add a rank's file and tensors. Raises CheckpointError where ranks disagree on a tensor."""
-    manifest.files[report["file"]] = FileRecord(**report["record"])
-    for key, entry in report["tensors"].items():
-        tensor = parse_tensor(entry)
-        known = manifest.tensors.setdefault(key, StoredTensor(tensor.dtype, tensor.shape))
-        if (known.dtype, known.shape) != (tensor.dtype, tensor.shape):
-            raise CheckpointError(
-                f"ranks disagree on {key}: {known.shape} {known.dtype} or {tensor.shape} {tensor.dtype}"
-            )
-        known.parts += tensor.parts
+def _table_report(rank: int, table: ShardTable) -> dict[str, Any]:
+    """What a rank says of a table: the first has it whole, the others what they would have said."""
+    entry = table_entry(table)
+    given = {"table": entry, "shapes": table.shapes()} if rank == table.ranks[0] else {}
+    return {"digest": digest_of(entry), **given}
+
+
+def _require_tables(rank: int, parts: list[SnapshotPart], tables: list[ShardTable]) -> None:
+    """What was written is what its place in the tables says, or nobody would find it."""
+    said: dict[str, FlatSlice] = {}
+    for table in tables:
+        said |= table.owned(rank)
+    wrong = said.items() ^ {part.key: part.where for part in parts}.items()
+    if wrong:
+        raise CheckpointError(f"rank {rank} does not own of {sorted(wrong)[0][0]} what its place says")
+
+
+def merge_reports(manifest: Manifest, reports: list[dict[str, Any]]) -> None:
+    """Add files and tensors of all ranks. Raises CheckpointError where ranks disagree on where they lie."""
+    told: dict[str, list[int]] = {}
+    given: dict[str, ShardTable] = {}
+    for rank, report in enumerate(reports):
+        manifest.files[report["file"]] = FileRecord(**report["record"])
+        for entry in report["tables"]:
+            told.setdefault(entry["digest"], []).append(rank)
+            if "table" in entry:
+                shapes = {name: tuple(shape) for name, shape in entry["shapes"].items()}
+                given[entry["digest"]] = parse_table(entry["table"], shapes, len(reports))
+    for digest, ranks in told.items():
+        table = given.get(digest)
+        if table is None or sorted(table.ranks) != ranks:
+            raise CheckpointError(f"ranks {ranks[:4]} do not agree with the owners of their slices on what these are")
+        manifest.add_table(table)

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from engine.checkpoint.format.flat_slice import FlatSlice
+from engine.checkpoint.format.tables import Bucket, ShardTable, TableRow
 from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.mesh import Mesh
 from engine.parallel.shards import Piece, TowerShards
@@ -25,9 +27,14 @@ class SnapshotPart:
 
 def owned_slice(shards: TowerShards, piece: Piece, mesh: Mesh) -> FlatSlice:
     """Coordinates of an owned piece in its logical tensor."""
-    tensor = shards.tensors[piece.tensor]
-    whole = FlatSlice.of_rank(tensor.shape, tensor.split_dim, mesh.tensor.rank, mesh.tensor.size)
+    whole = _local_slice(shards, piece, mesh)
     return whole.part(piece.offset, piece.offset + piece.stop - piece.start)
+
+
+def _local_slice(shards: TowerShards, piece: Piece, mesh: Mesh) -> FlatSlice:
+    """All that this tensor rank has of a piece's tensor."""
+    tensor = shards.tensors[piece.tensor]
+    return FlatSlice.of_rank(tensor.shape, tensor.split_dim, mesh.tensor.rank, mesh.tensor.size)
 
 
 class Snapshot:
@@ -52,6 +59,29 @@ class Snapshot:
                         name = tower.shards.tensors[piece.tensor].name
                         where = owned_slice(tower.shards, piece, self.mesh)
                         yield SnapshotPart(f"{kind}/{name}", where, host[s][piece.start : piece.stop])
+
+    def tables(self) -> list[ShardTable]:
+        """Where the parts lie that this rank and the other owners of its buckets write. Local."""
+        world = dist.get_process_group_ranks(self.mesh.world.group)
+        found: dict[tuple[tuple[int, ...], tuple[str, ...]], list[Bucket]] = {}
+        for tower in self.optimizer.held:
+            writes = (tower.shards.counted > 0).tolist()
+            owners = dist.get_process_group_ranks(tower.shards.owners.group)
+            ranks = tuple(world.index(rank) for rank in owners)
+            buckets = found.setdefault((ranks, tuple(tower.kinds())), [])
+            for shard in tower.shards.shards:
+                rows = [
+                    TableRow(
+                        tower.shards.tensors[piece.tensor].name,
+                        piece.start,
+                        _local_slice(tower.shards, piece, self.mesh),
+                    )
+                    for piece in shard.tensors
+                    if writes[piece.tensor]
+                ]
+                if rows:
+                    buckets.append(Bucket(shard.length, tuple(rows)))
+        return [ShardTable(ranks, kinds, tuple(buckets)) for (ranks, kinds), buckets in found.items() if buckets]
 
     def _copy(self, key: tuple[int, str, int], flat: Tensor) -> Tensor:
         if key not in self._buffers:

@@ -100,7 +100,7 @@ def _write_file(folder: Path, file: PlannedFile, read: Callable[[PlannedPart], T
     manifest.files[file.name] = write_tensor_file(folder / file.name, specs, _values(file, read))
     for part in file.parts:
         tensor = manifest.tensors.setdefault(part.key, StoredTensor(part.dtype, part.where.shape))
-        tensor.parts.append(StoredPart(file.name, part.where))
+        tensor.listed.append(StoredPart(file.name, part.where))
 
 
 def _values(file: PlannedFile, read: Callable[[PlannedPart], Tensor]) -> Iterator[Tensor]:

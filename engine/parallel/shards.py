@@ -42,6 +42,10 @@ class Shard:
     gradient: Tensor
     """1-D fp32 view, complete after the reduce-scatter; empty for what is not trained."""
     pieces: list[Piece]
+    tensors: list[Piece]
+    """Tensors of the whole bucket, the same for every owner: elements [start, stop) of it, offset 0."""
+    length: int
+    """Elements of each owner's part."""
 
 
 class TowerShards:
@@ -64,7 +68,7 @@ class TowerShards:
         rest.
         """
         self.ddp = ddp
-        self.holders = holders
+        self.holders, self.owners = holders, owners
         self.tensors = list(logical.values())
         index = {name: i for i, name in enumerate(logical)}
         names = {parameter: name for name, parameter in ddp.module.named_parameters()}
@@ -75,7 +79,7 @@ class TowerShards:
             (_own_weights(bucket, owners, sharded), _own_gradients(bucket, owners, sharded)) for _, bucket in buckets
         ]
         self.shards = [
-            Shard(weight, gradient, _pieces(buffer, bucket, owners, parameter_index))
+            _shard(weight, gradient, _tensors(buffer, bucket, parameter_index), owners)
             for (buffer, bucket), (weight, gradient) in zip(buckets, slices, strict=True)
         ]
         numbers = [piece.tensor for _, piece in self.owned()]
@@ -123,14 +127,19 @@ def _own_gradients(bucket, owners: Axis, sharded: ShardedPart | None) -> Tensor:
     return own_slice(bucket.grad_data, owners) if sharded is None else sharded.own_gradients(bucket)
 
 
-def _pieces(buffer, bucket, owners: Axis, parameter_index: dict[nn.Parameter, int]) -> list[Piece]:
-    length = bucket.param_data.numel() // owners.size
+def _tensors(buffer, bucket, parameter_index: dict[nn.Parameter, int]) -> list[Piece]:
+    """Where the tensors of a bucket stand in it."""
+    places = [(parameter_index[parameter], *buffer.param_index_map[parameter][:2]) for parameter in bucket.params_list]
+    pieces = [Piece(number, start - bucket.offset, stop - bucket.offset, 0) for number, start, stop in places]
+    return sorted(pieces, key=lambda piece: piece.start)
+
+
+def _shard(weight: Tensor, gradient: Tensor, tensors: list[Piece], owners: Axis) -> Shard:
+    length = weight.numel()
     first = owners.rank * length
     pieces = []
-    for parameter in bucket.params_list:
-        start, stop, _ = buffer.param_index_map[parameter]
-        start, stop = start - bucket.offset, stop - bucket.offset
-        low, high = max(start, first), min(stop, first + length)
+    for tensor in tensors:
+        low, high = max(tensor.start, first), min(tensor.stop, first + length)
         if low < high:
-            pieces.append(Piece(parameter_index[parameter], low - first, high - first, low - start))
-    return sorted(pieces, key=lambda piece: piece.start)
+            pieces.append(Piece(tensor.tensor, low - first, high - first, low - tensor.start))
+    return Shard(weight, gradient, pieces, tensors, length)

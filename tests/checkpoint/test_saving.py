@@ -42,7 +42,7 @@ def test_the_folder_may_be_in_its_place_as_soon_as_the_last_report_has_its_name(
         return rename(folder, tmp_path / "step") / there.name
 
     monkeypatch.setattr(Path, "rename", rename_and_commit)
-    write_rank(folder, 0, [])
+    write_rank(folder, 0, [], [])
     assert sorted(path.name for path in (tmp_path / "step").iterdir()) == ["rank_00000.json", "rank_00000.safetensors"]
 
 
@@ -219,4 +219,8 @@ def test_the_manifest_is_plain_json_with_a_hash_of_itself(tmp_path: Path, mesh: 
     content = json.loads((save(trainer) / "manifest.json").read_text())
     assert content.keys() == {"sha256", "manifest"} and len(content["sha256"]) == 64
     entry = content["manifest"]["tensors"]["weight/vision.head.projection.weight"]
-    assert entry == {"dtype": "F32", "shape": [16, 32], "parts": [["rank_00000.safetensors", None, 0, 0, 0, 512]]}
+    assert entry == {"dtype": "F32", "shape": [16, 32], "parts": []}
+    table = content["manifest"]["tables"][0]
+    assert table["ranks"] == {"first": 0, "distance": 1, "number": 1} and "moment2" in table["kinds"]
+    (row,) = [row for row in table["buckets"][0]["rows"] if row[0] == "vision.head.projection.weight"]
+    assert row[2:] == [None, 0, 0] and row[1] + 512 <= table["buckets"][0]["length"]

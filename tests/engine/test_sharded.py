@@ -26,6 +26,7 @@ from engine.pipeline.clock import Phases
 from engine.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.engine.test_layouts import random_pairs
+from tests.engine.test_waits import counted
 from tests.gather import whole_weights
 from tests.golden import local_batch
 
@@ -155,7 +156,9 @@ def _measured(case: Case, mesh: Mesh) -> dict[str, Any]:
 
 
 def measure(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """Of a second step: bytes between steps, most parts whole at once, bytes sent; sizes that formulas start from."""
+    """Of a second step: bytes between steps, most parts whole at once, bytes sent, what the host waits for; sizes that
+    formulas start from.
+    """
     trainer = Trainer(first_phase(config), mesh, prepare())
     _step(trainer, 0)
     trainer.meet()
@@ -175,11 +178,12 @@ def measure(config: Config, mesh: Mesh) -> dict[str, Any]:
             for store in stores(part):
                 store.observer = look(kind, stores)
     resident = _resident_bytes(trainer)
-    with _Transfers(trainer.mesh) as transfers:
+    with _Transfers(trainer.mesh) as transfers, counted() as asked:
         _step(trainer, 1)
         trainer.meet()
     chunks = [sum(buffer.numel for buffer in part.ddp.buffers) for part in towers.parts]
-    return {"resident": resident, "most": dict(most), "sent": dict(transfers.bytes), "elements": chunks}
+    found = {"resident": resident, "most": dict(most), "elements": chunks}
+    return found | {"sent": dict(transfers.bytes), "asked": dict(asked)}
 
 
 def _weight_stores(part: ShardedPart) -> list:
@@ -314,6 +318,14 @@ def test_at_most_two_chunks_are_whole(name: str, ranks: list[dict[str, Any]]) ->
         limit = 3 if name.startswith("pp") else 2
         assert 2 <= most["gradients"] <= limit
         assert 2 <= most.get("weights", 2) <= limit
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_parts_that_come_and_go_are_not_waited_for_by_the_host(name: str, ranks: list[dict[str, Any]]) -> None:
+    for results in ranks:
+        for asked in (results[name][kind]["asked"] for kind in ("measured", "unsharded")):
+            assert asked["read"] == 4, "loss, norm, and on a CPU LAMB's ratios of both towers, whatever v is"
+            assert asked["arrives"] <= 2
 
 
 def test_a_chunk_is_gathered_twice_and_reduced_once(ranks: list[dict[str, Any]]) -> None:

@@ -10,16 +10,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.config.phases import first_phase
-from engine.config.read import ParallelConfig, resolve
+from engine.config.read import Config, ParallelConfig, resolve
 from engine.parallel.launch import job
 from engine.pipeline.clock import Phases
 from engine.trainer import Trainer
 from tests.engine.test_layouts import random_pairs
-from tests.golden import local_batch
+from tests.golden import FOLDER, local_batch
 
 _READS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "unique"}
 _ARRIVES = "lift_fresh"
@@ -41,35 +42,71 @@ class _Counting(TorchDispatchMode):
 
 
 @contextmanager
-def _counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+def counted() -> Iterator[Counter[str]]:
+    """Numbers that are read from the device meanwhile, and made on the host."""
     found: Counter[str] = Counter()
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         tolist = Tensor.tolist
 
-        def counted(tensor: Tensor) -> Any:
+        def read(tensor: Tensor) -> Any:
             found["read"] += 1
             return tolist(tensor)
 
-        patch.setattr(Tensor, "tolist", counted)
+        from_numpy = torch.from_numpy
+
+        def arriving(array: Any) -> Tensor:
+            found["arrives"] += 1
+            return from_numpy(array)
+
+        patch.setattr(Tensor, "tolist", read)
+        patch.setattr(torch, "from_numpy", arriving)
         with _Counting(found):
             yield found
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
-def test_a_step_waits_twice_however_many_micro_batches(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = []
-    for micro_batch in (4, 1):
-        options = (f"optim.name={optimizer}", f"train.micro_batch_size={micro_batch}", "train.text_micro_batch_size=2")
+_TEACHER = f"{{path: {FOLDER / 'tiny-18b' / 'weights.safetensors'}, model: tiny-18b, relational: 1}}"
+_LOCKED = "[vision.embed.*,vision.blocks.0.*,text.token_embedding,*.attn.qkv.weight]"
+CASES: dict[str, tuple[str, ...]] = {
+    "adamw": ("optim.name=adamw",),
+    "lamb": ("optim.name=lamb",),
+    "no clip, averaged": ("optim.name=adamw", "optim.clip_grad_norm=0", "optim.ema_decay=0.9"),
+    "clips, outputs": ("optim.name=adamw", "data.frames=2", "train.keep_outputs=all", "train.recompute=full"),
+    "kept, learned scale": ("optim.name=lamb", "train.keep_activations=1", "train.logit_scale=null"),
+    "frozen": ("optim.name=lamb", f"train.freeze={_LOCKED}", "train.recompute=full", "train.precision=bf16"),
+    "taught": ("optim.name=adamw", f"train.distill=[{_TEACHER}]", "train.matryoshka=[8,32]"),
+    "sigmoid": (
+        "optim.name=lamb",
+        "train.loss=sigmoid",
+        "train.logit_scale=null",
+        "train.matryoshka=[8,32]",
+        "train.mask_false_negatives=captions",
+    ),
+    "fused": ("optim.name=adamw", "model.block_kernels=fused", "train.outputs_budget_gb=0.0001"),
+}
+
+
+def _pairs(config: Config, step: int) -> tuple[Tensor, Tensor]:
+    """Pictures, or clips of pictures, and their captions."""
+    images, ids = random_pairs(config, step)
+    frames = config.data.frames
+    return (images if frames == 1 else images.unsqueeze(1).repeat(1, frames, 1, 1, 1)), ids
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_waits_twice_however_many_micro_batches(case: str) -> None:
+    counts, options = [], CASES[case]
+    for micro_batch in (4, 2):
+        sizes = (f"train.micro_batch_size={micro_batch}", f"train.text_micro_batch_size={micro_batch}")
         base = ["model.preset=tiny-18b", "train.global_batch_size=8", "train.patch_dropout=0.5", "model.text.depth=1"]
-        config = resolve({"data": {"shards": ["-"]}}, [*base, *options])
-        with job(ParallelConfig()) as (mesh, device):
+        config = resolve({"data": {"shards": ["-"]}}, [*base, *options, *sizes])
+        with job(ParallelConfig()) as (mesh, device), torch.compiler.set_stance("force_eager"):
             trainer = Trainer(first_phase(config), mesh, device)
             for step in range(2):
-                batch = local_batch(*random_pairs(config, step), mesh)
-                with _counted(monkeypatch) as found:
+                batch = local_batch(*_pairs(config, step), mesh)
+                with counted() as found:
                     trainer.step(batch, Phases()).on_host()
         counts.append(found)
     assert counts[0] == counts[1], "grows with the micro-batches"
     # LAMB on a CPU asks for the ratios of both towers, which on a GPU stay there (tests/engine/test_lamb.py).
-    assert counts[0]["read"] == 2 + 2 * (optimizer == "lamb")
-    assert counts[0]["arrives"] <= 2, "the scale of the loss, the step's kept patches"
+    assert counts[0]["read"] == 2 + 2 * ("optim.name=lamb" in options)
+    assert counts[0]["arrives"] <= 2, "the step's kept patches, weights by which captions are compared"

@@ -22,9 +22,11 @@ from torch import Tensor
 from engine.checkpoint.format.disk import MANIFEST, sync_folder, write_synced
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.flat_slice import FlatSlice
+from engine.checkpoint.format.tables import Bucket, ShardTable, TableRow, parse_table, table_entry
 from engine.checkpoint.format.tensor_file import DTYPE_NAMES, DTYPES, FileRecord, bytes_of
 
-FORMAT = 2
+FORMAT, FORMAT_OF_ROWS = 3, 2
+"""With tables of shards, and without any: a row for every part."""
 RECORD = "record.json"
 """Beside the manifest: the record of its step with what was measured after the checkpoint had begun."""
 WEIGHT, AVERAGE = "weight", "average"
@@ -67,7 +69,21 @@ class StoredTensor:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    parts: list[StoredPart] = field(default_factory=list)
+    listed: list[StoredPart] = field(default_factory=list)
+    """Parts that are written down one by one."""
+    in_tables: list[tuple[ShardTable, Bucket, TableRow]] = field(default_factory=list)
+    """Places whose parts follow from those of ranks."""
+
+    @property
+    def parts(self) -> list[StoredPart]:
+        """All of them."""
+        found = [StoredPart(*part) for table, bucket, row in self.in_tables for part in table.parts(bucket, row)]
+        return self.listed + found
+
+    def elements(self) -> int:
+        """Elements that the parts have together, without making them."""
+        listed = sum(part.where.numel() for part in self.listed)
+        return listed + sum(table.elements(bucket, row) for table, bucket, row in self.in_tables)
 
 
 @dataclass(kw_only=True)
@@ -83,6 +99,8 @@ class Manifest:
     tensors: dict[str, StoredTensor]
     """kind/name -> where it lies."""
     files: dict[str, FileRecord]
+    tables: list[ShardTable] = field(default_factory=list)
+    """Where the slices of ranks lie; `tensors` has them, too."""
     position: Position | None = None
     seed: int | None = None
     """The key of every random number of training."""
@@ -95,6 +113,16 @@ class Manifest:
     source: str = ""
     """Where converted weights came from."""
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
+
+    def add_table(self, table: ShardTable) -> None:
+        """Add the fp32 tensors of a table. Raises CheckpointError where tables disagree on a tensor."""
+        self.tables.append(table)
+        for bucket, row in table.rows():
+            for key in (f"{kind}/{row.name}" for kind in table.kinds):
+                known = self.tensors.setdefault(key, StoredTensor(torch.float32, row.where.shape))
+                if known.shape != row.where.shape:
+                    raise CheckpointError(f"ranks disagree on {key}: its shape is {known.shape} or {row.where.shape}")
+                known.in_tables.append((table, bucket, row))
 
     def shapes(self, kind: str = WEIGHT) -> dict[str, tuple[int, ...]]:
         """Logical name -> shape of the tensors of a kind."""
@@ -127,17 +155,16 @@ def part_row(part: StoredPart) -> list[Any]:
     return [part.file, w.dim, w.offset, w.length, w.start, w.stop]
 
 
-def tensor_entry(tensor: StoredTensor) -> dict[str, Any]:
-    """JSON of one tensor."""
+def _tensor_entry(tensor: StoredTensor) -> dict[str, Any]:
+    """Without what tables say."""
     return {
         "dtype": DTYPE_NAMES[tensor.dtype],
         "shape": list(tensor.shape),
-        "parts": [part_row(part) for part in tensor.parts],
+        "parts": [part_row(part) for part in tensor.listed],
     }
 
 
-def parse_tensor(entry: dict[str, Any]) -> StoredTensor:
-    """The inverse of `tensor_entry`."""
+def _parse_tensor(entry: dict[str, Any]) -> StoredTensor:
     shape = tuple(entry["shape"])
     parts = [StoredPart(row[0], FlatSlice(shape, *row[1:])) for row in entry["parts"]]
     return StoredTensor(DTYPES[entry["dtype"]], shape, parts)
@@ -148,21 +175,22 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
         name: getattr(manifest, name) for name in ("content", "config", "layout", "seed", "metrics", "source", "data")
     }
     return body | {
-        "format": FORMAT,
+        "format": FORMAT if manifest.tables else FORMAT_OF_ROWS,
+        **({"tables": [table_entry(table) for table in manifest.tables]} if manifest.tables else {}),
         "position": asdict(manifest.position) if manifest.position else None,
         "callbacks": encode_state(manifest.callbacks),
         "versions": manifest.versions,
         "files": {name: asdict(record) for name, record in manifest.files.items()},
-        "tensors": {name: tensor_entry(tensor) for name, tensor in manifest.tensors.items()},
+        "tensors": {name: _tensor_entry(tensor) for name, tensor in manifest.tensors.items()},
     }
 
 
 def _from_json(body: dict[str, Any]) -> Manifest:
-    return Manifest(
+    manifest = Manifest(
         content=body["content"],
         config=body["config"],
         layout=body["layout"],
-        tensors={name: parse_tensor(entry) for name, entry in body["tensors"].items()},
+        tensors={name: _parse_tensor(entry) for name, entry in body["tensors"].items()},
         files={name: FileRecord(**record) for name, record in body["files"].items()},
         position=Position(**body["position"]) if body["position"] else None,
         seed=body["seed"],
@@ -172,6 +200,10 @@ def _from_json(body: dict[str, Any]) -> Manifest:
         source=body["source"],
         versions=body["versions"],
     )
+    shapes = {key.partition("/")[2]: tensor.shape for key, tensor in manifest.tensors.items()}
+    for entry in body.get("tables", []):
+        manifest.add_table(parse_table(entry, shapes, len(manifest.files)))
+    return manifest
 
 
 def _digest(body: dict[str, Any]) -> str:
@@ -225,8 +257,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path} cannot be read or is cut short: {error}") from error
     if _digest(body) != digest:
         raise CheckpointError(f"{path} was altered: its content does not match its own sha256")
-    if body.get("format") != FORMAT:
-        raise CheckpointError(f"{folder} has checkpoint format {body.get('format')}, this version reads {FORMAT}")
+    if body.get("format") not in (FORMAT, FORMAT_OF_ROWS):
+        reads = f"{FORMAT_OF_ROWS} and {FORMAT}"
+        raise CheckpointError(f"{folder} has checkpoint format {body.get('format')}, this version reads {reads}")
     manifest = _from_json(body)
     broken = incomplete(manifest)
     if broken:
@@ -244,9 +277,4 @@ def step_record(folder: Path) -> dict[str, float]:
 
 def incomplete(manifest: Manifest) -> list[str]:
     """Names of tensors whose parts do not add up to the whole (parts never overlap: each element has one owner)."""
-    wholes = {name: torch.Size(tensor.shape).numel() for name, tensor in manifest.tensors.items()}
-    return [
-        name
-        for name, tensor in manifest.tensors.items()
-        if sum(part.where.numel() for part in tensor.parts) != wholes[name]
-    ]
+    return [name for name, tensor in manifest.tensors.items() if tensor.elements() != torch.Size(tensor.shape).numel()]

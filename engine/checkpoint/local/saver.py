@@ -6,6 +6,7 @@ from pathlib import Path
 
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.manifest import MANIFEST, Manifest, write_manifest
+from engine.checkpoint.format.tables import ShardTable
 from engine.checkpoint.local import sets
 from engine.checkpoint.local.copies import HEAD, copies_axis, partner_of, receive, send
 from engine.checkpoint.local.sets import local_folder, make_own, require_one_host, set_name
@@ -52,7 +53,8 @@ class LocalSaver:
             return
         folder = self.folder / set_name(head.position.step, self.mesh)
         self._newest = folder
-        self._writing = BackgroundTask(lambda: self._write(folder, parts, head))
+        tables = self._snapshot.tables()
+        self._writing = BackgroundTask(lambda: self._write(folder, parts, tables, head))
 
     def wait(self) -> None:
         """Until the set under way is complete; older ones go."""
@@ -80,14 +82,14 @@ class LocalSaver:
         if self._writing is not None:
             self._writing.join(1.0)
 
-    def _write(self, folder: Path, parts: list[SnapshotPart], head: Manifest) -> None:
+    def _write(self, folder: Path, parts: list[SnapshotPart], tables: list[ShardTable], head: Manifest) -> None:
         """Write in a thread, then exchange copies; a partner hears of a failure, too, and does not wait."""
         error: Exception | None = None
         rank = self.mesh.world.rank
         files: list[str] = []
         try:
             (folder / HEAD).mkdir(parents=True, exist_ok=True)
-            report = write_rank(folder, rank, parts)
+            report = write_rank(folder, rank, parts, tables)
             if report["not_finite"]:
                 raise CheckpointError(f"rank {rank} holds {report['not_finite'][0]}, which is not finite")
             files = [f"rank_{rank:05d}.safetensors", f"rank_{rank:05d}.json"]

@@ -19,7 +19,7 @@ from engine.checkpoint.format.manifest import MANIFEST, RECORD, read_manifest, w
 from engine.checkpoint.format.tensor_file import FileRecord, hash_file
 from engine.checkpoint.local.copies import HEAD, bring
 from engine.checkpoint.reader import Checkpoint
-from engine.checkpoint.save import merge_report
+from engine.checkpoint.save import merge_reports
 from engine.config.read import Config
 from engine.parallel.agree import everyone
 from engine.parallel.mesh import Mesh
@@ -92,7 +92,10 @@ def _is_complete(holders: dict[int, set[str]], ranks: int) -> bool:
 def _problem(place: Path, rank: int) -> str:
     """What is wrong with this rank's file."""
     try:
-        record = FileRecord(**_report(place, rank)["record"])
+        report = _report(place, rank)
+        if "tables" not in report:
+            return f"rank {rank} on {host_name()}: it is of another version of this program"
+        record = FileRecord(**report["record"])
         found = hash_file(place / f"rank_{rank:05d}.safetensors")
     except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
         return f"rank {rank} on {host_name()}: {error}"
@@ -109,8 +112,7 @@ def _assemble(place: Path, leads: list[int], mesh: Mesh) -> Checkpoint:
     reports = everyone(_report(place, rank), mesh.control)
     if rank == leads[rank]:
         manifest = read_manifest(place / HEAD)
-        for report in reports:
-            merge_report(manifest, report)
+        merge_reports(manifest, reports)
         write_manifest(place, manifest)
         write_synced(place / RECORD, json.dumps(manifest.metrics).encode())
     everyone(None, mesh.control)

@@ -23,6 +23,7 @@ from engine.objectives.contrastive.tiles import (
     compute_dtype,
     inner,
     mask_pairs,
+    scalar_beside,
     write_pairs,
 )
 
@@ -79,8 +80,8 @@ def sigmoid_loss(
         exchange=exchange,
         image=image,
         text=text,
-        scale=torch.as_tensor(logit_scale, dtype=dtype, device=image.device),
-        bias=torch.as_tensor(logit_bias, dtype=dtype, device=image.device),
+        scale=scalar_beside(image, logit_scale),
+        bias=scalar_beside(image, logit_bias),
         tiling=Tiling.create(image, tile, own_rows=image.shape[0], largest_block=exchange.largest_block(variant)),
         copies=Copies.gather(exchange, copies),
     )

@@ -32,6 +32,7 @@ from engine.objectives.contrastive.tiles import (
     compute_dtype,
     inner,
     mask_pairs,
+    scalar_beside,
     softmaxes,
     write_pairs,
 )
@@ -93,7 +94,7 @@ def contrastive_loss(
         exchange=exchange,
         image=image,
         text=text,
-        scale=torch.as_tensor(logit_scale, dtype=dtype, device=image.device),
+        scale=scalar_beside(image, logit_scale),
         tiling=Tiling.create(image, tile, own_rows=image.shape[0], largest_block=exchange.largest_block(variant)),
         copies=Copies.gather(exchange, copies),
         kept=KeptTiles(active=image.shape[0] * exchange.total * dtype.itemsize <= keep_bytes),

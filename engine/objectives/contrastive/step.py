@@ -20,6 +20,7 @@ from engine.objectives.contrastive.passes import Captions, ContrastivePasses, Lo
 from engine.objectives.contrastive.program import contrastive_program
 from engine.objectives.contrastive.sigmoid import sigmoid_loss
 from engine.objectives.contrastive.softmax import contrastive_loss
+from engine.objectives.contrastive.tiles import scalar_beside
 from engine.objectives.contrastive.towers import KeptPatches, TextRunner, VisionRunner
 from engine.objectives.update import StepOutcome, Update
 from engine.optim.optimizer import ShardedOptimizer
@@ -186,7 +187,8 @@ class ContrastiveStep:
     def loss(self, image_rows: Tensor, text_rows: Tensor) -> LossResult:
         """The loss of the config over the rows of all ranks; learned scalars get their gradients. Collective."""
         side, train = self.side, self.config.train
-        scale = side.logit_scale() if side.logit_scale is not None else torch.tensor(train.logit_scale)
+        fixed = train.logit_scale
+        scale = scalar_beside(image_rows, fixed) if side.logit_scale is None else side.logit_scale()
         # A dict of Any: mypy cannot see which keyword gets which value.
         where: dict[str, Any] = {
             "group": self.mesh.world.group,

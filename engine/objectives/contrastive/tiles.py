@@ -24,6 +24,14 @@ def compute_dtype(embeddings: Tensor) -> torch.dtype:
     return torch.float64 if embeddings.dtype == torch.float64 else torch.float32
 
 
+def scalar_beside(embeddings: Tensor, value: float | Tensor | None) -> Tensor:
+    """A number in the logits' dtype, 0-d; one of the host goes along with a launch: no copy that the host waits for."""
+    if isinstance(value, Tensor):
+        return value.to(embeddings.device, compute_dtype(embeddings))
+    assert value is not None, "what is not learned is fixed"
+    return torch.full((), value, dtype=compute_dtype(embeddings), device=embeddings.device)
+
+
 def check_pairs(image: Tensor, text: Tensor) -> None:
     """Raise ValueError unless image and text are both [rows, D] with one dtype and device."""
     if image.ndim != 2 or image.shape != text.shape:

@@ -24,9 +24,9 @@ from engine.objectives.contrastive.tiles import (
     Tiling,
     accumulate,
     check_pairs,
-    compute_dtype,
     inner,
     mask_pairs,
+    scalar_beside,
     softmaxes,
     write_pairs,
 )
@@ -69,12 +69,12 @@ def relational_loss(
     check_pairs(image, text)
     check_pairs(*teacher)
     check_variant(variant)
-    exchange, dtype = RowExchange.create(image, group, row_counts), compute_dtype(image)
+    exchange = RowExchange.create(image, group, row_counts)
     student, taught = (
         _Side(
             image=images,
             text=texts,
-            scale=torch.as_tensor(scale, dtype=dtype, device=image.device),
+            scale=scalar_beside(image, scale),
             columns=slice(first, first + images.shape[1]),
             tiling=Tiling.create(image, tile, own_rows=image.shape[0], largest_block=exchange.largest_block(variant)),
         )
