@@ -351,9 +351,9 @@ def _require_tables(rank: int, parts: list[SnapshotPart], tables: list[ShardTabl
     said: dict[str, FlatSlice] = {}
     for table in tables:
         said |= table.owned(rank)
-    wrong = said.items() ^ {part.key: part.where for part in parts}.items()
+    wrong = sorted(key for key, _ in said.items() ^ {part.key: part.where for part in parts}.items())
     if wrong:
-        raise CheckpointError(f"rank {rank} does not own of {sorted(wrong)[0][0]} what its place says")
+        raise CheckpointError(f"rank {rank} does not own of {wrong[0]} what its place says")
 
 
 def merge_reports(manifest: Manifest, reports: list[dict[str, Any]]) -> None:
