@@ -79,9 +79,9 @@ def test_a_rank_says_as_much_however_many_there_are(tmp_path: Path) -> None:
 def test_ranks_that_disagree_on_their_slices_make_no_checkpoint(tmp_path: Path) -> None:
     reports = [json.loads(report) for report in _reports_of(tmp_path, 2)]
     manifest = Manifest(content="training", config={}, layout={}, tensors={}, files={})
-    for wrong in (reports[:1], [reports[0], reports[1] | {"tables": [{"digest": "another"}]}]):
+    for tables in ([], [{"digest": "another"}]):
         with pytest.raises(CheckpointError, match="do not agree"):
-            merge_reports(manifest, wrong)
+            merge_reports(manifest, [reports[0], reports[1] | {"tables": tables}])
     part = SnapshotPart("weight/last", FlatSlice.whole((96, 80)).part(0, 5), torch.zeros(5))
     with pytest.raises(CheckpointError, match=r"rank 1 does not own of .* what its place says"):
         write_rank(tmp_path, 1, [part], _tables_of(2))
