@@ -26,7 +26,7 @@ from engine.checkpoint.format.tables import Bucket, ShardTable, TableRow, parse_
 from engine.checkpoint.format.tensor_file import DTYPE_NAMES, DTYPES, FileRecord, bytes_of
 
 FORMAT, FORMAT_OF_ROWS = 3, 2
-"""With tables of shards, and without any: a row for every part."""
+"""Formats with tables of shards, and with a row for every part where there are none."""
 RECORD = "record.json"
 """Beside the manifest: the record of its step with what was measured after the checkpoint had begun."""
 WEIGHT, AVERAGE = "weight", "average"
