@@ -156,7 +156,7 @@ def part_row(part: StoredPart) -> list[Any]:
 
 
 def _tensor_entry(tensor: StoredTensor) -> dict[str, Any]:
-    """Without what tables say."""
+    """JSON of one tensor without what tables say."""
     return {
         "dtype": DTYPE_NAMES[tensor.dtype],
         "shape": list(tensor.shape),
