@@ -1,8 +1,12 @@
-"""One side of the evaluation benchmark in processes of its own; benchmarks/evaluation_speed.py starts them.
+"""One side of the evaluation benchmark in a process of its own; benchmarks/evaluation_speed.py starts them.
 
-    python -m benchmarks.evaluation_sides pictures|prompts ours|open_clip SET PRECISION --images N … (or under torchrun)
+    python -m benchmarks.evaluation_sides ours|open_clip SET PRECISION
+    torchrun --nproc-per-node 2 … -m benchmarks.evaluation_sides ours SET PRECISION --rounds 3
 
-Prints one JSON line: wall and CPU seconds of every round, CPU seconds of all ranks together.
+Reads one task a line and answers with its wall and CPU seconds as JSON: `evaluated` (pictures from the tar to features,
+or under clip_benchmark's loop), `bare` (the tower alone on the same pictures in memory), `read` (decoding alone),
+`classes` (class embeddings), `gemm` (matrix products of a block). With --rounds no line is read: every rank runs
+`evaluated`, `bare` and `read` by turns, and the first one answers for all, CPU seconds added up.
 """
 
 import argparse
@@ -11,10 +15,12 @@ import json
 import os
 import resource
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,49 +59,47 @@ QUICK = dataclasses.replace(
     text=dataclasses.replace(B16.text, width=128, depth=2, heads=2),
 )
 SPEC = SetSpec(name="pictures")
+GEMM = (1576, 768, 3072)
+"""Rows, inputs and outputs of the first product of an MLP, for eight pictures."""
+Tasks = dict[str, Callable[[], object]]
 
 
-def ours(what: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rounds of ours: on one process, or on the ranks of torchrun."""
-    config = _config(arguments)
-    with job(config.parallel) as (mesh, device):
-        embedder = Embedder(_encoders(config, mesh), mesh, device.torch_device, arguments.micro_batch)
-        if what == "prompts":
-            names, prompts = _prompts(arguments)
-            classes = DistinctClasses(names, prompts, Tokenizer(config.model.text.context_length))
-            return [_timed(mesh, classes=lambda: embed_classes(embedder, classes)) for _ in range(arguments.rounds)]
-        return _pictures(arguments, config, mesh, embedder)
-
-
-def _pictures(arguments: argparse.Namespace, config: Config, mesh: Mesh, embedder: Embedder) -> list[dict[str, Any]]:
-    """The set from its tar to features on disk, and the same pictures in memory through the tower alone, by turns."""
+def ours(arguments: argparse.Namespace, mesh: Mesh, device: torch.device, config: Config) -> Tasks:
+    """The set from its tar to features on disk, the same pictures in memory through the tower, prompts."""
+    embedder = Embedder(_encoders(config, mesh), mesh, device, arguments.micro_batch)
     listing = list_set(arguments.data, SPEC, train=False, any_size=True)
     assert listing is not None
-    dtype, device = DTYPES[arguments.precision], torch.device("cpu")
     factory = sample_factory(listing.test, config, transform="squash", frames=1)
-    size = arguments.micro_batch * 4 * mesh.data.size
-    whole = SampleInput(factory, mesh, dtype, device, readers=1)
-    block = next(iter(whole.blocks(len(whole))))
-    assert block.pixels is not None
-    own = block.pixels(slice(*_own_rows(len(whole), mesh)))
-    first = _own_rows(len(whole), mesh)[0]
+    norm, dtype = config.model.vision.pixel_norm, DTYPES[arguments.precision]
+    source = lambda: SampleInput(factory, mesh, dtype, device, pixel_norm=norm, readers=arguments.readers)  # noqa: E731
+    count, size = len(source()), arguments.micro_batch * 4 * mesh.data.size
+    assert count % size == 0, "whole blocks, so that a rank embeds the rows that it has read"
+    own = [block.pixels(_own_rows(size, mesh)) for block in source().blocks(size) if block.pixels is not None]
 
-    def evaluate() -> None:
+    def evaluated() -> None:
         with _folder() as folder:
-            source = SampleInput(factory, mesh, dtype, device, readers=arguments.readers)
-            embed_part(embedder, source, size, Features(folder=folder, fingerprint=""), "", "features")
+            embed_part(embedder, source(), size, Features(folder=folder, fingerprint=""), "", "features")
 
-    def forward() -> None:
-        embedder.images(lambda rows: own[rows.start - first : rows.stop - first], len(whole))
+    def bare() -> None:
+        first = _own_rows(size, mesh).start
+        for ready in own:
+            embedder.images(lambda rows, r=ready: r[rows.start - first : rows.stop - first], size)
 
-    forward()
-    return [_timed(mesh, evaluated=evaluate, bare=forward) for _ in range(arguments.rounds)]
+    def read() -> None:
+        for block in source().blocks(size):
+            assert block.pixels is not None
+            block.pixels(_own_rows(size, mesh))
+
+    def classes() -> None:
+        tokenizer = Tokenizer(config.model.text.context_length)  # its files are read once, as open_clip's are
+        embed_classes(embedder, DistinctClasses(*_prompts(arguments), tokenizer))
+
+    return {"evaluated": evaluated, "bare": bare, "read": read, "classes": classes}
 
 
-def _own_rows(count: int, mesh: Mesh) -> tuple[int, int]:
-    per_rank = -(-count // mesh.data.size)
-    assert count % mesh.data.size == 0, "a whole number of pictures a rank"
-    return per_rank * mesh.data.rank, per_rank * (mesh.data.rank + 1)
+def _own_rows(count: int, mesh: Mesh) -> slice:
+    per_rank = count // mesh.data.size
+    return slice(per_rank * mesh.data.rank, per_rank * (mesh.data.rank + 1))
 
 
 @contextmanager
@@ -107,17 +111,15 @@ def _folder() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def _timed(mesh: Mesh | None, **tasks: Callable[[], object]) -> dict[str, Any]:
-    result = {}
-    for name, task in tasks.items():
-        if mesh is not None:
-            everyone(None, mesh.world)
-        began, cpu = time.perf_counter(), _cpu_s()
-        task()
-        own = (time.perf_counter() - began, _cpu_s() - cpu)
-        ranks = everyone(own, mesh.world) if mesh is not None else [own]
-        result[name] = {"wall_s": max(wall for wall, _ in ranks), "cpu_s": sum(used for _, used in ranks)}
-    return result
+def timed(task: Callable[[], object], mesh: Mesh | None = None) -> dict[str, float]:
+    """Wall and CPU seconds of a task; over the ranks of a mesh the longest and the sum."""
+    if mesh is not None:
+        everyone(None, mesh.world)
+    began, cpu = time.perf_counter(), _cpu_s()
+    task()
+    own = (time.perf_counter() - began, _cpu_s() - cpu)
+    ranks = everyone(own, mesh.world) if mesh is not None else [own]
+    return {"wall_s": max(wall for wall, _ in ranks), "cpu_s": sum(used for _, used in ranks)}
 
 
 def _cpu_s() -> float:
@@ -125,11 +127,16 @@ def _cpu_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _config(arguments: argparse.Namespace) -> Config:
+def config_of(arguments: argparse.Namespace) -> Config:
+    """open_clip's ViT-B-16, or a toy, on so many ranks."""
     tree = {
         "model": dataclasses.asdict(QUICK if arguments.quick else B16),
         "data": {"shards": ["-"]},
-        "train": {"precision": arguments.precision, "micro_batch_size": 1, "global_batch_size": arguments.ranks},
+        "train": {
+            "precision": arguments.precision,
+            "micro_batch_size": 1,
+            "global_batch_size": int(os.environ.get("WORLD_SIZE", "1")),
+        },
     }
     return resolve(tree, [])
 
@@ -155,8 +162,8 @@ def _prompts(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
 # --- open_clip and clip_benchmark ------------------------------------------------------------------------------------
 
 
-def peer(what: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rounds of open_clip's model with clip_benchmark's own functions; it averages in bf16 by autocast, its default."""
+def peer(arguments: argparse.Namespace) -> Tasks:
+    """open_clip's model with clip_benchmark's own functions; in bf16 by autocast, clip_benchmark's default."""
     stand_in_for_torchvision_operators()
     import open_clip
     from clip_benchmark.metrics import zeroshot_classification as theirs
@@ -164,19 +171,24 @@ def peer(what: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     model, _, transform = open_clip.create_model_and_transforms("ViT-B-16", pretrained=None)
     model.eval()
     amp = arguments.precision == "bf16"
-    if what == "prompts":
-        names, prompts = _prompts(arguments)
-        tokenizer = open_clip.get_tokenizer("ViT-B-16")
-        task = lambda: theirs.zero_shot_classifier(model, tokenizer, names, prompts, "cpu", amp=amp)  # noqa: E731
-        return [_timed(None, classes=task) for _ in range(arguments.rounds)]
+    names, prompts = _prompts(arguments)
+    tokenizer = open_clip.get_tokenizer("ViT-B-16")
     weights = torch.randn(512, 1000)
-    decoded = _TarPictures(arguments.data, transform)
+    pictures = _TarPictures(arguments.data, transform)
+    loader = lambda: torch.utils.data.DataLoader(pictures, batch_size=arguments.micro_batch)  # noqa: E731
+    ready = [images for images, _ in loader()]
 
-    def evaluate() -> None:
-        loader = torch.utils.data.DataLoader(decoded, batch_size=arguments.micro_batch)
-        theirs.run_classification(model, weights, loader, "cpu", amp=amp)
+    def bare() -> None:
+        with torch.no_grad(), torch.autocast("cpu") if amp else nullcontext():
+            for images in ready:
+                model.encode_image(images)
 
-    return [_timed(None, evaluated=evaluate) for _ in range(arguments.rounds)]
+    return {
+        "evaluated": lambda: theirs.run_classification(model, weights, loader(), "cpu", amp=amp),
+        "bare": bare,
+        "read": lambda: list(loader()),
+        "classes": lambda: theirs.zero_shot_classifier(model, tokenizer, names, prompts, "cpu", amp=amp),
+    }
 
 
 class _TarPictures(torch.utils.data.Dataset):
@@ -200,23 +212,47 @@ class _TarPictures(torch.utils.data.Dataset):
         return self.transform(Image.open(io.BytesIO(self.encoded[number])).convert("RGB")), 0
 
 
+def _products(dtype: torch.dtype) -> Callable[[], object]:
+    rows, inputs, outputs = GEMM
+    a, b = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
+    return partial(torch.nn.functional.linear, a, b)
+
+
+def serve(tasks: Tasks, answers: Any) -> None:
+    """Answer tasks until standard input ends; the first answer says that everything is loaded."""
+    print(json.dumps({}), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(timed(tasks[line.strip()])), file=answers, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("pictures", "prompts"))
     parser.add_argument("side", choices=("ours", "open_clip"))
     parser.add_argument("data", type=Path)
-    parser.add_argument("precision", choices=("fp32", "bf16"))
-    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("precision", choices=tuple(DTYPES))
     parser.add_argument("--readers", type=int, default=1)
     parser.add_argument("--micro-batch", type=int, default=8)
-    parser.add_argument("--classes", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--classes", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rounds = (ours if arguments.side == "ours" else peer)(arguments.what, arguments)
-    if arguments.side != "ours" or int(os.environ.get("RANK", "0")) == 0:
-        print(json.dumps(rounds), flush=True)
+    answers, sys.stdout = sys.stdout, sys.stderr  # what packages print is no answer
+    gemm: Tasks = {"gemm": _products(DTYPES[arguments.precision])}
+    if arguments.side == "open_clip":
+        serve(peer(arguments) | gemm, answers)
+        return
+    config = config_of(arguments)
+    with job(config.parallel) as (mesh, device):
+        tasks = ours(arguments, mesh, device.torch_device, config)
+        if not arguments.rounds:
+            serve(tasks | gemm, answers)
+            return
+        names = ("evaluated", "bare", "read")
+        tasks["bare"]()
+        rounds = [{name: timed(tasks[name], mesh) for name in names} for _ in range(arguments.rounds)]
+        if mesh.world.rank == 0:
+            print(json.dumps(rounds), file=answers, flush=True)
 
 
 if __name__ == "__main__":

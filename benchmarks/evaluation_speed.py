@@ -1,14 +1,16 @@
 """Pictures and prompts a CPU-second of the evaluation, against the bare tower and open_clip under clip_benchmark.
 
 A model of open_clip's ViT-B-16's shape, random weights, pictures of 500 x 375 in a tar as CLIP-benchmark has them;
-every process has one thread for products. Comparisons, of medians over rounds:
+every process has one thread for products, and sides take turns within a round. Medians over rounds of
 
 * on two ranks, pictures from the tar to features on disk against the same tower on the same pixels in memory;
-* the same on one process, in both precisions, against open_clip's model under clip_benchmark's loop (its transform,
-  PIL, autocast in bf16);
-* class embeddings of C classes x 80 prompts against clip_benchmark's classifier.
+* the same on one process, against open_clip's model under clip_benchmark's loop (its transform, PIL, autocast in bf16):
+  whole, the towers alone, and decoding alone;
+* class embeddings of C classes x 80 prompts against clip_benchmark's classifier;
+* the rate of a matrix product, which bounds all of it.
 
---peers: a folder or virtual environment's site-packages with open_clip and clip_benchmark (benchmarks/README.md).
+--peers: a folder or virtual environment's site-packages with open_clip and clip_benchmark (benchmarks/README.md). A
+precision that is not asked for keeps what an earlier run has written of it.
 """
 
 import argparse
@@ -24,34 +26,50 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.common import RESULTS, child_environment, machine, write_json
+from benchmarks.common import RESULTS, child_environment, machine, python_module, write_json
+from benchmarks.evaluation_sides import GEMM
 from data.shards.write import write_shard
 from tools.cli import command_parser
 
 _EXAMPLES = (
     "python -m benchmarks.evaluation_speed --peers FOLDER",
+    "python -m benchmarks.evaluation_speed --precisions bf16 --images 16 --peers FOLDER",
     "python -m benchmarks.evaluation_speed --quick",
 )
-GOALS = {"evaluated / bare, 2 ranks": 0.95, "fp32": 1.5, "bf16": 2.0, "prompts": 1.3}
+GOALS = {
+    "evaluated / bare, 2 ranks": 0.95,
+    "evaluated against open_clip, fp32": 1.5,
+    "evaluated against open_clip, bf16": 2.0,
+    "class embeddings against open_clip": 1.3,
+}
+TASKS = ("evaluated", "bare", "read", "classes", "gemm")
 WIDTH, HEIGHT = 500, 375
+PATH = RESULTS / "evaluation_speed.json"
+Rounds = list[dict[str, dict[str, float]]]
 
 
 def main() -> None:
     """Measure every side and write benchmarks/results/evaluation_speed.json."""
     parser = command_parser("evaluation_speed", __doc__, _EXAMPLES, room="benchmarks")
     parser.add_argument("--peers", default="", help="folder with open_clip and clip_benchmark (benchmarks/README.md)")
-    parser.add_argument("--images", type=int, default=24, help="a multiple of 16")
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--images", type=int, default=64, help="a multiple of 8 x micro-batch")
+    parser.add_argument("--micro-batch", type=int, default=8, help="pictures of one pass")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of every side")
-    parser.add_argument("--classes", type=int, default=3, help="classes of 80 prompts")
+    parser.add_argument("--classes", type=int, default=2, help="classes of 80 prompts")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="of the sides on one process")
     parser.add_argument("--readers", type=int, default=1, help="threads of a rank that decode")
     parser.add_argument("--quick", action="store_true", help="a toy model, to see that everything runs")
     arguments = parser.parse_args()
+    result = json.loads(PATH.read_text()) if PATH.is_file() else {}
+    result["goals"] = GOALS
     with tempfile.TemporaryDirectory() as folder:
         write_set(Path(folder) / "pictures", arguments.images)
-        result = measure(Path(folder), arguments)
-    result = {"machine": machine(), "images": arguments.images, "readers_a_rank": arguments.readers, **result}
-    write_json(result, RESULTS / "evaluation_speed.json")
-    print(json.dumps(result["ratios"], indent=1))
+        for precision in arguments.precisions:
+            result[precision] = measure(Path(folder), precision, arguments)
+            print(json.dumps(result[precision]["ratios"], indent=1))
+    if not arguments.quick:
+        write_json(result, PATH)
 
 
 def write_set(folder: Path, count: int) -> None:
@@ -70,49 +88,94 @@ def write_set(folder: Path, count: int) -> None:
     write_shard(str(folder / "test" / "0.tar"), samples)
 
 
-def measure(data: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Medians of every side, and the ratios that the goals are about."""
-    rows: dict[str, Any] = {"pictures ours fp32 2 ranks": side(data, arguments, "pictures", "ours", "fp32", ranks=2)}
-    for what in ("pictures", "prompts"):
-        for precision in ("fp32", "bf16"):
-            for name in ("ours", *(["open_clip"] if arguments.peers else [])):
-                rows[f"{what} {name} {precision}"] = side(data, arguments, what, name, precision)
-    two = rows["pictures ours fp32 2 ranks"]
-    ratios = {"evaluated / bare, 2 ranks, CPU": two["bare"]["cpu_s"] / two["evaluated"]["cpu_s"]}
-    ratios["evaluated / bare, 2 ranks, wall"] = two["bare"]["wall_s"] / two["evaluated"]["wall_s"]
-    for what, task in (("pictures", "evaluated"), ("prompts", "classes")):
-        for precision in ("fp32", "bf16") if arguments.peers else ():
-            own, peer = (rows[f"{what} {name} {precision}"][task]["cpu_s"] for name in ("ours", "open_clip"))
-            ratios[f"{what} a CPU-second against open_clip, {precision}"] = peer / own
-    return {"goals": GOALS, "ratios": {name: round(ratio, 3) for name, ratio in ratios.items()}, "seconds": rows}
+def measure(data: Path, precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Medians of every side in one precision, and the ratios that the goals are about."""
+    rounds = by_turns(data, precision, arguments)
+    seconds = {name: _medians(of_side) for name, of_side in rounds.items()}
+    ratios = {}
+    if "open_clip" in seconds:
+        own, peer = seconds["ours"], seconds["open_clip"]
+        ratios = {f"{task} a CPU-second against open_clip": peer[task]["cpu_s"] / own[task]["cpu_s"] for task in own}
+    if precision == "fp32":
+        rounds["ours on 2 ranks"] = two_ranks(data, precision, arguments)
+        two = seconds["ours on 2 ranks"] = _medians(rounds["ours on 2 ranks"])
+        for clock in ("cpu_s", "wall_s"):
+            ratios[f"evaluated / bare, 2 ranks, {clock}"] = two["bare"][clock] / two["evaluated"][clock]
+    return {
+        "machine": machine(),
+        "images": arguments.images,
+        "prompts": 80 * arguments.classes,
+        "ratios": {name: round(ratio, 3) for name, ratio in ratios.items()},
+        "gemm_gflops": {name: _gflops(of_side["gemm"]) for name, of_side in seconds.items() if "gemm" in of_side},
+        "micro_batch": arguments.micro_batch,
+        "readers_a_rank": arguments.readers,
+        "median_seconds": seconds,
+        "rounds": rounds,
+    }
 
 
-def side(
-    data: Path, arguments: argparse.Namespace, what: str, name: str, precision: str, ranks: int = 1
-) -> dict[str, dict[str, float]]:
-    """Medians over the rounds of one side."""
-    module = ["-m", "benchmarks.evaluation_sides", what, name, str(data), precision, "--ranks", str(ranks)]
-    module += ["--rounds", str(arguments.rounds), "--classes", str(arguments.classes)]
-    module += ["--readers", str(arguments.readers), *(["--quick"] if arguments.quick else [])]
-    launch = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr",
-        "127.0.0.1",
-        "--nproc-per-node",
-        str(ranks),
-    ]
-    command = [sys.executable, *(launch if ranks > 1 else []), *module]
-    environment = child_environment(1, arguments.peers if name == "open_clip" else "")
-    finished = subprocess.run(command, env=environment, cwd=RESULTS.parent.parent, stdout=subprocess.PIPE, check=True)
-    rounds = json.loads(finished.stdout.decode().strip().splitlines()[-1])
-    medians = {
-        task: {clock: round(statistics.median(one[task][clock] for one in rounds), 3) for clock in ("wall_s", "cpu_s")}
+def _gflops(seconds: dict[str, float]) -> float:
+    rows, inputs, outputs = GEMM
+    return round(2 * rows * inputs * outputs / seconds["cpu_s"] / 1e9, 1)
+
+
+def _medians(rounds: Rounds) -> dict[str, dict[str, float]]:
+    return {
+        task: {clock: round(statistics.median(one[task][clock] for one in rounds), 4) for clock in ("wall_s", "cpu_s")}
         for task in rounds[0]
     }
-    print(f"{what} {name} {precision} on {ranks}: {medians}", file=sys.stderr, flush=True)
-    return medians
+
+
+def by_turns(data: Path, precision: str, arguments: argparse.Namespace) -> dict[str, Rounds]:
+    """Rounds of every side on one process; odd rounds go the other way."""
+    sides = {"ours": "", **({"open_clip": arguments.peers} if arguments.peers else {})}
+    started = {
+        side: python_module("benchmarks.evaluation_sides", *_options(side, data, precision, arguments), **where)
+        for side, where in ((side, {"threads": 1, "extra_path": path}) for side, path in sides.items())
+    }
+    rounds: dict[str, Rounds] = {side: [] for side in started}
+    for process in started.values():
+        _answer(process)
+    for number in range(arguments.rounds):
+        of_round: dict[str, dict[str, dict[str, float]]] = {side: {} for side in started}
+        for task in arguments.tasks:
+            for side in started if number % 2 == 0 else reversed(started):
+                of_round[side][task] = _answer(started[side], task)
+        for side, answers in of_round.items():
+            rounds[side].append(answers)
+            told = ", ".join(f"{task} {answer['cpu_s']:.2f}" for task, answer in answers.items())
+            print(f"{precision} {side}, CPU seconds: {told}", file=sys.stderr, flush=True)
+    for process in started.values():
+        process.communicate()
+    return rounds
+
+
+def _answer(process: subprocess.Popen[str], task: str = "") -> dict[str, float]:
+    assert process.stdin is not None and process.stdout is not None
+    if task:
+        process.stdin.write(f"{task}\n")
+        process.stdin.flush()
+    line = process.stdout.readline()
+    if not line:
+        raise SystemExit(f"evaluation_speed: a side ended with code {process.wait()}: see its error above")
+    return json.loads(line)
+
+
+def two_ranks(data: Path, precision: str, arguments: argparse.Namespace) -> Rounds:
+    """Rounds of ours on two ranks, its tasks by turns."""
+    launch = ("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2")
+    side = ("-m", "benchmarks.evaluation_sides", *_options("ours", data, precision, arguments))
+    command = [sys.executable, *launch, *side, "--rounds", str(arguments.rounds)]
+    finished = subprocess.run(
+        command, env=child_environment(1), cwd=RESULTS.parent.parent, stdout=subprocess.PIPE, check=True
+    )
+    return json.loads(finished.stdout.decode().strip().splitlines()[-1])
+
+
+def _options(side: str, data: Path, precision: str, arguments: argparse.Namespace) -> tuple[str, ...]:
+    numbers = {"readers": arguments.readers, "micro-batch": arguments.micro_batch, "classes": arguments.classes}
+    given = [word for name, number in numbers.items() for word in (f"--{name}", str(number))]
+    return (side, str(data), precision, *given, *(["--quick"] if arguments.quick else []))
 
 
 if __name__ == "__main__":

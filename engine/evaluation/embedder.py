@@ -34,6 +34,7 @@ from models.clip import embedding
 from models.config import LOCAL_KERNELS
 from models.tensors.naming import LogicalTensor, logical_tensors
 from models.towers.heads import Read
+from models.towers.products import fast_products
 from models.towers.text import TextTower
 from models.towers.vision import VisionTower
 
@@ -230,9 +231,9 @@ class Embedder:
         own = torch.empty(len(order), self.encoders.embed_dim, device=self.device)
         for rows in _blocks(slice(0, len(order)), self.micro_batch):
             chosen = order[rows]
-            own[chosen - mine.start] = embedding(
-                self.encoders.text(self.encoders.text.trimmed(tokens[chosen]).to(self.device))
-            )
+            with fast_products(self.device, self.encoders.text.config.params_dtype):
+                features = self.encoders.text(self.encoders.text.trimmed(tokens[chosen]).to(self.device))
+            own[chosen - mine.start] = embedding(features)
         return gather_rows(own, len(tokens), self.mesh.world)
 
 
@@ -254,7 +255,8 @@ class _EmbeddingPasses:
     def chunk(self, tower: VisionTower, hidden: Tensor | None, micro_batch: int) -> Tensor:
         """A chunk of the tower on a message, or on images where it begins."""
         inputs = self._images(micro_batch) if hidden is None else hidden
-        return tower(inputs, samples=self.embedder.micro_batch, read=self.read)
+        with fast_products(inputs.device, tower.config.params_dtype):
+            return tower(inputs, samples=self.embedder.micro_batch, read=self.read)
 
     def _images(self, micro_batch: int) -> Tensor:
         """The last micro-batch is filled up, so that every message has the same shape."""
@@ -277,7 +279,8 @@ class _EmbeddingPasses:
         if self.read == "tokens":
             patches = output[:images, tower.vision.prefix_tokens :]
             return {"tokens": patches.unflatten(0, (-1, self.frames)).flatten(1, 2)}
-        projected = tower.head.projected(output)  # type: ignore[operator]  # the padding, too: the same bits as features
+        with fast_products(output.device, tower.config.params_dtype):
+            projected = tower.head.projected(output)  # type: ignore[operator]  # the padding, too: bits as features
         return {
             "images": embedding(projected[:images], self.frames),
             "pooled": output[:images].float().unflatten(0, (-1, self.frames)).mean(dim=1),

@@ -162,7 +162,9 @@ def test_unreadable_pictures_are_left_out_and_said(checkpoint: Path, tmp_path: P
     assert digits["top1"] * 18 == pytest.approx(round(digits["top1"] * 18))
 
 
-def test_probes_and_saved_features(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_probes_and_saved_features(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     sets.digits_set(tmp_path, count=40, train=120)
     sets.folder_set(tmp_path)
     (tmp_path / "suite.yaml").write_text("sets: [{name: digits, classes: 10, samples: 40}, {name: folders}]")
@@ -179,7 +181,10 @@ def test_probes_and_saved_features(checkpoint: Path, tmp_path: Path, capsys: pyt
     cosines = np.array(table["cosines"].to_pylist())
     right = cosines.argmax(axis=1) == np.array(table["label"].to_pylist())
     assert right.mean() == pytest.approx(digits["top1"])
-    assert not list((tmp_path / "out").rglob("tokens.f16"))
+    files = [path.name for path in (tmp_path / "out" / "features").iterdir()]
+    assert sorted(files) == [f"{name}.test.squash.1.parquet" for name in ("digits", "folders")]
+    monkeypatch.setattr(Embedder, "encode", lambda *_: pytest.fail("what is saved was computed again"))
+    assert evaluated(checkpoint, tmp_path, tmp_path / "out", *probes, "--save-features") == 0
     (tmp_path / "suite.yaml").write_text("sets: [{name: folders}]")
     assert evaluated(checkpoint, tmp_path, tmp_path / "other", "--probe", "knn") == 1
     assert "--probe is fitted on the train part of a set of classes: no set" in capsys.readouterr().err

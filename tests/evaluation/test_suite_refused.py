@@ -29,6 +29,13 @@ def broken(root: Path, kind: str) -> str:
     if kind == "shard":
         (test / "1.tar").unlink()
         return "nshards.txt says 2 shards, but 1.tar is missing"
+    if kind == "cut off":
+        (test / "1.tar").write_bytes((test / "1.tar").read_bytes()[:6000])
+        return "1.tar cannot be read to its end (unexpected end of data): complete the download"
+    if kind == "no shard":
+        for shard in test.glob("*.tar"):
+            shard.unlink()
+        return "no test/*.tar, no folders of classes and no test.csv in it"
     if kind == "templates":
         (folder / "zeroshot_classification_templates.txt").unlink()
         return "zeroshot_classification_templates.txt does not exist"
@@ -51,7 +58,20 @@ def broken(root: Path, kind: str) -> str:
 
 @pytest.mark.parametrize(
     "kind",
-    ["classes", "class count", "samples", "shard", "templates", "template", "latin", "label", "no label", "pictures"],
+    [
+        "classes",
+        "class count",
+        "samples",
+        "shard",
+        "cut off",
+        "no shard",
+        "templates",
+        "template",
+        "latin",
+        "label",
+        "no label",
+        "pictures",
+    ],
 )
 def test_wrong_data_is_one_line_before_any_forward(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
@@ -75,7 +95,7 @@ def test_wrong_data_is_one_line_before_any_forward(
         ("sets: [{name: a, metric: worst_group}]", "worst_group needs groups"),
         ("sets: [{name: a}]\naverages: [{name: m, sets: [b]}]", "names ['b'], which the suite does not have"),
         ("sets: [", "is no YAML"),
-        ("sets: [{name: digits}]", "holds none of the 1 sets"),
+        ("sets: [{name: digits}]", "holds none of the 1 sets of suite.yaml: each is a folder wds_NAME or NAME there"),
     ],
 )
 def test_a_suite_that_is_not_understood(

@@ -22,7 +22,7 @@ from engine.evaluation.suite.features import Features
 from engine.evaluation.suite.page import render
 from engine.evaluation.suite.plan import Plan, Towers
 from engine.evaluation.suite.results import Results
-from engine.evaluation.suite.run import SuiteRun
+from engine.evaluation.suite.run import TABLES, SuiteRun
 from engine.evaluation.text_files import write_whole
 from tools.cli import table
 from tools.embed.outputs import open_table
@@ -115,7 +115,7 @@ def _save_features(run: SuiteRun) -> None:
 
 
 def _write_table(features: Features, part: Part, weights: Tensor | None) -> None:
-    ending = ".parquet" if find_spec("pyarrow") else ".npz"
+    ending = TABLES[0] if find_spec("pyarrow") else TABLES[1]
     images, keys = features.rows(), np.array(features.keys(), dtype=np.str_)
     with open_table(features.folder.with_name(features.folder.name + ending)) as table_file:
         for rows in tiles(len(images), _ROWS):

@@ -31,15 +31,16 @@ class Members:
 
 def read_members(shards: list[str], spec: SetSpec) -> Members:
     """Raises DataError for a sample without a label, or a label that is not what the kind of the set has."""
+    ending = _ENDINGS[spec.scored_as]
+    group_ending = {"json": ".json", "npy": ".npy"}.get(spec.groups.partition(":")[0], "")
+    # Before the reader, which would go on with a shard that is cut off and say so.
+    beside = [_small_members(shard, tuple(filter(None, (ending, group_ending)))) for shard in shards]
     reader = EachReader(
         DataConfig(shards=shards, shuffle=False), image_size=1, context_length=2, seed=0, train=False, captions=False
     )
-    ending = _ENDINGS[spec.scored_as]
-    group_ending = {"json": ".json", "npy": ".npy"}.get(spec.groups.partition(":")[0], "")
     texts: list[bytes] = []
     groups: list[str] = []
-    for number, shard in enumerate(shards):
-        found = _small_members(shard, tuple(filter(None, (ending, group_ending))))
+    for number, (shard, found) in enumerate(zip(shards, beside, strict=True)):
         index = reader.sources.index(number)
         for sample in range(len(index)):
             key = index.key(sample)
@@ -60,10 +61,19 @@ def read_members(shards: list[str], spec: SetSpec) -> Members:
 
 
 def _small_members(shard: str, endings: tuple[str, ...]) -> dict[tuple[str, str], bytes]:
-    """(key, ending) -> content; a key is the name without its ending, and without all that follows its first dot."""
+    """(key, ending) -> content; a key is the name without its ending, and without all that follows its first dot.
+
+    Empty for a file that is no tar: the reader says what it is instead.
+    """
     found: dict[tuple[str, str], bytes] = {}
     try:
-        with tarfile.open(shard, "r:") as tar:
+        opened = tarfile.open(shard, "r:")  # noqa: SIM115  # closed below
+    except tarfile.ReadError:
+        return found
+    except OSError as error:
+        raise DataError(f"{shard} cannot be read ({error.strerror})") from None
+    try:
+        with opened as tar:
             for member in tar:
                 ending = next((e for e in endings if member.name.lower().endswith(e)), None)
                 if ending is None or not member.isreg():

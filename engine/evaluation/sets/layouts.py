@@ -64,7 +64,7 @@ def list_part(folder: Path, spec: SetSpec, split: str) -> Part | None:
         return _of_tars(place, spec)
     if (folder / f"{split}.csv").is_file():
         return _of_list(folder, folder / f"{split}.csv", spec)
-    for base in (place, *([folder] if split == spec.split else [])):
+    for base in (place, *([folder] if split == spec.split and not place.is_dir() else [])):
         if base.is_dir() and (part := _of_folders(folder, base, spec)) is not None:
             return part
     return None

@@ -31,8 +31,10 @@ def list_all(suite: Suite, plan: Plan, config: Config) -> tuple[list[Listing], d
     if plan.probes and listings and not problems and not any(can_be_probed(listing) for listing in listings):
         problems.append(f"--probe is fitted on the train part of a set of classes: no set in {plan.root} has one")
     if not listings and not problems:
-        first = next(iter(missing.values()))
-        problems.append(f"{plan.root} holds none of the {len(suite.sets)} sets of {suite.name}: {first}")
+        problems.append(
+            f"{plan.root} holds none of the {len(suite.sets)} sets of {suite.name}: each is a folder wds_NAME or NAME "
+            f"there (docs/evaluation_sets.md), with NAME one of {', '.join(missing)}"
+        )
     return listings, missing, problems
 
 

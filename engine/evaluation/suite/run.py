@@ -33,6 +33,9 @@ from engine.evaluation.vocabulary import tokenizer_of
 from engine.parallel.agree import everyone
 from models.towers.heads import Read
 
+TABLES = (".parquet", ".npz")
+"""Endings of the files that features are kept in for people, beside their folder."""
+
 
 class SuiteRun:
     """One suite on one model."""
@@ -71,6 +74,9 @@ class SuiteRun:
 
     def _score(self, listing: Listing, transform: str, frames: int) -> Row:
         embedder = self.towers.embedder(frames)
+        if self.world.rank == 0 and self.plan.keep_features:
+            for table in self._tables(listing, transform, frames):  # of other weights or another set
+                table.unlink()
         probed = self.plan.probes and can_be_probed(listing)
         features = self._features(listing, "test", transform, frames, self._read(listing))
         measures = self._measures(listing, features, embedder)
@@ -97,7 +103,8 @@ class SuiteRun:
         if names:
             train = self._features(listing, "train", transform, frames, self._read(listing))
             measures = self._on_first(lambda: probe_features(names, self.plan.probe_features, listing, test, train))
-            self._finish_features(train)
+            if self.world.rank == 0:
+                train.discard()
         if "attentive" in self.plan.probes:
             fitted = self._features(listing, "train", transform, frames, "tokens")
             scored = self._features(listing, "test", transform, frames, "tokens")
@@ -182,19 +189,22 @@ class SuiteRun:
         """What an earlier run has found for the same weights, pictures, labels and prompts."""
         row = None
         path = self._path(listing, transform, frames)
-        lacks_features = (
-            self.plan.keep_features and not self._features_folder(listing, "test", transform, frames).is_dir()
-        )
-        if self.world.rank == 0 and path.is_file() and not lacks_features:
+        kept = [*self._tables(listing, transform, frames), self._features_folder(listing, "test", transform, frames)]
+        has_features = not self.plan.keep_features or any(place.exists() for place in kept)
+        if self.world.rank == 0 and path.is_file() and has_features:
             stored = json.loads(path.read_text(encoding="utf-8"))
             if stored["fingerprint"] == self._row_fingerprint(listing, transform, frames):
                 row = Row(**stored["row"])
         return everyone(row, self.world)[0]
 
     def kept(self) -> Iterator[tuple[Listing, Features, Embedder]]:
-        """The features of every set, with Plan.keep_features, after `run`. Collective over the mesh."""
+        """The features of every set that are no table yet, with Plan.keep_features, after `run`. Collective over the
+        mesh.
+        """
         for listing in self.listings:
             for transform, frames in self._variants(listing):
+                if everyone(bool(self._tables(listing, transform, frames)), self.world)[0]:
+                    continue
                 embedder = self.towers.embedder(frames)
                 yield listing, self._features(listing, "test", transform, frames, self._read(listing)), embedder
 
@@ -209,6 +219,12 @@ class SuiteRun:
 
     def _features_folder(self, listing: Listing, split: str, transform: str, frames: int) -> Path:
         return self.out / "features" / f"{_name(listing)}.{split}.{transform}.{frames}"
+
+    def _tables(self, listing: Listing, transform: str, frames: int) -> list[Path]:
+        """Where the features have been written for people, by an earlier run or this one: none or one."""
+        folder = self._features_folder(listing, "test", transform, frames)
+        named = (folder.with_name(folder.name + ending) for ending in TABLES)
+        return [path for path in named if path.is_file()]
 
     def _path(self, listing: Listing, transform: str, frames: int) -> Path:
         return self.out / "sets" / f"{_name(listing)}.{transform}.{frames}.json"
