@@ -95,7 +95,10 @@ def test_wrong_data_is_one_line_before_any_forward(
         ("sets: [{name: a, metric: worst_group}]", "worst_group needs groups"),
         ("sets: [{name: a}]\naverages: [{name: m, sets: [b]}]", "names ['b'], which the suite does not have"),
         ("sets: [", "is no YAML"),
-        ("sets: [{name: digits}]", "holds none of the 1 sets of suite.yaml: each is a folder wds_NAME or NAME there"),
+        (
+            "sets: [{name: digits}]",
+            "a folder wds_NAME or NAME there (docs/evaluation_sets.md), with NAME one of digits",
+        ),
     ],
 )
 def test_a_suite_that_is_not_understood(
