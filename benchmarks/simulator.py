@@ -20,7 +20,7 @@ import yaml
 
 from benchmarks.common import RESULTS, machine, write_json
 from benchmarks.step_sides import FULL, QUICK
-from engine.pipeline.program import Unit
+from engine.pipeline.program import Alone, Unit
 from tools.benchmark.launch import launch
 from tools.benchmark.options import TRACED_STEPS
 from tools.cli import command_parser
@@ -78,7 +78,7 @@ def median_durations(timeline: StepTimeline) -> Durations:
                 kinds[row.pipeline, span.phase, span.chunk].append(span.stop_s - span.start_s)
     own = recorded_durations(timeline)
 
-    def duration(stage: int, phase: str, unit: Unit | None) -> float:
+    def duration(stage: int, phase: str, unit: Unit | None, turn: Alone | None = None) -> float:
         return own(stage, phase, unit) if unit is None else statistics.median(kinds[stage, phase, unit.chunk])
 
     return duration

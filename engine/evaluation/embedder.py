@@ -29,7 +29,7 @@ from engine.parallel.rows import gather_rows, split_rows
 from engine.pipeline.clock import Phases
 from engine.pipeline.executor import Executor, Work
 from engine.pipeline.forward import ForwardProgram
-from engine.pipeline.program import Unit
+from engine.pipeline.program import Alone, Unit
 from models.clip import embedding
 from models.config import LOCAL_KERNELS
 from models.tensors.naming import LogicalTensor, logical_tensors
@@ -289,7 +289,7 @@ class _EmbeddingPasses:
     def gradient(self, unit: Unit) -> None:
         """Nothing runs backward."""
 
-    def alone(self, span: str) -> None:
+    def alone(self, action: Alone) -> None:
         """Nothing runs beside the units."""
 
     def together(self, span: str, number: int) -> None:

@@ -72,7 +72,7 @@ class Passes(Protocol):
     def gradient(self, unit: Unit) -> Tensor | None:
         """Gradient of that output; None for a loss."""
 
-    def alone(self, span: str) -> None:
+    def alone(self, action: Alone) -> None:
         """Work of this rank."""
 
     def together(self, span: str, number: int) -> None:
@@ -146,7 +146,7 @@ class _Run:
                 self.executor.pipeline.send(way, message)
             case Alone(span):
                 with self.phases.time(span):
-                    self.passes.alone(span)
+                    self.passes.alone(action)
             case Together(span, number):
                 with self.phases.time(span):
                     self.executor.pipeline.drain()

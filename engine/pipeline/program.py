@@ -84,6 +84,13 @@ class Alone:
     """Work of the objective on this rank, of no unit."""
 
     span: str
+    share: tuple[float, float] = (0.0, 1.0)
+    """Beginning and end of what of it is done, 0 to 1, where work comes in parts; borders are those nearest to it."""
+
+    def parts(self, number: int) -> slice:
+        """Which of so many parts, in the order in which they are done."""
+        first, last = (int(number * border + 0.5) for border in self.share)
+        return slice(first, last)
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ def test_nothing_goes_back_through_what_lies_below_the_trained_part() -> None:
             assert len(places) == len(above) * program.micro_batches and min(places, default=99) >= program.trained_from
             sent = sum(action == Send("backward") for action in actions)
             assert sent == sum(place > program.trained_from for place in places)
-            assert (Alone("backward_text") in actions) == program.trains_captions
+            assert bool(_turns_of("backward_text", actions)) == program.trains_captions
 
 
 def test_no_stage_goes_back_before_every_stage_has_the_loss() -> None:
@@ -183,7 +183,45 @@ def test_no_stage_goes_back_before_every_stage_has_the_loss() -> None:
             loss = actions.index(Together("loss"))
             assert all(isinstance(a, Forward) <= (i < loss) for i, a in enumerate(actions))
             assert all(isinstance(a, Backward | Replay) <= (i > loss) for i, a in enumerate(actions))
-            assert actions.index(Alone("encode_text")) < loss < actions.index(Alone("backward_text"))
+            encode, backward = (_turns_of(span, actions) for span in ("encode_text", "backward_text"))
+            assert max(map(actions.index, encode)) < loss < min(map(actions.index, backward))
+
+
+def _turns_of(span: str, actions: list[Action]) -> list[Alone]:
+    return [action for action in actions if isinstance(action, Alone) and action.span == span]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("stages", [1, 2, 3, 8])
+def test_captions_are_done_once_where_a_stage_waits(stages: int, parts: int) -> None:
+    program = ContrastiveProgram(stages=stages, micro_batches=8)
+    for stage in range(stages):
+        actions = list(program.actions(stage))
+        for span, waits in (("encode_text", stage), ("backward_text", stages - 1 - stage)):
+            turns = _turns_of(span, actions)
+            done = [part for turn in turns for part in range(parts)[turn.parts(parts)]]
+            assert done == list(range(parts)), "in one order, each once"
+            before = [turn for turn in turns if _comes_first(turn, actions)]
+            share = sum(len(range(parts)[turn.parts(parts)]) for turn in before) / parts
+            assert abs(share - waits / max(1, stages - 1)) <= 0.5 / parts, "half a part off at most"
+            assert len(turns) == 1 or 0 < waits < stages - 1
+
+
+def _comes_first(turn: Alone, actions: list[Action]) -> bool:
+    """Ahead of the units of its phase."""
+    kind = Forward if turn.span == "encode_text" else Backward
+    return actions.index(turn) < next(i for i, action in enumerate(actions) if isinstance(action, kind))
+
+
+def test_captions_that_come_and_go_have_one_turn() -> None:
+    for program in (
+        replace(SHARDED, deals_captions=False),
+        ContrastiveProgram(stages=4, micro_batches=8, deals_captions=False),
+    ):
+        for stage in range(program.stages):
+            actions = list(program.actions(stage))
+            assert [turn.share for turn in _turns_of("encode_text", actions)] == [(0.0, 1.0)]
+            assert [turn.share for turn in _turns_of("backward_text", actions)] == [(0.0, 1.0)]
 
 
 def test_a_stage_holds_the_units_of_the_papers_schedules() -> None:

@@ -151,6 +151,16 @@ class Layout:
         return min(self.text_micro_batch or self.own_rows, self.own_rows)
 
     @property
+    def caption_parts(self) -> int:
+        """Passes through the text tower."""
+        return -(-self.own_rows // self.captions_at_once)
+
+    @property
+    def deals_captions(self) -> bool:
+        """Whether stages have captions before and behind their units (engine/objectives/contrastive/program.py)."""
+        return self.pipeline > 2 and self.shard == "optimizer"
+
+    @property
     def splits_tokens(self) -> bool:
         """Whether a tensor rank holds its share of the tokens only."""
         return self.sequence and self.tensor > 1

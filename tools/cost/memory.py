@@ -56,12 +56,6 @@ from tools.cost.layout import (
 GPU_TILE = 8192
 KEPT_LOGITS = 64 * 2**20
 OFFLOADED_INPUTS_HERE = 2
-_WITHOUT_STASH = {
-    (has_head, has_embedding): {*(("text",) if has_head else ()), *(() if has_embedding else ("encode_text",))}
-    for has_head in (False, True)
-    for has_embedding in (False, True)
-}
-"""(ends the tower, begins it) -> phases of a stage in which the stash is empty: captions come last, or first."""
 MESSAGES_UNDER_WAY = 4
 """A receive posted ahead, the gradient at work, two sends that have not left (engine/pipeline/p2p.py)."""
 
@@ -299,9 +293,11 @@ def phase_memory(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, 
     captions = layout.captions_at_once, layout.element_bytes
     encoding = max(text_kept + text_stream_bytes(model, *captions), text_forward_temporary_bytes(model, *captions))
     dealt = layout.local_batch * model.embed_dim * FP32 if stage.has_head else 0
+    behind = stage.has_embedding or (layout.deals_captions and not stage.has_head)
+    """Whether captions are encoded behind the units, too, which have left their inputs and what they keep."""
     phases = {
         "encode": (kept + forward if kept else locked, 0 if stage.has_embedding else text_kept, dealt),
-        "encode_text": (kept if stage.has_embedding else 0, encoding, dealt),
+        "encode_text": (kept if behind else 0, encoding, dealt),
         "loss": (kept, text_kept, loss_bytes(model, layout)),
         "text": (0 if stage.has_head else kept, text_kept + _text_pass_bytes(model, layout), gradients_of_rows),
         "backprop": (
@@ -312,7 +308,7 @@ def phase_memory(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, 
     }
     stash, buffers = stash_bytes(model, layout, stage), buffer_bytes(model, layout, stage)
     travelling = travelling_bytes(model, layout, stage)
-    without = _WITHOUT_STASH[stage.has_head, stage.has_embedding]
+    without = {*(("text",) if stage.has_head else ()), *(() if behind else ("encode_text",))}
     return {
         phase: Memory(
             weights=weights + whole[phase].weights,

@@ -9,8 +9,9 @@ stages, f and b the forward and backward of one micro-batch on a stage (collecti
 - with v > 1 micro-batches go round in groups. Where a rank's chunks are uneven, its stages are apart by the time of the
   largest and have the work of the smallest to cover it; and the first message of a group of P is waited for once a
   round, that of a larger one has come already;
-- captions hide only before the first message: the second stage has f / v for their encoding, the last but one b / v
-  for their backward; the rest delays everyone;
+- captions hide in parts before a stage's first message and behind its last one: (P - 1) f / v for their encoding,
+  (P - 1) b / v for their backward. Where weights or gradients are sharded they are not dealt, and the second stage has
+  f / v, the last but one b / v. The rest delays everyone;
 - collectives over the tensor axis are not overlapped; messages between stages are, while they take less than a unit;
 - gradients are reduced during the last backward and weights gathered during the first forward: what exceeds these
   windows is left over. A chunk that works all its micro-batches in a row is reduced behind its turn and, where weights
@@ -21,6 +22,7 @@ stages, f and b the forward and backward of one micro-batch on a stage (collecti
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
+from engine.pipeline.program import Alone
 from models.config import ModelConfig
 from models.tensors.kept import LEVELS
 from tools.cost.activations import FP32, output_levels, outputs_bytes
@@ -190,7 +192,7 @@ def step_time(model: ModelConfig, layout: Layout, cluster: Cluster) -> StepTime:
         p2p=_message_time(model, layout, stage, unit, cluster),
         bubble=bubble,
         text=_left_over(text_forward, unit.f, layout) + _left_over(text_backward, unit.b, layout),
-        teachers=_left_over(text_forward + taught, unit.f, layout) - _left_over(text_forward, unit.f, layout),
+        teachers=_left_over(text_forward, unit.f, layout, taught) - _left_over(text_forward, unit.f, layout),
         data=state_time(model, layout, stage, unit, text_backward, cluster).total,
         loss=loss_seconds(model, layout, cluster),
         optimizer=contrastive_optimizer_seconds(model, layout, stage, hardware),
@@ -238,8 +240,35 @@ def _captions(model: ModelConfig, layout: Layout, hardware: Hardware) -> PassSec
     )
 
 
-def _left_over(text: float, window: float, layout: Layout) -> float:
-    return text if layout.pipeline == 1 else max(0.0, text - window / layout.virtual)
+def _left_over(text: float, window: float, layout: Layout, ahead: float = 0.0) -> float:
+    """Seconds by which captions, and what goes ahead of them, delay a phase of units that take `window` a stage."""
+    if layout.pipeline == 1:
+        return ahead + text
+    wait = window / layout.virtual
+    if not layout.deals_captions:
+        return max(0.0, ahead + text - wait)
+    late = left = 0.0  # of a stage's first unit, for which those before it wait, too; of the phase's end
+    for waits, first in enumerate(_first_turns(layout)):
+        late = max(late, text * first + ahead * (waits > 0) - waits * wait)
+        rest = text * (1 - first) + ahead * (waits == 0)
+        left = max(left, late + rest - (layout.pipeline - 1 - waits) * wait)
+    return max(late, left)
+
+
+def _first_turns(layout: Layout) -> list[float]:
+    """Share of the captions ahead of a stage's units, by the number of units that it waits for."""
+    parts, last = layout.caption_parts, layout.pipeline - 1
+    turns = [Alone("", (0.0, waits / last)).parts(parts) for waits in range(layout.pipeline)]
+    return [turn.stop / parts for turn in turns]
+
+
+def _text_slack(text_backward: float, unit: UnitTime, layout: Layout) -> float:
+    """Seconds from the last captions' backward to the step's last one; below 0 where there are none."""
+    wait, last = unit.b / layout.virtual, layout.pipeline - 1
+    if not layout.deals_captions:  # the last stage's come last, which is done before the first
+        return last * wait - text_backward
+    turns = enumerate(_first_turns(layout))
+    return min((last - waits) * wait - (1 - first) * text_backward for waits, first in turns if first < 1)
 
 
 def _message_time(model: ModelConfig, layout: Layout, stage: Stage, unit: UnitTime, cluster: Cluster) -> float:
@@ -298,9 +327,7 @@ def state_time(
     if layout.overlap and layout.pipeline == 1:  # captions come last
         gather = max(0.0, gather - layout.micro_batches * unit.f / layout.virtual)
     if layout.overlap:
-        # The last stage, which does its captions last, is done (P - 1) b / v before the first.
-        slack = (layout.pipeline - 1) * unit.b / layout.virtual - text_backward
-        reduce = max(0.0, reduce - max(0.0, slack))
+        reduce = max(0.0, reduce - max(0.0, _text_slack(text_backward, unit, layout)))
     if layout.shard == "weights":
         return StateTime(turns=vision.turns + gather, ends=vision.ends + reduce)
     return StateTime(turns=vision.turns, ends=vision.ends + reduce + gather)

@@ -10,10 +10,11 @@ What is not in it: kernels that slow down because a transfer or another rank use
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
+from typing import Protocol
 
 from engine.pipeline.program import (
     UPDATE,
@@ -36,8 +37,12 @@ from engine.pipeline.program import (
 from tools.simulate.wires import Link, ShardCosts, ShardLine, Wire
 from tools.timeline.spans import AWAIT_GRADIENTS, AWAIT_WEIGHTS, COMPUTE, WAIT, Row, Span, StepTimeline
 
-Durations = Callable[[int, str, Unit | None], float]
-"""(stage, phase of the timeline, its unit if it has one) -> seconds; asked in each stage's order of work."""
+
+class Durations(Protocol):
+    """Seconds of work; asked in each stage's order of it."""
+
+    def __call__(self, stage: int, phase: str, unit: Unit | None, turn: Alone | None = None) -> float:
+        """phase: of the timeline; unit: if it has one; turn: of work that is of no unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,8 @@ class StageCosts:
     """All captions of a rank."""
     backward_text_s: float = 0.0
     """The same backward, their replay included."""
+    caption_parts: int = 0
+    """Parts of equal length in which captions are done; 0: as many as wanted."""
     teacher_s: float = 0.0
     """A rank's share of the teaching."""
 
@@ -61,6 +68,15 @@ class StageCosts:
         if span == "backward":
             return self.backward_s[chunk]
         return (self.forward_s if span != "replay" or self.replay_s is None else self.replay_s)[chunk]
+
+    def turn_s(self, turn: Alone) -> float:
+        """Seconds of a turn of what is of no unit."""
+        number = self.caption_parts or _AS_MANY
+        parts = turn.parts(number) if turn.span != "teacher" else slice(0, number)
+        return getattr(self, f"{turn.span}_s") * (parts.stop - parts.start) / number
+
+
+_AS_MANY = 10**6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +95,10 @@ def durations_of(stages: Sequence[StageCosts], together: CollectiveCosts | None 
     """Durations that do not depend on the micro-batch."""
     together = together or CollectiveCosts()
 
-    def duration(stage: int, phase: str, unit: Unit | None) -> float:
+    def duration(stage: int, phase: str, unit: Unit | None, turn: Alone | None = None) -> float:
         if unit is not None:
             return stages[stage].unit_s(phase, unit.chunk)
-        return getattr(stages[stage] if hasattr(StageCosts, f"{phase}_s") else together, f"{phase}_s")
+        return getattr(together, f"{phase}_s") if turn is None else stages[stage].turn_s(turn)
 
     return duration
 
@@ -228,7 +244,7 @@ class _Stage:
                 if is_last and self.shards is not None:
                     self.shards.reduce(unit.chunk, self.clock_s)
             case Alone(span):
-                self._work(span)
+                self._work(span, turn=action)
             case Together(span):
                 return self._meet(action, span)
             case Open(way):
@@ -251,8 +267,8 @@ class _Stage:
             case Reduced(part):
                 self._wait_until(line.reduced_s(part, self.clock_s), AWAIT_GRADIENTS)
 
-    def _work(self, span: str, unit: Unit | None = None) -> None:
-        self._spend(span, self.world.durations(self.index, span, unit), unit)
+    def _work(self, span: str, unit: Unit | None = None, turn: Alone | None = None) -> None:
+        self._spend(span, self.world.durations(self.index, span, unit, turn), unit)
 
     def _wait_until(self, there_s: float, span: str) -> None:
         self._spend(span, max(0.0, there_s - self.clock_s))

@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.objectives.contrastive.program import ContrastiveProgram
 from engine.objectives.mim.program import MimProgram
-from engine.pipeline.program import Program, Unit
+from engine.pipeline.program import Alone, Program, Unit
 from tools.cli import CommandError
 from tools.simulate.events import Durations
 from tools.timeline.spans import COMMUNICATION, WAIT, Row, Span, StepTimeline
@@ -22,7 +22,7 @@ def stage_rows(timeline: StepTimeline) -> list[Row]:
 
 
 def program_of(timeline: StepTimeline) -> Program:
-    """Stages, micro-batches, chunks, rounds and kept micro-batches, read off the spans."""
+    """Stages, micro-batches, chunks, rounds, kept micro-batches and turns of captions, read off the spans."""
     rows = stage_rows(timeline)
     forward = [span for span in rows[0].spans if span.phase in ("encode", "forward")]
     if not forward:
@@ -38,7 +38,13 @@ def program_of(timeline: StepTimeline) -> Program:
     replayed = [{span.micro_batch for span in row.spans if span.phase == "replay"} for row in rows]
     keep = tuple(micro_batches - len(of_stage) for of_stage in replayed)
     in_a_row = next(i for i, span in enumerate([*forward, None]) if span is None or span.chunk != forward[0].chunk)
-    return ContrastiveProgram(**sizes, keep=keep, round_size=in_a_row if sizes["chunks"] > 1 else None)
+    turns = [sum(span.phase == "encode_text" for span in row.spans) for row in rows]
+    return ContrastiveProgram(
+        **sizes,
+        keep=keep,
+        round_size=in_a_row if sizes["chunks"] > 1 else None,
+        deals_captions=len(rows) < 3 or max(turns) > 1,
+    )
 
 
 def recorded_durations(timeline: StepTimeline) -> Durations:
@@ -55,7 +61,7 @@ def recorded_durations(timeline: StepTimeline) -> Durations:
             for queue in queues:
                 queue[phase, None, None][number] = shortest
 
-    def duration(stage: int, phase: str, unit: Unit | None) -> float:
+    def duration(stage: int, phase: str, unit: Unit | None, turn: Alone | None = None) -> float:
         key = (phase, unit.micro_batch, unit.chunk) if unit else (phase, None, None)
         return queues[stage][key].popleft()
 

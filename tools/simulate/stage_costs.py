@@ -74,7 +74,14 @@ def _contrastive_costs(config: Config, layout: Layout, cluster: Cluster) -> tupl
         optimizer_s=contrastive_optimizer_seconds(model, layout, stages[slow], cluster.hardware),
     )
     taught = teachers_seconds(layout, cluster.hardware)
-    costs = _stage_costs(stages, units, encode_text_s=encode_text, backward_text_s=backward_text, teacher_s=taught)
+    costs = _stage_costs(
+        stages,
+        units,
+        encode_text_s=encode_text,
+        backward_text_s=backward_text,
+        caption_parts=layout.caption_parts,
+        teacher_s=taught,
+    )
     return costs, together
 
 

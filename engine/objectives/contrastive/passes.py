@@ -13,7 +13,7 @@ from engine.parallel.mesh import Mesh
 from engine.parallel.rows import deal_from_first_stage, deal_from_last_stage, gather_rows
 from engine.pipeline.executor import BackwardContext
 from engine.pipeline.outputs import KeptOutputs
-from engine.pipeline.program import Unit
+from engine.pipeline.program import Alone, Unit
 
 LossResult = ContrastiveLoss | SigmoidLoss
 Loss = Callable[[Tensor, Tensor], LossResult]
@@ -38,9 +38,9 @@ class Captions:
     stash: dict[int, Tensor | None] = field(default_factory=dict)
     """part -> what `below` has answered, until it is repeated."""
 
-    def encode(self) -> list[Tensor]:
-        """Embeddings of every part, with their graphs where they keep them."""
-        return [self._encode_part(part) for part in range(len(self.rows))]
+    def encode(self, turn: Alone) -> list[Tensor]:
+        """Embeddings of a turn's parts, with their graphs where they keep them."""
+        return [self._encode_part(part) for part in range(len(self.rows))[turn.parts(len(self.rows))]]
 
     def _encode_part(self, part: int) -> Tensor:
         with torch.no_grad():
@@ -50,13 +50,18 @@ class Captions:
         with torch.set_grad_enabled(self.keeps), self.outputs.leaving(part):
             return self.tower(part, hidden)
 
-    def backprop(self, embeddings: list[Tensor], gradient: Tensor) -> None:
-        """Gradient [·, D] of this rank's rows -> gradients of the tower, the last part first."""
+    def backprop(self, turn: Alone, embeddings: list[Tensor], gradient: Tensor) -> None:
+        """Gradient [·, D] of this rank's rows -> gradients of the tower, the last part first; of a turn's parts.
+
+        embeddings: of all parts, which a part takes its own from.
+        """
         first = self.rows[0].start if self.rows else 0
-        for part in reversed(range(len(self.rows))):
+        for part in range(len(self.rows))[::-1][turn.parts(len(self.rows))]:
             rows = slice(self.rows[part].start - first, self.rows[part].stop - first)
             with self.outputs.taking(part):
-                embedding = embeddings[part] if self.keeps else self.tower(part, self.stash.pop(part))
+                embedding = embeddings.pop()
+                if not self.keeps:
+                    embedding = self.tower(part, self.stash.pop(part))
                 with self.backward(part == 0):
                     torch.autograd.backward(embedding, gradient[rows])
 
@@ -98,17 +103,16 @@ class ContrastivePasses:
         """Gradient of a micro-batch's embeddings."""
         return self._image_gradients[unit.micro_batch]
 
-    def alone(self, span: str) -> None:
+    def alone(self, action: Alone) -> None:
         """The captions' way forward and back, and the teachers' work."""
-        if span == "encode_text":
-            self._text_embeddings = self.captions.encode()
-        elif span == "teacher":
+        if action.span == "encode_text":
+            self._text_embeddings += self.captions.encode(action)
+        elif action.span == "teacher":
             assert self.teaching is not None
             self.teaching.teach()
         else:
-            assert span == "backward_text" and self.result is not None
-            self.captions.backprop(self._text_embeddings, self.result.grad_text)
-            self._text_embeddings = []
+            assert action.span == "backward_text" and self.result is not None
+            self.captions.backprop(action, self._text_embeddings, self.result.grad_text)
 
     def together(self, span: str, number: int) -> None:
         """Pixels to the teachers, or features to their rows' owners; embeddings to theirs; the loss; gradients back to

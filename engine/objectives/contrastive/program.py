@@ -8,8 +8,9 @@ The last k micro-batches may keep their activations and are not replayed: (4 - k
 Backprop goes from the last micro-batch to the first, whatever k: kept activations are freed first, and the sum of
 gradients has the same order for every k.
 
-Every rank also encodes captions of its own, where its stage would otherwise wait: before the first input arrives, and
-before the first gradient does. Frozen teachers (train.distill) work there, too, on pixels that are dealt at the start.
+Every rank also encodes captions of its own, in parts, where its stage would otherwise wait: a stage with s of P - 1
+stages before it does s / (P - 1) of them before the first input arrives, and the rest after its last output left;
+backward likewise. Frozen teachers (train.distill) work there, too, on pixels that are dealt at the start.
 
 Chunks of the tower below everything that is trained (train.freeze) have encode turns only, and so do the captions where
 they learn nothing. The first chunk above them sends no gradient on.
@@ -22,7 +23,7 @@ every rank at once, ahead of both phases, and their gradients are whole until th
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from engine.config.schema import Config
@@ -50,11 +51,13 @@ from engine.pipeline.program import (
 
 @dataclass(frozen=True)
 class _Turn:
-    """Units of one chunk in a row, or the captions, which have none; and whose turn is next."""
+    """Units of one chunk in a row, or some of the captions, which have none; and whose turn is next."""
 
     part: int
     units: list[Unit]
     then: int | None
+    share: tuple[float, float] = (0.0, 1.0)
+    """Beginning and end of what of the captions it does, 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,8 @@ class ContrastiveProgram(Program):
     """Whether frozen teachers embed the rank's pairs, ahead of its captions."""
     reads_features: bool = False
     """Whether the images' embeddings are read (data.features): nothing of the tower runs."""
+    deals_captions: bool = True
+    """Whether a stage may have captions before and after its units, as it has unless their side comes and goes."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for what the engine refuses, too."""
@@ -130,12 +135,12 @@ class ContrastiveProgram(Program):
         yield Open("forward")
         yield from self._ask_for_captions()
         first_kept = self.micro_batches - self.kept(stage)
-        for turn in _turns(self.units(), self.captions, first=stage > 0):
-            if self.teaches and turn.part == self.captions:
+        for turn in self._turns(self.units(), waits=stage):
+            if self.teaches and turn.part == self.captions and turn.share[0] == 0:
                 yield Alone("teacher")
             yield from self._begin(turn)
             if turn.part == self.captions:
-                yield Alone("encode_text")
+                yield Alone("encode_text", turn.share)
             for unit in turn.units:
                 if not self.starts(stage, unit):
                     yield Receive("forward")
@@ -154,7 +159,7 @@ class ContrastiveProgram(Program):
             if is_sharded:
                 yield Accumulate(turn.part)
             if turn.part == self.captions:
-                yield Alone("backward_text")
+                yield Alone("backward_text", turn.share)
             for unit in turn.units:
                 yield from self._back(stage, unit, reducing)
             yield from self._end(turn)
@@ -179,7 +184,20 @@ class ContrastiveProgram(Program):
 
     def _backward_turns(self, stage: int) -> list[_Turn]:
         units = [unit for unit in self.units()[::-1] if self.trains(stage, unit)]
-        return _turns(units, self.captions if self.trains_captions else None, first=stage < self.stages - 1)
+        return self._turns(units, waits=self.stages - 1 - stage, captions=self.trains_captions)
+
+    def _turns(self, units: Sequence[Unit], *, waits: int, captions: bool = True) -> list[_Turn]:
+        """Captions go where the stage would otherwise wait. waits: units that pass before its first can begin."""
+        comes_and_goes = self.captions in self.sharded_weights | self.sharded_gradients
+        has_two_turns = self.stages > 1 and self.deals_captions and not comes_and_goes
+        before = waits / (self.stages - 1) if has_two_turns else float(waits > 0)
+        turns = [_Turn(chunk, list(run), None) for chunk, run in groupby(units, key=lambda unit: unit.chunk)]
+        if captions and before > 0:
+            turns.insert(0, _Turn(self.captions, [], None, (0.0, before)))
+        if captions and before < 1:
+            turns.append(_Turn(self.captions, [], None, (before, 1.0)))
+        following = [*(turn.part for turn in turns[1:]), None]
+        return [replace(turn, then=then) for turn, then in zip(turns, following[: len(turns)], strict=True)]
 
     def _begin(self, turn: _Turn) -> Iterator[Action]:
         if turn.part in self.sharded_weights:
@@ -200,15 +218,6 @@ class ContrastiveProgram(Program):
         """All ranks ask at once: on a pipeline some have the captions' turn first, and others last."""
         if self.stages > 1 and self.captions in self.sharded_weights:
             yield Gather(self.captions)
-
-
-def _turns(units: Sequence[Unit], captions: int | None, *, first: bool) -> list[_Turn]:
-    """Captions go where the stage would otherwise wait; None: they have no turn."""
-    runs = [(chunk, list(run)) for chunk, run in groupby(units, key=lambda unit: unit.chunk)]
-    of_captions: list[tuple[int, list[Unit]]] = [] if captions is None else [(captions, [])]
-    turns = [*of_captions, *runs] if first else [*runs, *of_captions]
-    following = [*(part for part, _ in turns[1:]), None]
-    return [_Turn(part, run, then) for (part, run), then in zip(turns, following[: len(turns)], strict=True)]
 
 
 def contrastive_program(config: Config, data: int, keep: int) -> ContrastiveProgram:

@@ -157,11 +157,7 @@ class ContrastiveStep:
     def gradients(self, batch: LocalBatch, phases: Phases, loss: Loss | None = None) -> LossResult:
         """The program on one batch; gradients are not reduced yet. loss: another one than the config's."""
         self.towers.zero_gradients()
-        self.text.batch = batch
-        for runner in self.vision:
-            runner.batch = batch
-        if self.teaching is not None:
-            self.teaching.batch = batch
+        self._give(batch)
         passes = ContrastivePasses(
             mesh=self.mesh,
             device=self.device,
@@ -175,8 +171,17 @@ class ContrastiveStep:
             features=batch.images if self.config.data.features else None,
         )
         self.executor.run(self.work, passes, phases)
+        self._give(None)
         assert passes.result is not None, "the program has no loss"
         return passes.result
+
+    def _give(self, batch: LocalBatch | None) -> None:
+        """Let everything that reads the batch read this one; None: its pixels do not wait for the next to come."""
+        self.text.batch = batch
+        for runner in self.vision:
+            runner.give(batch)
+        if self.teaching is not None:
+            self.teaching.batch = batch
 
     def _metrics(self, result: LossResult) -> dict[str, Tensor]:
         metrics = {"i2t_top1": result.i2t_top1, "t2i_top1": result.t2i_top1, **result.terms}

@@ -37,6 +37,10 @@ class KeptPatches:
         assert self._kept is not None
         return self._kept[samples.start * self.frames : samples.stop * self.frames]
 
+    def forget(self) -> None:
+        """Let go of the batch."""
+        self._batch = self._kept = None
+
 
 class VisionRunner:
     """(chunk input, micro-batch) -> chunk output, with the pixels and kept patches of the current batch."""
@@ -46,6 +50,12 @@ class VisionRunner:
         self.tower, self.kept, self.micro_batch, self.device = tower, kept, micro_batch, device
         self.frames, self.pixel_norm = kept.frames, tower.vision.pixel_norm
         self.batch: LocalBatch | None = None
+
+    def give(self, batch: LocalBatch | None) -> None:
+        """Run this batch from now on; None: let go of the last one."""
+        self.batch = batch
+        if batch is None:
+            self.kept.forget()
 
     def __call__(self, hidden: Tensor | None, i: int) -> Tensor:
         """Run micro-batch i of the current batch; of a divided tower what is above the blocks of `below`."""

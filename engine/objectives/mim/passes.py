@@ -11,7 +11,7 @@ from engine.objectives.mim.student import MaskedBatch, StudentRunner
 from engine.objectives.mim.teacher import Teacher
 from engine.parallel.mesh import Mesh
 from engine.parallel.rows import deal_from_first_stage, own_rows, split_rows
-from engine.pipeline.program import Unit
+from engine.pipeline.program import Alone, Unit
 
 
 @dataclass(kw_only=True)
@@ -40,9 +40,9 @@ class MimPasses:
         """A loss wants none."""
         return None
 
-    def alone(self, span: str) -> None:
+    def alone(self, action: Alone) -> None:
         """Teach this rank's images of the local batch."""
-        assert span == "teacher" and self._dealt is not None
+        assert action.span == "teacher" and self._dealt is not None
         self._features = self.teacher.targets(self._dealt, self.batch.masked[own_rows(self._rows, self.mesh)])
 
     def together(self, span: str, number: int) -> None:

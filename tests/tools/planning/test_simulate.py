@@ -76,10 +76,14 @@ def test_kept_micro_batches_are_not_replayed() -> None:
 def test_captions_live_in_the_bubble() -> None:
     program = ContrastiveProgram(stages=4, micro_batches=8)
     without = _uniform(program)
-    within = _uniform(program, text_s=FORWARD)  # as long as the second stage waits, the shortest wait of all
+    within = _uniform(program, text_s=3 * FORWARD)  # as long as any stage waits ahead and behind together
     assert within.step_s == pytest.approx(without.step_s)
-    beyond = _uniform(program, text_s=FORWARD + 1)
+    beyond = _uniform(program, text_s=3 * FORWARD + 1)
     assert beyond.encode_s == pytest.approx(without.encode_s + 1)
+    # In one turn they hide as long as the second stage waits, the shortest wait of all.
+    one_turn = replace(program, deals_captions=False)
+    assert _uniform(one_turn, text_s=FORWARD).step_s == pytest.approx(without.step_s)
+    assert _uniform(one_turn, text_s=FORWARD + 1).encode_s == pytest.approx(without.encode_s + 1)
 
 
 def test_the_slowest_stage_sets_the_pace() -> None:

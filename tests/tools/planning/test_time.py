@@ -56,6 +56,7 @@ def _costs(layout: Layout) -> list[StageCosts]:
         backward_s=backward,
         encode_text_s=encode_text,
         backward_text_s=backward_text,
+        caption_parts=layout.caption_parts,
     )
     return [costs] * layout.pipeline
 
