@@ -8,6 +8,8 @@ import pytest
 MOST_WORKERS = 4
 """More would outdo the memory of a common machine: each has its own server of ranks, and starts up to eight of them."""
 SLOW_LIMIT_S = 3600
+LONG = {"run_distributed", "dry_run", "pytestmark"}
+"""Names of which a module of tests that takes long has one: it starts ranks, or runs dry."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -26,13 +28,22 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return
     options.numprocesses = int(wanted or min(len(os.sched_getaffinity(0)), MOST_WORKERS))
     options.dist = "loadfile"
+    options.loadscopereorder = False  # in the order of pytest_collection_modifyitems, not by the number of tests
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave slow tests an hour where pyproject.toml's limit is minutes."""
+    """Leave slow tests an hour where pyproject.toml's limit is minutes; long files come first.
+
+    A long file that begins last leaves the other workers without work.
+    """
+    items.sort(key=lambda item: not _is_long(item))
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_LIMIT_S))
+
+
+def _is_long(item: pytest.Item) -> bool:
+    return not LONG.isdisjoint(vars(getattr(item, "module", None) or object))
 
 
 def pytest_collection_finish() -> None:

@@ -8,6 +8,7 @@ import gc
 
 import matplotlib.figure  # noqa: F401
 import pytest  # noqa: F401
+import torch._dynamo  # noqa: F401  # what counts operators or forces eager asks for it: 1 s a rank
 
 import engine.train
 import engine.trainer  # noqa: F401

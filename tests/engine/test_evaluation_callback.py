@@ -117,17 +117,18 @@ LAYOUTS = {
     "pp2-virtual": ("parallel.pipeline=2", "parallel.virtual=2"),
     "dp2": (),
 }
+FAST = ("tp2", "dp2-sharded-average", "pp2-virtual")
 
 
-def fit_layouts(folder: str) -> list[list[dict[str, float]]]:
-    return [
-        [dict(record) for record in fit(config_of(folder, name, *overrides))] for name, overrides in LAYOUTS.items()
-    ]
+def fit_layouts(folder: str, names: list[str]) -> list[list[dict[str, float]]]:
+    return [[dict(record) for record in fit(config_of(folder, name, *LAYOUTS[name]))] for name in names]
 
 
-def test_the_same_at_every_layout(folder: Path, alone: list[Record]) -> None:
-    for outcomes in run_distributed(fit_layouts, 2, folder=str(folder)):
-        for name, records in zip(LAYOUTS, outcomes, strict=True):
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "others"])
+def test_the_same_at_every_layout(slow: bool, folder: Path, alone: list[Record]) -> None:
+    names = [name for name in LAYOUTS if (name not in FAST) == slow]
+    for outcomes in run_distributed(fit_layouts, 2, folder=str(folder), names=names):
+        for name, records in zip(names, outcomes, strict=True):
             assert [scores_of(record) for record in records] == [scores_of(record) for record in alone], name
 
 

@@ -47,6 +47,7 @@ from tests.golden import deviations
 STEPS = 5
 LIKE_TORCH = (
     "train.patch_dropout=0",
+    "train.micro_batch_size=8",
     "optim.name=adamw",
     "optim.eps=1e-4",  # gradients that are zero but for rounding must not become whole steps
     "optim.clip_grad_norm=0.5",

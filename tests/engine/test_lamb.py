@@ -49,6 +49,13 @@ WEIGHT_FILES = {
 }
 """Weights after a step; `small` files hold the small tensors only."""
 LAYOUTS = {"alone": (1, 1), "tp2-pp2": (2, 2), "pp2-dp2": (1, 2), "tp2-dp2": (2, 1)}
+FAST = {
+    *(("alone", variant) for variant in VARIANTS),
+    ("tp2-pp2", "deepspeed_lamb_per_tensor"),
+    ("pp2-dp2", "authors_lamb"),
+    ("tp2-dp2", "authors_lamb_always_adapt"),
+}
+"""Each variant at a layout of four ranks; the other pairs are slow."""
 TOLERANCE = 1e-4
 NORM_TOLERANCE = 5e-4
 """For norms of gradients and what is made of them. The fixture's own gradient norm at the first step is 8e-5 away from
@@ -110,13 +117,14 @@ def _of_all_ranks(own: dict[str, float], mesh: Mesh) -> dict[str, float]:
     return whole
 
 
-def train_all(layouts: list[str]) -> dict[str, dict[str, Any]]:
-    """'layout / variant' -> what five steps gave, for the layouts of this number of ranks."""
+def train_all(fast: bool) -> dict[str, dict[str, Any]]:
+    """'layout / variant' -> what five steps gave, for the fast or the slow pairs of four ranks."""
     runs = {}
-    for layout in layouts:
+    for layout in (name for name in LAYOUTS if name != "alone"):
         mesh = build_mesh(*LAYOUTS[layout], dist.group.WORLD)
         for variant in VARIANTS:
-            runs[f"{layout} / {variant}"] = train(config_for(variant, *LAYOUTS[layout]), mesh)
+            if ((layout, variant) in FAST) == fast:
+                runs[f"{layout} / {variant}"] = train(config_for(variant, *LAYOUTS[layout]), mesh)
     return runs
 
 
@@ -128,26 +136,31 @@ def alone() -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def four_ranks() -> dict[str, dict[str, Any]]:
-    return run_distributed(train_all, 4, layouts=[name for name in LAYOUTS if name != "alone"])[0]
+    return run_distributed(train_all, 4, fast=True)[0]
 
 
-@pytest.fixture(params=LAYOUTS)
-def layout(request: pytest.FixtureRequest) -> str:
-    return request.param
+@pytest.fixture(scope="module")
+def slow_four_ranks() -> dict[str, dict[str, Any]]:
+    return run_distributed(train_all, 4, fast=False)[0]
 
 
 @pytest.fixture
 def outcome(request: pytest.FixtureRequest, layout: str, variant: str) -> dict[str, Any]:
-    runs = request.getfixturevalue("alone" if layout == "alone" else "four_ranks")
+    slow = "" if (layout, variant) in FAST else "slow_"
+    runs = request.getfixturevalue("alone" if layout == "alone" else f"{slow}four_ranks")
     return runs[f"{layout} / {variant}"]
 
 
-@pytest.fixture(params=VARIANTS)
-def variant(request: pytest.FixtureRequest) -> str:
-    return request.param
+def _param(layout: str, *case: Any) -> Any:
+    marks = [] if (layout, case[0]) in FAST else [pytest.mark.slow]
+    return pytest.param(layout, *case, marks=marks)
+
+
+every_run = pytest.mark.parametrize(("layout", "variant"), [_param(at, name) for name in VARIANTS for at in LAYOUTS])
 
 
 @pytest.mark.dist
+@every_run
 def test_losses_norms_and_logit_scale(outcome: dict[str, Any], variant: str) -> None:
     rows = load_json("g5-optim/report.json")["variants"][variant]
     assert outcome["loss"] == pytest.approx([row["loss"] for row in rows], rel=TOLERANCE)
@@ -159,7 +172,7 @@ def test_losses_norms_and_logit_scale(outcome: dict[str, Any], variant: str) -> 
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("variant", "step"), WEIGHT_FILES)
+@pytest.mark.parametrize(("layout", "variant", "step"), [_param(at, *one) for one in WEIGHT_FILES for at in LAYOUTS])
 def test_weights_and_how_far_they_moved(outcome: dict[str, Any], variant: str, step: int) -> None:
     reference = to_logical(load_tensors(f"g5-optim/{WEIGHT_FILES[variant, step]}"), model_of("tiny-18b"))
     weights = {name: outcome[f"step{step}"][name] for name in reference}
@@ -171,6 +184,7 @@ def test_weights_and_how_far_they_moved(outcome: dict[str, Any], variant: str, s
 
 
 @pytest.mark.dist
+@every_run
 def test_trust_ratios(outcome: dict[str, Any], variant: str) -> None:
     rows = load_json("g5-optim/report.json")["variants"][variant]
     for row, ratios in zip(rows, outcome["ratios"], strict=True):
