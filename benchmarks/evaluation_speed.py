@@ -9,8 +9,9 @@ every process has one thread for products, and sides take turns within a round. 
 * class embeddings of C classes x 80 prompts against clip_benchmark's classifier;
 * the rate of a matrix product, which bounds all of it.
 
---peers: a folder or virtual environment's site-packages with open_clip and clip_benchmark (benchmarks/README.md). A
-precision that is not asked for keeps what an earlier run has written of it.
+--peers: a folder or virtual environment's site-packages with open_clip and clip_benchmark (benchmarks/README.md).
+--parts: one process in fp32, in bf16, two ranks in fp32; a part that is not asked for keeps what an earlier run has
+written of it.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from tools.cli import command_parser
 
 _EXAMPLES = (
     "python -m benchmarks.evaluation_speed --peers FOLDER",
-    "python -m benchmarks.evaluation_speed --precisions bf16 --images 16 --peers FOLDER",
+    "python -m benchmarks.evaluation_speed --parts bf16 --images 16 --micro-batch 4 --peers FOLDER",
     "python -m benchmarks.evaluation_speed --quick",
 )
 GOALS = {
@@ -42,9 +43,11 @@ GOALS = {
     "evaluated against open_clip, bf16": 2.0,
     "class embeddings against open_clip": 1.3,
 }
+PARTS = ("fp32", "bf16", "two_ranks")
 TASKS = ("evaluated", "bare", "read", "classes", "gemm")
 WIDTH, HEIGHT = 500, 375
 PATH = RESULTS / "evaluation_speed.json"
+_CLOCKS = ("cpu_s", "wall_s")
 Rounds = list[dict[str, dict[str, float]]]
 
 
@@ -52,7 +55,7 @@ def main() -> None:
     """Measure every side and write benchmarks/results/evaluation_speed.json."""
     parser = command_parser("evaluation_speed", __doc__, _EXAMPLES, room="benchmarks")
     parser.add_argument("--peers", default="", help="folder with open_clip and clip_benchmark (benchmarks/README.md)")
-    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--images", type=int, default=64, help="a multiple of 8 x micro-batch")
     parser.add_argument("--micro-batch", type=int, default=8, help="pictures of one pass")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of every side")
@@ -65,9 +68,9 @@ def main() -> None:
     result["goals"] = GOALS
     with tempfile.TemporaryDirectory() as folder:
         write_set(Path(folder) / "pictures", arguments.images)
-        for precision in arguments.precisions:
-            result[precision] = measure(Path(folder), precision, arguments)
-            print(json.dumps(result[precision]["ratios"], indent=1))
+        for part in arguments.parts:
+            result[part] = measure(Path(folder), part, arguments)
+            print(json.dumps(result[part]["ratios"], indent=1))
     if not arguments.quick:
         write_json(result, PATH)
 
@@ -88,27 +91,26 @@ def write_set(folder: Path, count: int) -> None:
     write_shard(str(folder / "test" / "0.tar"), samples)
 
 
-def measure(data: Path, precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Medians of every side in one precision, and the ratios that the goals are about."""
-    rounds = by_turns(data, precision, arguments)
+def measure(data: Path, part: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Medians of every side of a part, and the ratios that the goals are about."""
+    is_two = part == "two_ranks"
+    rounds = {"ours": two_ranks(data, arguments)} if is_two else by_turns(data, part, arguments)
     seconds = {name: _medians(of_side) for name, of_side in rounds.items()}
     ratios = {}
+    if is_two:
+        own = seconds["ours"]
+        ratios = {f"evaluated / bare, {clock}": own["bare"][clock] / own["evaluated"][clock] for clock in _CLOCKS}
     if "open_clip" in seconds:
         own, peer = seconds["ours"], seconds["open_clip"]
         ratios = {f"{task} a CPU-second against open_clip": peer[task]["cpu_s"] / own[task]["cpu_s"] for task in own}
-    if precision == "fp32":
-        rounds["ours on 2 ranks"] = two_ranks(data, precision, arguments)
-        two = seconds["ours on 2 ranks"] = _medians(rounds["ours on 2 ranks"])
-        for clock in ("cpu_s", "wall_s"):
-            ratios[f"evaluated / bare, 2 ranks, {clock}"] = two["bare"][clock] / two["evaluated"][clock]
     return {
         "machine": machine(),
         "images": arguments.images,
         "prompts": 80 * arguments.classes,
-        "ratios": {name: round(ratio, 3) for name, ratio in ratios.items()},
-        "gemm_gflops": {name: _gflops(of_side["gemm"]) for name, of_side in seconds.items() if "gemm" in of_side},
         "micro_batch": arguments.micro_batch,
         "readers_a_rank": arguments.readers,
+        "ratios": {name: round(ratio, 3) for name, ratio in ratios.items()},
+        "gemm_gflops": {name: _gflops(of_side["gemm"]) for name, of_side in seconds.items() if "gemm" in of_side},
         "median_seconds": seconds,
         "rounds": rounds,
     }
@@ -121,7 +123,7 @@ def _gflops(seconds: dict[str, float]) -> float:
 
 def _medians(rounds: Rounds) -> dict[str, dict[str, float]]:
     return {
-        task: {clock: round(statistics.median(one[task][clock] for one in rounds), 4) for clock in ("wall_s", "cpu_s")}
+        task: {clock: round(statistics.median(one[task][clock] for one in rounds), 4) for clock in _CLOCKS}
         for task in rounds[0]
     }
 
@@ -161,10 +163,10 @@ def _answer(process: subprocess.Popen[str], task: str = "") -> dict[str, float]:
     return json.loads(line)
 
 
-def two_ranks(data: Path, precision: str, arguments: argparse.Namespace) -> Rounds:
+def two_ranks(data: Path, arguments: argparse.Namespace) -> Rounds:
     """Rounds of ours on two ranks, its tasks by turns."""
     launch = ("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2")
-    side = ("-m", "benchmarks.evaluation_sides", *_options("ours", data, precision, arguments))
+    side = ("-m", "benchmarks.evaluation_sides", *_options("ours", data, "fp32", arguments))
     command = [sys.executable, *launch, *side, "--rounds", str(arguments.rounds)]
     finished = subprocess.run(
         command, env=child_environment(1), cwd=RESULTS.parent.parent, stdout=subprocess.PIPE, check=True

@@ -37,7 +37,8 @@ def test_groups_of_drawings_and_five_captions_a_picture(checkpoint: Path, tmp_pa
 
     told = row(tree, "told")
     assert (told["pictures"], told["captions"]) == (12, 12 * 4 + 6)  # a caption that two share is one
-    image = parquet.read_table(tmp_path / "out" / "features" / "told.test.squash.1.parquet")["image_embeddings"]
+    told_table = parquet.read_table(tmp_path / "out" / "features" / "told.test.squash.1.parquet")
+    image = told_table["image_embeddings"]
     embeddings = next((tmp_path / "out" / "texts").glob("captions_*.f32"))
     text = np.fromfile(embeddings, np.float32).reshape(54, -1).astype(np.float64)
     scores = np.array(image.to_pylist()).astype(np.float64) @ text.T
@@ -50,6 +51,10 @@ def test_groups_of_drawings_and_five_captions_a_picture(checkpoint: Path, tmp_pa
             if known[name] < 0:
                 known[name] = next(numbers)
             own[n][c] = known[name]
+    captions = parquet.read_table(tmp_path / "out" / "features" / "told.test.squash.1.captions.parquet").to_pylist()
+    saved_text = np.array([row["text_embeddings"] for row in captions])
+    assert [row["keys"] for row in captions] == [key for key in told_table["keys"].to_pylist() for _ in range(5)]
+    assert np.array_equal(saved_text, text[np.array(own).ravel()].astype(saved_text.dtype))
     best = scores.argsort(axis=1)[:, ::-1]
     for k in (1, 5, 10):
         right = [bool(set(best[n, :k]) & set(own[n])) for n in range(12)]

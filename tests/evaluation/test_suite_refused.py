@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from engine.evaluation.embedder import Embedder
+from tests.checkpoint.children import child, hear, hold_lock
 from tests.data.shard_factory import encode, picture
 from tests.evaluation import sets
 from tests.evaluation.commands import NAMES, evaluated
@@ -124,3 +125,19 @@ def test_options_that_do_not_go_together(checkpoint: Path, tmp_path: Path, capsy
     for options, message in cases.items():
         assert main([str(checkpoint), *options]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_a_second_evaluation_into_the_same_folder(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after a launcher that was killed: its ranks live on."""
+    sets.digits_set(tmp_path, count=10)
+    (tmp_path / "suite.yaml").write_text("sets: [{name: digits}]")
+    with child(hold_lock, tmp_path / "out") as (process, pipe):
+        assert hear(pipe) == "locked"
+        assert evaluated(checkpoint, tmp_path, tmp_path / "out") == 1
+        said = capsys.readouterr().err
+        assert f"--out {tmp_path / 'out'} is in use by process {process.pid}" in said and said.count("\n") == 1
+        process.kill()
+        process.join()
+        assert evaluated(checkpoint, tmp_path, tmp_path / "out") == 0

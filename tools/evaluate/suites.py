@@ -3,6 +3,8 @@
 import argparse
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,18 +14,22 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.format.disk import MANIFEST
+from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.format.lock import RunLock
 from engine.evaluation.embedder import Embedder
 from engine.evaluation.probe.run import PROBES
 from engine.evaluation.ranking import tiles
 from engine.evaluation.session import Session, load
 from engine.evaluation.sets.layouts import Part
-from engine.evaluation.sets.spec import load_suite
-from engine.evaluation.suite.features import Features
+from engine.evaluation.sets.spec import Suite, load_suite
+from engine.evaluation.suite.features import Features, FileRows
 from engine.evaluation.suite.page import render
 from engine.evaluation.suite.plan import Plan, Towers
 from engine.evaluation.suite.results import Results
 from engine.evaluation.suite.run import TABLES, SuiteRun
+from engine.evaluation.suite.score import Captions
 from engine.evaluation.text_files import write_whole
+from engine.parallel.agree import everyone
 from tools.cli import table
 from tools.embed.outputs import open_table
 
@@ -35,6 +41,29 @@ __all__ = ["PROBES", "score_suite"]
 def score_suite(arguments: argparse.Namespace, session: Session) -> None:
     """Check, score, write. Collective over the mesh."""
     suite = load_suite(arguments.suite)
+    with _alone_in(arguments.out, session):
+        _score_suite(suite, arguments, session)
+
+
+@contextmanager
+def _alone_in(out: Path, session: Session) -> Iterator[None]:
+    """No other evaluation writes there: ranks may outlive a launcher that was killed. CheckpointError on every rank."""
+    lock, error = None, None
+    if session.is_first:
+        try:
+            lock = RunLock(out, named="--out")
+        except CheckpointError as problem:
+            error = str(problem)
+    if (error := everyone(error, session.mesh.world)[0]) is not None:
+        raise CheckpointError(error)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _score_suite(suite: Suite, arguments: argparse.Namespace, session: Session) -> None:
     towers = LazyTowers(arguments, session)
     plan = Plan(
         root=arguments.data,
@@ -46,8 +75,6 @@ def score_suite(arguments: argparse.Namespace, session: Session) -> None:
         probe_features="features" if arguments.probe_features == "embeddings" else "pooled",
         keep_features=arguments.save_features,
     )
-    if session.is_first:
-        arguments.out.mkdir(parents=True, exist_ok=True)
     run = SuiteRun(suite, towers.describe(), plan)
     began = time.perf_counter()
     results = run.run(arguments.out, towers.identity)
@@ -105,19 +132,38 @@ class LazyTowers:
 
 
 def _save_features(run: SuiteRun) -> None:
-    """OUT/features/SET.parquet (.npz without pyarrow): keys, labels, embeddings, and cosines with the classes."""
+    """OUT/features/SET….parquet (.npz without pyarrow): keys, labels, embeddings, and cosines with the classes; of a
+    retrieval set also SET….captions.parquet.
+    """
     for listing, features, embedder in run.kept():
-        classified = listing.spec.scored_as == "classification"
-        weights = run.class_weights(listing, embedder) if classified else None
+        kind = listing.spec.scored_as
+        weights = run.class_weights(listing, embedder) if kind == "classification" else None
+        captions = run.captions(listing, embedder) if kind == "retrieval" else None
         if run.world.rank == 0:
+            if captions is not None:
+                _write_captions(features, *captions)
             _write_table(features, listing.test, weights)
             features.discard()
 
 
-def _write_table(features: Features, part: Part, weights: Tensor | None) -> None:
+def _write_captions(features: Features, captions: Captions, text: FileRows) -> None:
+    """A row for every caption of every picture: the picture's key, the caption, its embedding."""
+    keys, texts = np.array(features.keys(), dtype=np.str_), np.array(captions.texts, dtype=np.str_)
+    with open_table(_table(features, ".captions")) as table_file:
+        for rows in tiles(len(captions.pairs), _ROWS):
+            sample, number = captions.pairs[rows].T
+            columns = {"keys": keys[sample], "captions": texts[number], "text_embeddings": text.pick(number).numpy()}
+            table_file.write(columns)
+
+
+def _table(features: Features, what: str = "") -> Path:
     ending = TABLES[0] if find_spec("pyarrow") else TABLES[1]
+    return features.folder.with_name(features.folder.name + what + ending)
+
+
+def _write_table(features: Features, part: Part, weights: Tensor | None) -> None:
     images, keys = features.rows(), np.array(features.keys(), dtype=np.str_)
-    with open_table(features.folder.with_name(features.folder.name + ending)) as table_file:
+    with open_table(_table(features)) as table_file:
         for rows in tiles(len(images), _ROWS):
             embedded = images[rows]
             valid = torch.isfinite(embedded).all(dim=1).numpy()

@@ -1,4 +1,4 @@
-"""One job a run folder: a lock that dies with its process.
+"""One job a run folder, one evaluation a folder of results: a lock that dies with its process.
 
 A POSIX record lock on run_dir/run.lock: the kernel drops it when the process ends, however it ends, and forked reader
 processes do not inherit it, so a lock left by a killed job never has to be cleared by hand. Where a shared file system
@@ -28,18 +28,18 @@ _POLL_S = 0.5
 class RunLock:
     """Held from construction until `release` or the end of the process."""
 
-    def __init__(self, run_dir: Path, *, patience_s: float = PATIENCE_S):
-        """patience_s: how long the file of a holder on another machine is watched.
+    def __init__(self, run_dir: Path, *, patience_s: float = PATIENCE_S, named: str = "run_dir"):
+        """patience_s: how long the file of a holder on another machine is watched. named: what people call the folder.
 
         Raises CheckpointError when the folder cannot be written or another job holds it.
         """
-        self._path, self._patience_s = run_dir / LOCK_FILE, patience_s
+        self._path, self._patience_s, self._named = run_dir / LOCK_FILE, patience_s, named
         self._released = threading.Event()
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise CheckpointError(f"run_dir {run_dir} cannot be written: {error.strerror}") from error
+            raise CheckpointError(f"{named} {run_dir} cannot be written: {error.strerror}") from error
         try:
             self._acquire(run_dir)
         except BaseException:
@@ -53,8 +53,8 @@ class RunLock:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise CheckpointError(
-                f"run_dir {run_dir} is in use by process {holder.get('pid')} on {holder.get('host')}: two jobs would "
-                "overwrite each other's checkpoints; end that job or set another run_dir"
+                f"{self._named} {run_dir} is in use by process {holder.get('pid')} on {holder.get('host')}: two jobs "
+                f"would overwrite each other's files; end that job or give another {self._named}"
             ) from None
         if holder and holder["host"] != socket.gethostname() and not _same_job(holder):
             self._watch(run_dir, holder)
@@ -73,8 +73,8 @@ class RunLock:
         """Until the holder's file has stood still for long enough. Raises CheckpointError if it is touched."""
         who = f"process {holder['pid']} on {holder['host']}"
         print(
-            f"run_dir {run_dir} was left by {who} without being given back: watching for {self._patience_s:.0f} s "
-            "whether it lives",
+            f"{self._named} {run_dir} was left by {who} without being given back: watching for "
+            f"{self._patience_s:.0f} s whether it lives",
             file=sys.stderr,
             flush=True,
         )
@@ -83,8 +83,8 @@ class RunLock:
             time.sleep(min(_POLL_S, self._patience_s / 4))
             if self._mark() != mark and self._holder():
                 raise CheckpointError(
-                    f"run_dir {run_dir} is in use by {who}, which touched {self._path} just now: end that job or set "
-                    "another run_dir"
+                    f"{self._named} {run_dir} is in use by {who}, which touched {self._path} just now: end that job or "
+                    f"give another {self._named}"
                 )
 
     def _mark(self) -> tuple[int, int]:

@@ -17,10 +17,11 @@ from engine.evaluation.sets.listing import Listing
 from engine.evaluation.sets.pictures import sample_factory
 from engine.evaluation.sets.spec import Suite
 from engine.evaluation.suite.check import can_be_probed, list_all
-from engine.evaluation.suite.features import Features, embed_part
+from engine.evaluation.suite.features import Features, FileRows, embed_part
 from engine.evaluation.suite.plan import Plan, Towers
 from engine.evaluation.suite.results import Results, Row
 from engine.evaluation.suite.score import (
+    Captions,
     distinct_captions,
     score_associations,
     score_classification,
@@ -115,16 +116,13 @@ class SuiteRun:
         return measures
 
     def _measures(self, listing: Listing, features: Features, embedder: Embedder) -> dict[str, float]:
-        tokenizer = tokenizer_of(self.towers.config.model.text, self.towers.config.data)
-        cache = self._texts()
         if listing.spec.scored_as in ("retrieval", "association"):
-            captions = distinct_captions(listing, tokenizer)
-            text = cache.captions(embedder, captions.texts, tokenizer, captions.identity)
+            captions, text = self.captions(listing, embedder)
             if questions := listing.test.questions:
                 return self._on_first(lambda: score_associations(questions, features, captions, text))
             return self._on_first(lambda: score_retrieval(features, features.rows(), captions, text))
-        classes = DistinctClasses(listing.classes, listing.templates, tokenizer)
-        weights = cache.classes(embedder, classes)
+        classes = self._classes(listing)
+        weights = self._texts().classes(embedder, classes)
         measure = score_multilabel if listing.spec.scored_as == "multilabel" else score_classification
         return self._on_first(lambda: measure(listing, features, features.rows(), classes, weights))
 
@@ -210,9 +208,20 @@ class SuiteRun:
 
     def class_weights(self, listing: Listing, embedder: Embedder) -> Tensor:
         """fp32 [classes, D] by label; from the cache after `run`. Collective over the mesh."""
-        tokenizer = tokenizer_of(self.towers.config.model.text, self.towers.config.data)
-        classes = DistinctClasses(listing.classes, listing.templates, tokenizer)
+        classes = self._classes(listing)
         return self._texts().classes(embedder, classes)[classes.numbers]
+
+    def captions(self, listing: Listing, embedder: Embedder) -> tuple[Captions, FileRows]:
+        """The different captions of a set and their embeddings, in a file that the first rank may read; from the cache
+        after `run`. Collective over the mesh.
+        """
+        tokenizer = tokenizer_of(self.towers.config.model.text, self.towers.config.data)
+        captions = distinct_captions(listing, tokenizer)
+        return captions, self._texts().captions(embedder, captions.texts, tokenizer, captions.identity)
+
+    def _classes(self, listing: Listing) -> DistinctClasses:
+        tokenizer = tokenizer_of(self.towers.config.model.text, self.towers.config.data)
+        return DistinctClasses(listing.classes, listing.templates, tokenizer)
 
     def _texts(self) -> TextCache:
         return TextCache(self.out / "texts", self.identity, self.world)
