@@ -47,7 +47,7 @@ _EXAMPLES = (
 
 GOAL = 0.01
 """Share of a step."""
-RANKS, STEPS_OF_ROUND = 2, 10
+RANKS, STEPS_OF_ROUND, MICRO_BATCH = 2, 10, 64
 RECIPE = "examples/quickstart/train.yaml"
 THREAD = "the watch's thread"
 PARTS = {
@@ -100,8 +100,9 @@ class Meter:
 def config_of(folder: Path, batch: int) -> Config:
     """The quickstart's model and settings on two replicas, without its data."""
     own = ["parallel.tensor=1", "parallel.pipeline=1", f"train.global_batch_size={batch}", "data.shards=[-]"]
-    own += [f"train.micro_batch_size={min(16, batch // RANKS)}", "train.steps=100000", f"run_dir={folder}"]
-    return read_job(RECIPE, own).config
+    own += ["train.steps=100000", f"run_dir={folder}"]
+    small = [f"train.micro_batch_size={batch // RANKS}"] if batch // RANKS < MICRO_BATCH else []
+    return read_job(RECIPE, [*own, *small]).config
 
 
 def batch_of(config: Config, mesh: Mesh) -> LocalBatch:

@@ -177,7 +177,8 @@ def run(folder: Path, steps: int, limit_s: float, disturb: bool) -> dict[str, An
             break
         if -signal.SIGKILL not in statuses or "not over in time" in start.text:
             strange.append(start.text[-2000:])
-    records = read_metrics(folder / "run" / "metrics.jsonl")
+    metrics = folder / "run" / "metrics.jsonl"
+    records = read_metrics(metrics) if metrics.exists() else []  # a start that failed says why in `strange`
     made = [record["step"] for record in records]
     faulted = Counter(path.read_text() for path in folder.glob("fault_*"))
     return {
@@ -186,7 +187,7 @@ def run(folder: Path, steps: int, limit_s: float, disturb: bool) -> dict[str, An
         "every step once": made == list(range(len(made))),
         "starts": starts,
         "faults": {name: faulted[name] for name in TURNS},
-        **{name: records[-1][name] for name in ("skipped_steps", "rewinds", "bad_samples")},
+        **{name: records[-1][name] for name in ("skipped_steps", "rewinds", "bad_samples") if records},
         "minutes": round((time.monotonic() - began) / 60, 1),
         "growth a step: least, median, most of the starts and ranks": {
             name: [round(float(value), 4) for value in (min(slopes), np.median(slopes), max(slopes))]
