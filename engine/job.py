@@ -17,6 +17,7 @@ from engine.parallel.agree import raise_together, together
 from engine.parallel.device import Device
 from engine.parallel.mesh import Mesh
 from engine.record import Callback
+from engine.resilience.failures import reason
 from engine.resilience.signals import Wishes
 from engine.resilience.status import FAILED, FINISHED, RUNNING, STOPPED_IN_ORDER, write_status
 from engine.resilience.watch import Pulse, Watch
@@ -102,7 +103,7 @@ def _train(trainer: Trainer, callbacks: list[Callback], wishes: Wishes | None) -
             stop = trainer.fit(callbacks, wishes)
         outcome = STOPPED_IN_ORDER if stop else FINISHED
     except Exception as error:
-        stop = str(error)
+        stop = reason(error)
         raise
     finally:
         if first:

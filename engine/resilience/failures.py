@@ -64,6 +64,14 @@ def lost_peer(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
 
 
+def reason(error: Exception) -> str:
+    """Why a job ended, for its status: gloo's text about a lost rank is a paragraph."""
+    if not lost_peer(error):
+        return str(error)
+    what = " ".join(str(error).splitlines()[0].split("] ")[-1].split(". This is")[0].split())
+    return f"lost another rank ({what})"
+
+
 def tell(error: Exception) -> int:
     """Print what this rank has to say about the error that ends it; returns the exit status."""
     if lost_peer(error):
@@ -79,8 +87,7 @@ def tell(error: Exception) -> int:
 def _in_words(error: Exception) -> str:
     rank = f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
     if lost_peer(error):
-        what = " ".join(str(error).splitlines()[0].split("] ")[-1].split(". This is")[0].split())
-        return f"error: {rank} lost another rank ({what}): torchrun's summary names the rank that ended first"
+        return f"error: {rank} {reason(error)}: torchrun's summary names the rank that ended first"
     if isinstance(error, torch.OutOfMemoryError):
         return (
             f"error: {rank} is out of memory ({' '.join(str(error).split())}): lower train.micro_batch_size or "

@@ -165,7 +165,8 @@ class Watch:
 
     def _judge_pace(self, places: dict[int, dict[str, Any]]) -> None:
         """Name a rank that computed longer than most in several steps in a row."""
-        usual = statistics.median(place["busy_s"] for place in places.values())
+        median = statistics.median_low if len(places) == 2 else statistics.median  # of two the faster one is usual
+        usual = median(place["busy_s"] for place in places.values())
         for rank, place in places.items():
             step, count = self._slow_for.get(rank, (-1, 0))
             if place["step"] == step or usual <= 0:

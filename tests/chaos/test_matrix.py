@@ -9,6 +9,7 @@ import pytest
 from tests.chaos.faults import FAULTS, PARTS, named
 from tests.chaos.matrix import CONFIG, Lab, may_mount, run_case, table
 from tests.chaos.ranks import TINY, launch
+from tests.chaos.soak import IN_USE, growth, is_flat
 from tests.data.shard_factory import make_shards
 
 QUICK = {"SIGTERM to all ranks"}
@@ -75,6 +76,19 @@ def test_the_table_has_a_line_for_each_outcome_of_a_fault() -> None:
         "| NaN gradient | loss, gather | goes on | – | – | – | equal to the bit | – |",
         "| NaN gradient | reduce | ends: `step 5` | 2 | 10 | 1 | equal to the bit | within 2e-07 |",
     ]
+
+
+def test_a_soak_is_flat_while_holes_grow_and_is_not_when_what_is_in_use_does(tmp_path: Path) -> None:
+    """Growth begins once a start is warm: what the first save and the first collectives take stays out."""
+    for rank, of_step in ((0, 0.5), (1, 40.0)):
+        folder = tmp_path / str(rank)
+        folder.mkdir()
+        rows = ((step, 200_000 + 40 * step, 150_000 + max(60, step) * of_step, *[7] * 5) for step in range(0, 200, 10))
+        lines = [" ".join(f"{number:.0f}" for number in row) for row in rows]
+        (folder / f"samples_{rank}_1").write_text("\n".join(lines))
+        slopes = growth(folder)
+        assert slopes[IN_USE] == [pytest.approx(of_step, abs=0.01)] and slopes["threads"] == [pytest.approx(0)]
+        assert is_flat(slopes) == (of_step < 1)
 
 
 def test_faults_have_names_of_their_own() -> None:

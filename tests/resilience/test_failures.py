@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from engine.resilience import failures
-from engine.resilience.failures import note, tell, tell_line
+from engine.resilience.failures import note, reason, tell, tell_line
 from engine.resilience.judge import UnhealthyStep
 
 LOST = "[/a/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer. This is typically …"
@@ -38,6 +38,7 @@ def test_where_nobody_could_tell_the_loss_is_told_once(capsys: pytest.CaptureFix
     first = said(RuntimeError(LOST), store, capsys)
     assert first.startswith("error: rank 0 on ") and "lost another rank (Read error" in first and first.count("\n") == 1
     assert said(RuntimeError(LOST), store, capsys) == ""
+    assert reason(RuntimeError(LOST)) == "lost another rank (Read error [127.0.0.1]:1: Connection reset by peer)"
 
 
 def test_a_reader_that_dies_in_the_middle_of_a_step_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

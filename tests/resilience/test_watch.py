@@ -85,13 +85,14 @@ def test_the_pulse_says_where_a_rank_is_and_how_long_it_computed() -> None:
     assert (pulse.step, pulse.busy_s) == (4, 3.0)
 
 
-def test_a_rank_that_computes_longer_step_after_step_is_named_once(capfd) -> None:
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_that_computes_longer_step_after_step_is_named_once(size: int, capfd) -> None:
     judge = watch()
     added: list[str] = []
     judge._store = type("Store", (), {"add": lambda self, key, one: added.append(key) or len(added)})()  # type: ignore
     for step in range(8):
-        judge._judge_pace({rank: place("wait", 0, step=step, busy_s=2.0 if rank == 1 else 1.0) for rank in range(4)})
+        judge._judge_pace({rank: place("wait", 0, step=step, busy_s=2.0 if rank == 1 else 1.0) for rank in range(size)})
     assert capfd.readouterr().err == "WARNING: rank 1 on node computes 2.00 s a step, most ranks 1.00 s\n"
     assert judge.pulse.slow == {1: 2.0}
-    judge._judge_pace({rank: place("wait", 0, step=9) for rank in range(4)})
+    judge._judge_pace({rank: place("wait", 0, step=9) for rank in range(size)})
     assert not judge.pulse.slow
