@@ -48,15 +48,18 @@ class RankFailure(AssertionError):
     """A rank raised, died or hung; the message holds the stderr of every rank."""
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *, timeout_s: float = 180.0, **kwargs: Any) -> list[Any]:
+def run_distributed(
+    fn: Callable[..., Any], world_size: int, *, timeout_s: float = 180.0, forked: bool = False, **kwargs: Any
+) -> list[Any]:
     """Run `fn(**kwargs)` on `world_size` gloo ranks and return their results in rank order.
 
     `fn` must be importable (module level); kwargs must be picklable. Raises RankFailure when a rank raises,
-    dies or is not done after `timeout_s`.
+    dies or is not done after `timeout_s`. With `forked` the ranks are forked from this process and not from the server;
+    it must not have computed anything yet, because threads do not survive a fork.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         scratch = Path(folder)
-        ranks = _start(fn, world_size, scratch, timeout_s, kwargs)
+        ranks = _start(fn, world_size, scratch, timeout_s, kwargs, method="fork" if forked else "forkserver")
         try:
             problem = _wait_for(ranks, timeout_s + START_GRACE_S)
         finally:
@@ -67,10 +70,11 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *, timeout_s: float
 
 
 def _start(
-    fn: Callable[..., Any], world_size: int, scratch: Path, timeout_s: float, kwargs: dict[str, Any]
+    fn: Callable[..., Any], world_size: int, scratch: Path, timeout_s: float, kwargs: dict[str, Any], *, method: str
 ) -> list[BaseProcess]:
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preload"])  # torch and megatron-core are imported once, not once a rank
+    context = mp.get_context(method)
+    if method == "forkserver":  # torch and megatron-core are imported once, not once a rank
+        context.set_forkserver_preload(["tests.preload"])
     with _environment(RANK_ENVIRONMENT):
         ranks: list[BaseProcess] = [
             context.Process(

@@ -194,7 +194,7 @@ CASES = [
     Case("outputs-no-sp", TP2_PP2, _train(keep_outputs="all") + _parallel(sequence=False)),
     Case("outputs-virtual", PP2_DP2, _train(keep_outputs="all", offload_outputs=True) + _parallel(virtual=2)),
     Case("outputs-eva-02-tp2", TP2_PP2, _train(keep_outputs="all"), model="eva-02"),
-    Case("ring-dp4", DP4, _train(loss_variant="ring")),
+    Case("ring-dp4", DP4, _train(loss_variant="ring") + _parallel(bucket_size=5000)),
     Case("ring-tp2-pp2-tiles", TP2_PP2, _train(loss_variant="ring", loss_tile=3)),
     Case("learned-scale", PP2_DP2, model="18b-learned-scale"),
     Case("learned-scale-ring", TP2_PP2, _train(loss_variant="ring"), model="18b-learned-scale"),
@@ -230,6 +230,8 @@ SLOW = {
     "small-buckets-virtual", "small-buckets-no-overlap", "ring-tp2-pp2-tiles", "sigmoid", "eva-02-virtual",
     "distilled-shared", "distilled-sigmoid", "upper-blocks-tp2-pp2-full", "eva-02-virtual-tp2-keep-1",
     "outputs-eva-02-tp2", "outputs-selective", "full-keep-1", "uneven-virtual-pp2", "locked-text-pp4-offload",
+    "keep-1-tp2-pp2", "outputs-fc2+proj+qkv", "fused-virtual-full", "small-buckets-dp4", "outputs-captions-in-parts",
+    "outputs-virtual", "learned-scale-ring", "heads-tp2-pp2",
 }  # fmt: skip
 """Pairs of options that the slow tests add; each option is in a fast case, too."""
 
@@ -311,9 +313,11 @@ def slow_ranks() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def references() -> Iterator[dict[str, list[float]]]:
-    """Losses of one process, by model: every micro-batch replayed, nothing cut, nothing overlapped."""
+    """Losses of one process, by model: the whole batch at once, nothing cut, nothing overlapped."""
     with job(ParallelConfig()) as (mesh, device):
-        yield {model: _curve(_config(model, "train.micro_batch_size=2"), mesh, device)["losses"] for model in MODELS}
+        yield {
+            model: _curve(_config(model, f"train.micro_batch_size={BATCH}"), mesh, device)["losses"] for model in MODELS
+        }
 
 
 def test_the_references_learn_something(references: dict[str, list[float]]) -> None:
@@ -340,8 +344,13 @@ def test_a_pair_of_options_does_not_show_in_the_curve(
 
 
 def test_kept_activations_change_no_bit(ranks: list[dict[str, Any]]) -> None:
-    stash, *kept = [ranks[0][case.name]["losses"] for case in KEPT]
-    assert kept == [stash, stash]
+    stash, *kept = [ranks[0][case.name]["losses"] for case in KEPT if case.name in ranks[0]]
+    assert kept == [stash]
+
+
+@pytest.mark.slow
+def test_some_kept_activations_change_no_bit(slow_ranks: list[dict[str, Any]]) -> None:
+    test_kept_activations_change_no_bit(slow_ranks)
 
 
 def test_kept_outputs_change_no_bit(ranks: list[dict[str, Any]]) -> None:

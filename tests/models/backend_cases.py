@@ -1,6 +1,7 @@
 """What test_backends.py asks of the towers, in a process of its own that finds the packages of tests/fakes.
 
-    python -m tests.models.backend_cases RESULT.pt
+    python -m tests.models.backend_cases RESULT.pt          all but the curves of SLOW_CURVES
+    python -m tests.models.backend_cases RESULT.pt slow     those
 
 Transformer Engine changes what megatron-core is at its import, so this is never done inside the test process.
 """
@@ -55,6 +56,7 @@ CURVES: dict[str, tuple[tuple[int, int], tuple[str, ...]]] = {
     "te-pp2-selective-keep-1": ((1, 2), (*_TE_EXACT, "train.recompute=selective", "train.keep_activations=1")),
 }
 """(TP, PP) and options of curves in fp32 on two ranks."""
+SLOW_CURVES = ("te-tp2-no-sequence", "te-pp2-selective-keep-1")
 _FP8 = (_TE, "model.fp8=current", "model.fp8_bf16_blocks=1")
 BF16 = ("train.precision=bf16",)
 BF16_CURVES: dict[str, tuple[str, ...]] = {
@@ -133,11 +135,13 @@ def attention_alone(tower: VisionTower, device: str = "cpu") -> dict[str, Tensor
 
 
 def shipped_names(mesh: Mesh, choice: dict[str, Any]) -> dict[str, dict[str, list[int]]]:
-    """Preset -> logical name -> shape of a tower at full size, on the meta device."""
+    """Preset -> logical name -> shape of a tower at full width, two blocks of it, on the meta device."""
     table = {}
     for preset in SHIPPED:
+        model = preset_model(preset)
+        model = replace(model, vision=replace(model.vision, depth=2))
         with torch.device("meta"):
-            tower = VisionTower(kernels(preset_model(preset), choice), groups=mesh.vision_groups())
+            tower = VisionTower(kernels(model, choice), groups=mesh.vision_groups())
         tensors = logical_tensors(tower, "vision", 0, 1).values()
         table[preset] = {tensor.name: list(tensor.shape) for tensor in tensors}
     return table
@@ -167,35 +171,39 @@ def fp8(mesh: Mesh) -> dict[str, Any]:
     return found
 
 
-def curves() -> dict[str, list[float]]:
+def curves(slow: bool) -> dict[str, list[float]]:
     """Losses of a few steps on two ranks, case by case."""
     device = prepare()
     out = {}
     for name, ((tensor, pipeline), options) in CURVES.items():
+        if (name in SLOW_CURVES) != slow:
+            continue
         mesh = build_mesh(tensor, pipeline, dist.group.WORLD)
-        layout = (f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", "train.micro_batch_size=4")
+        layout = (f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", "train.micro_batch_size=8")
         config = step_options._config("18b", *layout, *options)
         out[name] = step_options._curve(config, mesh, device)["losses"]
     mesh = build_mesh(1, 2, dist.group.WORLD)
-    for name, options in BF16_CURVES.items():
+    for name, options in BF16_CURVES.items() if not slow else ():
         config = step_options._config("18b", "parallel.pipeline=2", "train.micro_batch_size=16", *BF16, *options)
         out[name] = step_options._curve(config, mesh, device)["losses"]
     return out
 
 
-def main(result: str) -> None:
-    """Run everything and keep it."""
-    with job(ParallelConfig()) as (mesh, _device):
-        found: dict[str, Any] = {
-            "exact": exact(mesh),
-            "attentions": attentions(mesh),
-            "names": shipped_names(mesh, TE | {"attention": "sdpa"}),
-            "fp8": fp8(mesh),
-        }
-    found["curves"] = run_distributed(curves, 2)[0]
+def main(result: str, *part: str) -> None:
+    """Run everything of a part and keep it."""
+    slow = part == ("slow",)
+    found: dict[str, Any] = {"curves": run_distributed(curves, 2, forked=True, slow=slow)[0]}
+    if not slow:
+        with job(ParallelConfig()) as (mesh, _device):
+            found |= {
+                "exact": exact(mesh),
+                "attentions": attentions(mesh),
+                "names": shipped_names(mesh, TE | {"attention": "sdpa"}),
+                "fp8": fp8(mesh),
+            }
     torch.save(found, result)
 
 
 if __name__ == "__main__":
     assert str(FAKES) in os.environ.get("PYTHONPATH", "").split(os.pathsep), "started without the fakes"
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -32,10 +32,19 @@ FP8_TOLERANCE = 0.4
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the towers gave in a process that finds the stand-ins."""
-    result = tmp_path_factory.mktemp("backends") / "result.pt"
+    return _found(tmp_path_factory.mktemp("backends") / "result.pt")
+
+
+@pytest.fixture(scope="module")
+def slowly_found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The slow curves of such a process."""
+    return _found(tmp_path_factory.mktemp("backends") / "slow.pt", "slow")
+
+
+def _found(result: Path, *part: str) -> dict[str, Any]:
     path = os.pathsep.join([str(cases.FAKES), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     subprocess.run(
-        [sys.executable, "-m", "tests.models.backend_cases", str(result)],
+        [sys.executable, "-m", "tests.models.backend_cases", str(result), *part],
         check=True,
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": path},
@@ -100,13 +109,21 @@ def test_the_state_of_quantisers_is_no_tensor_of_a_checkpoint(found: dict) -> No
 @pytest.fixture(scope="module")
 def local_curve(mesh: Mesh) -> list[float]:
     """Losses of one process on the local kernels."""
-    config = cases.step_options._config("18b", "train.micro_batch_size=4")
+    config = cases.step_options._config("18b", "train.micro_batch_size=8")
     return cases.step_options._curve(config, mesh, prepare())["losses"]
 
 
-@pytest.mark.parametrize("case", cases.CURVES)
+@pytest.mark.parametrize("case", [case for case in cases.CURVES if case not in cases.SLOW_CURVES])
 def test_training_does_not_show_the_backend(case: str, found: dict, local_curve: list[float]) -> None:
     assert found["curves"][case] == pytest.approx(local_curve, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cases.SLOW_CURVES)
+def test_training_does_not_show_the_backend_with_more_options(
+    case: str, slowly_found: dict, local_curve: list[float]
+) -> None:
+    assert slowly_found["curves"][case] == pytest.approx(local_curve, rel=1e-5)
 
 
 def test_fp8_training_is_near_bf16_and_the_same_with_and_without_replay(found: dict) -> None:

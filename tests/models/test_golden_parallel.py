@@ -103,6 +103,30 @@ CASES = {
 }
 
 
+FAST = {
+    2: [
+        Case("tiny-18b", tensor=2, dropout=True),
+        Case("tiny-18b", tensor=2, sequence=False),
+        Case("tiny-8b", tensor=2),
+        Case("tiny-8b", pipeline=2, dropout=True),
+        Case("tiny-eva02-B", pipeline=2),
+        Case("tiny-18b", pipeline=2, micro_batch=1, keep=3),
+        Case("tiny-18b", tensor=2, micro_batch=2, keep=-1),
+        Case("tiny-eva02-B", tensor=2, sequence=False, width=64),
+    ],
+    3: [Case("tiny-bigE", tensor=3, micro_batch=8, dropout=True), Case("tiny-eva02-B", pipeline=3)],
+    4: [
+        Case("tiny-18b", tensor=2, pipeline=2, dropout=True),
+        Case("tiny-8b", tensor=2, pipeline=2, sequence=False),
+        Case("tiny-18b", tensor=4),
+        Case("tiny-eva02-B", tensor=2, pipeline=2, width=64, dropout=True),
+        Case("tiny-bigE", pipeline=4, micro_batch=2),
+        Case("tiny-eva02-B", pipeline=2, micro_batch=2, dropout=True),
+    ],
+}
+"""Each architecture on each axis, with and without what can be switched; the other pairs are slow."""
+
+
 class _FixturePatches(KeptPatches):
     """The patches that the fixture kept, in place of drawn ones."""
 
@@ -151,22 +175,35 @@ def run_cases(cases: list[Case]) -> list[dict[str, Any]]:
     return [one_pass(case, mesh(case.tensor, case.pipeline)) for case in cases]
 
 
+Outcomes = dict[tuple[int, bool], dict[Case, dict[str, Any]]]
+"""(ranks, whether fast) -> case -> what rank 0 returned."""
+
+
 @pytest.fixture(scope="module")
-def outcomes() -> dict[int, dict[Case, dict[str, Any]]]:
-    """Ranks -> case -> what rank 0 returned; filled by the first test of each number of ranks."""
+def outcomes() -> Outcomes:
+    """Filled by the first test of each launch."""
     return {}
 
 
-def _outcome(ranks: int, case: Case, outcomes: dict[int, dict[Case, dict[str, Any]]]) -> dict[str, Any]:
-    if ranks not in outcomes:
-        found = run_distributed(run_cases, ranks, cases=CASES[ranks])[0]
-        outcomes[ranks] = dict(zip(CASES[ranks], found, strict=True))
-    return outcomes[ranks][case]
+def _outcome(ranks: int, case: Case, outcomes: Outcomes) -> dict[str, Any]:
+    launch = ranks, case in FAST[ranks]
+    if launch not in outcomes:
+        cases = [one for one in CASES[ranks] if (one in FAST[ranks]) == launch[1]]
+        outcomes[launch] = dict(zip(cases, run_distributed(run_cases, ranks, cases=cases)[0], strict=True))
+    return outcomes[launch][case]
 
 
 def _cases(*, with_fixture: bool) -> list:
     pairs = [(n, case) for n, cases in CASES.items() for case in cases if with_fixture != bool(case.width)]
-    return [pytest.param(n, case, id=f"{n}ranks-{case}") for n, case in pairs]
+    return [
+        pytest.param(n, case, id=f"{n}ranks-{case}", marks=[] if case in FAST[n] else [pytest.mark.slow])
+        for n, case in pairs
+    ]
+
+
+def test_the_fast_cases_are_cases_and_each_architecture_is_among_them() -> None:
+    assert all(case in CASES[ranks] for ranks, cases in FAST.items() for case in cases)
+    assert {case.fixture for cases in FAST.values() for case in cases if not case.width} == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize(("ranks", "case"), _cases(with_fixture=True))

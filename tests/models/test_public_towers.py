@@ -375,7 +375,7 @@ def check(name: str, found: dict[str, Any]) -> None:
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    "launch", ["1", "4", pytest.param("2", marks=pytest.mark.slow), pytest.param("4 more", marks=pytest.mark.slow)]
+    "launch", ["4", *(pytest.param(launch, marks=pytest.mark.slow) for launch in LAUNCHES if launch != "4")]
 )
 def test_features_loss_and_gradients_are_theirs(launch: str) -> None:
     results = run_distributed(run_cases, LAUNCHES[launch][0], launch=launch, names=list(FORMAT))[0]

@@ -48,6 +48,7 @@ def step_of_all(trainer: Trainer) -> str:
         return str(error)
 
 
+SMALL = ("train.global_batch_size=24", "train.micro_batch_size=8", "model.vision.depth=1", "model.text.depth=1")
 LAYOUTS = {"dp3": (), "bf16": ("train.precision=bf16",)}
 
 
@@ -56,7 +57,7 @@ def audited(folder: str) -> dict[str, Any]:
     mesh, found = build_mesh(1, 1, dist.group.WORLD), {}
     for layout, overrides in LAYOUTS.items():
         for policy in ("stop", "repair", "rewind"):
-            options = (f"health.on_divergence={policy}", "health.audit_every_steps=1", "train.global_batch_size=24")
+            options = (f"health.on_divergence={policy}", "health.audit_every_steps=1", *SMALL)
             trainer = build(job_config(f"{folder}/{layout}-{policy}", *options, *overrides), mesh)
             run_steps(trainer, 1)
             save(trainer)
