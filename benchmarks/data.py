@@ -9,13 +9,18 @@ not distort much; wall time it does).
   -> rename, transform, tokenise -> tuple -> batch. The transform is torchvision's in plain Pillow and torch: crop,
   bicubic resize, to float tensor, normalise. The tokenizer is ours in both: it is not what is compared.
 * random / sequential: SampleReader with data.shuffle on and off: uint8 out; the device normalises.
-* random, Pillow resize: the same with Pillow's resize in place of torch's uint8 kernel, to show what that is worth.
+* random, Pillow: the same with data.decoder=pillow in place of simplejpeg; Pillow resize: with Pillow's resize in place
+  of torch's uint8 kernel as well, to show what that is worth.
 * random + normalise: with the normalisation done here, on one core, as if the device did not.
 * DALI, 1 and 2 threads: SampleReader with data.decoder=dali on the CPU.
+* remote, whole shards / ranges: from an HTTP server on loopback (a process of its own, not counted), every pass with an
+  empty cache; the reader fetches shards whole, the other row asks for each member by its range.
+* video: 8 of 32 frames of MPEG-4 clips of 320 x 240, CPU ms a frame that is given (31 are decoded for 8).
 * readers 1, 2: PrefetchLoader with so many processes (CPU time of parent and children); webdataset, reader 1: its
   pipeline in one worker of a torch DataLoader.
 """
 
+import importlib.util
 import json
 import os
 import resource
@@ -34,11 +39,22 @@ import torch
 from PIL import Image
 
 from benchmarks.common import RESULTS, Spread, machine
+from benchmarks.data_further import (
+    CLIPS,
+    FRAMES_SEEN,
+    ranged_path,
+    served,
+    video_path,
+    whole_path,
+    write_clips,
+)
 from data.config import DataConfig
 from data.loader import PrefetchLoader
 from data.pixels.decode import pillow, resize
 from data.pixels.transforms import CLIP_MEAN, CLIP_STD, RandomResizedCrop, normalise
 from data.reader import SampleReader
+from data.shards.index_store import load_index
+from data.shards.storage import Storage
 from data.shards.write import write_shard
 from data.tokenizer import Tokenizer
 from tools.cli import command_parser
@@ -52,6 +68,7 @@ _EXAMPLES = (
 )
 WIDTH, HEIGHT, SIDE, CONTEXT, BATCH, SHARDS = 500, 375, 224, 77, 64, 6
 SCALE = (0.9, 1.0)
+VIDEO = "video, a frame"
 Path_ = Callable[[int], int]
 
 # Model TFLOP of one pair in training: 3 x forward of both towers, half of the patches (whole images for B/16).
@@ -138,17 +155,18 @@ def _batches(images: int) -> Iterator[np.ndarray]:
 def reader_path(shards: list[str], *, finish: Callable[[torch.Tensor], Any] | None = None, **settings: Any) -> Path_:
     """SampleReader in this process; `finish` is applied to the pixels of each batch."""
     reader = _reader(shards, **settings)
+    return lambda images: read_all(reader, images, finish)
 
-    def read(images: int) -> int:
-        count = 0
-        for positions in _batches(images):
-            batch = reader.read(positions)
-            if finish is not None:
-                finish(batch.images)
-            count += len(batch.images)
-        return count
 
-    return read
+def read_all(reader: SampleReader, images: int, finish: Callable[[torch.Tensor], Any] | None = None) -> int:
+    """Batches of `reader` until `images` are read."""
+    count = 0
+    for positions in _batches(images):
+        batch = reader.read(positions)
+        if finish is not None:
+            finish(batch.images)
+        count += len(batch.images)
+    return count
 
 
 def dali_path(shards: list[str], threads: int) -> Path_:
@@ -181,8 +199,8 @@ def _pillow_resize() -> Iterator[None]:
 
 
 def pillow_resize_path(shards: list[str]) -> Path_:
-    """As `random`, resized by Pillow."""
-    read = reader_path(shards)
+    """Decoded and resized by Pillow."""
+    read = reader_path(shards, decoder="pillow")
 
     def slowly(images: int) -> int:
         with _pillow_resize():
@@ -191,19 +209,29 @@ def pillow_resize_path(shards: list[str]) -> Path_:
     return slowly
 
 
-def paths(shards: list[str]) -> dict[str, Path_]:
-    """What is compared, by name."""
+def paths(shards: list[str], url: str, folder: Path) -> dict[str, Path_]:
+    """What is compared, by name. url: where the shards are served; folder: for clips and caches."""
+    urls = [f"{url}/{Path(shard).name}" for shard in shards]
+    further = {
+        "remote, whole shards": whole_path(urls, folder / "whole", _reader, read_all),
+        "remote, ranges": ranged_path(urls, folder / "ranges", _reader, read_all),
+        VIDEO: video_path(write_clips(folder), _reader),
+    }
+    dali = {}
+    if importlib.util.find_spec("nvidia") is not None:
+        dali = {"DALI, 1 thread": dali_path(shards, 1), "DALI, 2 threads": dali_path(shards, 2)}
     return {
         "webdataset": webdataset_path(shards),
         "webdataset, reader 1": webdataset_path(shards, workers=1),
         "random": reader_path(shards),
         "sequential": reader_path(shards, shuffle=False),
+        "random, Pillow": reader_path(shards, decoder="pillow"),
         "random, Pillow resize": pillow_resize_path(shards),
         "random + normalise": reader_path(shards, finish=lambda images: normalise(images, torch.float32)),
-        "DALI, 1 thread": dali_path(shards, 1),
-        "DALI, 2 threads": dali_path(shards, 2),
+        **dali,
         "readers 1": loader_path(shards, 1),
         "readers 2": loader_path(shards, 2),
+        **further,
     }
 
 
@@ -215,19 +243,19 @@ def _cpu_s() -> float:
     return sum(use.ru_utime + use.ru_stime for use in uses)
 
 
-def measure(shards: list[str], images: int, rounds: int) -> dict[str, dict[str, Any]]:
+def measure(readers: dict[str, Path_], images: int, rounds: int) -> dict[str, dict[str, Any]]:
     """Alternating rounds of all paths, after one that warms up."""
-    readers = paths(shards)
     cpu_ms: dict[str, list[float]] = {name: [] for name in readers}
     wall_ms: dict[str, list[float]] = {name: [] for name in readers}
     for turn in range(rounds + 1):
         for name, read in readers.items():
             cpu, wall = _cpu_s(), time.perf_counter()
             count = read(images)
-            assert count == images, f"{name} read {count} of {images}"
+            wanted = CLIPS * FRAMES_SEEN if name == VIDEO else images
+            assert count == wanted, f"{name} read {count} of {wanted}"
             if turn:
-                cpu_ms[name].append((_cpu_s() - cpu) / images * 1e3)
-                wall_ms[name].append((time.perf_counter() - wall) / images * 1e3)
+                cpu_ms[name].append((_cpu_s() - cpu) / count * 1e3)
+                wall_ms[name].append((time.perf_counter() - wall) / count * 1e3)
     return {
         name: {
             "cpu_ms_per_image": asdict(Spread.of(cpu_ms[name])),
@@ -278,7 +306,10 @@ def main() -> None:
         before = machine()
         shards = make_shards(Path(folder), options.images)
         kilobytes = sum(map(os.path.getsize, shards)) / options.images / 1e3
-        results = measure(shards, options.images, options.rounds)
+        for shard in shards:
+            load_index(shard, Storage())  # beside each shard, as tools.index_shards leaves them
+        with served(Path(folder)) as url:
+            results = measure(paths(shards, url, Path(folder)), options.images, options.rounds)
     ours = results["random"]["cpu_ms_per_image"]["median"]
     ratio = results["webdataset"]["cpu_ms_per_image"]["median"] / ours
     report = {

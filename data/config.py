@@ -7,7 +7,7 @@ from itertools import pairwise
 from data.captions import check_captions
 from data.errors import DataError
 
-DECODERS = ("auto", "pillow", "dali")
+DECODERS = ("auto", "simplejpeg", "pillow", "dali")
 MIXES = ("within_batch", "one_per_batch")
 CLEANINGS = ("auto", "clip", "canonical", "none")
 _A_YEAR_S = 366 * 24 * 3600
@@ -79,7 +79,9 @@ class DataConfig:
     shuffle_group_shards: int = 64
     """Samples are permuted within groups of this many (already permuted) shards."""
     decoder: str = "auto"
-    """auto | pillow | dali; auto is pillow (docs/results/decoders.md)."""
+    """auto | simplejpeg | pillow | dali; auto is simplejpeg where it is installed, else pillow: the same pixels
+    (docs/results/decoders.md).
+    """
     max_pixels: int = 89_478_485
     """Larger images are bad samples (decompression bombs); the default is Pillow's bound, 268 MB as RGB."""
     features: str = ""

@@ -125,6 +125,7 @@ class SampleReader:
     def fetch(self, positions: np.ndarray) -> EncodedBatch:
         """The same, before decoding: what is bad without looking at pixels is already replaced."""
         positions = np.asarray(positions, dtype=np.int64)
+        self._transform.expect(positions)
         bad: list[BadSample] = []
         shards, samples = (ids.tolist() for ids in self._order.locate(positions))
         places = zip(positions.tolist(), shards, samples, strict=True)

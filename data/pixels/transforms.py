@@ -5,6 +5,7 @@ windows are drawn from the stateless generator, so every decoder, rank and reade
 Pixels stay uint8 until `normalise` on the device: a quarter of the traffic.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -51,6 +52,9 @@ class Transform(ABC):
     def window(self, position: int, width: int, height: int) -> Window:
         """Window for the sample at a global position in an image of width x height pixels."""
 
+    def expect(self, positions: np.ndarray) -> None:  # noqa: B027  most transforms draw nothing
+        """Say that windows of these positions are asked for next, so that they can be drawn together."""
+
 
 class RandomResizedCrop(Transform):
     """Training (EVA-CLIP code transform.py:60-103): area share uniform in `scale`, aspect log-uniform in
@@ -67,28 +71,37 @@ class RandomResizedCrop(Transform):
         self._size = size
         self._scale = scale
         self._flip = flip
+        self._drawn: dict[int, tuple[list[list[float]], bool]] = {}
+
+    def expect(self, positions: np.ndarray) -> None:
+        self._drawn = dict(zip(positions.tolist(), self._draw(positions), strict=True))
 
     def window(self, position: int, width: int, height: int) -> Window:
-        at = np.array([position], dtype=np.int64)
-        draws = uniform(self._seed, "crop", at, 4 * _ATTEMPTS).reshape(4, _ATTEMPTS)
-        flip = self._flip and bool(uniform(self._seed, "flip", at, 1)[0, 0] < 0.5)
-        left, top, crop_width, crop_height = self._crop(draws, width, height)
+        drawn = self._drawn.get(position)
+        attempts, flip = drawn or self._draw(np.array([position], dtype=np.int64))[0]
+        left, top, crop_width, crop_height = _first_that_fits(attempts, width, height)
         return Window(box=(left, top, left + crop_width, top + crop_height), size=self._size, flip=flip)
 
-    def _crop(self, draws: np.ndarray, width: int, height: int) -> tuple[int, int, int, int]:
-        """draws float64 [4, attempts]: area, aspect, left, top -> left, top, width, height in pixels."""
-        area = width * height * (self._scale[0] + draws[0] * (self._scale[1] - self._scale[0]))
+    def _draw(self, positions: np.ndarray) -> list[tuple[list[list[float]], bool]]:
+        """For each position its attempts (share of the area, aspect, left and top, from 0 to 1) and its flip."""
+        draws = uniform(self._seed, "crop", positions, 4 * _ATTEMPTS).reshape(-1, 4, _ATTEMPTS)
         low, high = np.log(_RATIO)
-        aspect = np.exp(low + draws[1] * (high - low))
-        widths, heights = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-        fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
-        if not fits.any():
-            return _largest_centred(width, height)
-        first = int(np.argmax(fits))
-        crop_width, crop_height = int(widths[first]), int(heights[first])
-        left = int(draws[2, first] * (width - crop_width + 1))
-        top = int(draws[3, first] * (height - crop_height + 1))
-        return left, top, crop_width, crop_height
+        draws[:, 0] = self._scale[0] + draws[:, 0] * (self._scale[1] - self._scale[0])
+        draws[:, 1] = np.exp(low + draws[:, 1] * (high - low))
+        flips = [False] * len(positions)
+        if self._flip:
+            flips = (uniform(self._seed, "flip", positions, 1)[:, 0] < 0.5).tolist()
+        return list(zip(draws.transpose(0, 2, 1).tolist(), flips, strict=True))
+
+
+def _first_that_fits(attempts: list[list[float]], width: int, height: int) -> tuple[int, int, int, int]:
+    """Left, top, width and height in pixels. Plain numbers: arrays of ten would cost ten times as much."""
+    for share, aspect, left, top in attempts:
+        area = width * height * share
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 1 <= crop_width <= width and 1 <= crop_height <= height:
+            return int(left * (width - crop_width + 1)), int(top * (height - crop_height + 1)), crop_width, crop_height
+    return _largest_centred(width, height)
 
 
 def _largest_centred(width: int, height: int) -> tuple[int, int, int, int]:

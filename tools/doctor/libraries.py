@@ -17,7 +17,7 @@ from models.config import ModelConfig
 from models.versions import Supported, installed_version, required
 from tools.doctor.rows import NOTE, WRONG, Row
 
-_PLAIN = ("eva-megatron", "numpy", "pillow", "safetensors", "tokenizers", "ftfy", "av", "triton")
+_PLAIN = ("eva-megatron", "numpy", "pillow", "simplejpeg", "safetensors", "tokenizers", "ftfy", "av", "triton")
 _OPTIONAL = (TRANSFORMER_ENGINE, FLASH_2, FLASH_3, FLASH_4, APEX)
 _DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 

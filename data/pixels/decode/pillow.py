@@ -30,10 +30,14 @@ class PillowDecoder(Decoder):
         return self.open(encoded).size
 
     def decode(self, encoded: bytes, window: Window) -> np.ndarray:
+        return cut(self.pixels(encoded), window)
+
+    def pixels(self, encoded: bytes) -> np.ndarray:
+        """uint8 [height, width, 3] RGB, valid until the next picture is decoded. Raises Rejected."""
         image = self.open(encoded)
         with _counted_failures():
             image.load()
-        return cut(np.asarray(to_rgb(image)), window)
+        return np.asarray(to_rgb(image))
 
     def open(self, encoded: bytes) -> Image.Image:
         """Reads the header only. Raises Rejected."""

@@ -12,7 +12,7 @@ from data.pixels.transforms import Window
 
 
 def cut(pixels: np.ndarray, window: Window) -> np.ndarray:
-    """uint8 [height, width, 3] -> uint8 [3, window.size, window.size]."""
+    """uint8 [height, width, 3] -> uint8 [3, window.size, window.size], channels last in memory where torch resizes."""
     resized = _crop_then_resize(pixels, window) if window.crop_first else _resize_box(pixels, window)
     return resized[:, :, ::-1].copy() if window.flip else resized
 
@@ -24,7 +24,7 @@ def _crop_then_resize(pixels: np.ndarray, window: Window) -> np.ndarray:
         raise ValueError(f"the box {window.box} does not lie in an image of {width} x {height} pixels")
     crop = torch.from_numpy(pixels[top:bottom, left:right].copy()).permute(2, 0, 1).unsqueeze(0)
     side = (window.size, window.size)
-    return torch.nn.functional.interpolate(crop, side, mode="bicubic", antialias=True)[0].contiguous().numpy()
+    return torch.nn.functional.interpolate(crop, side, mode="bicubic", antialias=True)[0].numpy()
 
 
 def _resize_box(pixels: np.ndarray, window: Window) -> np.ndarray:

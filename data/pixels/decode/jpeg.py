@@ -1,0 +1,65 @@
+"""JPEGs by libjpeg-turbo itself (the package simplejpeg), everything else by Pillow.
+
+Pillow's wheels hold the same library, so the pixels are Pillow's to the bit (tests/data/test_jpeg.py); what is spared
+is Pillow's way there and back: pictures in blocks of four bytes a pixel, packed to three when NumPy asks for them. Only
+whole grey and YCbCr JPEGs that decode without a word of warning come from here: what the library warns of or refuses
+(cut, damaged, CMYK, 12 bits, lossless) goes to Pillow, so that it has Pillow's pixels or Pillow's reason.
+
+simplejpeg is imported nowhere else.
+"""
+
+import importlib.util
+import math
+
+import numpy as np
+
+from data.errors import DataError
+from data.pixels.decode.pillow import PillowDecoder
+
+_SPACES = ("YCbCr", "Gray")
+_MOST_KEPT_BYTES = 1 << 26
+"""A larger picture has memory of its own; up to here one buffer serves all, and the kernel is not asked for pages."""
+
+
+def is_installed() -> bool:
+    """simplejpeg can be imported."""
+    return importlib.util.find_spec("simplejpeg") is not None
+
+
+class JpegDecoder(PillowDecoder):
+    """See the module text."""
+
+    def __init__(self, *, max_pixels: int) -> None:
+        """Raises DataError without simplejpeg."""
+        super().__init__(max_pixels=max_pixels)
+        try:
+            import simplejpeg
+        except ImportError as error:
+            raise DataError(
+                f"data.decoder=simplejpeg needs simplejpeg ({error}): pip install simplejpeg, or set "
+                "data.decoder=pillow"
+            ) from error
+        self._simplejpeg = simplejpeg
+        self._buffer = np.empty(0, dtype=np.uint8)
+        self.from_pillow = 0
+        """JPEGs that the library warned of or refused, and that Pillow took."""
+
+    def pixels(self, encoded: bytes) -> np.ndarray:
+        if not encoded.startswith(b"\xff\xd8\xff"):
+            return super().pixels(encoded)
+        try:
+            height, width, space, _ = self._simplejpeg.decode_jpeg_header(encoded)
+            if space in _SPACES and width * height <= self._max_pixels:
+                return self._simplejpeg.decode_jpeg(encoded, "RGB", buffer=self._room(3 * width * height))
+        except ValueError:  # the library's warnings and errors
+            pass
+        self.from_pillow += 1
+        return super().pixels(encoded)
+
+    def _room(self, size: int) -> np.ndarray:
+        """uint8 [at least size], undefined."""
+        if size > _MOST_KEPT_BYTES:
+            return np.empty(size, dtype=np.uint8)
+        if size > len(self._buffer):
+            self._buffer = np.empty(1 << math.ceil(math.log2(size)), dtype=np.uint8)
+        return self._buffer
