@@ -30,12 +30,13 @@ def test_windows_depend_on_seed_and_position_alone() -> None:
 
 
 _SIZES = {position: (40 + 7 * position % 500, 30 + 11 * position % 400) for position in range(98, 302)}
+# As they were drawn one by one, before they were drawn together: a resumed run sees the same windows.
 _KNOWN = [
     ((7, 10, 222, 264), True),
     ((71, 2, 177, 92), True),
     ((7, 98, 146, 262), True),
     ((3, 65, 241, 290), True),
-]  # as the first version that drew them gave them: a resumed run sees the same windows
+]
 
 
 def test_windows_drawn_together_are_those_drawn_alone() -> None:
