@@ -8,11 +8,18 @@ import torch
 
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.folders import all_checkpoints, checkpoints_folder, latest_first
+from engine.config.read import Config
 from engine.parallel.mesh import Mesh
 from engine.resilience.judge import UnhealthyStep
 from engine.trainer import Trainer
 from tests.checkpoint.jobs import alone, build, callback_of, drive, job_config, run_steps
 from tests.gather import whole_weights
+
+
+def light(run_dir: Path, *overrides: str) -> Config:
+    """A job whose steps are short."""
+    small = ("train.micro_batch_size=16", "model.vision.depth=1", "model.text.depth=1")
+    return job_config(run_dir, *small, *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +43,7 @@ def break_state(trainer: Trainer, kind: str, value: float, tensor: str = "text.p
 @pytest.mark.parametrize("kind", ["weight", "moment1", "moment2"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_state_that_is_not_finite_is_not_committed(kind: str, value: float, tmp_path, mesh: Mesh, capfd) -> None:
-    trainer = build(job_config(tmp_path, "checkpoint.every_steps=1", "checkpoint.keep_last=1"), mesh)
+    trainer = build(light(tmp_path, "checkpoint.every_steps=1", "checkpoint.keep_last=1"), mesh)
     drive(trainer, callback := callback_of(trainer), 2)
     callback.saver.wait()
     break_state(trainer, kind, value)
@@ -46,11 +53,11 @@ def test_a_state_that_is_not_finite_is_not_committed(kind: str, value: float, tm
     assert "WARNING: step_00000002 was not saved: not finite" in capfd.readouterr().err
     assert "step_00000001" in names(tmp_path) and not list(checkpoints_folder(tmp_path).glob(".*"))
     trainer.lock.release()
-    assert build(job_config(tmp_path), mesh).position.step in (1, 2)
+    assert build(light(tmp_path), mesh).position.step in (1, 2)
 
 
 def test_the_checkpoint_before_stays_until_a_step_after_the_new_one_was_sound(tmp_path: Path, mesh: Mesh) -> None:
-    trainer = build(job_config(tmp_path, "checkpoint.every_steps=2", "checkpoint.keep_last=1"), mesh)
+    trainer = build(light(tmp_path, "checkpoint.every_steps=2", "checkpoint.keep_last=1"), mesh)
     drive(trainer, callback := callback_of(trainer), 4)
     callback.saver.wait()
     assert names(tmp_path) == ["step_00000002", "step_00000004"]
@@ -65,7 +72,7 @@ FINITE_BUT_WRONG = (200.0, "logit_scale.log_scale")
 
 def test_a_rewind_goes_past_a_checkpoint_after_which_nothing_was_sound(tmp_path: Path, mesh: Mesh, capfd) -> None:
     settings = ("checkpoint.every_steps=2", "checkpoint.keep_last=1", "health.on_nonfinite=rewind")
-    trainer = build(job_config(tmp_path, *settings), mesh)
+    trainer = build(light(tmp_path, *settings), mesh)
     drive(trainer, callback := callback_of(trainer), 2)
     callback.saver.wait()
     good = whole_weights(trainer)
@@ -85,7 +92,7 @@ def test_a_rewind_goes_past_a_checkpoint_after_which_nothing_was_sound(tmp_path:
 def test_a_start_from_a_checkpoint_whose_next_step_is_not_sound_is_not_repeated_for_ever(
     tmp_path: Path, mesh: Mesh
 ) -> None:
-    trainer = build(job_config(tmp_path, "checkpoint.every_steps=2"), mesh)
+    trainer = build(light(tmp_path, "checkpoint.every_steps=2"), mesh)
     drive(trainer, callback := callback_of(trainer), 3)
     break_state(trainer, "weight", *FINITE_BUT_WRONG)
     trainer.position.step += 1
@@ -93,7 +100,7 @@ def test_a_start_from_a_checkpoint_whose_next_step_is_not_sound_is_not_repeated_
     callback.saver.wait()
     trainer.lock.release()
     for expected in (4, 2):
-        trainer = build(job_config(tmp_path, "health.on_nonfinite=stop"), mesh)
+        trainer = build(light(tmp_path, "health.on_nonfinite=stop"), mesh)
         trainer.lock.release()
         assert trainer.position.step == expected
         if expected == 4:

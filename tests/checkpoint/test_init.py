@@ -97,19 +97,16 @@ def test_no_initial_value_is_drawn_for_what_a_checkpoint_fills(
     tmp_path: Path, mesh: Mesh, trained: Path, precision: str
 ) -> None:
     config = job_config(tmp_path, f"train.precision={precision}", "checkpoint.accept=[train.precision]")
-    draws = {}
+    draws, in_files = {}, stored(trained)
     for reinit in ((), ("text.token_embedding",)):
         checkpoint = Checkpoint(trained, Exceptions(reinit=list(reinit)))
         with _Draws() as counted:
             trainer = Trainer(first_phase(config), mesh, prepare(), checkpoint=checkpoint)
             draws[reinit] = counted.count
-        assert sum(bool(value.isnan().all()) for value in weights(trainer).values()) == len(stored(trained)) - len(
-            reinit
-        )
+        assert sum(bool(value.isnan().all()) for value in weights(trainer).values()) == len(in_files) - len(reinit)
         trainer.begin(checkpoint, None)
         for name, value in weights(trainer).items():
-            expected = stored(trained)[name]
-            assert torch.equal(value, expected.to(value.dtype)) != (name in reinit), name
+            assert torch.equal(value, in_files[name].to(value.dtype)) != (name in reinit), name
         run_steps(trainer, 1)
     # torch fills its linears when they are made: the weights of two projections and a bias.
     assert draws == {(): 3, ("text.token_embedding",): 4}

@@ -18,11 +18,17 @@ from engine.checkpoint.format.lock import LOCK_FILE
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.save import write_rank
 from engine.checkpoint.state import Snapshot
-from engine.config.read import ConfigError
+from engine.config.read import Config, ConfigError
 from engine.parallel.mesh import Mesh
 from engine.record import Callback, RunInfo
 from tests.checkpoint.jobs import alone, build, callback_of, drive, job_config, run_steps, save
 from tests.data.shard_factory import make_shards
+
+
+def light(run_dir: Path, *overrides: str) -> Config:
+    """A job whose steps are short, where a test is about files."""
+    small = ("train.micro_batch_size=16", "model.vision.depth=1", "model.text.depth=1")
+    return job_config(run_dir, *small, *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +72,7 @@ def test_a_checkpoint_holds_everything(tmp_path: Path, mesh: Mesh) -> None:
 
 def test_the_state_is_that_of_the_moment_of_the_save(tmp_path: Path, mesh: Mesh) -> None:
     """Training goes on while the background writes; the files must not see it."""
-    trainer = build(job_config(tmp_path), mesh)
+    trainer = build(light(tmp_path), mesh)
     run_steps(trainer, 2)
     parts = Snapshot(trainer.optimizer, mesh).take()
     then = [part.values.clone() for part in parts]
@@ -75,7 +81,7 @@ def test_the_state_is_that_of_the_moment_of_the_save(tmp_path: Path, mesh: Mesh)
 
 
 def test_saves_never_overlap_and_the_last_one_is_waited_for(tmp_path: Path, mesh: Mesh) -> None:
-    trainer = build(job_config(tmp_path, "checkpoint.every_steps=1", "checkpoint.keep_last=9"), mesh)
+    trainer = build(light(tmp_path, "checkpoint.every_steps=1", "checkpoint.keep_last=9"), mesh)
     saver = CheckpointCallback(trainer).saver
     saver.save(trainer.position, {}, {})
     first = saver._committing
@@ -93,7 +99,7 @@ def test_saves_never_overlap_and_the_last_one_is_waited_for(tmp_path: Path, mesh
 
 
 def test_an_error_in_training_does_not_lose_the_save_under_way(tmp_path: Path, mesh: Mesh) -> None:
-    trainer = build(job_config(tmp_path), mesh)
+    trainer = build(light(tmp_path), mesh)
     callback = callback_of(trainer)
     drive(trainer, callback, 2)
     callback.on_end({})
@@ -103,7 +109,7 @@ def test_an_error_in_training_does_not_lose_the_save_under_way(tmp_path: Path, m
 def test_fit_reports_the_stall_and_gives_the_folder_back(tmp_path: Path, mesh: Mesh) -> None:
     shards = ",".join(make_shards(tmp_path, [24]))
     text = ("model.text.vocab_size=49408", "model.text.context_length=16")
-    trainer = build(job_config(tmp_path / "run", f"data.shards=[{shards}]", "data.workers=0", *text), mesh)
+    trainer = build(light(tmp_path / "run", f"data.shards=[{shards}]", "data.workers=0", *text), mesh)
     trainer.fit([MetricsFile(), CheckpointCallback(trainer)])
     stalls = [record["checkpoint_stall_s"] for record in read_metrics(tmp_path / "run" / METRICS_FILE)]
     # A save after steps 1, 3 and 5; the next step's record carries what it cost.
@@ -120,7 +126,7 @@ class _Unable(Callback):
 def test_a_callback_that_cannot_start_ends_the_others(tmp_path: Path, mesh: Mesh) -> None:
     """Their files are closed, the readers are gone, and the folder is given back."""
     shards = ",".join(make_shards(tmp_path, [16]))
-    trainer = build(job_config(tmp_path / "run", f"data.shards=[{shards}]", "data.workers=0"), mesh)
+    trainer = build(light(tmp_path / "run", f"data.shards=[{shards}]", "data.workers=0"), mesh)
     metrics = MetricsFile()
     with pytest.raises(CheckpointError, match="cannot start"):
         trainer.fit([metrics, _Unable()])
@@ -136,11 +142,11 @@ class _Counter(Callback):
 
 
 def test_callback_states_come_back(tmp_path: Path, mesh: Mesh) -> None:
-    trainer = build(job_config(tmp_path), mesh)
+    trainer = build(light(tmp_path), mesh)
     trainer.callbacks = [_Counter(), CheckpointCallback(trainer)]
     run_steps(trainer, 1)
     save(trainer)
-    found = build(job_config(tmp_path), mesh)._resumed_states
+    found = build(light(tmp_path), mesh)._resumed_states
     assert found.keys() == {"_Counter"}
     state = found["_Counter"]
     assert state["count"] == 3 and state["best"] == [1.5, None] and state["mean"].equal(torch.arange(3.0))
@@ -148,7 +154,7 @@ def test_callback_states_come_back(tmp_path: Path, mesh: Mesh) -> None:
 
 def test_what_is_kept(tmp_path: Path, mesh: Mesh) -> None:
     overrides = ("checkpoint.every_steps=1", "checkpoint.keep_last=2", "checkpoint.keep_every_steps=3")
-    trainer = build(job_config(tmp_path, *overrides, "checkpoint.keep_best=score", "checkpoint.keep_best_is=max"), mesh)
+    trainer = build(light(tmp_path, *overrides, "checkpoint.keep_best=score", "checkpoint.keep_best_is=max"), mesh)
     drive(trainer, callback := callback_of(trainer, 8), 8, score=[0.1, 0.9, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
     callback.saver.wait()
     assert [f.name for f in all_checkpoints(tmp_path)] == [f"step_{n:08d}" for n in (2, 3, 6, 7, 8)]
@@ -159,7 +165,7 @@ def test_what_is_kept(tmp_path: Path, mesh: Mesh) -> None:
 def test_a_number_that_is_not_finite_is_not_the_best(tmp_path: Path, mesh: Mesh) -> None:
     """Of a step that health skipped, for example; every comparison with NaN is false."""
     settings = ("checkpoint.every_steps=1", "checkpoint.keep_last=1", "checkpoint.keep_best=score")
-    trainer = build(job_config(tmp_path, *settings), mesh)
+    trainer = build(light(tmp_path, *settings), mesh)
     drive(trainer, callback := callback_of(trainer), 4, score=[math.nan, 0.5, -math.inf, 0.7])
     callback.saver.finish()
     assert [f.name for f in all_checkpoints(tmp_path)] == ["step_00000002", "step_00000004"]
@@ -167,30 +173,30 @@ def test_a_number_that_is_not_finite_is_not_the_best(tmp_path: Path, mesh: Mesh)
 
 def test_the_latest_stays_even_if_its_step_is_not_the_highest(tmp_path: Path, mesh: Mesh) -> None:
     """A run that was taken back to an earlier checkpoint: its own saves are the ones to resume from."""
-    trainer = build(job_config(tmp_path), mesh)
+    trainer = build(light(tmp_path), mesh)
     for _ in range(3):
         run_steps(trainer, 1)
         save(trainer)
-    back = build(job_config(tmp_path, f"checkpoint.resume={step_folder(tmp_path, 2)}", "checkpoint.keep_last=1"), mesh)
+    back = build(light(tmp_path, f"checkpoint.resume={step_folder(tmp_path, 2)}", "checkpoint.keep_last=1"), mesh)
     run_steps(back, 1)
     back.position.step = 1  # lower than what is there
     save(back)
     assert step_folder(tmp_path, 1) in all_checkpoints(tmp_path)
-    assert build(job_config(tmp_path), mesh).position.step == 1
+    assert build(light(tmp_path), mesh).position.step == 1
 
 
 def test_an_unknown_metric_to_keep_by_is_an_error_at_the_first_save(tmp_path: Path, mesh: Mesh) -> None:
-    trainer = build(job_config(tmp_path, "checkpoint.keep_best=top1"), mesh)
+    trainer = build(light(tmp_path, "checkpoint.keep_best=top1"), mesh)
     with pytest.raises(CheckpointError, match=r"keep_best 'top1' is not in the step record: \['loss', 'step'\]"):
         drive(trainer, callback_of(trainer), 2)
 
 
 def test_a_fresh_run_is_not_mixed_with_an_earlier_one(tmp_path: Path, mesh: Mesh) -> None:
-    trainer = build(job_config(tmp_path), mesh)
+    trainer = build(light(tmp_path), mesh)
     run_steps(trainer, 1)
     save(trainer)
     with pytest.raises(CheckpointError, match="holds checkpoints of an earlier run"):
-        build(job_config(tmp_path, "checkpoint.resume=none"), mesh)
+        build(light(tmp_path, "checkpoint.resume=none"), mesh)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +220,7 @@ def test_settings_that_mean_nothing_are_refused(override: str, message: str) -> 
 
 
 def test_the_manifest_is_plain_json_with_a_hash_of_itself(tmp_path: Path, mesh: Mesh) -> None:
-    trainer = build(job_config(tmp_path), mesh)
+    trainer = build(light(tmp_path), mesh)
     run_steps(trainer, 1)
     content = json.loads((save(trainer) / "manifest.json").read_text())
     assert content.keys() == {"sha256", "manifest"} and len(content["sha256"]) == 64

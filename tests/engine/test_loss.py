@@ -12,8 +12,8 @@ from engine.objectives.contrastive.softmax import contrastive_loss
 from engine.objectives.contrastive.tiles import bfloat16_factors
 from tests.engine.loss_reference import contrastive_reference, pairs, sigmoid_reference, worst_error
 
-ROWS = 37
-TILES = [1, 2, 10, 36, 37, 64]
+ROWS = 19
+TILES = [1, 2, 10, 18, 19, 32]
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 2**20])
@@ -98,7 +98,7 @@ class _LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("loss", ["contrastive", "sigmoid"])
 def test_no_tensor_grows_with_the_square_of_the_batch(loss: str) -> None:
-    rows, width, tile = 512, 8, 32
+    rows, width, tile = 128, 8, 16
     image, text = pairs(rows, width)
     with _LargestTensor() as largest:
         if loss == "contrastive":
