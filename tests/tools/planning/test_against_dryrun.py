@@ -47,12 +47,6 @@ TEACHER = (
 
 # fmt: off
 FAST = [
-    Case("first-stage-tp2", 8, 0, (*SHORT, "parallel.tensor=2", "parallel.pipeline=2")),
-    Case(
-        "virtual-nested", 8, 0,
-        (*SHORT, "parallel.pipeline=2", "parallel.virtual=2", "train.micro_batch_size=32",
-         "train.matryoshka=[256,768,1536]"),
-    ),
     Case(
         "clips-averaged", 8, 1,
         (*SHORT, "parallel.pipeline=2", "data.frames=8", "train.global_batch_size=64", "optim.ema_decay=0.9",
@@ -69,26 +63,31 @@ FAST = [
         "weights-come-and-go", 8, 0,
         (*SHORT, "parallel.virtual=4", "parallel.shard=weights", "train.keep_outputs=fc2+proj", FUSED),
     ),
+    Case("taught", 8, 1, (*SHORT, "parallel.tensor=2", "parallel.pipeline=2", f"train.distill=[{TEACHER}]")),
+    Case(
+        "upper-blocks", 8, 1, (*SHORT, "parallel.tensor=2", "parallel.pipeline=2", "train.freeze="
+        "[vision.embed.*,vision.blocks.0-2.*,text.*]"),
+    ),
+    Case("8b-full-virtual", 8, 1, (*SHORT, "parallel.pipeline=2", "parallel.virtual=2", "train.recompute=full"), "8b"),
+]
+PAPER = ("train.global_batch_size=108000", "train.text_micro_batch_size=25")
+SLOW = [
+    Case("first-stage-tp2", 8, 0, (*SHORT, "parallel.tensor=2", "parallel.pipeline=2")),
+    Case(
+        "virtual-nested", 8, 0,
+        (*SHORT, "parallel.pipeline=2", "parallel.virtual=2", "train.micro_batch_size=32",
+         "train.matryoshka=[256,768,1536]"),
+    ),
     Case(
         "weights-within-a-node", 8, 0,
         (*SHORT, "parallel.pipeline=2", "parallel.virtual=2", "parallel.shard=weights", "parallel.shard_ranks=2",
          "train.outputs_budget_gb=0.5"),
     ),
-    Case("taught", 8, 1, (*SHORT, "parallel.tensor=2", "parallel.pipeline=2", f"train.distill=[{TEACHER}]")),
     Case("locked-image-tower", 8, 0, (*SHORT, "parallel.pipeline=2", "train.freeze=[vision.*]")),
-    Case(
-        "upper-blocks", 8, 1, (*SHORT, "parallel.tensor=2", "parallel.pipeline=2", "train.freeze="
-        "[vision.embed.*,vision.blocks.0-2.*,text.*]"),
-    ),
     Case(
         "upper-blocks-of-both", 2, 0, (*LARGE[1:], "model.vision.depth=8", "train.freeze="
         "[vision.embed.*,vision.blocks.0-1.*,text.token_embedding,text.pos_embed,text.blocks.0.*]"), "b16",
     ),
-    Case("8b-full-virtual", 8, 1, (*SHORT, "parallel.pipeline=2", "parallel.virtual=2", "train.recompute=full"), "8b"),
-]
-# fmt: on
-PAPER = ("train.global_batch_size=108000", "train.text_micro_batch_size=25")
-SLOW = [
     Case("fused-swiglu", 2, 0, (*LARGE, FUSED, "train.keep_activations=1", "parallel.pipeline=2"), "l14"),
     Case("offloaded", 8, 0, (*SHORT, FUSED, "parallel.virtual=4", "parallel.shard=weights", *OFFLOADED)),
     Case(
@@ -100,6 +99,7 @@ SLOW = [
     Case("recipe", 360, 1, (*PAPER, "parallel.pipeline=8", "parallel.virtual=2", "train.micro_batch_size=50")),
     Case("tp8-pp3", 360, 0, (*PAPER, "parallel.tensor=8", "parallel.pipeline=3", "train.micro_batch_size=48")),
 ]
+# fmt: on
 
 
 def check(case: Case) -> None:

@@ -27,7 +27,11 @@ def mesh() -> Iterator[Mesh]:
 
 
 @pytest.mark.parametrize(
-    "name", ["18b", "e14-plus", "l14", "b16", "vit-l14", "siglip2-b16", "internvit-6b", "dinov3-7b"]
+    "name",
+    [
+        *("18b", "l14", "siglip2-b16", "dinov3-7b"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("e14-plus", "b16", "vit-l14", "internvit-6b")),
+    ],
 )
 @pytest.mark.parametrize(("kernels", "charged"), [("torch", "eager"), ("fused", "fused")])
 def test_the_charge_is_what_operators_move(name: str, kernels: str, charged: str, mesh: Mesh) -> None:

@@ -34,8 +34,8 @@ def job(
 
 @pytest.fixture(scope="module")
 def paper() -> Found:
-    """The 18B on a fifth of the paper's GPUs, with as many pairs each: the same stages, fewer replicas."""
-    return search(job("18b", 72, 21_600))
+    """The 18B on a fifth of the paper's GPUs, 256 pairs each for its 300: the same stages, fewer replicas."""
+    return search(job("18b", 72, 18_432))
 
 
 def test_layouts_fit_and_keep_all_that_fits(paper: Found) -> None:
