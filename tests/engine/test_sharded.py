@@ -186,8 +186,9 @@ def measure(config: Config, mesh: Mesh) -> dict[str, Any]:
             for store in stores(part):
                 store.observer = look(kind, stores)
     resident = _resident_bytes(trainer)
-    with _Transfers(trainer.mesh) as transfers, counted() as asked:
-        _step(trainer, 1)
+    with _Transfers(trainer.mesh) as transfers:
+        with counted() as asked:
+            _step(trainer, 1)
         trainer.meet()
     chunks = [sum(buffer.numel for buffer in part.ddp.buffers) for part in towers.parts]
     found = {"resident": resident, "most": dict(most), "elements": chunks}
@@ -331,9 +332,10 @@ def test_at_most_two_chunks_are_whole(name: str, ranks: list[dict[str, Any]]) ->
 @pytest.mark.parametrize("name", MEASURED)
 def test_parts_that_come_and_go_are_not_waited_for_by_the_host(name: str, ranks: list[dict[str, Any]]) -> None:
     for results in ranks:
-        for asked in (found["asked"] for kind in ("measured", "unsharded") if (found := results[name].get(kind))):
-            assert asked["read"] == 4, "loss, norm, and on a CPU LAMB's ratios of both towers, whatever v is"
-            assert asked["arrives"] <= 2
+        for found in (results[name][kind] for kind in ("measured", "unsharded") if kind in results[name]):
+            ratios = len(found["elements"])  # on a CPU LAMB asks for those of every part; on a GPU they stay there
+            assert found["asked"]["read"] - ratios == 2, "the loss, and the norm"
+            assert found["asked"]["arrives"] <= 2
 
 
 def test_a_chunk_is_gathered_twice_and_reduced_once(ranks: list[dict[str, Any]]) -> None:
