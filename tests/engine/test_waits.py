@@ -91,6 +91,7 @@ def test_a_step_waits_twice_however_many_micro_batches(case: str) -> None:
     for micro_batch in (4, 2):
         sizes = (f"train.micro_batch_size={micro_batch}", f"train.text_micro_batch_size={micro_batch}")
         base = ["model.preset=tiny-18b", "train.global_batch_size=8", "train.patch_dropout=0.5", "model.text.depth=1"]
+        base.append("model.vision.depth=2")
         config = resolve({"data": {"shards": ["-"]}}, [*base, *options, *sizes])
         with job(ParallelConfig()) as (mesh, device), torch.compiler.set_stance("force_eager"):
             trainer = Trainer(first_phase(config), mesh, device)

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tools.dryrun.report import flops_by_part, to_dict, traffic_table
 
 SMALL = (
     "model.preset=tiny-18b",
+    "model.vision.depth=2",
     "model.text.depth=2",
     "train.patch_dropout=0.5",
     "train.micro_batch_size=4",
@@ -32,9 +34,19 @@ SMALL = (
 )
 
 
+DEEP = "model.vision.depth=4"
+"""For four chunks."""
+
+
 def small(*options: str) -> Config:
     """A job of one replica of 32 samples in 8 micro-batches, or as the options say."""
     return resolve({"data": {"shards": ["-"]}}, [*SMALL, *options])
+
+
+@cache
+def run_small(options: tuple[str, ...], ranks: int, rank: int) -> RankReport:
+    """The dry run of a small job, once for all tests that look at it."""
+    return dry_run(small(*options), ranks, rank)
 
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------
@@ -69,19 +81,18 @@ def loss_flops(width: int, rows: int, batch: int) -> int:
     ("ranks", "rank", "options"),
     [
         (1, 0, ()),
-        (1, 0, ("train.keep_activations=3",)),
-        (4, 1, ("parallel.tensor=2", "train.matryoshka=[8,16,32]")),
-        (4, 3, ("parallel.tensor=2", "parallel.sequence=false")),
-        (6, 5, ("parallel.pipeline=3", "train.global_batch_size=24")),
+        pytest.param(1, 0, ("train.keep_activations=3",), marks=pytest.mark.slow),
+        pytest.param(4, 1, ("parallel.tensor=2", "train.matryoshka=[8,16,32]"), marks=pytest.mark.slow),
+        (4, 3, ("parallel.tensor=2", "parallel.sequence=false", "train.matryoshka=[8,16,32]")),
+        (6, 5, ("parallel.pipeline=3", "train.global_batch_size=24", "model.vision.depth=3")),
         (4, 0, ("parallel.pipeline=2", "parallel.tensor=2", "train.text_micro_batch_size=3")),
-        (2, 0, ("parallel.pipeline=2", "train.keep_outputs=fc2")),
+        pytest.param(2, 0, ("parallel.pipeline=2", "train.keep_outputs=fc2"), marks=pytest.mark.slow),
         (4, 3, ("parallel.pipeline=2", "parallel.tensor=2", "train.keep_outputs=fc2+proj+qkv")),
         (1, 0, ("train.keep_outputs=all", "train.keep_activations=3", "train.offload_outputs=true")),
     ],
 )
 def test_flops_are_those_of_the_planner(ranks: int, rank: int, options: tuple[str, ...]) -> None:
-    config = small(*options)
-    report = dry_run(config, ranks, rank)
+    config, report = small(*options), run_small(options, ranks, rank)
     replica = config.parallel.tensor * config.parallel.pipeline
     local = config.train.global_batch_size * replica // ranks
     captions = local // replica
@@ -114,12 +125,19 @@ def test_a_product_without_a_formula_is_an_error() -> None:
         flops(torch.ops.aten.convolution.default, ())
 
 
+INNER = (DEEP, "parallel.pipeline=4", "train.text_micro_batch_size=2")
+"""A stage of whole blocks at rank 1 of 4."""
+
+
+def keeping(level: str) -> tuple[str, ...]:
+    """Options of an inner stage that keeps outputs."""
+    return INNER if level == "none" else (*INNER, f"train.keep_outputs={level}")
+
+
 def test_nine_fourteenths_of_the_products_are_repeated_with_fc2_kept_and_none_with_all() -> None:
     def products(level: str) -> tuple[int, int]:
-        """Of encode and replay, on a stage of whole blocks; attention multiplies nothing that could be kept."""
-        config = small("parallel.pipeline=4", f"train.keep_outputs={level}")
-        vision = config.model.vision
-        phases = dry_run(config, 4, 1).phases
+        """Of encode and replay; attention multiplies nothing that could be kept."""
+        vision, phases = small(DEEP).model.vision, run_small(keeping(level), 4, 1).phases
         attention = 32 * vision.depth // 4 * 4 * vision.width * vision.kept_tokens(0.5) ** 2
         return phases["encode"].flops - attention, phases["replay"].flops - attention
 
@@ -131,12 +149,12 @@ def test_nine_fourteenths_of_the_products_are_repeated_with_fc2_kept_and_none_wi
 
 
 def test_kept_outputs_are_in_the_memory_or_on_the_host() -> None:
-    options = ("parallel.pipeline=4", "train.text_micro_batch_size=1")
+    all_kept = keeping("all")
     plain, kept, host = (
-        dry_run(small(*options, *more), 4, 1).peaks["loss"]
-        for more in ((), ("train.keep_outputs=all",), ("train.keep_outputs=all", "train.offload_outputs=true"))
+        run_small(options, 4, 1).peaks["loss"]
+        for options in (INNER, all_kept, (*all_kept, "train.offload_outputs=true"))
     )
-    config = small(*options)
+    config = small(*INNER)
     vision, text = config.model.vision, config.model.text
     expected = 4 * (
         kept_elements(vision, "all", blocks=1, tokens=32 * vision.kept_tokens(0.5), pooled=None)
@@ -147,10 +165,9 @@ def test_kept_outputs_are_in_the_memory_or_on_the_host() -> None:
 
 
 def test_sharded_parts_are_in_the_memory_during_their_turn() -> None:
-    options = ("parallel.virtual=4", "train.micro_batch_size=2", "parallel.bucket_size=1000000")
+    options = (DEEP, "parallel.virtual=4", "train.micro_batch_size=2", "parallel.bucket_size=1000000")
     whole, gradients, weights = (
-        dry_run(small(*options, *more), 4, 1)
-        for more in ((), ("parallel.shard=gradients",), ("parallel.shard=weights",))
+        run_small((*options, *more), 4, 1) for more in ((), ("parallel.shard=gradients",), ("parallel.shard=weights",))
     )
     slices = whole.peaks["optimizer"].parts["weights"] / 4
     for report, parts in ((gradients, ("gradients",)), (weights, ("weights", "gradients"))):
@@ -166,12 +183,16 @@ def test_sharded_parts_are_in_the_memory_during_their_turn() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [(), ("train.loss=sigmoid", "train.matryoshka=[8,16,32]", "parallel.reduce_dtype=bf16")],
-    ids=["one", "nested-bf16"],
+    [
+        pytest.param((), marks=pytest.mark.slow, id="one"),
+        pytest.param(
+            ("train.loss=sigmoid", "train.matryoshka=[8,16,32]", "parallel.reduce_dtype=bf16"), id="nested-bf16"
+        ),
+    ],
 )
 def test_traffic_is_that_of_the_planner(options: tuple[str, ...]) -> None:
     # Real steps agree, too (test_dryrun_real.py), but are read by the same code. The buckets are padded, hence 5 %.
-    config = small("parallel.tensor=2", "parallel.pipeline=2", *options)
+    config = small(DEEP, "parallel.tensor=2", "parallel.pipeline=2", *options)
     report = dry_run(config, 8, 7)
     layout = layout_of(config, 8)
     expected: Counter[tuple[str, str]] = Counter()
@@ -201,8 +222,13 @@ def _split(report: RankReport) -> tuple[dict[str, Any], dict[str, int]]:
 @pytest.mark.parametrize(
     ("ranks", "rank", "options"),
     [
-        (1, 0, ("train.keep_activations=3", "train.precision=bf16")),
-        (2, 0, ("parallel.pipeline=2", "parallel.virtual=2", "train.keep_activations=-1")),
+        (1, 0, ("train.keep_activations=2", "train.precision=bf16")),
+        pytest.param(
+            2,
+            0,
+            (DEEP, "parallel.pipeline=2", "parallel.virtual=2", "train.keep_activations=-1"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(1, 0, (), marks=pytest.mark.slow),
         pytest.param(
             2,
@@ -227,32 +253,32 @@ def test_repeated_micro_batches_count_as_if_they_had_run(ranks: int, rank: int, 
 def test_memory_grows_by_a_stage_input_with_each_micro_batch() -> None:
     # Batch and text grow with the micro-batches, too: the stash is the part that must be on the line.
     stash = []
-    for micro_batches in (6, 7, 8):
-        config = small("parallel.pipeline=2", f"train.global_batch_size={4 * micro_batches}")
-        stash.append(dry_run(config, 2, 1).peaks["replay"].parts["stash"])
+    for options in (("train.global_batch_size=24",), ()):
+        report = run_small(("parallel.pipeline=2", *options), 2, 1)
+        stash.append(report.peaks["replay"].parts["stash"])
     message = 4 * 9 * 64 * 4  # micro-batch x tokens x width x fp32
-    assert stash == [n * message for n in (6, 7, 8)]
+    assert stash == [n * message for n in (6, 8)]
 
 
 def test_a_budget_of_memory_keeps_as_many_micro_batches_as_fit() -> None:
-    each = dry_run(small(), 1, 0).activation_bytes
+    each = run_small((), 1, 0).activation_bytes
     report = dry_run(small(f"train.activation_budget_gb={2.5 * each / 1e9}"), 1, 0)
     assert report.keep == 2
     assert report.peaks["encode"].parts["activations"] >= 2 * each
 
 
 def test_a_budget_counts_the_captions_where_all_micro_batches_are_kept() -> None:
-    images = 8 * dry_run(small(), 1, 0).activation_bytes
+    images = 8 * run_small((), 1, 0).activation_bytes
     captions = text_saved_bytes(small().model, 32, element=4)
     for budget, keep in ((images + 0.9 * captions, 7), (images + 1.1 * captions, 8)):
         assert dry_run(small(f"train.activation_budget_gb={budget / 1e9}"), 1, 0).keep == keep
 
 
 def test_an_offloaded_stash_is_not_on_the_device() -> None:
-    stage = ("parallel.pipeline=2", "train.micro_batch_size=2")
-    on_device, on_host = (dry_run(small(*stage, *more), 2, 1) for more in ((), ("train.offload_stash=true",)))
-    message = 2 * 9 * 64 * 4
-    assert on_device.peaks["loss"].parts["stash"] == 16 * message
+    stage = ("parallel.pipeline=2",)
+    on_device, on_host = (run_small((*stage, *more), 2, 1) for more in ((), ("train.offload_stash=true",)))
+    message = 4 * 9 * 64 * 4
+    assert on_device.peaks["loss"].parts["stash"] == 8 * message
     assert on_host.peaks["loss"].parts["stash"] == 0
 
 
@@ -287,7 +313,7 @@ def recipe(tmp_path: Path) -> Path:
     """A small job's YAML."""
     file = tmp_path / "job.yaml"
     file.write_text(
-        "model: {preset: tiny-18b, text: {vocab_size: 49408}}\ndata: {shards: '-'}\nparallel: {pipeline: 2}\n"
+        "model: {preset: tiny-18b, text: {vocab_size: 49408, depth: 1}}\ndata: {shards: '-'}\nparallel: {pipeline: 2}\n"
         "train: {global_batch_size: 32, micro_batch_size: 4}\n"
     )
     return file

@@ -47,10 +47,10 @@ def more_than_the_formulas(config: Config, rows: int, masked: int) -> int:
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout(1, 1, 1, 4),
-        Layout(2, 2, 2, 2),
-        pytest.param(Layout(1, 2, 1, 4, options=("parallel.virtual=2",)), marks=pytest.mark.slow),
-        pytest.param(Layout(2, 1, 1, 4, options=("parallel.sequence=false",)), marks=pytest.mark.slow),
+        pytest.param(Layout(1, 1, 1, 4), marks=pytest.mark.slow),
+        pytest.param(Layout(2, 2, 2, 2), marks=pytest.mark.slow),
+        Layout(1, 2, 2, 4, options=("parallel.virtual=2",)),
+        Layout(2, 1, 1, 8, options=("parallel.sequence=false",)),
         pytest.param(Layout(1, 4, 1, 3, batch=18), marks=pytest.mark.slow),
     ],
     ids=str,

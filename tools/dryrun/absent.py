@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _RESIZING = {"set_", "resize_", "resize_as_"}
-_DEVICE = torch.ops.prim.device.default
+DEVICE = torch.ops.prim.device.default
 _READ = torch.ops.aten._local_scalar_dense.default
 
 
@@ -36,7 +36,7 @@ class Absent(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Sees every operator."""
-        if func is _DEVICE and isinstance(args[0], FakeTensor):
+        if func is DEVICE and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked for with every operator; the mode below takes a while to say the same
         kwargs = kwargs or {}
         if func.namespace == "c10d":

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.parallel.mesh import Mesh
 from engine.parallel.traffic import TrafficReader, Transfer
 from engine.pipeline.clock import Phases
 from engine.pipeline.program import Unit
+from tools.dryrun.absent import DEVICE
 from tools.dryrun.flops import flops
 from tools.dryrun.folding import Folding
 from tools.dryrun.memory import MemoryTracker
@@ -84,6 +86,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Sees every operator, collectives and backward included."""
+        if func is DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
         if func.namespace == "c10d":
             transfer = self._traffic.read(func, args)
             if transfer is not None:
