@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The newest megatron-core of the range under the tests that lean on it most, and the quickstart in its short form.
+# The newest megatron-core of the range under the tests that lean on it most, and a few steps of the quickstart's job.
 #
 #   bash tests/stack_leg.sh            0.19.2
 #   bash tests/stack_leg.sh 0.17.1     another one
@@ -27,4 +27,9 @@ PY
 TEST_WORKERS=2 python -m pytest -q -m "not slow" tests/engine/test_device.py tests/models/test_golden.py \
   tests/models/test_golden_parallel.py tests/models/test_backends.py tests/models/test_mim_parallel.py \
   tests/checkpoint/test_saving.py
-bash examples/quickstart/run.sh --short
+
+ranks=(torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 4)
+python -m tools.prepare_emoji --out "$folder/shards" --size 48 --shards 2 --limit 150
+"${ranks[@]}" -m engine.train examples/quickstart/train.yaml "data.shards=$folder/shards/train" "run_dir=$folder/run" \
+  train.steps=6 train.global_batch_size=32 train.micro_batch_size=8 optim.warmup_steps=2
+"${ranks[@]}" -m tools.evaluate "$folder/run" "$folder/shards/heldout" --out "$folder/result.json"
