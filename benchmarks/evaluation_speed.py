@@ -55,7 +55,7 @@ def main() -> None:
     """Measure every side and write benchmarks/results/evaluation_speed.json."""
     parser = command_parser("evaluation_speed", __doc__, _EXAMPLES, room="benchmarks")
     parser.add_argument("--peers", default="", help="folder with open_clip and clip_benchmark (benchmarks/README.md)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
     parser.add_argument("--images", type=int, default=64, help="a multiple of 8 x micro-batch")
     parser.add_argument("--micro-batch", type=int, default=8, help="pictures of one pass")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of every side")

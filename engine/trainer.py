@@ -72,6 +72,7 @@ class Trainer:
             every_steps=rhythms if config.health.audit_every_steps else (),
             at_rest=self.training_step.update.at_rest,
         )
+        self.training_step.update.audit = self.audit
         self.recovery = Recovery(self.towers, self.optimizer, self.phase, mesh, self.audit)
         self.position = Position(step=0, samples_seen=0, phase=self.phase.name)
         self.lock: RunLock | None = None
@@ -181,7 +182,7 @@ class Trainer:
 
     def step(self, batch: LocalBatch, phases: Phases | None = None) -> StepOutcome:
         """One optimizer step on one global batch. Collective over the mesh; raises UnhealthyStep."""
-        self.training_step.update.audit = self.audit if self.audit.due(self.position.step) else None
+        self.training_step.update.audit_due = self.audit.due(self.position.step)
         outcome = self.training_step(batch, phases or Phases())
         self.position.step += 1
         self.position.samples_seen += self.config.train.global_batch_size

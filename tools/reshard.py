@@ -55,7 +55,7 @@ def _reshard(arguments: argparse.Namespace) -> int:
         return source.read(name, part.where, kind)
 
     degrees = {"tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data}
-    manifest = replace(source.manifest, tensors={}, files={}, layout=degrees)
+    manifest = replace(source.manifest, tensors={}, tables=[], files={}, layout=degrees)
     with progress("rewriting", sum(file.size_bytes for file in files) / 1e6, "MB") as done:
         write_checkpoint(arguments.target, files, read, manifest)
     gb, seconds = source.manifest.size_bytes() / 1e9, time.perf_counter() - verified

@@ -16,6 +16,7 @@ from engine.checkpoint.format.folders import Retention, step_folder
 from engine.checkpoint.local.saver import LocalSaver
 from engine.checkpoint.save import CheckpointSaver
 from engine.record import Callback, Record
+from engine.resilience.judge import UnhealthyStep
 from engine.trainer import Trainer
 
 
@@ -51,6 +52,8 @@ class CheckpointCallback(Callback):
         done = int(record["step"]) + 1
         self._saved_now = done % self.settings.every_steps == 0 or done == self.trainer.phase.last_step
         if self._saved_now:
+            if done == self.trainer.phase.last_step:
+                self._require_sound_memory(done)
             self._save(record, wait=not self.settings.async_save)
         elif self.settings.local_every_steps and done % self.settings.local_every_steps == 0:
             with self._stall():
@@ -87,14 +90,25 @@ class CheckpointCallback(Callback):
         """Save between two steps, unless memory is found not to be sound; what came of it, in words."""
         final = step_folder(self.run_dir, self.trainer.position.step)
         if not self.saver.saved or self.saver.saved[-1] != final:
-            if self.trainer.config.health.audit_every_steps:
-                self.trainer.towers.wait_for_weights()
-                problem = self.trainer.audit()
-                if problem:
-                    return f"not saved: {problem}"
+            problem = self._audit()
+            if problem:
+                return f"not saved: {problem}"
             self._save(record, wait)
         saved = bool(self.saver.saved) and self.saver.saved[-1] == final
         return f"saved in {final}" if saved else "not saved"
+
+    def _require_sound_memory(self, done: int) -> None:
+        """No update comes after the last save of a phase that would find what has changed before it."""
+        problem = self._audit()
+        if problem:
+            raise UnhealthyStep(f"after step {done}: {problem}: not saved; resume from the last checkpoint")
+
+    def _audit(self) -> str:
+        """What is wrong with the state between two steps, where that is watched. Collective."""
+        if not self.trainer.config.health.audit_every_steps:
+            return ""
+        self.trainer.towers.wait_for_weights()
+        return self.trainer.audit()
 
     def _save(self, record: Record, wait: bool) -> None:
         with self._stall():

@@ -1,6 +1,6 @@
 """What ends a step of any objective: gradients reduced, judged, clipped, applied, and the new weights on every rank."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from engine.optim.average import move_average
 from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.mesh import Mesh
 from engine.pipeline.clock import Phases
-from engine.resilience.audit import AtRest
+from engine.resilience.audit import AtRest, Audit
 from engine.resilience.judge import Health
 
 
@@ -45,8 +45,10 @@ class Update:
         self.towers, self.optimizer, self.mesh = towers, optimizer, mesh
         self.health = Health(health)
         self.at_rest = AtRest(optimizer, watched=health.audit_every_steps > 0)
-        self.audit: Callable[[], str] | None = None
-        """Compares copies of weights before the next update (engine/resilience/audit.py); None: not in this step."""
+        self.audit: Audit | None = None
+        """What compares copies of weights."""
+        self.audit_due = False
+        """Copies of weights are compared before the next update, whatever is seen of the state at rest."""
 
     def __call__(self, phases: Phases, clamps: Mapping[str, tuple[float, float]], loss: Tensor) -> float:
         """Reduce, update, gather -> gradient norm before clipping. A step that is not sound changes nothing.
@@ -56,9 +58,13 @@ class Update:
         with phases.time("reduce"):
             self.reduce()
         with phases.time("optimizer"):
-            gradient_norm, loss_value = self.optimizer.gradient_norm_and(loss)
-            differs = self._audited()
-            verdict = self.health.diverged(differs) if differs else self.health.judge(loss_value, gradient_norm)
+            self.at_rest.check()
+            gradient_norm, loss_value, changed = self.optimizer.gradient_norm_and(loss, self.at_rest.count())
+            differs = self.audit.compare() if self.audit is not None and (self.audit_due or changed) else ""
+            if differs:
+                verdict = self.health.diverged(differs, state_at_fault=changed > 0)
+            else:
+                verdict = self.health.judge(loss_value, gradient_norm)
             if verdict.action == "apply":
                 self._apply(gradient_norm, clamps)
             else:
@@ -66,12 +72,6 @@ class Update:
         with phases.time("gather_weights"):
             self.towers.gather_weights()
         return gradient_norm
-
-    def _audited(self) -> str:
-        if self.audit is not None:
-            return self.audit()
-        self.at_rest.check()  # what it sees is told at the next audit
-        return ""
 
     def _apply(self, gradient_norm: float, clamps: Mapping[str, tuple[float, float]]) -> None:
         self.optimizer.apply(gradient_norm)

@@ -111,13 +111,17 @@ class ShardedOptimizer:
 
     def gradient_norm(self) -> float:
         """Norm over every tensor of every tower, each element once."""
-        return self.gradient_norm_and(torch.zeros((), device=self.towers[0].shards.counted.device))[0]
+        nothing = torch.zeros((), device=self.towers[0].shards.counted.device)
+        return self.gradient_norm_and(nothing, nothing)[0]
 
-    def gradient_norm_and(self, number: Tensor) -> tuple[float, float]:
-        """The norm, and a 0-d tensor that the host wants as well, in one copy: the step's wait for the device."""
-        total = torch.zeros(1, dtype=torch.float64, device=self.towers[0].shards.counted.device)
+    def gradient_norm_and(self, number: Tensor, count: Tensor) -> tuple[float, float, float]:
+        """The norm, a 0-d tensor that the host wants as well, and the sum over all ranks of another, in one copy: the
+        step's wait for the device.
+        """
+        total = torch.zeros(2, dtype=torch.float64, device=self.towers[0].shards.counted.device)
         for tower in self.towers:
-            total += tower.shards.squares([shard.gradient for shard in tower.shards.shards]).sum()
+            total[0] += tower.shards.squares([shard.gradient for shard in tower.shards.shards]).sum()
+        total[1] = count
         dist.all_reduce(total, group=self.world.group)
-        square, value = torch.cat([total, number.double().view(1)]).tolist()
-        return math.sqrt(square), value
+        square, of_all, value = torch.cat([total, number.double().view(1)]).tolist()
+        return math.sqrt(square), value, of_all

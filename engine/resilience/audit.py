@@ -8,7 +8,7 @@ where sums differ the tensors are looked at one by one. The copies of most ranks
 Parts whose weights are sharded have no copies to compare.
 
 What one rank alone owns (fp32 masters, moments, the average) is written by updates only. Sums of its bits are kept from
-the end of an update to the next one, and a difference is remembered on the device until the next comparison.
+the end of an update to the next one; that a rank found a difference, all hear with the gradient norm before an update.
 
 Cost: one pass over the weights and one exchange of a few integers each time, two passes over the owned state a step
 (docs/results/reliability.md).
@@ -60,6 +60,12 @@ class AtRest:
             changed = self._sums != self._sum()
             self._changed = changed if self._changed is None else self._changed | changed
 
+    def count(self) -> Tensor:
+        """How many kinds of state have changed by themselves since `end`: 0-d, on the device."""
+        if self._changed is None:
+            return torch.zeros((), device=self._optimizer.towers[0].shards.counted.device)
+        return self._changed.sum()
+
     def end(self) -> None:
         """Something else than an update writes the state: what was seen of it is of no use any more."""
         self._sums = self._changed = None
@@ -106,8 +112,13 @@ class Audit:
     @torch.no_grad()
     def __call__(self) -> str:
         """What is wrong, in words, the same on every rank; empty if nothing is. Outside of updates."""
-        self._wait_for_gathers_under_way()
         self.at_rest.check()
+        return self.compare()
+
+    @torch.no_grad()
+    def compare(self) -> str:
+        """The same where what is at rest has just been checked."""
+        self._wait_for_gathers_under_way()
         if not self._compare(self._whole_parts):
             return ""
         return self._compare(self._tensors) or self._compare(self._whole_parts)

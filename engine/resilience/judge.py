@@ -62,11 +62,15 @@ class Health:
             self.verdict = replace(self.verdict, problem=problem, action="stop")
         return self.verdict
 
-    def diverged(self, problem: str) -> Verdict:
-        """Judge, in place of `judge`, where the audit has found something."""
+    def diverged(self, problem: str, *, state_at_fault: bool) -> Verdict:
+        """Judge, in place of `judge`, where the audit has found something.
+
+        state_at_fault: in what goes into checkpoints; a copy of a weight does not.
+        """
         self.verdict = Verdict(
             problem=problem,
             action=self.config.on_divergence,
+            state_at_fault=state_at_fault,
             advice="its memory may be bad: take the host out of the job and resume, or let health.on_divergence "
             "repair or rewind",
         )

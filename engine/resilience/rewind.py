@@ -77,7 +77,9 @@ class Recovery:
         else:
             borne = f" after {position.rewinds} rewinds" if verdict.action == "rewind" else ""
             self.towers.wait_for_weights()  # nothing may be under way when the groups end
-            self._set_suspect_aside(verdict)
+            if verdict.state_at_fault and self.saver is not None:
+                self.saver.wait()  # a save that is not in its place yet cannot be set aside
+            self._set_suspect_aside(verdict, since=0)
             raise UnhealthyStep(f"{where}{borne}: {verdict.advice}")
 
     def writer_failure(self) -> Exception | None:
@@ -89,7 +91,7 @@ class Recovery:
             self.saver.wait()
         self.towers.wait_for_weights()
         config = self.phase.config
-        self._set_suspect_aside(verdict)
+        self._set_suspect_aside(verdict, since=self.phase.first_step)
         checkpoint = first_good(self._past(), config, self.mesh)
         if checkpoint is None:
             raise UnhealthyStep(
@@ -117,20 +119,21 @@ class Recovery:
         return everyone([folder for folder in past if (folder / MANIFEST).is_file()], self.mesh.world)[0]
 
     def _before_began(self) -> list[Path]:
-        """Older checkpoints of the run folder than the one that it went on from, newest first."""
+        """Older checkpoints of this phase than the one that it went on from, newest first."""
         run_dir = Path(self.phase.config.run_dir)
         if self.began is None or self.began.parent != checkpoints_folder(run_dir):
             return []
-        return [folder for folder in all_checkpoints(run_dir)[::-1] if step_of(folder) < step_of(self.began)]
+        steps = range(self.phase.first_step, step_of(self.began))
+        return [folder for folder in all_checkpoints(run_dir)[::-1] if step_of(folder) in steps]
 
-    def _set_suspect_aside(self, verdict: Verdict) -> None:
+    def _set_suspect_aside(self, verdict: Verdict, since: int) -> None:
         """Take a checkpoint out of the way after which no step was sound and whose state may be at fault: whoever went
-        on from it would stop in the same way. Once a step, and only where there is an older one.
+        on from it would stop in the same way. Once a step, and only where there is an older one, of step `since` on.
         """
         newest = self._doubtful()
         if not verdict.state_at_fault or newest is None or self.mesh.world.rank != 0:
             return
-        older = [f for f in all_checkpoints(newest.parent.parent) if step_of(f) < step_of(newest)]
+        older = [f for f in all_checkpoints(newest.parent.parent) if step_of(f) in range(since, step_of(newest))]
         if not older or newest.with_name(f"{newest.name}.suspect").exists():
             return
         self._warn(f"no step after {newest} was sound: it is kept as {set_aside(newest, 'suspect')}")

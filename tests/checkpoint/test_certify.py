@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.callbacks.checkpoint import CheckpointCallback
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.folders import all_checkpoints, checkpoints_folder, latest_first
 from engine.config.read import Config
@@ -34,6 +35,12 @@ def names(run_dir: Path) -> list[str]:
 
 def break_state(trainer: Trainer, kind: str, value: float, tensor: str = "text.projection.weight") -> None:
     """One element of the optimizer's state, as the last update before a save would leave it."""
+    change_state(trainer, kind, value, tensor)
+    trainer.training_step.update.at_rest.begin()
+
+
+def change_state(trainer: Trainer, kind: str, value: float, tensor: str = "text.projection.weight") -> None:
+    """One element of the optimizer's state, as memory that forgets would leave it."""
     for tower in trainer.optimizer.towers:
         for i, piece in tower.shards.owned():
             if tower.shards.tensors[piece.tensor].name == tensor:
@@ -107,3 +114,31 @@ def test_a_start_from_a_checkpoint_whose_next_step_is_not_sound_is_not_repeated_
             with pytest.raises(UnhealthyStep):
                 run_steps(trainer, 1)
     run_steps(trainer, 1)
+
+
+def change_a_moment_before_the_save(trainer: Trainer, callback: CheckpointCallback) -> None:
+    (loss,) = run_steps(trainer, 1)
+    change_state(trainer, "moment2", 0.5)
+    callback.secure(record := {"step": trainer.position.step - 1, "loss": loss})
+    callback.on_step(record)
+
+
+def test_a_moment_that_changed_before_its_save_is_found_at_the_next_step(tmp_path, mesh: Mesh, capfd) -> None:
+    """No audit is due at that step, which would otherwise certify the checkpoint."""
+    trainer = build(light(tmp_path, "checkpoint.every_steps=2", "health.audit_every_steps=100"), mesh)
+    drive(trainer, callback := callback_of(trainer), 3)
+    change_a_moment_before_the_save(trainer, callback)
+    with pytest.raises(UnhealthyStep, match=r"^step 4: state has changed between two updates: moment2 of rank 0 on "):
+        run_steps(trainer, 1)
+    assert names(tmp_path) == ["step_00000002"] and "step_00000004.suspect" in capfd.readouterr().err
+    callback.on_end({})
+
+
+def test_the_last_state_of_a_run_is_looked_at_before_it_is_saved(tmp_path: Path, mesh: Mesh) -> None:
+    """No update comes after it."""
+    trainer = build(light(tmp_path, "checkpoint.every_steps=2", "health.audit_every_steps=100"), mesh)
+    drive(trainer, callback := callback_of(trainer), 5)
+    with pytest.raises(UnhealthyStep, match=r"^after step 6: state has changed .*: moment2 of rank 0 on .*not saved"):
+        change_a_moment_before_the_save(trainer, callback)
+    callback.on_end({})
+    assert names(tmp_path) == ["step_00000002", "step_00000004"]

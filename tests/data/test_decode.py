@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, features
 
 from data.errors import DataError, Rejected
-from data.pixels.decode import Decoder, make_decoder
+from data.pixels.decode import Decoder, make_decoder, pillow
 from data.pixels.transforms import Window
 from tests.data.shard_factory import encode, picture
 
@@ -113,6 +113,17 @@ def test_the_bound_of_the_config_holds_above_that_of_pillow() -> None:
     with pytest.raises(Rejected, match="too_many_pixels"):
         make_decoder("auto", max_pixels=179_999_999).size(large)
     assert Image.MAX_IMAGE_PIXELS == 89_478_485  # of everybody else in the process
+
+
+def test_threads_that_parse_at_the_same_time_leave_pillow_its_bound() -> None:
+    """The first one to end must not take the limit back from the other, nor the other keep it away."""
+    first, second = pillow._counted_failures(), pillow._counted_failures()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert Image.MAX_IMAGE_PIXELS is None
+    second.__exit__(None, None, None)
+    assert Image.MAX_IMAGE_PIXELS == 89_478_485
 
 
 JPEG = encode(picture(3, 200, 200), "JPEG")

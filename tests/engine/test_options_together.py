@@ -49,7 +49,10 @@ def student(folder: str, run: str, *overrides: str) -> Config:
         "train": {"global_batch_size": 8, "micro_batch_size": 2, "recompute": "selective"},
         "optim": {"name": "adamw", "lr_vision": 2e-3, "warmup_steps": 1, "ema_decay": 0.5, "layer_decay_vision": 1.0},
         "checkpoint": {"every_steps": 2, "keep_last": 3, "keep_best": "loss"},
-        "health": {"on_nonfinite": "rewind", "on_spike": "skip", "gradient_factor": 50.0, "window_steps": 2},
+        "health": {
+            "on_nonfinite": "rewind", "on_divergence": "rewind",
+            "on_spike": "skip", "gradient_factor": 50.0, "window_steps": 2,
+        },
         "phases": [
             {"name": "a", "steps": 3},
             {
@@ -79,7 +82,7 @@ def clip(folder: str, run: str, *overrides: str) -> Config:
         "optim": {"lr_vision": 0.002, "lr_text": 0.002, "warmup_steps": 1, "ema_decay": 0.5, "eps": 1e-4},
         "checkpoint": {"every_steps": 2, "keep_last": 3, "keep_best": "eval_zero_shot_top1", "keep_best_is": "max"},
         "evaluate": {"every_steps": 2, "shards": [f"{folder}/00001.tar"], "ema": True},
-        "health": {"on_nonfinite": "rewind"},
+        "health": {"on_nonfinite": "rewind", "on_divergence": "rewind"},
         "phases": [
             {"name": "a", "steps": 3},
             {"name": "b", "steps": 3, "train": {"patch_dropout": 0.0, "recompute": "full"}, "data": {"frames": 2}},

@@ -17,6 +17,7 @@ from engine.checkpoint.reader import Checkpoint
 from engine.config.phases import plan_job
 from engine.config.read import Config, ParallelConfig, resolve
 from engine.job import train_job
+from engine.parallel.agree import PeerFailed
 from engine.parallel.device import prepare
 from engine.parallel.launch import job
 from engine.parallel.mesh import build_mesh, meet
@@ -91,7 +92,7 @@ def run_job(folder: str, run: str, *overrides: str, stop_at: int | None = None) 
 
     try:
         train_job(plan_job(config), mesh, prepare(), callbacks)
-    except _Stopped:
+    except (_Stopped, PeerFailed):  # at a border all ranks raise what the first of them met
         meet(mesh.world, torch.device("cpu"))
         return
     assert stop_at is None

@@ -53,17 +53,17 @@ def test_the_rank_that_holds_the_store_stays_until_the_others_have_asked_there(
     monkeypatch.setattr(failures, "_LATER_S", 30.0)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    store, order = dist.HashStore(), list[str]()
+    store, order, told = dist.HashStore(), list[str](), threading.Event()
 
     def other_rank() -> None:
-        while not store.check([failures._AT_FAULT]):
-            pass
+        told.wait()
         order.append("noted")
         note(UnhealthyStep("step 7"), store)
 
     other = threading.Thread(target=other_rank)
     other.start()
     note(own := UnhealthyStep("step 7"), store)
+    told.set()
     assert tell_line(own) == 1
     order.append("left")
     other.join()

@@ -1,5 +1,7 @@
 """Decoding with Pillow: runs everywhere, and is the reference for the other decoders."""
 
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -50,12 +52,42 @@ class PillowDecoder(Decoder):
         return image
 
 
+class _OwnLimit:
+    """Pillow's own limit of pixels, which is the process's, while threads parse: data.max_pixels decides for them."""
+
+    def __init__(self) -> None:
+        self._limit: int | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Nobody parses: threads of the parent, and their lock, are not in a reader that was forked meanwhile."""
+        self._lock, self._parsing = threading.Lock(), 0
+
+    def lift(self) -> None:
+        """One more thread parses."""
+        with self._lock:
+            if self._parsing == 0:
+                self._limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self._parsing += 1
+
+    def put_back(self) -> None:
+        """It has; the last one gives everybody else the limit back."""
+        with self._lock:
+            self._parsing -= 1
+            if self._parsing == 0:
+                Image.MAX_IMAGE_PIXELS = self._limit
+
+
+_OWN_LIMIT = _OwnLimit()
+os.register_at_fork(after_in_child=_OWN_LIMIT.begin)
+
+
 @contextmanager
 def _counted_failures() -> Iterator[None]:
     """Around Pillow's parsing of foreign bytes only: a mistake in our own code must not pass for a bad
     image.
     """
-    bound, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # data.max_pixels decides, not Pillow's own limit
+    _OWN_LIMIT.lift()
     try:
         yield
     except UnidentifiedImageError as error:
@@ -64,7 +96,7 @@ def _counted_failures() -> Iterator[None]:
         truncated = "truncated" in str(error).lower()
         raise Rejected("truncated_image" if truncated else "undecodable_image") from error
     finally:
-        Image.MAX_IMAGE_PIXELS = bound
+        _OWN_LIMIT.put_back()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
