@@ -16,6 +16,7 @@ import numpy as np
 from data.errors import DataError
 from data.pixels.decode.pillow import PillowDecoder
 
+_JPEG = b"\xff\xd8\xff"
 _SPACES = ("YCbCr", "Gray")
 _MOST_KEPT_BYTES = 1 << 26
 """A larger picture has memory of its own; up to here one buffer serves all, and the kernel is not asked for pages."""
@@ -44,17 +45,30 @@ class JpegDecoder(PillowDecoder):
         self.from_pillow = 0
         """JPEGs that the library warned of or refused, and that Pillow took."""
 
+    def size(self, encoded: bytes) -> tuple[int, int]:
+        return self._size(encoded) or super().size(encoded)
+
     def pixels(self, encoded: bytes) -> np.ndarray:
-        if not encoded.startswith(b"\xff\xd8\xff"):
+        if not encoded.startswith(_JPEG):
             return super().pixels(encoded)
-        try:
-            height, width, space, _ = self._simplejpeg.decode_jpeg_header(encoded)
-            if space in _SPACES and width * height <= self._max_pixels:
-                return self._simplejpeg.decode_jpeg(encoded, "RGB", buffer=self._room(3 * width * height))
-        except ValueError:  # the library's warnings and errors
-            pass
+        size = self._size(encoded)
+        if size is not None:
+            try:
+                return self._simplejpeg.decode_jpeg(encoded, "RGB", buffer=self._room(3 * size[0] * size[1]))
+            except (ValueError, KeyError):  # the library's warnings and errors
+                pass
         self.from_pillow += 1
         return super().pixels(encoded)
+
+    def _size(self, encoded: bytes) -> tuple[int, int] | None:
+        """Width and height of what the library may decode; None: Pillow looks at it."""
+        if not encoded.startswith(_JPEG):
+            return None
+        try:
+            height, width, space, _ = self._simplejpeg.decode_jpeg_header(encoded)
+        except (ValueError, KeyError):  # KeyError: a subsampling that it has no name for
+            return None
+        return (width, height) if space in _SPACES and width * height <= self._max_pixels else None
 
     def _room(self, size: int) -> np.ndarray:
         """uint8 [at least size], undefined."""
