@@ -1,11 +1,15 @@
 """Token ids equal those of the authors' tokenizer (golden fixture G7), cleaning included."""
 
+import html
 import json
 from pathlib import Path
 
+import ftfy
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from data import bpe
+from data import bpe, tokenizer
 from data.bpe import encoder
 from data.errors import DataError
 from data.tokenizer import EOT, PAD, SOT, VOCAB_SIZE, Tokenizer, clean
@@ -29,6 +33,11 @@ def test_full_context_rows_equal_the_fixture() -> None:
 def test_rows_cut_to_16_equal_the_fixture() -> None:
     tokens = Tokenizer(16).encode([row["text"] for row in ROWS])
     assert tokens.tolist() == [row["ids_context16"] for row in ROWS]
+
+
+@given(st.text(st.characters(min_codepoint=32, max_codepoint=126, exclude_characters="&"), max_size=80))
+def test_ftfy_would_not_change_what_it_is_not_asked_about(text: str) -> None:
+    assert tokenizer._is_plain(text) and ftfy.fix_text(text) == text == html.unescape(text)
 
 
 def test_entities_are_unescaped_twice_where_ftfy_keeps_out() -> None:
