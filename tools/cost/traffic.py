@@ -262,11 +262,13 @@ def _loss_traffic(model: ModelConfig, layout: Layout) -> list[Traffic]:
 
 
 def optimizer_traffic(model: ModelConfig, stage: Stage) -> list[Traffic]:
-    """The gradient norm, and LAMB's norms of each logical tensor and update, in float64 (engine/parallel/shards.py)."""
+    """The gradient norm with a count, and LAMB's norms of each logical tensor and update, in float64
+    (engine/parallel/shards.py).
+    """
     vision = 2 * FP64 * vision_tensors(model, stage)
     text = 2 * FP64 * len(text_shapes(model))
     return [
-        Traffic(what="optimizer", axis="world", kind="all-reduce", count=2, sent_bytes=FP64 + text),
+        Traffic(what="optimizer", axis="world", kind="all-reduce", count=2, sent_bytes=2 * FP64 + text),
         Traffic(what="optimizer", axis="stage", kind="all-reduce", count=len(stage.chunks), sent_bytes=vision),
     ]
 
