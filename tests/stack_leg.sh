@@ -26,7 +26,7 @@ sys.exit(0 if found == sys.argv[1] else f"megatron-core {found} would be importe
 PY
 TEST_WORKERS=2 python -m pytest -q -m "not slow" tests/engine/test_device.py tests/models/test_golden.py \
   tests/models/test_golden_parallel.py tests/models/test_backends.py tests/models/test_mim_parallel.py \
-  tests/checkpoint/test_saving.py
+  tests/checkpoint/test_saving.py tests/engine/test_kept_outputs.py
 
 ranks=(torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 4)
 python -m tools.prepare_emoji --out "$folder/shards" --size 48 --shards 2 --limit 150

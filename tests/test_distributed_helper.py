@@ -13,7 +13,7 @@ from tests.distributed import RankFailure, run_distributed
 pytestmark = pytest.mark.dist
 
 HERE_AT_THE_START = ("megatron.core", "torch._dynamo", "tests.preload")
-NOT_NEEDED = ("torch._inductor.compile_fx", "sklearn")
+NOT_NEEDED = ("sklearn",)
 """What the server has imported, and what no start should wait for."""
 
 

@@ -143,6 +143,7 @@ class _GivenProduct(LinearWithGradAccumulationAndAsyncCommunication):
         ctx.sequence_parallel = sequence_parallel
         ctx.wgrad_deferral_limit, ctx.grad_output_buffer = None, None
         ctx.tp_group, ctx.gathered = tp_group, gathered
+        ctx.gtp_remat_size = 1  # asked for by the backward of 0.19
         return output.view_as(output)
 
     @staticmethod
