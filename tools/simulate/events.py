@@ -71,12 +71,11 @@ class StageCosts:
 
     def turn_s(self, turn: Alone) -> float:
         """Seconds of a turn of what is of no unit."""
-        number = self.caption_parts or _AS_MANY
-        parts = turn.parts(number) if turn.span != "teacher" else slice(0, number)
-        return getattr(self, f"{turn.span}_s") * (parts.stop - parts.start) / number
-
-
-_AS_MANY = 10**6
+        whole_s = getattr(self, f"{turn.span}_s")
+        if not self.caption_parts:
+            return whole_s * (turn.share[1] - turn.share[0])
+        parts = turn.parts(self.caption_parts)
+        return whole_s * (parts.stop - parts.start) / self.caption_parts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,9 +94,9 @@ def table_entry(table: ShardTable) -> dict[str, Any]:
     buckets = [
         {
             "length": bucket.length,
-            "rows": [[r.name, r.first, r.where.dim, r.where.offset, r.where.length] for r in rows],
+            "rows": [[r.name, r.first, r.where.dim, r.where.offset, r.where.length] for r in bucket.rows],
         }
-        for bucket, rows in ((bucket, bucket.rows) for bucket in table.buckets)
+        for bucket in table.buckets
     ]
     return {"ranks": _packed(table.ranks), "kinds": list(table.kinds), "buckets": buckets}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.manifest import MANIFEST, Manifest, write_manifest
-from engine.checkpoint.format.tables import ShardTable
+from engine.checkpoint.format.tables import ShardTable, rank_file
 from engine.checkpoint.local import sets
 from engine.checkpoint.local.copies import HEAD, copies_axis, partner_of, receive, send
 from engine.checkpoint.local.sets import local_folder, make_own, require_one_host, set_name
@@ -92,7 +92,7 @@ class LocalSaver:
             report = write_rank(folder, rank, parts, tables)
             if report["not_finite"]:
                 raise CheckpointError(f"rank {rank} holds {report['not_finite'][0]}, which is not finite")
-            files = [f"rank_{rank:05d}.safetensors", f"rank_{rank:05d}.json"]
+            files = [rank_file(rank), f"rank_{rank:05d}.json"]
             if rank == 0:
                 write_manifest(folder / HEAD, head)
                 files.append(f"{HEAD}/{MANIFEST}")

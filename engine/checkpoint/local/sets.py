@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.manifest import MANIFEST, RECORD, read_manifest, write_manifest, write_synced
+from engine.checkpoint.format.tables import rank_file
 from engine.checkpoint.format.tensor_file import FileRecord, hash_file
 from engine.checkpoint.local.copies import HEAD, bring
 from engine.checkpoint.reader import Checkpoint
@@ -96,7 +97,7 @@ def _problem(place: Path, rank: int) -> str:
         if "tables" not in report:
             return f"rank {rank} on {host_name()}: it is of another version of this program"
         record = FileRecord(**report["record"])
-        found = hash_file(place / f"rank_{rank:05d}.safetensors")
+        found = hash_file(place / rank_file(rank))
     except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
         return f"rank {rank} on {host_name()}: {error}"
     return "" if found == record else f"rank {rank} on {host_name()}: its bytes changed after they were written"
