@@ -6,11 +6,14 @@ installed package; training with somebody else's `data` must stop before anythin
 The errors of this file carry the package's own name, which `python -m engine.train` prints as one line.
 """
 
+from __future__ import annotations  # a Python below the range is to get as far as its line (models/versions.py)
+
 import functools
 import importlib.util
 import logging
 import os
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Callable
@@ -21,6 +24,17 @@ if TYPE_CHECKING:
     from engine.notebook.load import load_model as load_model
 
 _ROOT = Path(__file__).resolve().parent.parent
+_PATIENCE_S = 30.0
+"""How long the other ranks leave the word to the first one, whose end torchrun ends them for."""
+
+
+def _end(line: str) -> None:
+    """Raise the ImportError with this line: the first rank at once, the others where that ends nobody (their host alone
+    has another torch).
+    """
+    if os.environ.get("RANK", "0") != "0":
+        threading.Event().wait(_PATIENCE_S)
+    raise ImportError(line, name=__name__)
 
 
 def _refuse_shadowed_rooms() -> None:
@@ -29,10 +43,9 @@ def _refuse_shadowed_rooms() -> None:
         found = Path(spec.origin).resolve().parent.parent if spec and spec.origin else None
         if found != _ROOT:
             where = spec.origin or list(spec.submodule_search_locations or []) if spec else "nowhere"
-            raise ImportError(
+            _end(
                 f"`import {room}` finds {where} instead of {_ROOT / room}: another package or folder of that name "
-                f"shadows eva-megatron's; start from {_ROOT}, or uninstall or rename the other one",
-                name=__name__,
+                f"shadows eva-megatron's; start from {_ROOT}, or uninstall or rename the other one"
             )
 
 
@@ -40,12 +53,16 @@ _refuse_shadowed_rooms()
 
 
 def _refuse_other_versions() -> None:
-    """Refuse them before torch and megatron-core are imported: what an old one lacks would end in a worse error."""
-    from models.versions import required
+    """Refuse them, and what is not there, before torch and megatron-core are imported, where the error is worse."""
+    from models.versions import missing, required
 
-    for supported, found in required():
+    versions = required()
+    for supported, found in versions:
         if refusal := supported.refusal(found):
-            raise ImportError(refusal, name=__name__)
+            _end(refusal)
+    if absent := missing(_ROOT):
+        _end(absent)
+    for supported, found in versions:
         if (warning := supported.warning(found)) and os.environ.get("RANK", "0") == "0":
             print(f"warning: {warning}", file=sys.stderr, flush=True)
 

@@ -2,7 +2,12 @@
 
 An older one is refused, because it lacks what is called here. A newer one is used after a line on standard error: it
 may work, and nobody has seen it. docs/results/install.md says what was run with what.
+
+This file and engine/__init__.py are read by Pythons below the range as well, which are to get as far as their line:
+hence the annotations that nobody evaluates, and nothing of a later Python at import.
 """
+
+from __future__ import annotations
 
 import re
 import sys
@@ -45,6 +50,8 @@ class Supported:
 
 PYTHON = Supported("Python", "3.11", "3.13", "make the environment with python3.12 -m venv")
 TORCH = Supported("torch", "2.11", "2.15", "pip install 'torch>=2.11,<2.16'")
+NUMPY = Supported("numpy", "1.26", "2", "pip install 'numpy>=1.26,<3'")
+PILLOW = Supported("pillow", "11", "13", "pip install 'pillow>=11,<14'")
 MEGATRON_CORE = Supported("megatron-core", "0.16.1", "0.19", "pip install --no-deps 'megatron-core>=0.16.1,<0.20'")
 TRANSFORMER_ENGINE = Supported(
     "transformer-engine",
@@ -58,6 +65,29 @@ FLASH_ATTN_2 = Supported(
     "2.8",
     "pip install psutil && pip install --no-build-isolation 'flash-attn>=2.7.3,<2.9'",
 )
+FLASH_ATTN_3 = Supported(
+    "flash-attn-3",
+    "3.0",
+    "3.0",
+    "a Hopper GPU, and `python setup.py install` in the folder hopper/ of the flash-attention source",
+)
+FLASH_ATTN_4 = Supported(
+    "flash-attn-4",
+    "4.0",
+    "4.0",
+    "a GPU from Hopper on, and pip install --pre 'flash-attn-4>=4.0.0b36,<4.1'",
+)
+_MODULES = {
+    "torch": "torch",
+    "numpy": "numpy",
+    "packaging": "packaging",
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "ftfy": "ftfy",
+    "tokenizers": "tokenizers",
+    "rich": "rich",
+}
+"""What every command imports -> its distribution; megatron-core is looked for by its files."""
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -91,4 +121,19 @@ def megatron_core_version() -> str | None:
 def required() -> list[tuple[Supported, str | None]]:
     """What every run needs, with the version that is here; imports none of it."""
     python = ".".join(map(str, sys.version_info[:3]))
-    return [(PYTHON, python), (TORCH, installed_version("torch")), (MEGATRON_CORE, megatron_core_version())]
+    installed = [(supported, installed_version(supported.name)) for supported in (TORCH, NUMPY, PILLOW)]
+    return [(PYTHON, python), *installed, (MEGATRON_CORE, megatron_core_version())]
+
+
+def missing(root: Path) -> str:
+    """The line for what every command imports and is not installed; empty where all of it is. Imports none of it.
+
+    root: the folder that holds the rooms, a checkout or site-packages.
+    """
+    absent = [distribution for module, distribution in _MODULES.items() if find_spec(module) is None]
+    absent += [MEGATRON_CORE.name] if megatron_core_version() is None else []
+    if not absent:
+        return ""
+    ours = f"pip install -e {root}" if (root / "setup.cfg").is_file() else "pip install eva-megatron"
+    first = "the torch build of your machine first (pip install torch==2.13.0), then " if "torch" in absent else ""
+    return f"{sys.executable} lacks {', '.join(absent)}: {first}{ours}"

@@ -1,9 +1,11 @@
 """Versions outside the ranges: one line that names range and cure, refused below, told and used above."""
 
+import ast
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,12 +28,44 @@ ROOT = Path(__file__).resolve().parents[1]
         (MEGATRON_CORE, "0.19.12+abc", False, False),
         (MEGATRON_CORE, "0.20.0rc1", False, True),
         (MEGATRON_CORE, None, False, False),
+        (versions.NUMPY, "1.25.9", True, False),
+        (versions.NUMPY, "2.5.5", False, False),
+        (versions.PILLOW, "14.0.1", False, True),
+        (versions.TRANSFORMER_ENGINE, "2.8.0+abc", True, False),
+        (versions.TRANSFORMER_ENGINE, "2.20.2", False, False),
+        (versions.FLASH_ATTN_2, "2.8.3.post2", False, False),
+        (versions.FLASH_ATTN_2, "1.0.9", True, False),
+        (versions.FLASH_ATTN_3, "3.0.0b1", False, False),
+        (versions.FLASH_ATTN_4, "4.0.0b36", False, False),
+        (versions.FLASH_ATTN_4, "4.1.0", False, True),
     ],
 )
 def test_below_is_refused_and_above_is_told(supported: Supported, found: str | None, refused: bool, told: bool) -> None:
     assert (bool(supported.refusal(found)), bool(supported.warning(found))) == (refused, told)
     for line in filter(None, (supported.refusal(found), supported.warning(found))):
         assert "\n" not in line and str(found) in line and supported.text in line and supported.cure in line
+
+
+@pytest.mark.parametrize("path", ["engine/__init__.py", "models/versions.py"])
+def test_an_old_python_reads_the_line_about_itself(path: str) -> None:
+    """Both files are valid for Python 3.8, which evaluates none of their annotations."""
+    tree = ast.parse((ROOT / path).read_text(), feature_version=(3, 8))
+    first = next(node for node in tree.body if isinstance(node, ast.ImportFrom))
+    assert (first.module, [name.name for name in first.names]) == ("__future__", ["annotations"])
+
+
+def test_what_is_not_installed_is_named_at_once_by_the_first_rank() -> None:
+    """-S leaves out what is installed. The other ranks leave the word to the first, whose end ends them."""
+    command = [sys.executable, "-S", "-m", "engine.train", "--help"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with subprocess.Popen(command, env=clean | {"RANK": "1"}, **pipes) as second:
+        first = subprocess.run(command, env=clean | {"RANK": "0"}, **pipes, timeout=60)
+        (line,) = first.stderr.splitlines()
+        assert "lacks torch, numpy" in line and "megatron-core: " in line and f"pip install -e {ROOT}" in line
+        with pytest.raises(subprocess.TimeoutExpired):
+            second.wait(timeout=0.3)
+        second.kill()
 
 
 def test_what_runs_here_is_known_and_in_range() -> None:

@@ -26,6 +26,7 @@ from data.pixels.decode.pillow import to_rgb
 from data.pixels.decode.resize import cut
 from data.pixels.transforms import Window
 
+_OLDEST_AV = 12
 _MOST_FRAMES = 36_000  # ten minutes at 60 a second: longer files are not clips, and hold up a reader
 # Brands of the ISO container (ISO/IEC 14496-12) that are still images or sequences of them: AVIF, HEIF, Canon's raw.
 _STILL_BRANDS = frozenset(
@@ -168,5 +169,7 @@ def _import_av() -> Any:
         raise DataError(
             f"clips need PyAV ({error}): pip install 'eva-megatron[video]', or leave the video shards out"
         ) from error
+    if int(av.__version__.split(".")[0]) < _OLDEST_AV:
+        raise DataError(f"clips need PyAV {_OLDEST_AV} or later, not {av.__version__}: pip install 'av>={_OLDEST_AV}'")
     logging.getLogger("libav").setLevel(logging.ERROR)  # what it cannot decode is counted, not printed
     return av

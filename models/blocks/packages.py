@@ -22,7 +22,7 @@ class Package:
     """A package that an option of the model asks for."""
 
     name: str
-    """For people."""
+    """For people, and for its metadata where it has a distribution."""
     module: str
     """What is imported."""
     option: str
@@ -65,16 +65,18 @@ FLASH_2 = Package(
     versions.FLASH_ATTN_2,
 )
 FLASH_3 = Package(
-    "flash-attn 3",
+    "flash-attn-3",
     "flash_attn_interface",
     "model.attention=flash3",
-    "a Hopper GPU, and `python setup.py install` in the folder hopper/ of the flash-attention source",
+    versions.FLASH_ATTN_3.cure,
+    versions.FLASH_ATTN_3,
 )
 FLASH_4 = Package(
     "flash-attn-4",
     "flash_attn.cute",
     "model.attention=flash4",
-    "a GPU from Hopper on, and pip install --pre 'flash-attn-4>=4.0.0b36'",
+    versions.FLASH_ATTN_4.cure,
+    versions.FLASH_ATTN_4,
 )
 APEX = Package(
     "NVIDIA apex",

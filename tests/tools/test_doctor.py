@@ -3,6 +3,7 @@
 import json
 import os
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from engine.config.read import load_config
 from engine.parallel import preflight
 from engine.parallel.device import prepare
 from engine.parallel.mesh import build_mesh
+from models.blocks import kernels
+from models.blocks.packages import Package
 from models.versions import MEGATRON_CORE
 from tests.distributed import run_distributed
 from tools.doctor import libraries, machine
@@ -85,8 +89,23 @@ def test_what_is_too_small_is_noted_with_its_cure(monkeypatch: pytest.MonkeyPatc
 
 def test_versions_outside_the_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     for found, verdict in (("0.16.0", WRONG), ("0.16.1", OK), ("0.20.1", NOTE)):
-        row = libraries._required(MEGATRON_CORE, found)
+        row = libraries._in_range(MEGATRON_CORE, found)
         assert row.verdict == verdict and found in row.found and "0.16.1 to 0.19" in row.found
+    optional = libraries._in_range(libraries._DALI, "1.53.0", older=NOTE)
+    assert (optional.verdict, "2.3 to 2.4" in optional.found, "nvidia-dali" in optional.advice) == (NOTE, True, True)
+
+
+def test_what_a_job_asks_for_and_cannot_have_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config("examples/quickstart/train.yaml", ["data.decoder=pillow"])
+    assert [(row.found, row.verdict) for row in libraries.job_rows(config)] == [
+        ("local linears, sdpa attention, torch norms", OK),
+        ("PillowDecoder", OK),
+    ]
+    lacking = Package("no-such-kernels", "no_such_kernels", "model.norm_kernel=apex", "a source that nobody has")
+    monkeypatch.setattr(kernels, "APEX", lacking)
+    asks = replace(config, model=replace(config.model, norm_kernel="apex"))
+    wrong = libraries.job_rows(asks)[0]
+    assert wrong.verdict == WRONG and "no-such-kernels, which cannot be imported" in wrong.found
 
 
 def test_the_report_of_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +113,8 @@ def test_the_report_of_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture, m
     assert main(["--out", str(out), "--config", "examples/quickstart/train.yaml"]) == 0
     text = capsys.readouterr().out
     rows = {row["what"]: row for row in json.loads(out.read_text())}
-    for what in ("Python", "torch", "megatron-core", "shared memory", "open files", "kernels in bf16"):
+    expected = ("Python", "torch", "megatron-core", "numpy", "shared memory", "open files", "kernels in bf16")
+    for what in (*expected, "the job's kernels", "the job's decoder"):
         assert what in rows and f"{what} " in text
     assert "nothing is wrong" in text
     monkeypatch.setattr(libraries, "library_rows", lambda: 1 / 0)

@@ -62,7 +62,7 @@ def _examine(arguments: argparse.Namespace) -> int:
 
 def _rows(config: Config | None, folder: Path | None) -> list[Row]:
     """A check that raises is a row as well: what comes after it is still of use."""
-    from tools.doctor.libraries import kernel_rows, library_rows
+    from tools.doctor.libraries import job_rows, kernel_rows, library_rows
     from tools.doctor.machine import machine_rows
 
     rows: list[Row] = []
@@ -70,6 +70,7 @@ def _rows(config: Config | None, folder: Path | None) -> list[Row]:
         ("libraries", library_rows),
         ("machine", machine_rows),
         ("kernels", lambda: kernel_rows(config.model if config else ModelConfig(backend="auto"))),
+        ("the job", lambda: job_rows(config) if config else []),
         ("ranks", lambda: _on_every_rank(config, folder)),
     ]
     for name, part in parts:

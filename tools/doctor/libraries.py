@@ -1,9 +1,14 @@
 """Versions against the ranges that this code was written for, and the kernels that the config's choices come to."""
 
+from collections.abc import Callable
+
 import torch
 
-from data.pixels.decode import dali
-from models.blocks.kernels import choose
+from data.errors import DataError
+from data.pixels.decode import dali, make_decoder
+from engine.build import DTYPES
+from engine.config.read import Config
+from models.blocks.kernels import choose, require_kernels
 from models.blocks.packages import (
     APEX,
     FLASH_2,
@@ -13,30 +18,33 @@ from models.blocks.packages import (
     Package,
     flash_2_serves_te,
 )
-from models.config import ModelConfig
+from models.config import ModelConfig, ModelConfigError
 from models.versions import Supported, installed_version, required
 from tools.doctor.rows import NOTE, WRONG, Row
 
-_PLAIN = ("eva-megatron", "numpy", "pillow", "simplejpeg", "safetensors", "tokenizers", "ftfy", "av", "triton")
+_PLAIN = ("eva-megatron", "simplejpeg", "safetensors", "tokenizers", "ftfy", "av", "triton")
 _OPTIONAL = (TRANSFORMER_ENGINE, FLASH_2, FLASH_3, FLASH_4, APEX)
-_DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+_DALI = Supported("NVIDIA DALI", dali.OLDEST, dali.NEWEST, dali.CURE)
+_KERNELS = "kernels of the image tower: "
+_BUILDS_OF_DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 
 def library_rows() -> list[Row]:
     """What is required, what is optional, what torch brings along."""
-    rows = [_required(supported, found) for supported, found in required()]
+    rows = [_in_range(supported, found) for supported, found in required()]
     rows += [Row(name, installed_version(name) or "not installed") for name in _PLAIN]
     rows += [_optional(package) for package in _OPTIONAL]
-    found = next(filter(None, map(installed_version, _DALI)), None)
-    rows.append(Row("NVIDIA DALI", f"{found or 'not installed'} (for {dali.RANGE})"))
+    found = next(filter(None, map(installed_version, _BUILDS_OF_DALI)), None)
+    rows.append(_in_range(_DALI, found, older=NOTE))
     return [*rows, *_cuda_rows()]
 
 
-def _required(supported: Supported, found: str | None) -> Row:
-    advice, verdict = supported.refusal(found), WRONG
+def _in_range(supported: Supported, found: str | None, *, older: str = WRONG) -> Row:
+    """older: the verdict below the range; what is optional hurts only a job that asks for it (job_rows)."""
+    advice, verdict = supported.refusal(found), older
     if not advice:
         advice, verdict = supported.warning(found), NOTE
-    text = f"{found or 'not found'} (for {supported.oldest} to {supported.newest})"
+    text = f"{found or 'not installed'} (for {supported.oldest} to {supported.newest})"
     return Row(supported.name, text, verdict, advice) if advice else Row(supported.name, text)
 
 
@@ -48,7 +56,7 @@ def _optional(package: Package) -> Row:
         return Row(package.name, f"{package.version}", NOTE, advice)
     if package.supported is None:
         return Row(package.name, package.version or "installed, without a version")
-    return _required(package.supported, package.version)
+    return _in_range(package.supported, package.version, older=NOTE)
 
 
 def _cuda_rows() -> list[Row]:
@@ -63,5 +71,20 @@ def kernel_rows(model: ModelConfig) -> list[Row]:
     """What `model` would compute with, in the two precisions."""
     rows = []
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        rows.append(Row(f"kernels in {name}", str(choose(model, dtype)).removeprefix("kernels of the image tower: ")))
+        rows.append(Row(f"kernels in {name}", str(choose(model, dtype)).removeprefix(_KERNELS)))
+    return rows
+
+
+def job_rows(config: Config) -> list[Row]:
+    """Whether what a job asks for can be imported here: the kernels of its model, its decoder."""
+    asked: list[tuple[str, Callable[[], str]]] = [
+        ("the job's kernels", lambda: str(require_kernels(config.model, DTYPES[config.train.precision]))),
+        ("the job's decoder", lambda: type(make_decoder(config.data.decoder, max_pixels=1)).__name__),
+    ]
+    rows = []
+    for what, load in asked:
+        try:
+            rows.append(Row(what, load().removeprefix(_KERNELS)))
+        except (ModelConfigError, DataError) as error:
+            rows.append(Row(what, str(error), WRONG))
     return rows

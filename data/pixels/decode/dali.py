@@ -10,6 +10,7 @@ nvidia-dali is the extra `dali` (built for CUDA 13; nvidia-dali-cuda120 serves C
 """
 
 import logging
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -24,9 +25,9 @@ from data.pixels.transforms import Window
 
 _MOST_IMAGES = 64  # of one pipeline run: decoded images of a run are held at full size
 _JPEG_END = b"\xff\xd9"
-_OLDEST, _NEWEST = (2, 3), (2, 4)
-RANGE = "2.3 to 2.4"
-"""Versions of DALI that this was written for."""
+OLDEST, NEWEST = "2.3", "2.4"
+"""Versions of DALI that this was written for, both included."""
+CURE = "pip install 'nvidia-dali-cuda130>=2.3,<2.5'"
 
 _log = logging.getLogger(__name__)
 
@@ -140,15 +141,16 @@ def _import_dali() -> Any:
             f"data.decoder=dali needs NVIDIA DALI ({error}): pip install 'eva-megatron[dali]', or set "
             "data.decoder=pillow"
         ) from error
-    version = tuple(map(int, re.findall(r"\d+", dali.__version__)[:2]))
-    if version < _OLDEST:
-        raise DataError(
-            f"data.decoder=dali needs NVIDIA DALI {RANGE}, not {dali.__version__}: "
-            "pip install 'nvidia-dali-cuda130>=2.3,<2.5', or set data.decoder=pillow"
-        )
-    if version > _NEWEST:
-        _log.warning("NVIDIA DALI %s is newer than %s, which this was run with", dali.__version__, RANGE)
+    here = f"NVIDIA DALI {dali.__version__} is here, but data.decoder=dali is for {OLDEST} to {NEWEST}"
+    if _numbers(dali.__version__) < _numbers(OLDEST):
+        raise DataError(f"{here}: {CURE}, or set data.decoder=pillow")
+    if _numbers(dali.__version__) > _numbers(NEWEST) and os.environ.get("RANK", "0") == "0":
+        _log.warning("%s, newer than anything this was run with; should it fail: %s", here, CURE)
     return dali
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
 def _one_line(error: Exception) -> str:
