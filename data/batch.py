@@ -1,5 +1,6 @@
 """What travels from the readers to the training process."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,3 +98,20 @@ class EncodedBatch:
     """Samples in the order of the positions."""
     bad: list[BadSample]
     """What was replaced so far."""
+
+
+def join(batches: Sequence[SampleBatch], *, pinned: bool = False) -> SampleBatch:
+    """One batch of all their samples in their order, in memory of its own. pinned: its images lie in pinned memory."""
+    parts = [batch.images for batch in batches]
+    shape = (sum(map(len, parts)), *parts[0].shape[1:])
+    images = torch.empty(shape, dtype=parts[0].dtype, device=parts[0].device, pin_memory=pinned)
+    identifiers = [batch.picture_ids for batch in batches if batch.picture_ids is not None]
+    return SampleBatch(
+        images=torch.cat(parts, out=images),
+        tokens=torch.cat([batch.tokens for batch in batches]),
+        captions=[caption for batch in batches for caption in batch.captions],
+        keys=[key for batch in batches for key in batch.keys],
+        bad=[sample for batch in batches for sample in batch.bad],
+        picture_ids=torch.cat(identifiers) if identifiers else None,
+        caption_fallbacks=sum(batch.caption_fallbacks for batch in batches),
+    )

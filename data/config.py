@@ -93,9 +93,10 @@ class DataConfig:
     workers: int = 1
     """Reader processes a reading rank; 0 decodes in the training process."""
     prefetch_batches: int = 2
-    """Global batches that the readers of a rank prepare ahead, all together: the bound of their memory."""
+    """Global batches that the readers of a rank prepare ahead, all together: the bound of their memory. One more waits
+    in the training process."""
     stall_timeout_s: float = 900.0
-    """No batch from the readers for so long is an error; 0 waits for ever."""
+    """No batch from the readers for so long after a step asked for it is an error; 0 waits for ever."""
     crop_scale: list[float] = field(default_factory=lambda: [0.9, 1.0])
     """Area range of the random resized crop (paper, section 3; eva code transform.py); the MIM stage uses
     [0.2, 1].

@@ -5,8 +5,10 @@ stage's tensor ranks split the reading and decoding, then share pixels among the
 behind them: each sample is read once per replica, and a bad sample is replaced once, for all who need it.
 
 Readers work in units of at most a micro-batch of rows, so that all of them work on the same step and the pixels in
-flight are `data.prefetch_batches` local batches whatever the number of readers. A step starts when its last unit is
-there: the text tower, which encodes first, needs every caption, so captions are shared before pixels.
+flight are `data.prefetch_batches` local batches whatever the number of readers. A thread puts the next step's units
+together while the step before runs, one local batch more, so that the loop finds it ready, pinned for a GPU. A step
+starts when its last unit is there: the text tower, which encodes first, needs every caption, so captions are shared
+before pixels.
 
 The whole local batch stays as uint8 (at the paper's batch 7,200 x 150 kB = 1.1 GB on a first-stage rank), since the
 replay needs every image a second time: pinned on the host, from where each pass copies its micro-batch (4.5 MB of 30
@@ -19,6 +21,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.batch import BadSample, EncodedBatch, SampleBatch
+from data.batch import BadSample, EncodedBatch, SampleBatch, join
 from data.config import DataConfig
 from data.errors import DataError
 from data.fingerprint import fingerprint
@@ -131,7 +134,7 @@ class Feed:
         self.context = config.model.text.context_length
         self.next_position = start_position
         self._first_position = first_position
-        self.loader: PrefetchLoader[SampleBatch | EncodedBatch] | None = None
+        self.loader: PrefetchLoader[list[SampleBatch] | list[EncodedBatch]] | None = None
         self._read: list[SampleBatch] = []
         self._picture_ids = config.train.mask_false_negatives in ("images", "both")
         self.units = self._units(config.micro_batch_samples)
@@ -155,17 +158,13 @@ class Feed:
                     _log.info("%s", line)
                 for line in self.reader.sources.copies_within(self.global_batch):
                     _log.warning("%s", line)
-            batches = (
-                self._positions(start_position + step * self.global_batch)[unit]
-                for step in range(steps)
-                for unit in self.units
-            )
             self.loader = PrefetchLoader(
                 self.reader.fetch if self.reader.decodes_on_gpu else self.reader.read,
-                batches,
+                _positions_of_units(self._positions(start_position), self.units, self.global_batch, steps),
                 workers=config.data.workers,
                 prefetch=self._units_ahead(config),
                 stall_timeout_s=config.data.stall_timeout_s,
+                take=partial(_units_of_a_step, count=len(self.units), pinned=device.type == "cuda"),
             )
 
     def _check_width(self, config: Config) -> None:
@@ -191,7 +190,7 @@ class Feed:
         try:
             if self.loader is not None:
                 self._log_epochs()
-                self._read = [self._next_unit() for _ in self.units]
+                self._read = [self._decoded(unit) for unit in next(self.loader)]
         except Exception as error:  # whatever it is, the other ranks must hear of it
             return error
         return None
@@ -212,7 +211,8 @@ class Feed:
         tokens, picture_ids = self._own_captions([self._columns(unit) for unit in self._read])
         images = self._pixels([unit.images for unit in self._read]) if self.loader is not None else None
         self.next_position += self.global_batch
-        return LocalBatch(positions, images, tokens, self.bad, picture_ids, self._source_counts())
+        bad, self._read = self.bad, []
+        return LocalBatch(positions, images, tokens, bad, picture_ids, self._source_counts())
 
     def _columns(self, unit: SampleBatch) -> Tensor:
         """int32 [n, context], with two further columns for the hash of each picture where it is asked for."""
@@ -250,11 +250,8 @@ class Feed:
         """uint8 [b, …] of the local batch. Collective over the tensor axis."""
         if self.mesh.tensor.size > 1 or any(part.is_cuda for part in parts):
             return self._gather(parts)
-        if self.device.type != "cuda":
-            return torch.cat(parts)
-        rows = sum(len(part) for part in parts)
-        pinned = torch.empty(rows, *parts[0].shape[1:], dtype=parts[0].dtype, pin_memory=True)
-        return torch.cat(parts, out=pinned)
+        (whole,) = parts
+        return whole
 
     def fingerprint(self) -> dict[str, Any]:
         """What the order of samples depends on; empty on ranks that read nothing."""
@@ -283,9 +280,7 @@ class Feed:
     def _source_counts(self) -> dict[str, int]:
         return self.reader.sources.counts(self.next_position) if self.loader is not None else {}
 
-    def _next_unit(self) -> SampleBatch:
-        assert self.loader is not None
-        unit = next(self.loader)
+    def _decoded(self, unit: SampleBatch | EncodedBatch) -> SampleBatch:
         return self.reader.decode(unit) if isinstance(unit, EncodedBatch) else unit
 
     def _gather(self, parts: list[Tensor]) -> Tensor:
@@ -330,3 +325,23 @@ class Feed:
             first = self.next_position
             for line in self.reader.sources.epochs_begun(first, first + self.global_batch):
                 _log.warning("%s", line)
+
+
+def _positions_of_units(first: np.ndarray, units: Sequence[slice], stride: int, steps: int) -> Iterator[np.ndarray]:
+    """int64 [rows of the unit] of every unit of every step. first: positions of the first step's local batch.
+
+    stride: from a step to the next, the global batch. Knows no feed: a loader that its readers' positions kept alive
+    would never end by itself.
+    """
+    for step in range(steps):
+        for unit in units:
+            yield first[unit] + step * stride
+
+
+def _units_of_a_step(
+    units: Iterator[SampleBatch | EncodedBatch], *, count: int, pinned: bool
+) -> list[SampleBatch] | list[EncodedBatch]:
+    """The next `count` units as one, out of the readers' memory; as they are where the GPU decodes."""
+    read = [next(units) for _ in range(count)]
+    encoded = [unit for unit in read if isinstance(unit, EncodedBatch)]
+    return encoded or [join([unit for unit in read if isinstance(unit, SampleBatch)], pinned=pinned)]

@@ -114,6 +114,7 @@ class Trainer:
                 fetched = time.perf_counter()
                 outcome, phases = self.traced_step(batch)
                 record = self._record(outcome, phases, batch, started, fetched)
+                del batch  # the next one's pixels are here already
                 self.pulse.at("callbacks")
                 for callback in callbacks:
                     callback.secure(record)

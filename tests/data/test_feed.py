@@ -168,6 +168,24 @@ def test_readers_work_in_units_of_a_micro_batch_within_the_bound(shards: str, me
     feed.close()
 
 
+def test_readers_ahead_change_nothing_of_a_run_that_goes_on(shards: str, mesh: Mesh) -> None:
+    expected = _expected(shards)
+    for start, workers in ((0, 2), (BATCH, 1), (BATCH, 0)):
+        feed = _feed(_config(shards, workers=workers), mesh, start)
+        bad = []
+        for first in range(start, 3 * BATCH, BATCH):
+            assert feed.read() is None
+            bad += feed.bad
+            batch = feed.share()
+            rows = slice(first, first + BATCH)
+            assert batch.images.equal(expected.images[rows]) and batch.tokens.equal(expected.tokens[rows])
+            assert batch.picture_ids.equal(expected.picture_ids[rows])
+            assert batch.bad == bad[-len(batch.bad) :] if batch.bad else True
+        wanted = [sample for sample in expected.bad if start <= sample.position < 3 * BATCH]
+        assert sorted(bad, key=repr) == sorted(wanted, key=repr) and wanted
+        feed.close()
+
+
 def test_pixels_beyond_the_shared_memory_are_refused(shards: str, mesh: Mesh) -> None:
     with pytest.raises(
         DataError, match=r"prefetch_batches=900000000 lets 1 readers hold .* GB of pixels, but /dev/shm"

@@ -1,5 +1,8 @@
-"""Reader processes change nothing but the waiting: same batches, order and errors; none is left behind."""
+"""Reader processes and the thread behind them change nothing but the waiting: same batches, order and errors; none is
+left behind.
+"""
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -7,8 +10,10 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,23 +65,113 @@ def test_close_ends_the_readers_of_an_endless_loader(tmp_path: Path) -> None:
     assert len(multiprocessing.active_children()) == 2
     loader.close()
     loader.close()
-    assert multiprocessing.active_children() == []
+    assert _none_is_left()
     assert next(loader, None) is None
 
 
+def _none_is_left() -> bool:
+    return not multiprocessing.active_children() and not any(
+        thread.name == "batch ahead" for thread in threading.enumerate()
+    )
+
+
+def _numbers(positions: np.ndarray) -> int:
+    """The number of the batch; that with the number 2 cannot be read."""
+    if positions[0] == 12:
+        raise DataError("the third is bad")
+    return int(positions[0]) // 6
+
+
+def _two(batches: Iterator[int]) -> list[int]:
+    return [next(batches), next(batches)]
+
+
+def test_one_batch_is_taken_ahead_and_what_was_met_arrives_in_its_order() -> None:
+    for workers in (0, 2):
+        with PrefetchLoader(_numbers, _batches(), workers=workers) as loader:
+            assert [next(loader), next(loader)] == [0, 1]
+            with pytest.raises(DataError, match=r"^the third is bad$"):
+                next(loader)
+            assert next(loader, None) is None and _none_is_left()
+        with PrefetchLoader(_numbers, _batches(), workers=workers, take=_two) as loader:
+            assert next(loader) == [0, 1]
+            with pytest.raises(DataError, match=r"^the third is bad$"):
+                next(loader)
+
+    taken: list[int] = []
+
+    def take(batches: Iterator[int]) -> int:
+        taken.append(next(batches))
+        if len(taken) == 2:
+            raise ValueError("of the thread")
+        return taken[-1]
+
+    with PrefetchLoader(_numbers, _batches(), workers=1, take=take) as loader:
+        ahead: Any = loader._ahead
+        with ahead._changed:
+            assert ahead._changed.wait_for(lambda: ahead._ready, 60) and taken == [0]  # before anything was asked for
+        assert next(loader) == 0
+        with ahead._changed:
+            assert ahead._changed.wait_for(lambda: ahead._last is not None, 60) and taken == [0, 1]
+        for _ in range(2):
+            with pytest.raises(ValueError, match="of the thread"):
+                next(loader)
+    assert _none_is_left()
+
+
+def test_the_end_and_a_forgotten_loader_leave_no_thread() -> None:
+    loader = PrefetchLoader(_numbers, _batches(2), workers=1)
+    assert list(loader) == [0, 1] and next(loader, None) is None
+    loader.close()
+    assert _none_is_left()
+    loader = PrefetchLoader(_numbers, _batches(), workers=1)
+    assert next(loader) == 0
+    del loader
+    gc.collect()
+    assert _none_is_left()
+
+
+def test_a_loader_that_was_forked_with_leaves_the_other_process_alone() -> None:
+    held, done = threading.Event(), threading.Event()
+
+    def hold(lock: Any) -> None:  # as the thread may, at the moment of the fork
+        with lock:
+            held.set()
+            done.wait()
+
+    with PrefetchLoader(_numbers, _batches(2), workers=1) as loader:
+        assert next(loader) == 0
+        holder = threading.Thread(target=hold, args=(loader._ahead._changed,))  # type: ignore[union-attr]
+        holder.start()
+        held.wait()
+        child = os.fork()
+        if child == 0:
+            loader.close()
+            os._exit(0)
+        ended, _, _ = select.select([os.pidfd_open(child)], [], [], 60)
+        done.set()
+        holder.join()
+        assert ended and os.waitpid(child, 0)[1] == 0
+        assert next(loader) == 1
+
+
 _ORPHAN_MAKER = """
-import itertools, multiprocessing, sys
+import itertools, multiprocessing, os, sys
 import numpy as np
 from tests.data.test_loader import _batches, _reader
 from data.loader import PrefetchLoader
+child = os.fork()
 loader = PrefetchLoader(_reader(sys.argv[1:]).read, _batches(), workers=1)
 next(loader)
+if child == 0:
+    raise SystemExit(3)  # nobody closes it
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
 print(multiprocessing.active_children()[0].pid, flush=True)
 sys.stdin.read()
 """
 
 
-def test_readers_end_when_the_training_process_is_killed(tmp_path: Path) -> None:
+def test_readers_end_when_the_training_process_ends_without_closing_or_is_killed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _ORPHAN_MAKER, *make_shards(tmp_path, [5])]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as trainer:
         assert trainer.stdout is not None
@@ -141,11 +236,21 @@ def test_a_reader_that_dies_or_stalls_is_an_error(read: Callable[[np.ndarray], S
 def test_a_reader_that_is_stopped_after_its_batch_was_queued_is_an_error(tmp_path: Path) -> None:
     with PrefetchLoader(_reader(make_shards(tmp_path, [9])).read, _batches(), workers=1, stall_timeout_s=2) as loader:
         (reader,) = multiprocessing.active_children()
-        queue = loader._iterator._worker_result_queue  # type: ignore[union-attr]
-        assert queue._reader.poll(60)  # the batch is there, the memory that it names is still the reader's
+        ahead: Any = loader._ahead
+        with ahead._changed:
+            assert ahead._changed.wait_for(lambda: ahead._ready, 60)
+        queue = loader._readers.iterator._worker_result_queue  # type: ignore[union-attr]
+        assert queue._reader.poll(60)  # the second batch is there, the memory that it names is still the reader's
         os.kill(reader.pid or 0, signal.SIGSTOP)
         os.waitid(os.P_PID, reader.pid or 0, os.WSTOPPED | os.WNOWAIT)
-        with pytest.raises(DataError, match=r"the readers gave no batch .*data\.stall_timeout_s"):
-            for _ in range(3):
-                next(loader)
+        next(loader)
+        with pytest.raises(DataError, match=r"the readers gave no batch \(timed out after 2 .*data\.stall_timeout_s"):
+            next(loader)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_close_does_not_wait_for_a_reader_that_hangs() -> None:
+    loader = PrefetchLoader(_wait_for_ever, _batches(), workers=2)
+    loader.close()
     assert multiprocessing.active_children() == []
