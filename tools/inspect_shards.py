@@ -112,7 +112,8 @@ def inspect(config: DataConfig, *, max_samples: int | None, pictures: int) -> tu
     def look(part: np.ndarray) -> list[SampleFacts | BadSample]:
         return [_facts(reader, position, position in shown) for position in part.tolist()]
 
-    with PrefetchLoader(look, batches, workers=config.workers) as loader:
+    loader: PrefetchLoader[list[SampleFacts | BadSample]] = PrefetchLoader(look, batches, workers=config.workers)
+    with loader:
         for batch in loader:
             for facts in batch:
                 survey.add(facts)

@@ -22,7 +22,8 @@ def _crop_then_resize(pixels: np.ndarray, window: Window) -> np.ndarray:
     height, width, _ = pixels.shape
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise ValueError(f"the box {window.box} does not lie in an image of {width} x {height} pixels")
-    crop = torch.from_numpy(pixels[top:bottom, left:right].copy()).permute(2, 0, 1).unsqueeze(0)
+    box = pixels[top:bottom, left:right]
+    crop = torch.from_numpy(box if box.flags.writeable else box.copy()).permute(2, 0, 1).unsqueeze(0)
     side = (window.size, window.size)
     return torch.nn.functional.interpolate(crop, side, mode="bicubic", antialias=True)[0].numpy()
 
