@@ -2,8 +2,14 @@
 
 import gc
 import os
+import sys
 
 import pytest
+
+# Workers, ranks and commands import the same files several hundred times: they are compiled once, even where the
+# environment asks for no __pycache__, as images of containers do.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 MOST_WORKERS = 4
 """More would outdo the memory of a common machine: each has its own server of ranks, and starts up to eight of them."""

@@ -5,6 +5,7 @@ a copy of every page for each rank. Frozen, they are left alone.
 """
 
 import gc
+import sys
 
 import matplotlib.figure  # noqa: F401
 import pytest  # noqa: F401
@@ -13,5 +14,6 @@ import torch._dynamo  # noqa: F401  # what counts operators or forces eager asks
 import engine.train
 import engine.trainer  # noqa: F401
 
+sys.dont_write_bytecode = False  # the server was told -B where the tests were; see tests/conftest.py
 gc.collect()
 gc.freeze()

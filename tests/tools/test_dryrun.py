@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.config.read import Config, load_config, resolve
 from engine.config.stages import stage_layers
@@ -18,6 +20,7 @@ from tools.cost.activations import text_saved_bytes
 from tools.cost.layout import layout_of, stages_of
 from tools.cost.traffic import step_traffic
 from tools.dryrun import __main__ as dryrun
+from tools.dryrun.absent import Shapes
 from tools.dryrun.flops import flops
 from tools.dryrun.memory import ELSEWHERE, MemoryTracker
 from tools.dryrun.rank import RankReport, dry_run
@@ -280,6 +283,67 @@ def test_an_offloaded_stash_is_not_on_the_device() -> None:
     message = 4 * 9 * 64 * 4
     assert on_device.peaks["loss"].parts["stash"] == 8 * message
     assert on_host.peaks["loss"].parts["stash"] == 0
+
+
+# --- fake tensors -----------------------------------------------------------------------------------------------------
+
+
+class _Asked(TorchDispatchMode):
+    """Counts the operators that come through."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _looks(result: Any, taken: list[torch.Tensor]) -> list[Any]:
+    """All that a dry run may see of a result: container, shapes, and whose elements it shows."""
+    parts = result if isinstance(result, tuple | list) else [result]
+    storages = [tensor.untyped_storage()._cdata for tensor in taken]
+    shown = [
+        (part.shape, part.stride(), part.storage_offset(), part.dtype, part.device, part.requires_grad)
+        for part in parts
+    ]
+    shares = [[part.untyped_storage()._cdata == storage for storage in storages] for part in parts]
+    return [type(result), *shown, *shares]
+
+
+def test_what_an_operator_gives_is_remembered_as_it_was() -> None:
+    aten = torch.ops.aten
+    with FakeTensorMode() as fake:
+        shapes, x, y, ids = Shapes(fake), torch.empty(4, 6), torch.empty(6, 3), torch.empty(4, dtype=torch.int64)
+        cases = [
+            (aten.mm.default, (x, y), {}),
+            (aten.t.default, (x,), {}),
+            (aten.slice.Tensor, (x, 1, 2, 5), {}),
+            (aten.slice.Tensor, (x[1:], 1, 2, 5), {}),
+            (aten.split.Tensor, (x, 2, 1), {}),
+            (aten._unsafe_view.default, (x, [8, 3]), {}),
+            (aten.native_layer_norm.default, (x, [6], None, None, 1e-6), {}),
+            (aten.mul.Tensor, (ids, 1), {}),
+            (aten.mul.Tensor, (ids, 1.0), {}),
+            (aten.mul.Tensor, (ids, True), {}),
+            (aten.cat.default, ([x, x],), {}),
+            (aten._to_copy.default, (x,), {"dtype": torch.bfloat16}),
+            (aten.empty.memory_format, ([2, 3],), {"device": torch.device("cpu")}),
+        ]
+        for func, args, kwargs in cases:
+            wanted = _looks(func(*args, **kwargs), [x, y])
+            for _ in range(2):
+                with _Asked() as asked:
+                    assert _looks(shapes(func, args, kwargs), [x, y]) == wanted, func
+            assert asked.count == 0, func
+
+
+def test_what_returns_its_argument_or_has_a_value_is_asked_each_time() -> None:
+    with FakeTensorMode() as fake:
+        shapes, x, three = Shapes(fake), torch.empty(4), torch.tensor(3)
+        for _ in range(2):
+            assert shapes(torch.ops.aten.transpose_.default, (x.view(2, 2), 0, 1), {}).shape == (2, 2)
+            assert shapes(torch.ops.aten.relu_.default, (x,), {}) is x
+            assert shapes(torch.ops.aten._local_scalar_dense.default, (three,), {}) == 3
 
 
 # --- the tracker ------------------------------------------------------------------------------------------------------

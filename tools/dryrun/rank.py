@@ -90,7 +90,7 @@ def dry_run(config: Config, world_size: int, rank: int, *, every_micro_batch: bo
     with _fake_ranks(world_size, rank) as world:
         mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, world)
         # Real tensors come in as well: kept and masked patches from numpy, the state of the random generator.
-        with FakeTensorMode(allow_non_fake_inputs=True), Absent():
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake, Absent(fake):
             towers = build_towers(config, mesh, device)
             optimizer = build_optimizer(config, towers)
             restart_average(optimizer)

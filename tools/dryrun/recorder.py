@@ -84,6 +84,11 @@ class Recorder(TorchDispatchMode):
         """Until the loss."""
         self._enter("")
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether torch wraps the method below to keep its compiler out: none comes here."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Sees every operator, collectives and backward included."""
         if func is DEVICE and isinstance(args[0], FakeTensor):
