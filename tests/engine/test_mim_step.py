@@ -67,8 +67,7 @@ def _layouts(*layouts: Layout) -> list[Layout]:
 GOLDEN = {
     1: [Golden(s) for s in STUDENTS],
     2: [
-        *(Golden(s, layout) for s in STUDENTS for layout in _layouts(Layout(1, 2, 1, 2))),
-        *(Golden("style18b", layout) for layout in _layouts(Layout(1, 1, 2, 2))),
+        *(Golden(s, layout) for s in STUDENTS for layout in _layouts(Layout(1, 2, 1, 2), Layout(1, 1, 2, 2))),
         *(Golden(s, layout) for s in ("style18b", "style8b") for layout in _layouts(Layout(2, 1, 1, 2))),
         *(Golden("style18b", layout) for layout in _layouts(Layout(2, 1, 1, 1, options=("parallel.sequence=false",)))),
     ],

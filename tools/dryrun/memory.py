@@ -77,7 +77,7 @@ class MemoryTracker:
         key = storage._cdata
         if key in self._alive or not storage.nbytes():
             return
-        size = 0 if self.category == ELSEWHERE else _rounded(storage.nbytes())
+        size = 0 if self.category == ELSEWHERE else rounded(storage.nbytes())
 
         def release(_: object) -> None:
             gone = self._alive.pop(key)
@@ -94,7 +94,7 @@ class MemoryTracker:
         if known is None:
             self.see(tensor)
             return
-        size = _rounded(storage.nbytes())
+        size = rounded(storage.nbytes())
         self.live.add(known.category, size - known.size)
         known.size = size
         self._offer(self.live)
@@ -112,5 +112,6 @@ class MemoryTracker:
             self.peaks[self.phase] = usage.copy()
 
 
-def _rounded(size: int) -> int:
+def rounded(size: int) -> int:
+    """Bytes that the allocator gives for so many."""
     return -(-size // _ROUNDING_BYTES) * _ROUNDING_BYTES

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from engine.pipeline.executor import Chunk
 from engine.pipeline.program import Unit
+from tools.dryrun.memory import rounded
 from tools.dryrun.recorder import Recorder
 
 
@@ -28,9 +29,9 @@ class FoldedChunk:
             return output
         output = torch.empty(self._shape, dtype=self._dtype)
         self._left.pop(micro_batch, None)
-        left_bytes = self.recorder.left_bytes(Unit(self.number, micro_batch)) - output.nbytes
+        left_bytes = self.recorder.left_bytes(Unit(self.number, micro_batch)) - rounded(output.nbytes)
         if self.divided and hidden is not None and self.recorder.memory.phase == "encode":
-            left_bytes -= hidden.nbytes
+            left_bytes -= rounded(hidden.nbytes)
         if not torch.is_grad_enabled():
             self._left[micro_batch] = torch.empty(max(0, left_bytes), dtype=torch.uint8)
             return output
