@@ -1,6 +1,7 @@
 """The stand-ins of tests/fakes have the constructors and calls of the real packages, read from their wheels' Python.
 
-tests/fakes/signatures.json holds what the wheels say, with their versions. Where a wheel is at hand, in .whl/ or the
+tests/fakes/signatures.json holds what the wheels say, with their versions: the newest that they follow, and the oldest
+Transformer Engine of the range, which is not asked for what came later. Where a wheel is at hand, in .whl/ or the
 folder that WHEELS names, it is read again: `pip download --no-deps --dest .whl NAME==VERSION` gets one (1.2 and 0.5
 MB), EVA_WRITE_TABLES=1 writes the file. Nothing of the real packages is imported or run.
 """
@@ -17,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FAKES = ROOT / "tests" / "fakes"
 TE, FLASH_4 = ("transformer_engine", "2.20.2"), ("flash_attn_4", "4.0.0b36")
+OLDEST_TE = ("transformer_engine", "2.9.0")
 FIXTURE = FAKES / "signatures.json"
 RECIPES = "transformer_engine/common/recipe/__init__.py"
 _DOT = "pytorch/attention/dot_product_attention/dot_product_attention.py"
@@ -46,14 +48,24 @@ def _source(package: tuple[str, str], path: str) -> str:
     pytest.skip(f"the wheel of {name} {version} is not at hand (.whl/, or the folder that WHEELS names)")
 
 
-def _signature(source: str, name: str) -> tuple[list[str], bool]:
-    """(names of the parameters in order, whether others are taken as well) of a function or of Class.function."""
+def _function(source: str, name: str) -> ast.FunctionDef:
+    """The definition of a function, or of Class.function."""
     body: list[ast.stmt] = ast.parse(source).body
     for part in name.split("."):
         node = next(n for n in body if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == part)
         body = node.body
     assert isinstance(node, ast.FunctionDef)
-    arguments = node.args
+    return node
+
+
+def _own(name: str) -> str:
+    """The stand-ins of the norms share one class."""
+    return name.replace("RMSNorm", "_Norm").replace("LayerNorm", "_Norm")
+
+
+def _signature(source: str, name: str) -> tuple[list[str], bool]:
+    """(names of the parameters in order, whether others are taken as well)."""
+    arguments = _function(source, name).args
     names = [a.arg for a in [*arguments.posonlyargs, *arguments.args]]
     names += [f"*{arguments.vararg.arg}"] if arguments.vararg else []
     return names, arguments.kwarg is not None
@@ -66,16 +78,17 @@ def _recipes(source: str) -> list[str]:
 
 def _read(package: tuple[str, str]) -> dict[str, Any]:
     """What the wheel of a package says."""
-    calls = {name: _signature(_source(package, real), name) for owner, real, _, name in CALLS if owner == package}
+    ours = [(real, name) for owner, real, _, name in CALLS if owner[0] == package[0]]
+    calls = {name: _signature(_source(package, real), name) for real, name in ours}
     found: dict[str, Any] = {name: {"parameters": names, "others": more} for name, (names, more) in calls.items()}
-    return found | ({"recipes": _recipes(_source(TE, RECIPES))} if package == TE else {})
+    return found | ({"recipes": _recipes(_source(package, RECIPES))} if package[0] == TE[0] else {})
 
 
 def _kept(package: tuple[str, str]) -> dict[str, Any]:
     return json.loads(FIXTURE.read_text())[" ".join(package)]
 
 
-@pytest.mark.parametrize("package", [TE, FLASH_4], ids=lambda package: package[0])
+@pytest.mark.parametrize("package", [TE, OLDEST_TE, FLASH_4], ids=" ".join)
 def test_the_kept_signatures_are_the_wheels(package: tuple[str, str]) -> None:
     found = _read(package)
     if os.environ.get("EVA_WRITE_TABLES"):
@@ -88,8 +101,7 @@ def test_the_kept_signatures_are_the_wheels(package: tuple[str, str]) -> None:
 def test_a_stand_in_is_called_like_the_real_one(package: tuple[str, str], real: str, fake: str, name: str) -> None:
     kept = _kept(package)[name]
     real_names, real_takes_more = kept["parameters"], kept["others"]
-    own = name.replace("RMSNorm", "_Norm").replace("LayerNorm", "_Norm")  # the stand-ins of the norms share it
-    fake_names, fake_takes_more = _signature((FAKES / fake).read_text(), own)
+    fake_names, fake_takes_more = _signature((FAKES / fake).read_text(), _own(name))
     if fake_takes_more:  # what it leaves out stands behind what it has
         real_names = real_names[: len(fake_names)]
     elif real_takes_more:  # the device travels there
@@ -97,7 +109,20 @@ def test_a_stand_in_is_called_like_the_real_one(package: tuple[str, str], real: 
     assert fake_names == real_names
 
 
+@pytest.mark.parametrize(("fake", "name"), [call[2:] for call in CALLS if call[0] == TE], ids=lambda value: value)
+def test_the_oldest_is_asked_for_nothing_that_came_later(fake: str, name: str) -> None:
+    """Nothing of it is gone or has another place; what was added since, the stand-in lets nobody pass."""
+    oldest, newest = (_kept(package)[name]["parameters"] for package in (OLDEST_TE, TE))
+    assert [parameter for parameter in newest if parameter in oldest] == oldest
+    arguments = _function((FAKES / fake).read_text(), _own(name)).args
+    names = [argument.arg for argument in arguments.args]
+    defaults = dict(zip(reversed(names), reversed(arguments.defaults), strict=False))
+    later = [name for name, default in defaults.items() if isinstance(default, ast.Name) and default.id == "LATER"]
+    assert sorted(later) == sorted({*names} & ({*newest} - {*oldest}))
+
+
 def test_the_recipes_exist_that_the_config_offers() -> None:
     offered = {"Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling"}
     refused = {"DelayedScaling", "NVFP4BlockScaling", "CustomRecipe"}
-    assert offered | refused | {"Recipe"} == set(_kept(TE)["recipes"])
+    for package in (OLDEST_TE, TE):
+        assert offered | refused | {"Recipe"} == set(_kept(package)["recipes"])

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from transformer_engine.pytorch.linear import TransformerEngineBaseModule
 
+LATER: Any = object()
+"""Default of what came after 2.9, the oldest version of the range, which does not take it: nobody may pass it."""
+
 
 class DotProductAttention(TransformerEngineBaseModule):
     """softmax(q k^T) v within each sequence."""
@@ -23,8 +26,8 @@ class DotProductAttention(TransformerEngineBaseModule):
         qkv_format: str = "sbhd",
         attn_mask_type: str = "causal",
         window_size: tuple[int, int] | None = None,
-        bottom_right_diagonal: bool | None = None,
-        softcap: float = 0.0,
+        bottom_right_diagonal: bool | None = LATER,
+        softcap: float = LATER,
         sequence_parallel: bool = False,
         tp_size: int = 1,
         get_rng_state_tracker: Callable | None = None,
@@ -38,9 +41,10 @@ class DotProductAttention(TransformerEngineBaseModule):
         softmax_scale: float | None = None,
         softmax_type: str = "vanilla",
         return_max_logit: bool = False,
-        name: str | None = None,
+        name: str | None = LATER,
     ):
         super().__init__()
+        assert all(value is LATER for value in (bottom_right_diagonal, softcap, name))
         assert attention_dropout == 0 and attention_type == "self" and softmax_type == "vanilla"
         self.heads, self.head_width, self.scale = num_attention_heads // tp_size, kv_channels, softmax_scale
 
@@ -59,8 +63,8 @@ class DotProductAttention(TransformerEngineBaseModule):
         max_seqlen_kv: int | None = None,
         attn_mask_type: str | None = None,
         window_size: tuple[int, int] | None = None,
-        bottom_right_diagonal: bool | None = None,
-        softcap: float | None = None,
+        bottom_right_diagonal: bool | None = LATER,
+        softcap: float | None = LATER,
         checkpoint_core_attention: bool = False,
         core_attention_bias_type: str = "no_bias",
         core_attention_bias: Tensor | None = None,
@@ -69,11 +73,12 @@ class DotProductAttention(TransformerEngineBaseModule):
         inference_params: Any = None,
         pad_between_seqs: bool | None = None,
         fp8_output: bool | None = False,
-        bf16_backward: bool | None = None,
-        num_splits: int | None = 1,
+        bf16_backward: bool | None = LATER,
+        num_splits: int | None = LATER,
         **_: Any,
     ) -> Tensor:
         """[T, heads, d] each -> [T, heads x d]."""
+        assert all(value is LATER for value in (bottom_right_diagonal, softcap, bf16_backward, num_splits))
         if query_layer.dtype not in (torch.bfloat16, torch.float16):
             raise ValueError("No dot product attention backend is available for the provided inputs.")
         assert qkv_format == "thd" and attn_mask_type in ("padding", "padding_causal"), (qkv_format, attn_mask_type)
