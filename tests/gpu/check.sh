@@ -19,7 +19,7 @@ case "${1:-}" in
   *) echo "usage: bash tests/gpu/check.sh [--cpu]" >&2; exit 2 ;;
 esac
 mkdir -p "$out"
-rm -f "$out"/*.json "$out"/*.yaml "$out"/*.log
+rm -f "$out"/*.json "$out"/*.yaml "$out"/*.log "$out"/*.partial
 
 if [ ${#mode[@]} -gt 0 ]; then
   . examples/setup.sh
@@ -40,10 +40,26 @@ names = {"megatron": "megatron-core", "yaml": "pyyaml", "safetensors": "safetens
 print("\n".join(wheel for module, wheel in names.items() if importlib.util.find_spec(module) is None))
 PY
   if [ -s "$out/missing.txt" ]; then
-    python -m pip install --quiet --no-index --find-links .whl --no-deps --requirement "$out/missing.txt" || exit 1
+    if ! python -m pip install --quiet --no-index --find-links .whl --no-deps --requirement "$out/missing.txt"; then
+      echo "this image lacks $(paste -sd ' ' "$out/missing.txt"): run tests/gpu/wheels.sh where there is a network" >&2
+      exit 1
+    fi
   fi
   export OMP_NUM_THREADS=4
 fi
+
+# Everything so far in summary.json; prints the seconds. A part that was killed has left its numbers, and status "running".
+summarise() {
+  python - "$out" <<'PY'
+import json, sys
+from pathlib import Path
+out = Path(sys.argv[1])
+times = [json.loads(line) for line in (out / "times.jsonl").read_text().splitlines()]
+parts = {f.stem: json.loads(f.read_text()) for f in sorted(out.glob("*.json")) if f.stem not in ("doctor-report", "summary")}
+(out / "summary.json").write_text(json.dumps({"times": times, "parts": parts}, indent=1) + "\n")
+print(sum(t["seconds"] for t in times))
+PY
+}
 
 failed=() skipped=()
 # Everything together; EVA_CHECK_SECONDS is for trying the limit out.
@@ -63,6 +79,7 @@ part() {
   printf '%-12s %4d s  status %d  %s\n' "$name" $((SECONDS - start)) "$status" "$(tail -n 1 "$out/$name.log" | cut -c1-120)"
   printf '{"part": "%s", "seconds": %d, "status": %d}\n' "$name" $((SECONDS - start)) "$status" >> "$out/times.jsonl"
   [ "$status" -eq 0 ] || failed+=("$name")
+  summarise > /dev/null
 }
 : > "$out/times.jsonl"
 gpu_only() { [ ${#mode[@]} -eq 0 ]; }
@@ -85,15 +102,7 @@ if grep -qs "Duplicate GPU" "$out/nccl.log"; then failed=("${failed[@]/nccl/}");
 over=$((SECONDS + 30 * patience))  # of what was measured, in any case
 part profile 30 "${module[@]}" profile
 
-python - "$out" <<'PY'
-import json, sys
-from pathlib import Path
-out = Path(sys.argv[1])
-parts = {f.stem: json.loads(f.read_text()) for f in sorted(out.glob("*.json")) if f.stem not in ("doctor-report", "summary")}
-times = [json.loads(line) for line in (out / "times.jsonl").read_text().splitlines()]
-(out / "summary.json").write_text(json.dumps({"times": times, "parts": parts}, indent=1) + "\n")
-print(f"{sum(t['seconds'] for t in times)} s; {out}/summary.json")
-PY
+echo "$(summarise) s; $out/summary.json"
 read -ra failed <<< "${failed[*]:-}"
 if [ ${#skipped[@]} -gt 0 ]; then echo "not run, the time was over: ${skipped[*]}" >&2; fi
 if [ ${#failed[@]} -gt 0 ]; then

@@ -1,6 +1,7 @@
-"""The hardware profile that the GPU check writes, from numbers whose constants are known."""
+"""The hardware profile that the GPU check writes, from numbers whose constants are known, and what the script needs."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,14 @@ def test_without_any_number_the_profile_is_the_data_sheets(tmp_path: Path) -> No
     path = tmp_path / "p.yaml"
     assert profile.write(tmp_path, path) == {}
     assert load_hardware(str(path)).gemm_limit == load_hardware(profile.BASE).gemm_limit
+
+
+def test_what_an_image_may_lack_is_gathered_beforehand() -> None:
+    """check.sh installs from .whl/ what wheels.sh has downloaded."""
+    here = Path(__file__).parent
+    asked = re.search(r"names = \{(.*?)\}", (here / "check.sh").read_text(), flags=re.DOTALL)
+    gathered = re.search(r"--dest \.whl \\\n(.*?)\nsize_mb", (here / "wheels.sh").read_text(), flags=re.DOTALL)
+    assert asked and gathered
+    wheels = re.findall(r'": "([^"]+)"', asked[1])
+    assert len(wheels) > 20
+    assert sorted(wheels) == sorted(word.split("==")[0] for word in gathered[1].replace("\\", " ").split())

@@ -8,7 +8,7 @@ cd "$(dirname "$0")/../.."
 . examples/common.sh
 mkdir -p .whl
 python3 -m pip download --quiet --no-deps --only-binary=:all: --python-version "${1:-3.12}" --dest .whl \
-  megatron-core==0.19.2 pyyaml safetensors ftfy wcwidth tokenizers rich markdown-it-py mdurl pygments \
+  megatron-core==0.19.2 numpy pyyaml safetensors ftfy wcwidth tokenizers rich markdown-it-py mdurl pygments \
   pytest pluggy iniconfig packaging pillow matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil six
 size_mb=$(du -sm .whl | cut -f1)
 echo "$(find .whl -name '*.whl' | wc -l) wheels, $size_mb MB in .whl/"

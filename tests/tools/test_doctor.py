@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,11 @@ from engine.config.read import load_config
 from engine.parallel import preflight
 from engine.parallel.device import prepare
 from engine.parallel.mesh import build_mesh
-from models.blocks import kernels
+from models.blocks import kernels as chosen
 from models.blocks.packages import Package
 from models.versions import MEGATRON_CORE
 from tests.distributed import run_distributed
-from tools.doctor import libraries, machine
+from tools.doctor import kernels, libraries, machine
 from tools.doctor import ranks as rank_checks
 from tools.doctor.__main__ import main
 from tools.doctor.rows import NOTE, OK, WRONG
@@ -79,10 +80,10 @@ def test_the_known_product_tells_a_wrong_one() -> None:
 
 
 def test_what_is_too_small_is_noted_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "SHARED_MEMORY_GB", 1e9)
-    monkeypatch.setattr(machine, "OPEN_FILES", 1 << 40)
+    monkeypatch.setattr(preflight, "SHARED_MEMORY_GB", 1e9)
+    monkeypatch.setattr(preflight, "OPEN_FILES", 1 << 40)
     monkeypatch.setattr(machine.socket, "gethostname", lambda: "no-such-host.invalid")
-    rows = {row.what: row for row in machine.machine_rows()}
+    rows = {row.what: row for row in [*machine.machine_rows(), *machine.limit_rows()]}
     for what, cure in (("shared memory", "--shm-size"), ("open files", "ulimit -n"), ("host name", "SOCKET_IFNAME")):
         assert rows[what].verdict == NOTE and cure in rows[what].advice
 
@@ -97,14 +98,14 @@ def test_versions_outside_the_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_a_job_asks_for_and_cannot_have_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config("examples/quickstart/train.yaml", ["data.decoder=pillow"])
-    assert [(row.found, row.verdict) for row in libraries.job_rows(config)] == [
+    assert [(row.found, row.verdict) for row in kernels.job_rows(config)] == [
         ("local linears, sdpa attention, torch norms", OK),
         ("PillowDecoder", OK),
     ]
     lacking = Package("no-such-kernels", "no_such_kernels", "model.norm_kernel=apex", "a source that nobody has")
-    monkeypatch.setattr(kernels, "APEX", lacking)
+    monkeypatch.setattr(chosen, "APEX", lacking)
     asks = replace(config, model=replace(config.model, norm_kernel="apex"))
-    wrong = libraries.job_rows(asks)[0]
+    wrong = kernels.job_rows(asks)[0]
     assert wrong.verdict == WRONG and "no-such-kernels, which cannot be imported" in wrong.found
 
 
@@ -118,8 +119,10 @@ def test_the_report_of_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture, m
         assert what in rows and f"{what} " in text
     assert "nothing is wrong" in text
     monkeypatch.setattr(libraries, "library_rows", lambda: 1 / 0)
+    monkeypatch.setitem(sys.modules, "tools.doctor.kernels", None)  # as where megatron-core cannot be imported
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     assert main(["--out", str(out)]) == 1
     said = capsys.readouterr()
     assert "libraries                    ZeroDivisionError: division by zero  [wrong]" in said.out
-    assert "kernels in fp32" in said.out and said.err.count("\n") == 1 and "libraries" in said.err
+    assert "kernels                      ModuleNotFoundError" in said.out and "product 512" in said.out
+    assert said.err.count("\n") == 1 and "libraries" in said.err

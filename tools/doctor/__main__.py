@@ -7,12 +7,14 @@ is 1 if anything is wrong.
 """
 
 import argparse
+import importlib
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 
 from engine.config.read import Config, load_config
 from engine.resilience.exit import leave
@@ -61,16 +63,15 @@ def _examine(arguments: argparse.Namespace) -> int:
 
 
 def _rows(config: Config | None, folder: Path | None) -> list[Row]:
-    """A check that raises is a row as well: what comes after it is still of use."""
-    from tools.doctor.libraries import job_rows, kernel_rows, library_rows
-    from tools.doctor.machine import machine_rows
-
+    """A check that raises, or cannot be imported, is a row as well: what comes after it is still of use."""
     rows: list[Row] = []
     parts: list[tuple[str, Callable[[], list[Row]]]] = [
-        ("libraries", library_rows),
-        ("machine", machine_rows),
-        ("kernels", lambda: kernel_rows(config.model if config else ModelConfig(backend="auto"))),
-        ("the job", lambda: job_rows(config) if config else []),
+        ("machine", lambda: _module("machine").machine_rows()),
+        ("libraries", lambda: _module("libraries").library_rows()),
+        ("devices", lambda: _module("machine").device_rows()),
+        ("limits", lambda: _module("machine").limit_rows()),
+        ("kernels", lambda: _module("kernels").kernel_rows(config.model if config else ModelConfig(backend="auto"))),
+        ("the job", lambda: _module("kernels").job_rows(config) if config else []),
         ("ranks", lambda: _on_every_rank(config, folder)),
     ]
     for name, part in parts:
@@ -79,6 +80,10 @@ def _rows(config: Config | None, folder: Path | None) -> list[Row]:
         except Exception as error:  # whatever a library does on a machine that nobody has seen
             rows.append(failure(name, error))
     return rows
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"tools.doctor.{name}")
 
 
 def _on_every_rank(config: Config | None, folder: Path | None) -> list[Row]:

@@ -1,14 +1,8 @@
-"""Versions against the ranges that this code was written for, and the kernels that the config's choices come to."""
-
-from collections.abc import Callable
+"""Versions against the ranges that this code was written for; imports of it all no more than torch."""
 
 import torch
 
-from data.errors import DataError
-from data.pixels.decode import dali, make_decoder
-from engine.build import DTYPES
-from engine.config.read import Config
-from models.blocks.kernels import choose, require_kernels
+from data.pixels.decode import dali
 from models.blocks.packages import (
     APEX,
     FLASH_2,
@@ -18,14 +12,12 @@ from models.blocks.packages import (
     Package,
     flash_2_serves_te,
 )
-from models.config import ModelConfig, ModelConfigError
 from models.versions import Supported, installed_version, required
 from tools.doctor.rows import NOTE, WRONG, Row
 
 _PLAIN = ("eva-megatron", "simplejpeg", "safetensors", "tokenizers", "ftfy", "av", "triton")
 _OPTIONAL = (TRANSFORMER_ENGINE, FLASH_2, FLASH_3, FLASH_4, APEX)
 _DALI = Supported("NVIDIA DALI", dali.OLDEST, dali.NEWEST, dali.CURE)
-_KERNELS = "kernels of the image tower: "
 _BUILDS_OF_DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 
@@ -65,26 +57,3 @@ def _cuda_rows() -> list[Row]:
         return rows
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     return [*rows, Row("NCCL", nccl), Row("cuDNN", str(torch.backends.cudnn.version()))]
-
-
-def kernel_rows(model: ModelConfig) -> list[Row]:
-    """What `model` would compute with, in the two precisions."""
-    rows = []
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        rows.append(Row(f"kernels in {name}", str(choose(model, dtype)).removeprefix(_KERNELS)))
-    return rows
-
-
-def job_rows(config: Config) -> list[Row]:
-    """Whether what a job asks for can be imported here: the kernels of its model, its decoder."""
-    asked: list[tuple[str, Callable[[], str]]] = [
-        ("the job's kernels", lambda: str(require_kernels(config.model, DTYPES[config.train.precision]))),
-        ("the job's decoder", lambda: type(make_decoder(config.data.decoder, max_pixels=1)).__name__),
-    ]
-    rows = []
-    for what, load in asked:
-        try:
-            rows.append(Row(what, load().removeprefix(_KERNELS)))
-        except (ModelConfigError, DataError) as error:
-            rows.append(Row(what, str(error), WRONG))
-    return rows

@@ -1,4 +1,7 @@
-"""The machine around the ranks: processors, memory, shared memory, open files, names and ports."""
+"""The machine around the ranks: processors, memory, names and ports; shared memory and open files; devices.
+
+Only what needs torch imports it, when it is called: the rest is of use where torch cannot be imported.
+"""
 
 import os
 import platform
@@ -6,42 +9,43 @@ import resource
 import shutil
 import socket
 
-import torch
-
-from engine.parallel.preflight import OPEN_FILES, SHARED_MEMORY_GB
 from tools.doctor.rows import NOTE, WRONG, Row
 
 
 def machine_rows() -> list[Row]:
-    """What a bug report needs, and what is too small."""
+    """What a bug report needs."""
     libc = " ".join(platform.libc_ver())
     cores = len(os.sched_getaffinity(0))
     return [
         Row("system", f"{platform.system()} {platform.release()}, {libc}, {platform.machine()}"),
         Row("processors", f"{cores} of {os.cpu_count()} for this process, load {os.getloadavg()[0]:.1f}"),
         Row("memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"),
-        _shared_memory(),
-        _open_files(),
         _host_name(),
         _port(),
-        *device_rows(),
     ]
 
 
-def _shared_memory() -> Row:
+def limit_rows() -> list[Row]:
+    """What may be too small for the readers of the data."""
+    from engine.parallel import preflight
+
+    return [_shared_memory(preflight.SHARED_MEMORY_GB), _open_files(preflight.OPEN_FILES)]
+
+
+def _shared_memory(enough_gb: float) -> Row:
     try:
         usage = shutil.disk_usage("/dev/shm")
     except OSError as error:
         return Row("shared memory", f"/dev/shm: {error.strerror}", WRONG, "mount a tmpfs there")
     text = f"/dev/shm: {usage.free / 1e9:.2f} of {usage.total / 1e9:.2f} GB free"
-    if usage.free / 1e9 < SHARED_MEMORY_GB:
+    if usage.free / 1e9 < enough_gb:
         return Row("shared memory", text, NOTE, "docker run --shm-size=16g, or --ipc=host")
     return Row("shared memory", text)
 
 
-def _open_files() -> Row:
+def _open_files(enough: int) -> Row:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < OPEN_FILES:
+    if soft < enough:
         return Row("open files", f"{soft} (could be {hard})", NOTE, f"ulimit -n {min(hard, 65536)}")
     return Row("open files", str(soft))
 
@@ -69,6 +73,8 @@ def _port() -> Row:
 
 def device_rows() -> list[Row]:
     """The devices that torch sees."""
+    import torch
+
     if not torch.cuda.is_available():
         return [Row("devices", "no CUDA device: ranks compute on the CPU over gloo")]
     rows = []

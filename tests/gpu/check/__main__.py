@@ -60,7 +60,9 @@ def _run(name: str, arguments: argparse.Namespace, mesh: Any, device: Any) -> bo
 
     def save(found: dict[str, Any], status: str = "running", wrong: list[str] | None = None) -> None:
         record = {"part": name, "status": status, "seconds": round(time.perf_counter() - start, 2)}
-        file.write_text(json.dumps(record | {"wrong": wrong or [], "found": found}, indent=1) + "\n")
+        whole = file.with_suffix(".partial")  # a part that is killed leaves the file before this one
+        whole.write_text(json.dumps(record | {"wrong": wrong or [], "found": found}, indent=1) + "\n")
+        whole.replace(file)
 
     part = Part(mesh=mesh, device=device, toy=arguments.cpu, folder=arguments.out, save=save)
     part.save({})
