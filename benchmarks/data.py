@@ -2,9 +2,9 @@
 
 500 x 375 JPEGs of about 110 kB (gradients with noise) in tar shards, to 224 x 224, training transform of the paper,
 page cache warm. Every path runs in this process on one thread unless its name says otherwise; paths alternate within a
-round, each round beginning with another, since a path pays for the caches and the heap that the one before it left; the
-table holds medians over the rounds of CPU milliseconds an image (CPU time is what a loaded machine does not distort
-much; wall time it does).
+round, in another order in each, since a path pays for the caches and the heap that the one before it left; the table
+holds medians over the rounds of CPU milliseconds an image (CPU time is what a loaded machine does not distort much;
+wall time it does).
 
 * webdataset: the pipeline of open_clip and of the authors' code: shards -> tar_to_samples -> shuffle -> decode pilrgb
   -> rename, transform, tokenise -> tuple -> batch. The transform is torchvision's in plain Pillow and torch: crop,
@@ -24,6 +24,7 @@ much; wall time it does).
 import importlib.util
 import json
 import os
+import random
 import resource
 import tempfile
 import time
@@ -53,7 +54,7 @@ from data.config import DataConfig
 from data.loader import PrefetchLoader
 from data.pixels.decode import pillow, resize
 from data.pixels.transforms import CLIP_MEAN, CLIP_STD, RandomResizedCrop, normalise
-from data.reader import SampleReader
+from data.reader import SampleBatch, SampleReader
 from data.shards.index_store import load_index
 from data.shards.storage import Storage
 from data.shards.write import write_shard
@@ -70,7 +71,6 @@ _EXAMPLES = (
 WIDTH, HEIGHT, SIDE, CONTEXT, BATCH, SHARDS = 500, 375, 224, 77, 64, 6
 SCALE = (0.9, 1.0)
 VIDEO = "video, a frame"
-_STRIDE = 5  # places by which the order of paths moves from round to round
 Path_ = Callable[[int], int]
 
 # Model TFLOP of one pair in training: 3 x forward of both towers, half of the patches (whole images for B/16).
@@ -183,7 +183,8 @@ def loader_path(shards: list[str], workers: int) -> Path_:
     reader = _reader(shards)
 
     def read(images: int) -> int:
-        with PrefetchLoader(reader.read, _batches(images), workers=workers) as loader:
+        loader: PrefetchLoader[SampleBatch] = PrefetchLoader(reader.read, _batches(images), workers=workers)
+        with loader:
             return sum(len(batch.images) for batch in loader)
 
     return read
@@ -249,11 +250,8 @@ def measure(readers: dict[str, Path_], images: int, rounds: int) -> dict[str, di
     """Alternating rounds of all paths, after one that warms up."""
     cpu_ms: dict[str, list[float]] = {name: [] for name in readers}
     wall_ms: dict[str, list[float]] = {name: [] for name in readers}
-    names = list(readers)
     for turn in range(rounds + 1):
-        first = turn * _STRIDE % len(names)
-        for name in names[first:] + names[:first]:
-            read = readers[name]
+        for name, read in random.Random(turn).sample(list(readers.items()), len(readers)):
             cpu, wall = _cpu_s(), time.perf_counter()
             count = read(images)
             wanted = CLIPS * FRAMES_SEEN if name == VIDEO else images

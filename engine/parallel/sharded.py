@@ -85,7 +85,7 @@ class ShardedPart:
         self.gradient_stores = [Store(buffer.grad_data) for buffer in coming]
         self._outer: list[Tensor] = []
         """Slices of the ranks that have this rank's place in other groups of gathering ranks, where there are any."""
-        self._gathering: list[tuple[dist.Work, Tensor | None]] | None = None
+        self._gathering: list[tuple[list[dist.Work], Tensor | None]] | None = None
         self.is_whole = axes is None
         """Whether every weight can be read."""
         self._is_reducing = False
@@ -122,7 +122,8 @@ class ShardedPart:
         if not self._outer:
             self._outer = [own.new_empty(self.axes.outer.size * own.numel()) for own in self.weights]
         for outer, own in zip(self._outer[which], self.weights[which], strict=True):
-            dist.all_gather_into_tensor(outer, own, group=self.axes.outer.group)
+            for work in start_gather(outer, own, self.axes.outer):
+                work.wait()
 
     def gather(self) -> None:
         """Start to bring the weights here; nothing where they are or are on their way."""
@@ -136,15 +137,14 @@ class ShardedPart:
             if self.axes.outer is not None:
                 part, loose = self._outer[i], torch.empty_like(whole)
             target = whole if loose is None else loose
-            work = dist.all_gather_into_tensor(target, part, group=self.axes.inner.group, async_op=True)
-            assert work is not None
-            self._gathering.append((work, loose))
+            self._gathering.append((start_gather(target, part, self.axes.inner), loose))
 
     def wait(self) -> None:
         """Have the weights here."""
         self.gather()
-        for bucket, (work, loose) in zip(self._held, self._gathering or (), strict=False):
-            work.wait()
+        for bucket, (works, loose) in zip(self._held, self._gathering or (), strict=False):
+            for work in works:
+                work.wait()
             if loose is not None:
                 self._in_order(loose, bucket.param_data)
         if self._gathering is not None:
@@ -218,6 +218,24 @@ def own_slice(flat: Tensor, owners: Axis) -> Tensor:
     """The part of a bucket's weights or gradients that this rank owns: a view."""
     length = flat.numel() // owners.size
     return flat.view(-1)[owners.rank * length : (owners.rank + 1) * length]
+
+
+def start_gather(whole: Tensor, own: Tensor, axis: Axis) -> list[dist.Work]:
+    """Start to bring the ranks' slices into `whole`, in their order. Collective over the axis, whose group has nothing
+    else to do (engine/parallel/traffic.py counts its broadcasts as gathers).
+
+    On gloo each rank broadcasts its slice: gloo's own all-gather copies everything twice more, through fresh memory
+    (measured, 60 MB on four ranks of two cores: 0.12 against 0.37 CPU s).
+    """
+    if dist.get_backend(axis.group) != "gloo":
+        works = [dist.all_gather_into_tensor(whole, own, group=axis.group, async_op=True)]
+    else:
+        slices = whole.view(-1).chunk(axis.size)
+        slices[axis.rank].copy_(own)
+        works = [
+            dist.broadcast(part, group_src=rank, group=axis.group, async_op=True) for rank, part in enumerate(slices)
+        ]
+    return [work for work in works if work is not None]
 
 
 class _Resident:

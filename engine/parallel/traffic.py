@@ -75,8 +75,15 @@ class TrafficReader:
         groups = [(axis.group, name, axis.size) for name, axis in axes.items()]
         links = (*mesh.links.forward, *mesh.links.backward)
         groups += [(group, "pipeline", mesh.pipeline.size) for group in links]
-        for (name, _), gather in mesh.gathering.items():
-            groups += [(axis.group, name, axis.size) for axis in (gather.inner, gather.outer) if axis is not None]
+        gathering = [
+            (axis.group, name, axis.size)
+            for (name, _), gather in mesh.gathering.items()
+            for axis in (gather.inner, gather.outer)
+            if axis is not None
+        ]
+        groups += gathering
+        self._gathering = {group.group_name for group, _, _ in gathering}
+        """Groups that gather slices and do nothing else: where they broadcast, each rank its own (start_gather)."""
         self._axis_of = {group.group_name: (name, size) for group, name, size in groups if size > 1}
 
     def read(self, operator: Any, args: tuple[Any, ...]) -> Transfer | None:
@@ -94,6 +101,8 @@ class TrafficReader:
             )
         kind, payload = _COLLECTIVES[name]
         puts_in = kind != "receive" and (kind != "broadcast" or args[2] == dist.get_rank(group))
+        if kind == "broadcast" and group.group_name in self._gathering:
+            kind = "all-gather"
         return Transfer(
             axis=axis[0], ranks=axis[1], kind=kind, tensor_bytes=_size_bytes(args[payload]), puts_in=puts_in
         )
