@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -54,12 +55,15 @@ def modules_of(source: str) -> set[str]:
     return {found for name in names for found in (name, name.rpartition(".")[0]) if found in MODULES}
 
 
-ARROWS = {module: modules_of((ROOT / path).read_text()) - {module} for module, path in MODULES.items()}
+@cache
+def arrows() -> dict[str, set[str]]:
+    """Module -> modules of the project that it needs to be imported."""
+    return {module: modules_of((ROOT / path).read_text()) - {module} for module, path in MODULES.items()}
 
 
-def circle(arrows: dict[str, set[str]]) -> list[str]:
+def circle(needs: dict[str, set[str]]) -> list[str]:
     """Modules that import each other in a loop; empty if there is none."""
-    left = dict(arrows)
+    left = dict(needs)
     while free := [module for module, targets in left.items() if not targets & left.keys()]:
         for module in free:
             del left[module]
@@ -71,13 +75,13 @@ def test_a_circle_is_found() -> None:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    assert circle(ARROWS) == []
+    assert circle(arrows()) == []
 
 
 def test_arrows_point_down() -> None:
     up = [
         (module, target)
-        for module, targets in ARROWS.items()
+        for module, targets in arrows().items()
         for target in targets
         if (room := module.split(".")[0]) != (below := target.split(".")[0]) and GROUND[room] <= GROUND[below]
     ]

@@ -1,7 +1,8 @@
 """Layout invariance: every TP × PP × DP × micro-batch of 1, 2, 4 and 8 ranks gives the curve of one process.
 
-Three LAMB steps with half of the patches dropped: losses to 1e-5 relative, weights to WEIGHT_TOLERANCE. One launch a
-number of ranks runs all its cases. Options that must not show in the curve either: tests/engine/test_step_options.py.
+Three LAMB steps with half of the patches dropped, of which the fast cases take two: losses to 1e-5 relative, weights
+after them to WEIGHT_TOLERANCE. One launch a number of ranks runs all its cases. Options that must not show in the curve
+either: tests/engine/test_step_options.py.
 """
 
 import hashlib
@@ -31,7 +32,7 @@ from tests.golden import deviation, local_batch
 
 pytestmark = pytest.mark.dist
 
-STEPS = 3
+STEPS, FAST_STEPS = 3, 2
 LOSS_TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = 1e-4
 """|weight - reference| / |reference| of each tensor after the steps. Layouts add the same numbers in another order,
@@ -148,6 +149,11 @@ LAUNCHES = {
 SLOW = tuple(launch for launch in LAUNCHES if launch.endswith("-more"))
 
 
+def steps_of(launch: str) -> int:
+    """Steps of a launch's cases."""
+    return STEPS if launch in SLOW else FAST_STEPS
+
+
 def random_pairs(config: Config, step: int) -> tuple[Tensor, Tensor]:
     """Images uint8 [B, 3, h, w] and captions of all lengths, int64 [B, context]; the same on every rank."""
     generator = torch.Generator().manual_seed(step)
@@ -160,14 +166,14 @@ def random_pairs(config: Config, step: int) -> tuple[Tensor, Tensor]:
     return images, ids.masked_fill(place == ends, end).masked_fill(place > ends, 0)
 
 
-def run(case: Case, mesh: Mesh) -> dict[str, Any]:
-    """The steps: losses; on rank 0 also the weights after them and a digest of the fresh ones."""
+def run(case: Case, mesh: Mesh, steps: int) -> dict[str, Any]:
+    """The first `steps`: losses; on rank 0 also the weights after them and a digest of the fresh ones."""
     config = case.config()
     assert check_layout(config, case.ranks) == case.data
     trainer = Trainer(first_phase(config), mesh, prepare())
     fresh = _digest(whole_weights(trainer))
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         images, ids = random_pairs(config, step)
         outcome = trainer.step(local_batch(images, ids, mesh, start_position=step * case.batch))
         losses.append(float(outcome.loss))
@@ -184,7 +190,7 @@ def _digest(weights: dict[str, Tensor]) -> str:
 def run_all(launch: str) -> list[dict[str, Any]]:
     """All cases of a launch."""
     mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, dist.group.WORLD))
-    return [run(case, mesh(case.tensor, case.pipeline)) for case in LAUNCHES[launch]]
+    return [run(case, mesh(case.tensor, case.pipeline), steps_of(launch)) for case in LAUNCHES[launch]]
 
 
 class Outcomes:
@@ -193,13 +199,13 @@ class Outcomes:
     def __init__(self, mesh: Mesh):
         """mesh: of this process alone."""
         self.mesh = mesh
-        self.alone = cache(lambda case: run(case, mesh))
+        self.alone = cache(lambda case, steps: run(case, mesh, steps))
         self._of_launch = cache(self._start)
 
     def _start(self, launch: str) -> dict[Case, list[dict[str, Any]]]:
         cases = LAUNCHES[launch]
         if cases[0].ranks == 1:
-            return {case: [self.alone(case)] for case in cases}
+            return {case: [self.alone(case, steps_of(launch))] for case in cases}
         results = run_distributed(run_all, cases[0].ranks, launch=launch, timeout_s=300)
         return dict(zip(cases, zip(*results, strict=True), strict=True))
 
@@ -231,20 +237,20 @@ def test_every_factorisation_is_here_with_two_micro_batch_sizes() -> None:
 
 
 def test_the_curve_moves(outcomes: Outcomes) -> None:
-    losses = outcomes.alone(Case())["losses"]
+    losses = outcomes.alone(Case(), FAST_STEPS)["losses"]
     assert all(abs(after - before) > 1e-3 * before for before, after in pairwise(losses))
 
 
 @pytest.mark.parametrize(("launch", "case"), EVERY_CASE)
 def test_the_one_process_curve(launch: str, case: Case, outcomes: Outcomes) -> None:
-    expected = pytest.approx(outcomes.alone(case.alone)["losses"], rel=LOSS_TOLERANCE)
+    expected = pytest.approx(outcomes.alone(case.alone, steps_of(launch))["losses"], rel=LOSS_TOLERANCE)
     for rank, result in enumerate(outcomes.of(launch, case)):
         assert result["losses"] == expected, f"rank {rank}"
 
 
 @pytest.mark.parametrize(("launch", "case"), EVERY_CASE)
 def test_the_one_process_weights(launch: str, case: Case, outcomes: Outcomes) -> None:
-    reference, result = outcomes.alone(case.alone), outcomes.of(launch, case)[0]
+    reference, result = outcomes.alone(case.alone, steps_of(launch)), outcomes.of(launch, case)[0]
     assert result["fresh"] == reference["fresh"], "fresh weights differ"
     found = {name: deviation(value, reference["weights"][name]) for name, value in result["weights"].items()}
     assert found.keys() == reference["weights"].keys()

@@ -1,7 +1,7 @@
 """The losses over several ranks equal one process with the whole batch, whatever the split and variant."""
 
 import itertools
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,55 +41,77 @@ def _own_rows(counts: list[int]) -> slice:
     return slice(start, start + counts[dist.get_rank()])
 
 
+@cache
+def _whole(kind: str, rows: int) -> Any:
+    """What the full matrix of `rows` pairs gives; no split, variant or tile changes it."""
+    image, text = _pairs(rows)
+    ids, widths, teachers = _copies(rows), [5, 24], TEACHERS["all of two"]
+    softmax, sigmoid = partial(contrastive_reference, copies=ids), partial(sigmoid_reference, copies=ids)
+    results = {
+        "contrastive": lambda: contrastive_reference(image, text, 12.0),
+        "sigmoid": lambda: sigmoid_reference(image, text, 10.0, -5.0),
+        "contrastive with copies": lambda: nested_reference(softmax, image, text, 12.0, widths=widths),
+        "sigmoid with copies": lambda: nested_reference(sigmoid, image, text, 10.0, -5.0, widths=widths),
+    }
+    if kind in results:
+        return results[kind]()
+    taught = taught_by(teachers, rows, image.shape[1], slice(None))
+    return distilled_reference(kind.removeprefix("distilled "), image, text, taught, ids)
+
+
+def _pairs(rows: int) -> tuple[Tensor, Tensor]:
+    return pairs(rows, noise=1.0)  # a tiny loss would have few digits in the reference
+
+
+def _copies(rows: int) -> Tensor:
+    """Some pairs are no negatives of each other, within a rank and across ranks."""
+    number = torch.arange(rows)
+    return torch.stack([number % 4, number // 2], dim=1)
+
+
 def _compare_splits(splits: list[list[int]], every: bool) -> dict[str, float]:
     """Worst error of this rank for every case, or for tiles of 3 of all splits and every second pair of the rest."""
     errors = {}
     for number, (counts, variant, tile) in enumerate(itertools.product(splits, VARIANTS, (3, 1, 64))):
         if not every and tile != 3 and number % 2:
             continue
-        own, case = _own_rows(counts), f"{counts} {variant} tile {tile}"
-        image, text = pairs(sum(counts), noise=1.0)  # a tiny loss would have few digits in the reference
+        own, rows, case = _own_rows(counts), sum(counts), f"{counts} {variant} tile {tile}"
+        image, text = _pairs(rows)
         common: dict[str, Any] = {"group": dist.group.WORLD, "tile": tile, "variant": variant}
         for keep_bytes in (0, 2**20):
             result = contrastive_loss(image[own], text[own], 12.0, **common, keep_bytes=keep_bytes)
-            reference = contrastive_reference(image, text, 12.0)
-            errors[f"contrastive {case} keep {keep_bytes}"] = worst_error(result, reference, own)
+            errors[f"contrastive {case} keep {keep_bytes}"] = worst_error(result, _whole("contrastive", rows), own)
         sigmoid = sigmoid_loss(image[own], text[own], 10.0, -5.0, **common, row_counts=counts)
-        errors[f"sigmoid {case}"] = worst_error(sigmoid, sigmoid_reference(image, text, 10.0, -5.0), own)
+        errors[f"sigmoid {case}"] = worst_error(sigmoid, _whole("sigmoid", rows), own)
         if tile == 3 and (every or number % 2 == splits.index(counts) % 2):
-            errors |= _compare_copies(image, text, own, case, common)
-            errors |= _compare_distilled(image, text, own, case, common | {"row_counts": counts})
+            errors |= _compare_copies(rows, own, case, common)
+            errors |= _compare_distilled(rows, own, case, common | {"row_counts": counts})
     return errors
 
 
-def _compare_copies(image: Tensor, text: Tensor, own: slice, case: str, common: dict[str, Any]) -> dict[str, float]:
+def _compare_copies(rows: int, own: slice, case: str, common: dict[str, Any]) -> dict[str, float]:
     """The same where some pairs are no negatives of each other, for nested widths."""
-    rows = torch.arange(len(image))
-    ids = torch.stack([rows % 4, rows // 2], dim=1)  # copies within a rank and across ranks
+    (image, text), ids = _pairs(rows), _copies(rows)
     errors = {}
     for keep_bytes in (0, 2**20):
         softmax = partial(contrastive_loss, logit_scale=12.0, **common, copies=ids[own], keep_bytes=keep_bytes)
-        expected = nested_reference(partial(contrastive_reference, copies=ids), image, text, 12.0, widths=[5, 24])
         result = nested_loss(softmax, image[own], text[own], [5, 24])
+        expected = _whole("contrastive with copies", rows)
         errors[f"contrastive with copies {case} keep {keep_bytes}"] = worst_error(result, expected, own)
     sigmoid = partial(sigmoid_loss, logit_scale=10.0, logit_bias=-5.0, **common, copies=ids[own])
-    expected = nested_reference(partial(sigmoid_reference, copies=ids), image, text, 10.0, -5.0, widths=[5, 24])
-    errors[f"sigmoid with copies {case}"] = worst_error(
-        nested_loss(sigmoid, image[own], text[own], [5, 24]), expected, own
-    )
+    result = nested_loss(sigmoid, image[own], text[own], [5, 24])
+    errors[f"sigmoid with copies {case}"] = worst_error(result, _whole("sigmoid with copies", rows), own)
     return errors
 
 
-def _compare_distilled(image: Tensor, text: Tensor, own: slice, case: str, common: dict[str, Any]) -> dict[str, float]:
+def _compare_distilled(rows: int, own: slice, case: str, common: dict[str, Any]) -> dict[str, float]:
     """The same with what two teachers add, and some pairs that are no negatives of each other."""
-    rows, teachers = torch.arange(len(image)), TEACHERS["all of two"]
-    ids = torch.stack([rows % 4, rows // 2], dim=1)
-    taught = [taught_by(teachers, len(rows), image.shape[1], part) for part in (own, slice(None))]
+    (image, text), ids = _pairs(rows), _copies(rows)
+    taught = taught_by(TEACHERS["all of two"], rows, image.shape[1], own)
     errors = {}
     for kind in ("softmax", "sigmoid"):
-        result = result_of(kind, image[own], text[own], taught[0], common | {"copies": ids[own]})
-        expected = distilled_reference(kind, image, text, taught[1], ids)
-        errors[f"distilled {kind} {case}"] = worst_error(result, expected, own)
+        result = result_of(kind, image[own], text[own], taught, common | {"copies": ids[own]})
+        errors[f"distilled {kind} {case}"] = worst_error(result, _whole(f"distilled {kind}", rows), own)
     return errors
 
 

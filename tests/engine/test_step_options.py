@@ -1,6 +1,7 @@
 """Every option of the step gives the curve that one process gives without it: four ranks, one launch, many cases.
 
-The curve is the loss of two LAMB steps and of the batch after them, so it sees two updates of every weight.
+The curve is the losses and gradient norms of LAMB steps: two of the fast cases, so that it sees an update of every
+weight and what is left of one step in the next; three of the slow ones.
 """
 
 import json
@@ -29,7 +30,7 @@ from tools.timeline.__main__ import main as draw_timeline
 
 pytestmark = pytest.mark.dist
 
-RANKS, STEPS, BATCH = 4, 3, 16
+RANKS, STEPS, FAST_STEPS, BATCH = 4, 3, 2, 16
 TOLERANCE = 1e-5
 COMMON = (
     f"train.global_batch_size={BATCH}",
@@ -239,16 +240,20 @@ SLOW = {
 # --- what the ranks do ------------------------------------------------------------------------------------------------
 
 
-def _curve(config: Config, mesh: Mesh, device: Device, *, spans_to: str = "", measure: bool = False) -> dict[str, Any]:
-    """Losses of all steps; with spans_to, the last step's spans are written below that folder."""
+def _curve(
+    config: Config, mesh: Mesh, device: Device, *, steps: int = STEPS, spans_to: str = "", measure: bool = False
+) -> dict[str, Any]:
+    """Losses and gradient norms of the first `steps`; with spans_to, the last one's spans are written below it."""
     trainer = Trainer(first_phase(config), mesh, device)
-    losses, frozen = [], [buffer.param_data for part in trainer.towers.parts for buffer in part.frozen]
+    losses, norms, frozen = [], [], [buffer.param_data for part in trainer.towers.parts for buffer in part.frozen]
     before = [flat.clone() for flat in frozen]
-    for step in range(STEPS):
-        phases = Phases(record_spans=bool(spans_to) and step == STEPS - 1)
+    for step in range(steps):
+        phases = Phases(record_spans=bool(spans_to) and step == steps - 1)
         trainer.meet()
         zero_s = phases.clock()
-        losses.append(float(trainer.step(local_batch(*_pairs(config, step), mesh), phases).loss))
+        outcome = trainer.step(local_batch(*_pairs(config, step), mesh), phases)
+        losses.append(float(outcome.loss))
+        norms.append(float(outcome.gradient_norm))
         if phases.record_spans:
             place = {"tensor": mesh.tensor.rank, "pipeline": mesh.pipeline.rank, "data": mesh.data.rank}
             write_spans(Path(spans_to), mesh.world.rank, place, step, zero_s, phases)
@@ -257,6 +262,7 @@ def _curve(config: Config, mesh: Mesh, device: Device, *, spans_to: str = "", me
     bytes_each = contrastive_step.activations.micro_batch_bytes() if measure else 0
     return {
         "losses": losses,
+        "norms": norms,
         "keep": contrastive_step.keep,
         "activation_bytes": bytes_each,
         "caption_bytes": contrastive_step.activations.caption_bytes() if measure else 0,
@@ -285,8 +291,14 @@ def _all_cases(folder: str = "", slow: bool = False) -> dict[str, Any]:
             continue
         config = case.config()
         check_layout(config, RANKS)
-        spans_to = folder if case is TRACED else ""
-        out[case.name] = _curve(config, mesh(*case.layout), device, spans_to=spans_to, measure=case in MEASURED)
+        out[case.name] = _curve(
+            config,
+            mesh(*case.layout),
+            device,
+            steps=STEPS if slow else FAST_STEPS,
+            spans_to=folder if case is TRACED else "",
+            measure=case in MEASURED,
+        )
     return out
 
 
@@ -312,16 +324,15 @@ def slow_ranks() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def references() -> Iterator[dict[str, list[float]]]:
-    """Losses of one process, by model: the whole batch at once, nothing cut, nothing overlapped."""
+def references() -> Iterator[dict[str, dict[str, Any]]]:
+    """Curves of one process, by model: the whole batch at once, nothing cut, nothing overlapped."""
     with job(ParallelConfig()) as (mesh, device):
-        yield {
-            model: _curve(_config(model, f"train.micro_batch_size={BATCH}"), mesh, device)["losses"] for model in MODELS
-        }
+        yield {model: _curve(_config(model, f"train.micro_batch_size={BATCH}"), mesh, device) for model in MODELS}
 
 
-def test_the_references_learn_something(references: dict[str, list[float]]) -> None:
-    for model, losses in references.items():
+def test_the_references_learn_something(references: dict[str, dict[str, Any]]) -> None:
+    for model, curve in references.items():
+        losses = curve["losses"]
         least = 50 if model == "heads" else 1e3  # projections alone do not move far
         for before, after in pairwise(losses):
             assert abs(after - before) > least * TOLERANCE * before, f"{model}: {losses} hardly moves"
@@ -329,16 +340,19 @@ def test_the_references_learn_something(references: dict[str, list[float]]) -> N
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name not in SLOW], ids=lambda case: case.name)
 def test_an_option_does_not_show_in_the_curve(
-    case: Case, ranks: list[dict[str, Any]], references: dict[str, list[float]]
+    case: Case, ranks: list[dict[str, Any]], references: dict[str, dict[str, Any]]
 ) -> None:
     for rank, results in enumerate(ranks):
-        assert results[case.name]["losses"] == pytest.approx(references[case.model], rel=TOLERANCE), f"rank {rank}"
+        for what in ("losses", "norms"):
+            found = results[case.name][what]
+            expected = references[case.model][what][: len(found)]
+            assert found == pytest.approx(expected, rel=TOLERANCE), f"rank {rank}: {what}"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in SLOW], ids=lambda case: case.name)
 def test_a_pair_of_options_does_not_show_in_the_curve(
-    case: Case, slow_ranks: list[dict[str, Any]], references: dict[str, list[float]]
+    case: Case, slow_ranks: list[dict[str, Any]], references: dict[str, dict[str, Any]]
 ) -> None:
     test_an_option_does_not_show_in_the_curve(case, slow_ranks, references)
 
