@@ -43,9 +43,12 @@ def _refuse_shadowed_rooms() -> None:
         found = Path(spec.origin).resolve().parent.parent if spec and spec.origin else None
         if found != _ROOT:
             where = spec.origin or list(spec.submodule_search_locations or []) if spec else "nowhere"
+            checkout = (_ROOT / "setup.cfg").is_file()
+            outside = "set PYTHONSAFEPATH=1, which leaves out the folder you stand in"
+            cure = f"start from {_ROOT}" if checkout else outside
             _end(
                 f"`import {room}` finds {where} instead of {_ROOT / room}: another package or folder of that name "
-                f"shadows eva-megatron's; start from {_ROOT}, or uninstall or rename the other one"
+                f"shadows eva-megatron's; {cure}, or uninstall or rename the other one"
             )
 
 

@@ -73,5 +73,8 @@ def test_a_wheel_is_enough(tmp_path: Path) -> None:
     assert (elsewhere / "runs" / "quickstart" / "metrics.jsonl").read_text().count("\n") == 2
     (elsewhere / "data").mkdir()
     (elsewhere / "data" / "__init__.py").write_text("")
-    with pytest.raises(AssertionError, match="shadows eva-megatron's"):
+    with pytest.raises(AssertionError, match="shadows eva-megatron's; set PYTHONSAFEPATH=1"):
         _run(python, "-m", "engine.train", config, cwd=elsewhere)
+    (elsewhere / "tools").mkdir()
+    (elsewhere / "tools" / "__init__.py").write_text("")
+    assert "18b" in _run(python, "-P", "-m", "tools.plan", "--help", cwd=elsewhere)
