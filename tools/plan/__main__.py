@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser("plan", __doc__, _EXAMPLES)
-    parser.add_argument("--model", required=True, help="a preset, such as 18b, 8b, e14-plus, l14, b16")
+    parser.add_argument("--model", required=True, help="a preset, such as 18b, 8b, e14-plus, l14, b16, or a YAML file")
     parser.add_argument("--gpus", type=ranks, required=True, help="GPUs of the job")
     parser.add_argument(
         "--gpu", required=True, metavar="PROFILE", help=f"{', '.join(profile_names())}, or a YAML file of your own"
