@@ -5,7 +5,8 @@ Two data-parallel ranks train the quickstart's model. Rounds of ten steps altern
 every update and the comparison of all copies once a round; then with none of it. A rank's CPU seconds do not depend on
 what else runs as seconds do, but differ by several percent from round to round: so the work of each part is also added
 up by itself, on the CPU clock of its thread. The goal is for that sum. The watch's thread works by the second and not
-by the step, however long one takes on a busy machine: its share is of seconds.
+by the step, however long one takes on a busy machine: its share is of seconds. Sums of the owned state are taken inside
+the update, of what it has just written: theirs is the difference of updates with and without, which take turns.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from benchmarks.common import RESULTS, Spread, machine, python_module, write_json
 from engine.config.phases import first_phase
@@ -49,10 +51,11 @@ GOAL = 0.01
 """Share of a step."""
 RANKS, STEPS_OF_ROUND, MICRO_BATCH = 2, 10, 64
 RECIPE = "examples/quickstart/train.yaml"
-THREAD = "the watch's thread"
+THREAD, SUMS = "the watch's thread", "sums of the owned state"
+EVICT_BYTES = 1 << 26
+"""Read between two updates, as a step's own work would: more than a core's caches hold."""
 PARTS = {
-    "sums of the owned state": ((AtRest, "begin"), (AtRest, "check")),
-    "comparison of copies": ((Audit, "__call__"),),
+    "comparison of copies": ((Audit, "compare"),),
     "agreement before a step": ((RollCall, "__call__"),),
     "pulse": ((Pulse, "at"), (Pulse, "step_done")),
     THREAD: ((Watch, "_file"), (Watch, "_tell"), (Watch, "_hear"), (Watch, "_notice_lost_parent")),
@@ -129,7 +132,35 @@ def measure(config: Config, rounds: int) -> dict[str, Any]:
             seconds["without"].append(_round(trainer, batch, None))
             with meter.attached():
                 seconds["with"].append(_round(trainer, batch, roll_call))
-    return {"cpu_s_of_rounds": seconds, "cpu_s_of_parts": dict(meter.seconds), "s_with": meter.attached_s}
+        updates = updates_by_turns(trainer, STEPS_OF_ROUND * rounds)
+    parts, s_with = dict(meter.seconds), meter.attached_s
+    return {"cpu_s_of_rounds": seconds, "cpu_s_of_parts": parts, "s_with": s_with, "cpu_s_of_updates": updates}
+
+
+@torch.no_grad()
+def updates_by_turns(trainer: Trainer, turns: int) -> dict[str, list[float]]:
+    """CPU seconds of updates whose state is watched, and of others: from reduced gradients to new weights."""
+    shards = [shard for tower in trainer.optimizer.towers for shard in tower.shards.shards]
+    noise = [1e-3 * torch.randn_like(shard.gradient) for shard in shards]
+    loss, evict = torch.ones(()), torch.ones(EVICT_BYTES // 4)
+    seconds: dict[str, list[float]] = {"without": [], "with": []}
+    for turn in range(2 * turns):
+        name = ("without", "with")[turn % 2]
+        at_rest = AtRest(trainer.optimizer, watched=name == "with")
+        for measured in (False, True):  # the first one leaves the sums that the second one looks at
+            for shard, gradient in zip(shards, noise, strict=True):
+                shard.gradient.copy_(gradient)
+            evict.sum()
+            dist.barrier(group=trainer.mesh.control.group)
+            began = time.thread_time()
+            at_rest.check(update_follows=True)
+            norm, _, changed = trainer.optimizer.gradient_norm_and(loss, at_rest.count())
+            moved = trainer.optimizer.apply(norm, lambda at_rest=at_rest: not at_rest.check_the_rest())
+            assert moved and not changed
+            at_rest.begin()
+            if measured:
+                seconds[name].append(time.thread_time() - began)
+    return seconds
 
 
 def _round(trainer: Trainer, batch: LocalBatch, roll_call: RollCall | None) -> float:
@@ -160,9 +191,16 @@ def summary(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     parts = {part: of_parts[part] / of_s[part] for part in PARTS}
     steps = STEPS_OF_ROUND * sum(len(of_rank["with"]) for of_rank in rounds)
     step_s = statistics.median(s for of_rank in rounds for s in of_rank["without"]) / STEPS_OF_ROUND
+    updates = {name: [s for rank in ranks for s in rank["cpu_s_of_updates"][name]] for name in ("with", "without")}
+    sums_s = statistics.median(updates["with"]) - statistics.median(updates["without"])
+    parts[SUMS] = sums_s / step_s
     return {
         "cpu_s_of_a_step_and_rank": step_s,
-        "cpu_ms_of_parts_a_step": {part: 1e3 * of_parts[part] / steps for part in PARTS if part != THREAD},
+        "cpu_ms_of_parts_a_step": {
+            SUMS: 1e3 * sums_s,
+            **{part: 1e3 * of_parts[part] / steps for part in PARTS if part != THREAD},
+        },
+        "cpu_ms_of_an_update": {name: 1e3 * statistics.median(of_side) for name, of_side in updates.items()},
         "cpu_ms_of_the_thread_a_second": 1e3 * parts[THREAD],
         "share_of_parts": parts,
         "share": sum(parts.values()),

@@ -58,27 +58,30 @@ class Update:
         with phases.time("reduce"):
             self.reduce()
         with phases.time("optimizer"):
-            self.at_rest.check()
+            self.at_rest.check(update_follows=True)
             gradient_norm, loss_value, changed = self.optimizer.gradient_norm_and(loss, self.at_rest.count())
             differs = self.audit.compare() if self.audit is not None and (self.audit_due or changed) else ""
             if differs:
                 verdict = self.health.diverged(differs, state_at_fault=changed > 0)
             else:
                 verdict = self.health.judge(loss_value, gradient_norm)
-            if verdict.action == "apply":
-                self._apply(gradient_norm, clamps)
-            else:
+            if verdict.action != "apply":
                 self.optimizer.skip()
+            elif not self._apply(gradient_norm, clamps):
+                self.health.diverged(self.audit.compare() if self.audit is not None else "", state_at_fault=True)
         with phases.time("gather_weights"):
             self.towers.gather_weights()
         return gradient_norm
 
-    def _apply(self, gradient_norm: float, clamps: Mapping[str, tuple[float, float]]) -> None:
-        self.optimizer.apply(gradient_norm)
+    def _apply(self, gradient_norm: float, clamps: Mapping[str, tuple[float, float]]) -> bool:
+        """Whether weights have moved: they do not where moments turn out to have changed by themselves."""
+        if not self.optimizer.apply(gradient_norm, lambda: not self.at_rest.check_the_rest()):
+            return False
         for name, (lowest, highest) in clamps.items():  # on the master weight, before the all-gather
             self.optimizer.clamp(name, lowest, highest)
         move_average(self.optimizer)
         self.at_rest.begin()
+        return True
 
     def reduce(self) -> None:
         """Complete the gradients on the ranks that own them."""

@@ -1,7 +1,7 @@
 """AdamW (Loshchilov, Hutter 2019) over sharded state by torch's fused kernel: one pass over everything."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -14,10 +14,17 @@ from engine.optim.state import OwnedState
 class AdamW:
     """p -= rate x (m / c1 / (sqrt(v / c2) + eps) + decay x p); elementwise, so every layout does the same."""
 
+    sums_on_a_cpu = False
+
+    def sums_on_its_way(self, state: OwnedState) -> tuple[str, ...]:
+        """Nothing: the kernel passes once over everything."""
+        return ()
+
     def update(
         self, state: OwnedState, optim: OptimConfig, *, gradient_scale: float, rates: Mapping[str, float], t: int
-    ) -> None:
+    ) -> Iterator[None]:
         """The whole update of the owned elements; pieces of one rate, one decay and one age go into one call."""
+        yield
         equal: dict[tuple[float, float, float], list[tuple[Tensor, ...]]] = defaultdict(list)
         for i, piece in state.shards.owned():
             group, part = state.groups[piece.tensor], slice(piece.start, piece.stop)

@@ -11,26 +11,35 @@ Rules, step t = 1, 2, …, m and v the moments, c1 = 1 - b1^t, c2 = 1 - b2^t, pe
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from engine.checkpoint.format.manifest import WEIGHT
 from engine.config.read import OptimConfig
+from engine.optim.passes import in_cache
 from engine.optim.state import OwnedState
 
 
 class Lamb:
     """The rules above, by `optim.mode`."""
 
+    sums_on_a_cpu = True
+
     def __init__(self) -> None:
         self._fixed: dict[OwnedState, Fixed] = {}
 
+    def sums_on_its_way(self, state: OwnedState) -> tuple[str, ...]:
+        """The moments, where parts of them are near a core (not a GPU's), and all have the same age."""
+        return tuple(state.moments) if state.shards.counted.is_cpu and not any(state.began) else ()
+
     def update(
         self, state: OwnedState, optim: OptimConfig, *, gradient_scale: float, rates: Mapping[str, float], t: int
-    ) -> None:
+    ) -> Iterator[None]:
         """Direction, ratios over whole tensors, update. Collective over the holders of the tower's tensors."""
-        updates = _direction_of(state, optim, gradient_scale, t)
+        updates = _direction_of(state, optim, gradient_scale, t, self.sums_on_its_way(state))
+        yield
         ratios = self.trust_ratios(state, updates, optim)
         factors = [_step_factor(optim, t - began) for began in state.began]
         _apply(state, updates, self.steps(state, optim, ratios, rates, factors))
@@ -93,27 +102,41 @@ def _step_factor(optim: OptimConfig, t: int) -> float:
     return 1.0
 
 
-def _direction_of(state: OwnedState, optim: OptimConfig, gradient_scale: float, t: int) -> list[Tensor]:
-    """u of every owned element, written over the gradient (no longer needed); moments move on."""
+def _direction_of(
+    state: OwnedState, optim: OptimConfig, gradient_scale: float, t: int, summed: Collection[str]
+) -> list[Tensor]:
+    """u of every owned element, written over the gradient (no longer needed); moments move on, and what they were is
+    summed.
+    """
     updates = [shard.gradient for shard in state.shards.shards]
-    flats = list(zip(updates, *state.moments.values(), strict=True))
-    for one_count, own_t in _of_one_count(state, flats, t):
-        for gradient, m, v in _in_cache(*one_count):
+    sums = state.sums
+    wants = sums is not None and sums.wants_read
+    read = {kind: state.tallies(kind, wanted=wants) for kind in summed}
+    written = {kind: state.tallies(kind) for kind in state.moments}
+    for i, start, stop, own_t in _of_one_count(state, t):
+        flats = [flats[i][start:stop] for flats in (updates, *state.moments.values())]
+        for gradient, m, v in in_cache(*flats):
+            start += m.numel()
+            for tallies in read.values():
+                tallies[i].up_to(start, all_of_them=True)
             _direction(gradient, m, v, optim, gradient_scale, own_t)
+            for tallies in written.values():
+                tallies[i].up_to(start)
+    for kind, tallies in written.items():
+        state.written(kind, tallies)
+    if sums is not None and wants:
+        sums.read |= {kind: torch.stack([tally.end() for tally in tallies]).sum() for kind, tallies in read.items()}
     _add_weight_decay(state, updates)
     return updates
 
 
-def _of_one_count(
-    state: OwnedState, flats: list[tuple[Tensor, ...]], t: int
-) -> Iterator[tuple[tuple[Tensor, ...], int]]:
-    """Parts of the shards' flat vectors whose moments have seen as many updates, and how many: most often all t."""
+def _of_one_count(state: OwnedState, t: int) -> Iterator[tuple[int, int, int, int]]:
+    """(shard, start, stop, updates): elements whose moments have seen as many updates, in order; most often all t."""
     if not any(state.began):
-        yield from ((of_shard, t) for of_shard in flats)
+        yield from ((i, 0, shard.gradient.numel(), t) for i, shard in enumerate(state.shards.shards))
         return
     for i, piece in state.shards.owned():
-        part = slice(piece.start, piece.stop)
-        yield tuple(flat[part] for flat in flats[i]), t - state.began[piece.tensor]
+        yield i, piece.start, piece.stop, t - state.began[piece.tensor]
 
 
 def _add_weight_decay(state: OwnedState, updates: list[Tensor]) -> None:
@@ -126,26 +149,20 @@ def _add_weight_decay(state: OwnedState, updates: list[Tensor]) -> None:
 
 def _apply(state: OwnedState, updates: list[Tensor], steps: Sequence[float | Tensor]) -> None:
     """p -= step x u, then the copy in the model's dtype. steps: of each tensor, numbers or 0-d on the device."""
+    tallies = state.tallies(WEIGHT)
     for i, piece in state.shards.owned():
         part, whole = slice(piece.start, piece.stop), state.shards.shards[i].weight
-        step, is_copy = steps[piece.tensor], state.master[i] is not whole
-        for master, update, weight in _in_cache(state.master[i][part], updates[i][part], whole[part]):
+        step, is_copy, stop = steps[piece.tensor], state.master[i] is not whole, piece.start
+        for master, update, weight in in_cache(state.master[i][part], updates[i][part], whole[part]):
             if isinstance(step, Tensor):
                 master.addcmul_(update, step, value=-1)
             else:
                 master.sub_(update, alpha=step)
             if is_copy:
                 weight.copy_(master)
-
-
-_CACHED_ELEMENTS = 1 << 18
-"""Three fp32 vectors of so many elements (3 MB) stay near one CPU core; more and smaller parts cost more calls."""
-
-
-def _in_cache(*flats: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Equal parts of vectors of one length, short enough for the passes over them to hit the cache (GPU: one part)."""
-    size = _CACHED_ELEMENTS if flats[0].is_cpu else max(1, flats[0].numel())
-    return zip(*(flat.split(size) for flat in flats), strict=True)
+            stop += master.numel()
+            tallies[i].up_to(stop)
+    state.written(WEIGHT, tallies)
 
 
 def _direction(g: Tensor, m: Tensor, v: Tensor, optim: OptimConfig, scale: float, t: int) -> None:

@@ -5,7 +5,7 @@ move is a rule's matter: `RULES` has one a name of `optim.name`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -74,15 +74,29 @@ class ShardedOptimizer:
         return norm
 
     @torch.no_grad()
-    def apply(self, norm: float) -> None:
-        """Update as `step` does, where the gradient norm is known."""
+    def apply(self, norm: float, go_on: Callable[[], bool] = lambda: True) -> bool:
+        """Update as `step` does, where the gradient norm is known; whether weights have moved.
+
+        go_on: asked when moments have moved and no weight has; where it says no, none does.
+        """
         clip = self.optim.clip_grad_norm
         scale = clip / norm if 0 < clip < norm else 1.0
         rates = self.rates()
         self.step_count += 1
         self.update_count += 1
-        for tower in filter(lambda tower: tower.shards.shards, self.towers):
+        updates = [
             self.rule.update(tower, self.optim, gradient_scale=scale, rates=rates, t=self.update_count)
+            for tower in self.towers
+            if tower.shards.shards
+        ]
+        for update in updates:
+            next(update)
+        if not go_on():
+            self.update_count -= 1
+            return False
+        for update in updates:
+            next(update, None)
+        return True
 
     @torch.no_grad()
     def reset_moments(self) -> None:
@@ -106,8 +120,15 @@ class ShardedOptimizer:
             for i, piece in tower.shards.owned():
                 if tower.shards.tensors[piece.tensor].name == name:
                     part = slice(piece.start, piece.stop)
-                    tower.master[i][part].clamp_(low, high)
+                    with tower.changes(i, part):
+                        tower.master[i][part].clamp_(low, high)
                     tower.shards.shards[i].weight[part].copy_(tower.master[i][part])
+
+    def over_all_ranks(self, count: Tensor) -> int:
+        """The sum of a small number over all ranks; waits for the device."""
+        total = count.double().view(1)
+        dist.all_reduce(total, group=self.world.group)
+        return int(total)
 
     def gradient_norm(self) -> float:
         """Norm over every tensor of every tower, each element once."""

@@ -1,6 +1,8 @@
 """What the optimizer keeps of the elements that a rank owns, by kind, as checkpoints read and write it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 from engine.checkpoint.format.manifest import AVERAGE, WEIGHT
 from engine.config.read import OptimConfig
 from engine.optim.groups import TensorGroup
+from engine.optim.passes import Tally, sum_of_bits, words_of
 from engine.parallel.shards import TowerShards
 
 
@@ -32,21 +35,71 @@ class OwnedState:
         self.moments = {kind: [torch.zeros_like(w) for w in self.master] for kind in moments}
         self.average: list[Tensor] = []
         """Moving average of the master weights; empty where none is kept (engine/optim/average.py)."""
+        self.sums: Sums | None = None
+        """Where an update leaves sums of bits; None: nobody wants them."""
 
     def kinds(self) -> dict[str, list[Tensor]]:
         """Kind, as checkpoints name it -> its tensors, one a shard; what is not kept is not there."""
         held = {WEIGHT: self.master, **self.moments, AVERAGE: self.average}
         return {kind: flats for kind, flats in held.items() if flats}
 
+    def tallies(self, kind: str, *, wanted: bool = True) -> list[Tally]:
+        """What sums a kind of state while a pass goes over it, one a shard."""
+        wanted = wanted and self.sums is not None
+        return [Tally(flat, wanted=wanted) for flat in self.kinds().get(kind, ())]
+
+    def written(self, kind: str, tallies: list[Tally]) -> None:
+        """All shards of a kind are what the update makes of them."""
+        if self.sums is not None and tallies:
+            self.sums.written[kind] = torch.stack([tally.end() for tally in tallies]).sum()
+
+    @contextmanager
+    def changes(self, shard: int, part: slice) -> Iterator[None]:
+        """A few master weights change inside the block, after the update has summed them."""
+        known = self.sums.written.get(WEIGHT) if self.sums is not None else None
+        near = words_of(self.master[shard], part)
+        before = near.sum(dtype=torch.int64)
+        yield
+        if known is not None:
+            known += near.sum(dtype=torch.int64) - before
+
+    def sums_of_bits(self, kinds: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Kind -> sum of its bits, 0-d. kinds: those to be read; all by default."""
+        return {
+            kind: torch.stack([sum_of_bits(flat) for flat in flats]).sum()
+            for kind, flats in self.kinds().items()
+            if kinds is None or kind in kinds
+        }
+
+
+@dataclass
+class Sums:
+    """Sums of bits, 0-d, of the kinds of state that an update sums on its way, when they are near a core anyway."""
+
+    wants_read: bool
+    """Whether there is anything to compare `read` with."""
+    read: dict[str, Tensor] = field(default_factory=dict)
+    """Sums of what the update has found."""
+    written: dict[str, Tensor] = field(default_factory=dict)
+    """Sums of what it has left."""
+
 
 class Rule(Protocol):
     """How weights move: an optimizer's mathematics over the owned elements of one tower."""
 
+    sums_on_a_cpu: bool
+    """Whether `sums_on_its_way` may name anything; the same on every rank."""
+
+    def sums_on_its_way(self, state: OwnedState) -> tuple[str, ...]:
+        """Kinds of state of which `update` leaves in state.sums.read what it has found. Local, the same each step."""
+        ...
+
     def update(
         self, state: OwnedState, optim: OptimConfig, *, gradient_scale: float, rates: Mapping[str, float], t: int
-    ) -> None:
+    ) -> Iterator[None]:
         """Move master weights, moments and the weights themselves by update t = 1, 2, …; gradients may be written over.
 
+        Yields once: moments may have moved by then, no weight has; whoever iterates may leave it at that.
         t: of the job; a tensor that was frozen at first is at its own t - began. gradient_scale: of clipping. rates:
         base rate by tower. Collective over the holders of the tower's tensors.
         """

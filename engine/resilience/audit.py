@@ -16,7 +16,7 @@ Cost: one pass over the weights and one exchange of a few integers each time, tw
 
 import socket
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +24,11 @@ from torch import Tensor
 
 from engine.build import Part, Towers
 from engine.optim.optimizer import ShardedOptimizer
+from engine.optim.passes import sum_of_bits
+from engine.optim.state import Sums
 from engine.parallel.agree import everyone
 from engine.parallel.mesh import Mesh
 
-_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 _SHOWN = 4
 
 
@@ -42,45 +43,73 @@ class _Copy:
 
 
 class AtRest:
-    """The owned state between two updates, when nobody may write it. Local; waits for no device."""
+    """The owned state between two updates, when nobody may write it. Local; waits for no device.
+
+    Kinds that the optimizer's rule sums on its way through them are looked at by the update itself, before any weight
+    moves; the others before it. Those that the last update has summed while it wrote are not read again after it.
+    """
 
     def __init__(self, optimizer: ShardedOptimizer, *, watched: bool):
         """watched: otherwise nothing is looked at."""
         self._optimizer, self._watched = optimizer, watched
-        self._sums: Tensor | None = None
-        self._changed: Tensor | None = None
+        self._sums: list[dict[str, Tensor]] | None = None
+        self._changed: dict[tuple[int, str], Tensor] = {}
+        """Tower and kind -> whether it has changed by itself, 0-d."""
 
     def begin(self) -> None:
         """An update has written the state, which stays as it is until the next one."""
-        self._sums = self._sum() if self._watched else None
+        if not self._watched:
+            return
+        self._sums = []
+        for tower in self._optimizer.towers:
+            written = tower.sums.written if tower.sums is not None else {}
+            self._sums.append(written | tower.sums_of_bits(tower.kinds().keys() - written.keys()))
+            tower.sums = None
 
-    def check(self) -> None:
-        """Look whether it is still so, just before the next update."""
-        if self._sums is not None:
-            changed = self._sums != self._sum()
-            self._changed = changed if self._changed is None else self._changed | changed
+    def check(self, *, update_follows: bool = False) -> None:
+        """Look whether it is still so, just before the next update.
+
+        update_follows: at once, and `check_the_rest` in it: kinds that the rule sums on its way are left to that.
+        """
+        rule = self._optimizer.rule
+        for number, tower in enumerate(self._optimizer.towers):
+            if self._sums is not None:
+                left = rule.sums_on_its_way(tower) if update_follows else ()
+                self._compare(number, tower.sums_of_bits(tower.kinds().keys() - left))
+            tower.sums = Sums(wants_read=self._sums is not None) if self._watched and update_follows else None
+
+    def check_the_rest(self) -> int:
+        """Look at the kinds that were left to the update; how many have changed on all ranks. Called when moments have
+        moved and no weight has. Collective over all ranks.
+        """
+        towers = self._optimizer.towers
+        if not (self._watched and self._optimizer.rule.sums_on_a_cpu and towers[0].shards.counted.is_cpu):
+            return 0
+        for number, tower in enumerate(towers):
+            self._compare(number, tower.sums.read if tower.sums is not None else {})
+        return self._optimizer.over_all_ranks(self.count())
+
+    def _compare(self, number: int, found: Mapping[str, Tensor]) -> None:
+        for kind, bits in found.items():
+            if self._sums is None:
+                return
+            seen = self._changed.get((number, kind))
+            changed = self._sums[number][kind] != bits
+            self._changed[number, kind] = changed if seen is None else seen | changed
 
     def count(self) -> Tensor:
         """How many kinds of state have changed by themselves since `end`: 0-d, on the device."""
-        if self._changed is None:
+        if not self._changed:
             return torch.zeros((), device=self._optimizer.towers[0].shards.counted.device)
-        return self._changed.sum()
+        return torch.stack([*self._changed.values()]).sum()
 
     def end(self) -> None:
         """Something else than an update writes the state: what was seen of it is of no use any more."""
-        self._sums = self._changed = None
+        self._sums, self._changed = None, {}
 
     def changed(self) -> list[str]:
         """Kinds of state that have changed by themselves since `end`; waits for the device."""
-        if self._changed is None:
-            return []
-        kinds = [kind for tower in self._optimizer.towers for kind in tower.kinds()]
-        return list(dict.fromkeys(kind for kind, changed in zip(kinds, self._changed.tolist(), strict=True) if changed))
-
-    @torch.no_grad()
-    def _sum(self) -> Tensor:
-        flats = [flats for tower in self._optimizer.towers for flats in tower.kinds().values()]
-        return torch.stack([torch.stack([_sum_of_bits(flat) for flat in of_kind]).sum() for of_kind in flats])
+        return list(dict.fromkeys(kind for (_, kind), changed in self._changed.items() if bool(changed)))
 
 
 class Audit:
@@ -205,18 +234,7 @@ def _shown(lines: list[str]) -> str:
 
 
 def _bits(values: Tensor) -> int:
-    return int(_sum_of_bits(values))
-
-
-def _sum_of_bits(values: Tensor) -> Tensor:
-    """Sum of the bits as integers, modulo 2^64: a flipped bit changes it by a power of two. Eight bytes at a time where
-    they lie so: sums of narrower integers take ten times as long.
-    """
-    flat = values.detach().reshape(-1)
-    size = flat.element_size()
-    if flat.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0:
-        return flat.view(torch.int64).sum()
-    return flat.view(_WORDS[size]).sum(dtype=torch.int64)
+    return int(sum_of_bits(values))
 
 
 def _odd_ones(members: list[tuple[int, str, _Copy]]) -> str:

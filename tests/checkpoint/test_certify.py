@@ -142,3 +142,50 @@ def test_the_last_state_of_a_run_is_looked_at_before_it_is_saved(tmp_path: Path,
         change_a_moment_before_the_save(trainer, callback)
     callback.on_end({})
     assert names(tmp_path) == ["step_00000002", "step_00000004"]
+
+
+EMA = "optim.ema_decay=0.9"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("moment1", ("optim.name=lamb", EMA)),
+        ("moment2", ("optim.name=lamb",)),
+        ("weight", ("optim.name=lamb",)),
+        ("average", ("optim.name=lamb", EMA)),
+        ("moment1", ("optim.name=adamw",)),
+        ("average", ("optim.name=adamw", EMA)),
+        ("moment2", ("optim.name=lamb", "train.precision=bf16")),
+        ("weight", ("optim.name=adamw", "train.precision=bf16")),
+    ],
+)
+def test_what_changed_by_itself_is_found_before_a_weight_moves(kind: str, options: tuple, tmp_path, mesh: Mesh) -> None:
+    """Also where the update itself looks at the moments."""
+    trainer = build(light(tmp_path, "health.audit_every_steps=100", *options), mesh)
+    run_steps(trainer, 2)
+    assert trainer.audit() == ""
+    change_state(trainer, kind, 0.5)
+    towers, updates = trainer.optimizer.towers, trainer.optimizer.update_count
+    before = [flat.clone() for tower in towers for flat in tower.master]
+    with pytest.raises(UnhealthyStep, match=rf"^step 2: state has changed between two updates: {kind} of rank 0 on "):
+        run_steps(trainer, 1)
+    assert all(a.equal(b) for a, b in zip(before, (flat for t in towers for flat in t.master), strict=True))
+    assert trainer.optimizer.update_count == updates
+    trainer.lock.release()
+
+
+def test_a_scale_that_is_clamped_after_an_update_has_not_changed_by_itself(tmp_path: Path, mesh: Mesh) -> None:
+    """The update has summed the weights before."""
+    trainer = build(light(tmp_path), mesh)
+    at_rest, optimizer = trainer.training_step.update.at_rest, trainer.optimizer
+    at_rest.check(update_follows=True)
+    assert optimizer.apply(1.0) and any(tower.sums.written for tower in optimizer.towers if tower.sums is not None)
+    optimizer.clamp("logit_scale.log_scale", 0.0, 0.001)
+    at_rest.begin()
+    at_rest.check()
+    assert at_rest.changed() == []
+    change_state(trainer, "weight", 0.5, "logit_scale.log_scale")
+    at_rest.check()
+    assert at_rest.changed() == ["weight"]
+    trainer.lock.release()
