@@ -54,6 +54,23 @@ def _to_line(record: Record) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
+def _keep_whole(path: Path) -> None:
+    """Give the curve of an earlier start another name; say so if it has steps."""
+    number, kept = 1, path.with_name("metrics.previous.jsonl")
+    while kept.exists():
+        number += 1
+        kept = path.with_name(f"metrics.previous{number}.jsonl")
+    made = len(read_metrics(path))
+    path.replace(kept)
+    if made:
+        print(
+            f"WARNING: an earlier start made {made:,} steps in {path.parent}, of which no checkpoint is there: "
+            f"training begins at 0; its curve is kept as {kept.name}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 class MetricsFile(Callback):
     """Writes the metrics file. World rank 0 only."""
 
@@ -66,12 +83,13 @@ class MetricsFile(Callback):
     def on_start(self, run: RunInfo) -> None:
         """Open for appending after the steps before `start_step`.
 
-        A fresh run in a folder that already has a curve keeps that curve as `metrics.previous.jsonl`.
+        A fresh run in a folder that already has a curve says so and keeps that curve as `metrics.previous.jsonl`, or
+        with a number where that is taken.
         """
         path = run.run_dir / METRICS_FILE
         if path.exists():
             if run.start_step == 0:
-                path.replace(path.with_name("metrics.previous.jsonl"))
+                _keep_whole(path)
             else:
                 _keep_steps_before(path, run.start_step, _last_record(run))
         self._path, self._file = path, path.open("ab", buffering=0)

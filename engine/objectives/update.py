@@ -49,6 +49,7 @@ class Update:
         """What compares copies of weights."""
         self.audit_due = False
         """Copies of weights are compared before the next update, whatever is seen of the state at rest."""
+        self._audit_was_due = False
 
     def __call__(self, phases: Phases, clamps: Mapping[str, tuple[float, float]], loss: Tensor) -> float:
         """Reduce, update, gather -> gradient norm before clipping. A step that is not sound changes nothing.
@@ -59,6 +60,9 @@ class Update:
             self.reduce()
         with phases.time("optimizer"):
             self.at_rest.check(update_follows=True)
+            if self.audit_due or self._audit_was_due:  # before a save and after it
+                self.at_rest.check_frozen()
+            self._audit_was_due = self.audit_due
             gradient_norm, loss_value, changed = self.optimizer.gradient_norm_and(loss, self.at_rest.count())
             differs = self.audit.compare() if self.audit is not None and (self.audit_due or changed) else ""
             if differs:

@@ -55,6 +55,8 @@ class AtRest:
         self._sums: list[dict[str, Tensor]] | None = None
         self._changed: dict[tuple[int, str], Tensor] = {}
         """Tower and kind -> whether it has changed by itself, 0-d."""
+        self._frozen: list[Tensor] | None = None
+        """Sums of weights that are not trained, which only loading writes."""
 
     def begin(self) -> None:
         """An update has written the state, which stays as it is until the next one."""
@@ -65,6 +67,17 @@ class AtRest:
             written = tower.sums.written if tower.sums is not None else {}
             self._sums.append(written | tower.sums_of_bits(tower.kinds().keys() - written.keys()))
             tower.sums = None
+        if self._frozen is None:
+            self._frozen = self._sum_frozen()
+
+    def _sum_frozen(self) -> list[Tensor]:
+        return [bits for tower in self._optimizer.frozen for bits in tower.sums_of_bits().values()]
+
+    def check_frozen(self) -> None:
+        """Look at weights that are not trained, as often as copies are compared."""
+        if self._frozen is not None:
+            for number, (bits, found) in enumerate(zip(self._frozen, self._sum_frozen(), strict=True)):
+                self._note(-1 - number, "frozen weight", bits, found)
 
     def check(self, *, update_follows: bool = False) -> None:
         """Look whether it is still so, just before the next update.
@@ -91,11 +104,12 @@ class AtRest:
 
     def _compare(self, number: int, found: Mapping[str, Tensor]) -> None:
         for kind, bits in found.items():
-            if self._sums is None:
-                return
-            seen = self._changed.get((number, kind))
-            changed = self._sums[number][kind] != bits
-            self._changed[number, kind] = changed if seen is None else seen | changed
+            if self._sums is not None:
+                self._note(number, kind, self._sums[number][kind], bits)
+
+    def _note(self, number: int, kind: str, left: Tensor, found: Tensor) -> None:
+        changed, seen = left != found, self._changed.get((number, kind))
+        self._changed[number, kind] = changed if seen is None else seen | changed
 
     def count(self) -> Tensor:
         """How many kinds of state have changed by themselves since `end`: 0-d, on the device."""
@@ -105,7 +119,7 @@ class AtRest:
 
     def end(self) -> None:
         """Something else than an update writes the state: what was seen of it is of no use any more."""
-        self._sums, self._changed = None, {}
+        self._sums, self._frozen, self._changed = None, None, {}
 
     def changed(self) -> list[str]:
         """Kinds of state that have changed by themselves since `end`; waits for the device."""
@@ -142,6 +156,7 @@ class Audit:
     def __call__(self) -> str:
         """What is wrong, in words, the same on every rank; empty if nothing is. Outside of updates."""
         self.at_rest.check()
+        self.at_rest.check_frozen()
         return self.compare()
 
     @torch.no_grad()

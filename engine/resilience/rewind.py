@@ -40,6 +40,8 @@ class Recovery:
         """The checkpoint that the run went on from, whole."""
         self.began_sound = False
         """A step since then was sound."""
+        self.unfit: list[Path] = []
+        """Checkpoints that could not be set aside; known to rank 0."""
         self.local: LocalSaver | None = None
         """Whose sets are forgotten where their state may be at fault."""
 
@@ -116,7 +118,8 @@ class Recovery:
             if self.began_sound
             else [*certified, *self._before_began(), *began, *doubtful]
         )
-        return everyone([folder for folder in past if (folder / MANIFEST).is_file()], self.mesh.world)[0]
+        there = [folder for folder in past if folder not in self.unfit and (folder / MANIFEST).is_file()]
+        return everyone(there, self.mesh.world)[0]
 
     def _before_began(self) -> list[Path]:
         """Older checkpoints of this phase than the one that it went on from, newest first."""
@@ -136,7 +139,12 @@ class Recovery:
         older = [f for f in all_checkpoints(newest.parent.parent) if step_of(f) in range(since, step_of(newest))]
         if not older or newest.with_name(f"{newest.name}.suspect").exists():
             return
-        self._warn(f"no step after {newest} was sound: it is kept as {set_aside(newest, 'suspect')}")
+        try:
+            kept = f"it is kept as {set_aside(newest, 'suspect')}"
+        except OSError as error:  # a disk that takes nothing any more; this run goes past it all the same
+            self.unfit.append(newest)
+            kept = f"it could not be renamed ({error.strerror}): do so before the next start, which would take it"
+        self._warn(f"no step after {newest} was sound: {kept}")
 
     def _doubtful(self) -> Path | None:
         """The newest checkpoint if no step after it was sound."""

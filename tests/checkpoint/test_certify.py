@@ -1,5 +1,7 @@
 """What is kept is good: a state that is not finite is no checkpoint, older ones stay until a step was sound."""
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,7 +43,7 @@ def break_state(trainer: Trainer, kind: str, value: float, tensor: str = "text.p
 
 def change_state(trainer: Trainer, kind: str, value: float, tensor: str = "text.projection.weight") -> None:
     """One element of the optimizer's state, as memory that forgets would leave it."""
-    for tower in trainer.optimizer.towers:
+    for tower in trainer.optimizer.held:
         for i, piece in tower.shards.owned():
             if tower.shards.tensors[piece.tensor].name == tensor:
                 tower.kinds()[kind][i][piece.start] = value
@@ -188,4 +190,45 @@ def test_a_scale_that_is_clamped_after_an_update_has_not_changed_by_itself(tmp_p
     change_state(trainer, "weight", 0.5, "logit_scale.log_scale")
     at_rest.check()
     assert at_rest.changed() == ["weight"]
+    trainer.lock.release()
+
+
+def test_a_frozen_weight_that_changed_is_found_before_a_save_and_after_it(tmp_path: Path, mesh: Mesh) -> None:
+    """Nothing writes it, so no update looks at it; at other steps it is not read."""
+    settings = ("train.freeze=[text.projection.weight]", "health.audit_every_steps=2", "checkpoint.every_steps=100")
+    trainer = build(light(tmp_path, *settings), mesh)
+    run_steps(trainer, 3)
+    change_state(trainer, "weight", 0.5)
+    with pytest.raises(UnhealthyStep, match=r"^step 3: state has changed .*: frozen weight of rank 0 on "):
+        run_steps(trainer, 1)
+    trainer.audit.at_rest.end()
+    run_steps(trainer, 2)  # to the step before a save would come, which looks
+    change_state(trainer, "weight", 0.25)
+    with pytest.raises(UnhealthyStep, match=r"^step 6: state has changed .*: frozen weight of rank 0 on "):
+        run_steps(trainer, 1)
+    trainer.lock.release()
+
+
+def test_a_suspect_that_cannot_be_renamed_is_said_and_not_gone_back_to(
+    tmp_path: Path, mesh: Mesh, capfd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("checkpoint.every_steps=2", "health.on_nonfinite=rewind", "health.audit_every_steps=100")
+    trainer = build(light(tmp_path, *settings), mesh)
+    drive(trainer, callback := callback_of(trainer), 3)
+    break_state(trainer, "weight", *FINITE_BUT_WRONG)
+    trainer.position.step += 1
+    callback.secure({"step": 3, "loss": 1.0})
+    callback.saver.wait()
+    rename = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if str(target).endswith(".suspect"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    run_steps(trainer, 1)
+    said = capfd.readouterr().err
+    assert "step_00000004 was sound: it could not be renamed (Read-only file system)" in said
+    assert "step_00000002, data goes on (1 rewinds" in said
     trainer.lock.release()

@@ -1,5 +1,6 @@
 """Whatever happens to a run or its files: a whole checkpoint stays, damage is named, nothing is used silently."""
 
+import errno
 import os
 import random
 import re
@@ -14,9 +15,18 @@ from types import SimpleNamespace
 import pytest
 
 from engine.checkpoint.format.errors import CheckpointError
-from engine.checkpoint.format.folders import all_checkpoints, checkpoints_folder, latest_first
+from engine.checkpoint.format.folders import (
+    Retention,
+    all_checkpoints,
+    checkpoints_folder,
+    clear_leftovers,
+    latest_first,
+    prune,
+    step_folder,
+)
 from engine.checkpoint.format.lock import LOCK_FILE, RunLock
 from engine.checkpoint.reader import Checkpoint
+from engine.checkpoint.resume import newest_good
 from engine.parallel.mesh import Mesh
 from tests.checkpoint.children import child, hear, hold_lock, save_for_ever, save_with_file_limit
 from tests.checkpoint.jobs import alone, build, callback_of, drive, job_config, run_steps, save
@@ -345,3 +355,35 @@ def test_what_follows_a_lost_checkpoint_is_older_not_of_an_attempt_that_was_give
     given_up = shutil.copytree(two, two.with_name("step_00000009"))
     (checkpoints_folder(run_dir) / "latest").write_text(two.name)
     assert latest_first(run_dir) == [two, one, given_up]
+
+
+@pytest.mark.parametrize("why", ["damaged", "suspect", "abandoned"])
+def test_a_run_whose_checkpoints_are_all_set_aside_does_not_begin_at_0(why: str, tmp_path: Path, mesh: Mesh) -> None:
+    (tmp_path / "checkpoints" / f"step_00000002.{why}").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=rf"nothing but checkpoints that were set aside \(.*2\.{why}\)"):
+        newest_good(tmp_path, job_config(tmp_path), mesh)
+
+
+def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
+    tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over NFS, where what somebody reads cannot go."""
+    for step in (1, 2, 3):
+        folder = step_folder(tmp_path, step)
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        prune(tmp_path, Retention(last=2))
+        assert clear_leftovers(tmp_path) == []
+    assert (
+        "step_00000001 is no longer kept and could not be deleted whole: Directory not empty" in capfd.readouterr().err
+    )
+    assert [folder.name for folder in all_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
+    clear_leftovers(tmp_path)
+    assert not list(checkpoints_folder(tmp_path).glob(".*"))

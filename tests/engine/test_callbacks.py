@@ -147,11 +147,15 @@ def test_killed_writer_leaves_whole_lines(tmp_path):
     assert steps_of(tmp_path) == list(range(7))
 
 
-def test_fresh_run_keeps_the_older_curve_beside_it(tmp_path):
+def test_fresh_run_keeps_older_curves_beside_it_and_says_so(tmp_path, capsys):
     write_steps(tmp_path, 0, 3)
+    assert capsys.readouterr().err == ""
+    write_steps(tmp_path, 0, 2)
+    assert "made 3 steps" in (said := capsys.readouterr().err) and "kept as metrics.previous.jsonl" in said
     write_steps(tmp_path, 0, 1)
     assert steps_of(tmp_path) == [0]
     assert len(read_metrics(tmp_path / "metrics.previous.jsonl")) == 3
+    assert len(read_metrics(tmp_path / "metrics.previous2.jsonl")) == 2
 
 
 def test_damaged_line_in_the_middle_is_named(tmp_path):

@@ -8,12 +8,14 @@ run_dir/checkpoints/
   .deleting_step_00000050/                            no longer kept
   step_00000300.damaged/                              set aside because its files did not match its manifest
   step_00000400.abandoned/                            of an attempt that was given up: the run went on from before it
+  step_00000500.suspect/                              no step after it was sound
 """
 
 import math
 import os
 import re
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from engine.checkpoint.format.errors import CheckpointError
 
 _LATEST = "latest"
 _STEP = re.compile(r"step_\d{8,}")
+_ASIDE = ("damaged", "suspect", "abandoned")
 _SAVING, _REPLACED, _DELETING = ".saving_", ".replaced_", ".deleting_"
 
 
@@ -99,8 +102,8 @@ def step_of(folder: Path) -> int:
 
 
 def set_aside_before(run_dir: Path) -> list[Path]:
-    """What has been set aside as damaged, by an earlier start or a person."""
-    aside = checkpoints_folder(run_dir).glob("step_*.damaged*")
+    """What has been set aside, by an earlier start or a person: damaged, suspect, or of an attempt given up."""
+    aside = [path for why in _ASIDE for path in checkpoints_folder(run_dir).glob(f"step_*.{why}*")]
     return sorted([*aside, *run_dir.glob("checkpoints.damaged*")])
 
 
@@ -128,7 +131,7 @@ def clear_leftovers(run_dir: Path) -> list[str]:
         else:  # killed between the two renames: the old one is still the good one
             os.rename(leftover, final)
     for leftover in sorted(folder.glob(f"{_DELETING}step_*")):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)  # on NFS a file that somebody reads cannot go yet
     for leftover in sorted(folder.glob(f"{_SAVING}step_*")):
         shutil.rmtree(leftover)
         removed.append(leftover.name.removeprefix(_SAVING))
@@ -157,7 +160,8 @@ def set_later_aside(newest: Path, run_dir: Path) -> list[Path]:
 def prune(run_dir: Path, retention: Retention, spare: Path | None = None) -> list[Path]:
     """Delete what retention does not keep; returns the deleted folders. A killed deletion leaves no half checkpoint.
 
-    spare: stays, too.
+    What cannot be deleted (somebody reads it over NFS, or has removed it meanwhile) is no reason to end a run: it is
+    said, and tried again with the next checkpoint or at the next start. spare: stays, too.
     """
     folders = all_checkpoints(run_dir)
     keep = set(folders[-retention.last :]) | set(latest_first(run_dir)[:1])
@@ -170,8 +174,12 @@ def prune(run_dir: Path, retention: Retention, spare: Path | None = None) -> lis
     gone = [folder for folder in folders if folder not in keep]
     for folder in gone:
         doomed = folder.with_name(_DELETING + folder.name)
-        os.rename(folder, doomed)
-        shutil.rmtree(doomed)
+        try:
+            os.rename(folder, doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            line = f"WARNING: {folder} is no longer kept and could not be deleted whole: {error.strerror}"
+            print(line, file=sys.stderr, flush=True)
     return gone
 
 
