@@ -1,0 +1,155 @@
+"""Two disturbances at once, and folders that are not where they seem: each ends as its policy says, and goes on."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.resilience.exit import STOPPED
+from tests.chaos import faults
+from tests.chaos.faults import Place
+from tests.chaos.matrix import CONFIG, STEPS, curve
+from tests.chaos.ranks import TINY, launch
+from tests.data.shard_factory import make_shards
+
+AT = 5
+REWINDS = ("health.on_nonfinite=rewind",)
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+
+def _at_step(step: int, do: Callable[[Any], None], rank: int) -> None:
+    """Have the only rank do something when it enters the reduction of a step; run in it before the job."""
+    from engine.resilience.watch import Pulse
+    from engine.trainer import Trainer
+
+    trainers: list[Any] = []
+    begin, fit = Pulse.at, Trainer.fit
+
+    def fitted(trainer: Trainer, *arguments: Any) -> str:
+        trainers.append(trainer)
+        return fit(trainer, *arguments)
+
+    def at(pulse: Pulse, part: str, unit: Any = None) -> None:
+        begin(pulse, part, unit)
+        if part == "reduce" and pulse.step + 1 == step and trainers:
+            do(trainers[0])
+
+    Pulse.at, Trainer.fit = at, fitted  # type: ignore[method-assign]
+
+
+def _nan_and_signal_in_the_rewind(number: int, trainer: Any) -> None:
+    from engine.resilience import rewind
+
+    load = rewind.load_state
+
+    def loading(*arguments: Any) -> Any:
+        os.kill(os.getpid(), number)
+        time.sleep(0)
+        return load(*arguments)
+
+    rewind.load_state = loading  # type: ignore[assignment]
+    faults.nan_gradient(_nowhere(), trainer)
+
+
+def _stop_in_the_save_of_the_next_step(trainer: Any) -> None:
+    from engine.checkpoint import save
+
+    write = save.write_rank
+
+    def writing(folder: Path, *arguments: Any) -> Any:
+        (folder.parents[1] / "STOP").touch()
+        time.sleep(1.0)  # the next roll call hears of it while the save is under way
+        return write(folder, *arguments)
+
+    save.write_rank = writing  # type: ignore[assignment]
+
+
+def _clock_goes_back(trainer: Any) -> None:
+    true = time.time
+    time.time = lambda: true() - 3600  # type: ignore[assignment]
+
+
+def _nan_then_killed_in_the_next_save(trainer: Any) -> None:
+    from engine.checkpoint import save
+
+    def writing(folder: Path, *arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    save.write_rank = writing  # type: ignore[assignment]
+    faults.nan_gradient(_nowhere(), trainer)
+
+
+def _nowhere() -> Place:
+    return Place(0, AT, "reduce", Path(), Path(), Path())
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return make_shards(tmp_path_factory.mktemp("shards"), [20, 28])
+
+
+def _settings(shards: list[str], run_dir: Path, *more: str) -> list[str]:
+    own = [f"data.shards=[{','.join(shards)}]", f"run_dir={run_dir}", f"train.steps={STEPS}", "data.workers=0"]
+    return [*TINY, *own, "checkpoint.every_steps=2", *more]
+
+
+CASES: dict[str, tuple[Callable[[Any], None], tuple[str, ...], int, str]] = {
+    "SIGTERM during a rewind": (
+        partial(_nan_and_signal_in_the_rewind, signal.SIGTERM), REWINDS, STOPPED, "stopped by SIGTERM after step ",
+    ),
+    "kill -9 during a rewind": (
+        partial(_nan_and_signal_in_the_rewind, signal.SIGKILL), REWINDS, -signal.SIGKILL, "",
+    ),
+    "kill -9 in the save after a rewind": (_nan_then_killed_in_the_next_save, REWINDS, -signal.SIGKILL, ""),
+    "STOP while a save is under way": (_stop_in_the_save_of_the_next_step, (), STOPPED, "/STOP after step "),
+    "the clock goes back an hour": (_clock_goes_back, (), 0, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_at_once(name: str, shards: list[str], tmp_path: Path) -> None:
+    do, more, status, says = CASES[name]
+    run_dir = tmp_path / "run"
+    start = launch(CONFIG, _settings(shards, run_dir, *more), 1, tmp_path / "log", prepare=partial(_at_step, AT, do))
+    assert start.end() == [status], start.text
+    said = start.own_errors()
+    assert len(said) == bool(says) and says in "".join(said), start.text
+    if status:
+        again = launch(CONFIG, _settings(shards, run_dir, *more), 1, tmp_path / "again")
+        assert again.end() == [0] and "resumed from" in again.text, again.text
+    assert [row[0] for row in curve(run_dir)] == list(range(STEPS))
+    assert not list((run_dir / "checkpoints").glob(".*"))
+
+
+def test_a_run_behind_links_is_the_same_run(shards: list[str], tmp_path: Path) -> None:
+    """Its folder and that of its checkpoints are links; the checkpoints then move to another disk, and their link."""
+    real, disk, moved = tmp_path / "real", tmp_path / "disk", tmp_path / "moved"
+    for folder in (real, disk):
+        folder.mkdir()
+    (tmp_path / "run").symlink_to(real)
+    (real / "checkpoints").symlink_to(disk)
+    settings = _settings(shards, tmp_path / "run")
+    first = launch(CONFIG, settings, 1, tmp_path / "log", prepare=partial(_at_step, AT, faults_kill))
+    assert first.end() == [-signal.SIGKILL], first.text
+    (real / "checkpoints").unlink()
+    disk.rename(moved)
+    (real / "checkpoints").symlink_to(moved)
+    rewinds = launch(CONFIG, [*settings, *REWINDS], 1, tmp_path / "again", prepare=partial(_at_step, AT, faults_nan))
+    assert rewinds.end() == [0] and "resumed from" in rewinds.text and "(1 rewinds so far)" in rewinds.text
+    assert [row[0] for row in curve(real)] == list(range(STEPS))
+
+
+def faults_kill(trainer: Any) -> None:
+    """The rank is gone."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def faults_nan(trainer: Any) -> None:
+    """One gradient is not a number."""
+    faults.nan_gradient(_nowhere(), trainer)
