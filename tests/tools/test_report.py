@@ -71,7 +71,10 @@ def png_base64(color: tuple[int, int, int]) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def write_run(run_dir: Path, *, steps: int = 30, batch: int = 256, learning_rate: float = 0.01) -> Path:
+def write_run(
+    run_dir: Path, *, steps: int = 30, batch: int = 256, learning_rate: float = 0.01, few: bool = False
+) -> Path:
+    """A run; few: with records of loss and speed alone, as drawing is what these tests take time for."""
     run_dir.mkdir()
     config = {"run_dir": str(run_dir), "optim": {"lr": learning_rate}, "train": {"steps": steps}}
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
@@ -83,14 +86,12 @@ def write_run(run_dir: Path, *, steps: int = 30, batch: int = 256, learning_rate
         )
     )  # fmt: skip
     for step in range(steps):
-        metrics.on_step(
-            {
-                "step": step, "loss": 5 - step / steps,
-                "lr_vision": learning_rate, "lr_text": learning_rate / 10,
-                "grad_norm": 1.5, "samples_seen": batch * (step + 1), "step_time_s": 0.5, "data_time_s": 0.05,
-                "i2t_top1": step / steps, "t2i_top1": step / steps,
-            }
-        )  # fmt: skip
+        more = {
+            "lr_vision": learning_rate, "lr_text": learning_rate / 10, "grad_norm": 1.5, "data_time_s": 0.05,
+            "i2t_top1": step / steps, "t2i_top1": step / steps,
+        }  # fmt: skip
+        record = {"step": step, "loss": 5 - step / steps, "samples_seen": batch * (step + 1), "step_time_s": 0.5}
+        metrics.on_step(record | ({} if few else more))
     metrics.on_end({})
     return run_dir
 
@@ -208,7 +209,7 @@ def test_long_curves_are_thinned_and_keep_their_extremes(tmp_path):
 
 
 def test_a_running_job_with_one_step_can_be_reported(tmp_path):
-    run_dir = write_run(tmp_path / "run", steps=1)
+    run_dir = write_run(tmp_path / "run", steps=1, few=True)
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1, "lo')
     assert main([str(run_dir)]) == 0
@@ -284,7 +285,7 @@ def test_evaluations_between_steps_have_charts_and_a_best_one(tmp_path):
 
 
 def test_what_belongs_together_shares_a_chart_and_nothing_is_drawn_twice(tmp_path):
-    run_dir = write_run(tmp_path / "run")
+    run_dir = write_run(tmp_path / "run", few=True)
 
     def evaluated(record: dict) -> dict:
         share = record["step"] / 40
@@ -307,7 +308,7 @@ def test_what_belongs_together_shares_a_chart_and_nothing_is_drawn_twice(tmp_pat
 
 
 def test_speed_and_memory_have_charts_where_they_were_measured(tmp_path):
-    run_dir = write_run(tmp_path / "run")
+    run_dir = write_run(tmp_path / "run", few=True)
     rewrite_records(run_dir, lambda record: record | {"mfu": 0.4, "memory_gb": 60 + record["step"] / 10})
     assert {"Model FLOPs utilisation", "Peak memory of a rank"} <= {
         panel.title for panel in panels(load_runs([run_dir]))
@@ -317,7 +318,7 @@ def test_speed_and_memory_have_charts_where_they_were_measured(tmp_path):
 
 
 def test_phases_that_came_later_are_shown(tmp_path):
-    run_dir = write_run(tmp_path / "run")
+    run_dir = write_run(tmp_path / "run", few=True)
     rewrite_records(run_dir, lambda record: record | ({"phase": "late"} if record["step"] >= 20 else {}))
     assert main([str(run_dir)]) == 0
     page = read_page(run_dir / "report.html")
@@ -325,7 +326,7 @@ def test_phases_that_came_later_are_shown(tmp_path):
 
 
 def test_phases_are_listed_and_marked(tmp_path):
-    run_dir = write_run(tmp_path / "run")
+    run_dir = write_run(tmp_path / "run", few=True)
     rewrite_records(run_dir, lambda record: record | {"phase": "low <b>" if record["step"] < 20 else "high"})
     assert main([str(run_dir)]) == 0
     page = read_page(run_dir / "report.html")
@@ -335,7 +336,7 @@ def test_phases_are_listed_and_marked(tmp_path):
 
 
 def test_a_recorded_step_is_drawn(tmp_path):
-    run_dir = write_run(tmp_path / "run")
+    run_dir = write_run(tmp_path / "run", few=True)
     (run_dir / "timeline").mkdir()
     span = {"rank": 0, "tensor": 0, "pipeline": 0, "data": 0, "step": 7, "phase": "encode", "start_s": 0, "stop_s": 1}
     (run_dir / "timeline" / "rank_00000.jsonl").write_text(json.dumps(span) + "\n")
@@ -387,7 +388,7 @@ def test_more_runs_than_colours_are_refused(tmp_path, capsys):
 
 
 def test_command_line(tmp_path):
-    run_dir = write_run(tmp_path / "run")
+    run_dir = write_run(tmp_path / "run", few=True)
     command = [sys.executable, "-m", "tools.report", str(run_dir), "--out", str(tmp_path / "page.html")]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
