@@ -37,7 +37,7 @@ class History(Callback):
         events = read_history(run.run_dir)
         last: dict[str, Any] = next((event for event in reversed(events) if event["event"] == START), {})
         same = last.get("process") == process
-        reached, lost_s, alive = _given_up(run.run_dir / METRICS_FILE, run.start_step)
+        reached, lost_s, alive = _given_up(run.run_dir / METRICS_FILE, run.start_step, of_this_run=bool(events))
         facts = {"step": run.start_step, "ranks": run.world_size, "layout": run.layout, "phase": run.phase}
         lost = {"reached": reached, "lost_s": lost_s, "alive": alive} if not same else {}
         self._append({"event": PHASE if same else START, **facts, **lost, "process": process})
@@ -69,13 +69,16 @@ class History(Callback):
             self._refused = True
 
 
-def _given_up(metrics: Path, start_step: int) -> tuple[int, float, float]:
-    """(steps that the start before had done, seconds of those that are done again, time of its last line)."""
+def _given_up(metrics: Path, start_step: int, *, of_this_run: bool) -> tuple[int, float, float]:
+    """(steps that the start before had done, seconds of those that are done again, time of its last line).
+
+    of_this_run: otherwise a curve that a fresh start finds is not counted.
+    """
     try:
         records, alive = read_metrics(metrics), metrics.stat().st_mtime
     except (OSError, ValueError):
         return start_step, 0.0, 0.0
-    again = [record for record in records if record["step"] >= start_step] if start_step else []
+    again = [record for record in records if record["step"] >= start_step] if start_step or of_this_run else []
     reached = again[-1]["step"] + 1 if again else start_step
     return reached, sum(record.get("step_time_s") or 0.0 for record in again), alive
 

@@ -50,6 +50,14 @@ def other_process(monkeypatch: pytest.MonkeyPatch):
     return begin
 
 
+def test_steps_before_the_first_checkpoint_are_lost_too(tmp_path: Path, other_process) -> None:
+    for steps in (3, 5):
+        other_process()
+        one_start(tmp_path, 0, steps, killed=steps == 3)
+    cost = toll(tmp_path, read_metrics(tmp_path / "metrics.jsonl"))
+    assert cost is not None and (cost.starts, cost.steps_again, cost.lost_s) == (2, 3, pytest.approx(1.5))
+
+
 def test_work_that_is_done_again_is_counted_with_its_seconds(tmp_path: Path, other_process) -> None:
     other_process()
     one_start(tmp_path, 0, 7, killed=True)
