@@ -314,11 +314,13 @@ def test_what_an_operator_gives_is_remembered_as_it_was() -> None:
     aten = torch.ops.aten
     with FakeTensorMode() as fake:
         shapes, x, y, ids = Shapes(fake), torch.empty(4, 6), torch.empty(6, 3), torch.empty(4, dtype=torch.int64)
+        later, across = torch.empty(5, 6)[1:], torch.empty(6, 4).t()  # of the shape of x
         cases = [
             (aten.mm.default, (x, y), {}),
             (aten.t.default, (x,), {}),
             (aten.slice.Tensor, (x, 1, 2, 5), {}),
-            (aten.slice.Tensor, (x[1:], 1, 2, 5), {}),
+            (aten.slice.Tensor, (later, 1, 2, 5), {}),
+            (aten.slice.Tensor, (across, 1, 2, 5), {}),
             (aten.split.Tensor, (x, 2, 1), {}),
             (aten._unsafe_view.default, (x, [8, 3]), {}),
             (aten.native_layer_norm.default, (x, [6], None, None, 1e-6), {}),
@@ -330,17 +332,20 @@ def test_what_an_operator_gives_is_remembered_as_it_was() -> None:
             (aten.empty.memory_format, ([2, 3],), {"device": torch.device("cpu")}),
         ]
         for func, args, kwargs in cases:
-            wanted = _looks(func(*args, **kwargs), [x, y])
+            wanted = _looks(func(*args, **kwargs), [x, y, later])
             for _ in range(2):
                 with _Asked() as asked:
-                    assert _looks(shapes(func, args, kwargs), [x, y]) == wanted, func
+                    assert _looks(shapes(func, args, kwargs), [x, y, later]) == wanted, func
             assert asked.count == 0, func
 
 
 def test_what_returns_its_argument_or_has_a_value_is_asked_each_time() -> None:
     with FakeTensorMode() as fake:
-        shapes, x, three = Shapes(fake), torch.empty(4), torch.tensor(3)
+        shapes, x, three, unknown = Shapes(fake), torch.empty(4), torch.tensor(3), torch.empty((), dtype=torch.int64)
         for _ in range(2):
+            assert shapes(torch.ops.aten.mul.Tensor, (unknown, 2), {}).constant is None
+            doubled = shapes(torch.ops.aten.mul.Tensor, (three, 2), {})
+            assert shapes(torch.ops.aten._local_scalar_dense.default, (doubled,), {}) == 6
             assert shapes(torch.ops.aten.transpose_.default, (x.view(2, 2), 0, 1), {}).shape == (2, 2)
             assert shapes(torch.ops.aten.relu_.default, (x,), {}) is x
             assert shapes(torch.ops.aten._local_scalar_dense.default, (three,), {}) == 3
