@@ -8,17 +8,11 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from engine.config.read import OptimConfig
-from engine.optim.state import OwnedState
+from engine.optim.state import OwnedState, Rule
 
 
-class AdamW:
+class AdamW(Rule):
     """p -= rate x (m / c1 / (sqrt(v / c2) + eps) + decay x p); elementwise, so every layout does the same."""
-
-    sums_on_a_cpu = False
-
-    def sums_on_its_way(self, state: OwnedState) -> tuple[str, ...]:
-        """Nothing: the kernel passes once over everything."""
-        return ()
 
     def update(
         self, state: OwnedState, optim: OptimConfig, *, gradient_scale: float, rates: Mapping[str, float], t: int

@@ -19,10 +19,10 @@ from torch import Tensor
 from engine.checkpoint.format.manifest import WEIGHT
 from engine.config.read import OptimConfig
 from engine.optim.passes import in_cache
-from engine.optim.state import OwnedState
+from engine.optim.state import OwnedState, Rule
 
 
-class Lamb:
+class Lamb(Rule):
     """The rules above, by `optim.mode`."""
 
     sums_on_a_cpu = True

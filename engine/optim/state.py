@@ -1,9 +1,9 @@
 """What the optimizer keeps of the elements that a rank owns, by kind, as checkpoints read and write it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -84,16 +84,17 @@ class Sums:
     """Sums of what it has left."""
 
 
-class Rule(Protocol):
+class Rule(ABC):
     """How weights move: an optimizer's mathematics over the owned elements of one tower."""
 
-    sums_on_a_cpu: bool
+    sums_on_a_cpu = False
     """Whether `sums_on_its_way` may name anything; the same on every rank."""
 
     def sums_on_its_way(self, state: OwnedState) -> tuple[str, ...]:
         """Kinds of state of which `update` leaves in state.sums.read what it has found. Local, the same each step."""
-        ...
+        return ()
 
+    @abstractmethod
     def update(
         self, state: OwnedState, optim: OptimConfig, *, gradient_scale: float, rates: Mapping[str, float], t: int
     ) -> Iterator[None]:
@@ -103,4 +104,3 @@ class Rule(Protocol):
         t: of the job; a tensor that was frozen at first is at its own t - began. gradient_scale: of clipping. rates:
         base rate by tower. Collective over the holders of the tower's tensors.
         """
-        ...
