@@ -27,6 +27,16 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+def test_findings_have_their_form_and_are_all_in_the_index() -> None:
+    index = (ROOT / "findings" / "README.md").read_text()
+    scripts = {path for path in (ROOT / "findings").glob("*.sh") if path.name != "packages.sh"}
+    assert {path.name for path in scripts} == set(re.findall(r"\]\(([\w.-]+\.sh)\)", index))
+    for path in scripts:
+        head, _, body = path.read_text().partition("# shellcheck source=findings/packages.sh\n")
+        assert "Guess: " in head and "Behaviour: " in head and re.search(r"\d+\.\d+", head.splitlines()[1]), path
+        assert re.search(r"\bexpect ", body), path
+
+
 def test_the_pictures_of_parallelism_are_what_the_script_draws() -> None:
     for name, picture in parallelism_pictures.PICTURES.items():
         assert (ROOT / f"docs/images/parallel_{name}.svg").read_text() == picture().svg(), name

@@ -1,6 +1,9 @@
 """DALI gives the samples of Pillow: same windows, pixels within the stated tolerance, same policy, no lost batch."""
 
 import builtins
+import sys
+import types
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,21 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(builtins, "__import__", without_dali)
     with pytest.raises(DataError, match=r"pip install 'eva-megatron\[dali\]'"):
         make_decoder("dali", max_pixels=10**6)
+
+
+@pytest.mark.parametrize(
+    ("version", "refused", "told"), [("2.2.9", True, False), ("2.4.1", False, False), ("2.10.0", False, True)]
+)
+def test_a_version_outside_the_range_is_one_line(
+    version: str, refused: bool, told: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = types.SimpleNamespace(__version__=version)
+    monkeypatch.setitem(sys.modules, "nvidia", types.SimpleNamespace(dali=other))
+    monkeypatch.setitem(sys.modules, "nvidia.dali", other)
+    line = f"NVIDIA DALI {version} is here, but data.decoder=dali is for 2.3 to 2.4"
+    with pytest.raises(DataError, match=line) if refused else nullcontext():
+        make_decoder("dali", max_pixels=10**6)
+    assert [record.getMessage().startswith(line) for record in caplog.records] == [True] * told
 
 
 pytest.importorskip("nvidia.dali", reason="the extra `dali` is not installed")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.config import DataConfig
-from data.errors import Rejected
+from data.errors import DataError, Rejected
 from data.pixels import video
 from data.pixels.transforms import Window
 from data.pixels.video import ClipDecoder, frame_numbers, is_clip
@@ -146,3 +146,9 @@ def test_a_damaged_clip_or_frame_is_replaced(tmp_path: Path) -> None:
     batch = _reader(tmp_path, samples, frames=2).read(np.arange(3))
     assert set(batch.keys) <= {"clip", "good1"} and batch.keys[1:] == ["good1", "good1"]
     assert ("frames", "truncated_image") in [(bad.key, bad.reason) for bad in batch.bad]
+
+
+def test_an_older_pyav_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(av, "__version__", "11.0.0")
+    with pytest.raises(DataError, match=r"clips need PyAV 12 or later, not 11\.0\.0: pip install 'av>=12'"):
+        video._import_av()

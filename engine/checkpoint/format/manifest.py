@@ -11,7 +11,6 @@ import hashlib
 import json
 import platform
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.flat_slice import FlatSlice
 from engine.checkpoint.format.tables import Bucket, ShardTable, TableRow, parse_table, table_entry
 from engine.checkpoint.format.tensor_file import DTYPE_NAMES, DTYPES, FileRecord, bytes_of
+from models.versions import installed_version, megatron_core_version
 
 FORMAT, FORMAT_OF_ROWS = 3, 2
 """Formats with tables of shards, and with a row for every part where there are none."""
@@ -136,13 +136,12 @@ class Manifest:
 
 def library_versions() -> dict[str, str]:
     """Versions of what computed and wrote a checkpoint."""
-    # torch's own word: the metadata of its CUDA builds leave out for which CUDA they are.
+    # torch by its own word: the metadata of a CUDA build leave out for which CUDA. megatron-core by the files that
+    # are imported, often a checkout in front of another one that is installed.
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("eva-megatron", "megatron-core", "numpy"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed as a package"
+        version = megatron_core_version() if package == "megatron-core" else installed_version(package)
+        found[package] = version or "not installed as a package"
     return found
 
 
