@@ -41,6 +41,8 @@ RANK_ENVIRONMENT = {
 # Time for ranks to start before a silent death is assumed, and for the others to report after a failure.
 START_GRACE_S = 60.0
 LAST_WORDS_S = 1.0
+# Limit of a launch of many cases (a minute or two on idle cores), on a machine that has other work, too.
+MANY_CASES_S = 1200.0
 SHOWN_STDERR_CHARACTERS = 6000
 
 

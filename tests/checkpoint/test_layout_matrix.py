@@ -11,7 +11,7 @@ import pytest
 from engine.checkpoint.reader import Checkpoint
 from engine.parallel.mesh import Mesh
 from tests.checkpoint.jobs import alone, build, differing, job_config, run_steps, save, world_mesh
-from tests.distributed import run_distributed
+from tests.distributed import MANY_CASES_S, run_distributed
 
 TOLERANCE = 1e-5
 BEFORE, AFTER = 2, 2
@@ -73,7 +73,7 @@ def _check_matrix(folder: Path, pairs: list[tuple[str, str]]) -> None:
         reference = _curve_and_checkpoint(folder, "one", [], mesh)
     sources = [s for s in dict.fromkeys(s for s, _ in pairs) if s != "one"]
     on_four = [pair for pair in pairs if pair[1] != "one"]
-    four = run_distributed(_four_ranks, 4, folder=folder, sources=sources, pairs=on_four, timeout_s=600)[0]
+    four = run_distributed(_four_ranks, 4, folder=folder, sources=sources, pairs=on_four, timeout_s=MANY_CASES_S)[0]
     with alone() as mesh:
         one = {f"{s} -> one": _load(folder, s, "one", [], mesh) for s, t in pairs if t == "one"}
     loaded = four["loaded"] | {case: losses for case, (losses, _) in one.items()}

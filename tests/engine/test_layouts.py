@@ -26,7 +26,7 @@ from engine.parallel.mesh import Mesh, build_mesh
 from engine.record import Callback, Record
 from engine.trainer import Trainer
 from tests.data.shard_factory import make_shards
-from tests.distributed import run_distributed
+from tests.distributed import MANY_CASES_S, run_distributed
 from tests.gather import whole_weights
 from tests.golden import deviation, local_batch
 
@@ -206,7 +206,7 @@ class Outcomes:
         cases = LAUNCHES[launch]
         if cases[0].ranks == 1:
             return {case: [self.alone(case, steps_of(launch))] for case in cases}
-        results = run_distributed(run_all, cases[0].ranks, launch=launch, timeout_s=300)
+        results = run_distributed(run_all, cases[0].ranks, launch=launch, timeout_s=MANY_CASES_S)
         return dict(zip(cases, zip(*results, strict=True), strict=True))
 
     def of(self, launch: str, case: Case) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from engine.parallel.mesh import Mesh, build_mesh
 from engine.pipeline.clock import Phases
 from engine.trainer import Trainer
 from tests.checkpoint.jobs import build, save
-from tests.distributed import run_distributed
+from tests.distributed import MANY_CASES_S, run_distributed
 from tests.engine.mim_jobs import Layout, depth_of, mim_config, pictures_of_step, without_captions
 from tests.gather import whole_gradients, whole_weights
 from tests.golden import TOLERANCE, deviation, deviations, load_json, load_tensors, load_weights, noise
@@ -224,7 +224,7 @@ class Outcomes:
     def _start(self, ranks: int, slow: bool) -> list[dict[str, list[Any]]]:
         if ranks == 1:
             return [run_all(1, slow, str(self._folder))]
-        return run_distributed(run_all, ranks, ranks=ranks, slow=slow, folder=str(self._folder), timeout_s=300)
+        return run_distributed(run_all, ranks, ranks=ranks, slow=slow, folder=str(self._folder), timeout_s=MANY_CASES_S)
 
     @cached_property
     def fresh(self) -> list[float]:

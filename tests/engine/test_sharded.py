@@ -24,7 +24,7 @@ from engine.parallel.sharded import ShardedPart
 from engine.parallel.traffic import TrafficReader
 from engine.pipeline.clock import Phases
 from engine.trainer import Trainer
-from tests.distributed import run_distributed
+from tests.distributed import MANY_CASES_S, run_distributed
 from tests.engine.test_layouts import random_pairs
 from tests.engine.test_waits import counted
 from tests.gather import whole_weights
@@ -266,12 +266,12 @@ def rounding(mesh: Mesh) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
-    return run_distributed(run_all, RANKS, timeout_s=300)
+    return run_distributed(run_all, RANKS, timeout_s=MANY_CASES_S)
 
 
 @pytest.fixture(scope="module")
 def slow_ranks() -> list[dict[str, Any]]:
-    return run_distributed(run_all, RANKS, timeout_s=300, slow=True)
+    return run_distributed(run_all, RANKS, timeout_s=MANY_CASES_S, slow=True)
 
 
 # --- what is true of them ---------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from engine.parallel.launch import job
 from engine.parallel.mesh import Mesh, build_mesh
 from engine.pipeline.clock import Phases, write_spans
 from engine.trainer import Trainer
-from tests.distributed import run_distributed
+from tests.distributed import MANY_CASES_S, run_distributed
 from tests.golden import FOLDER, local_batch
 from tools.timeline.__main__ import main as draw_timeline
 
@@ -95,8 +95,6 @@ MODELS: dict[str, tuple[str, ...]] = {
     ),
 }
 """What changes the mathematics: case and reference share it."""
-LIMIT_S = 300.0
-"""Of one launch, which takes 90 s on two cores."""
 BUDGET_GB = 0.0006
 """A few micro-batches of one stage of tiny-18b."""
 OUTPUTS_BUDGET_GB = 0.0001
@@ -314,13 +312,13 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(run_dir: Path) -> list[dict[str, Any]]:
     """What each of the four ranks returned, by case."""
-    return run_distributed(_all_cases, RANKS, timeout_s=LIMIT_S, folder=str(run_dir))
+    return run_distributed(_all_cases, RANKS, timeout_s=MANY_CASES_S, folder=str(run_dir))
 
 
 @pytest.fixture(scope="module")
 def slow_ranks() -> list[dict[str, Any]]:
     """The same of the slow cases and of the plain one."""
-    return run_distributed(_all_cases, RANKS, timeout_s=LIMIT_S, slow=True)
+    return run_distributed(_all_cases, RANKS, timeout_s=MANY_CASES_S, slow=True)
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from tests.checkpoint.jobs import (
     world_mesh,
 )
 from tests.data.shard_factory import encode, make_shards, picture
-from tests.distributed import run_distributed
+from tests.distributed import MANY_CASES_S, run_distributed
 from tests.golden import ARCHITECTURES, FOLDER, load_io, pixels
 from tools.convert import __main__ as convert
 from tools.embed import __main__ as embed
@@ -97,7 +97,7 @@ def test_reference_features_at_every_layout(converted: Path, tmp_path: Path) -> 
     np.savez(
         converted / "uneven.npz", images=torch.randn(13, 3, SIDE, SIDE, generator=draw).numpy(), tokens=tokens.numpy()
     )
-    run_distributed(_at_every_layout, 4, folder=converted, uneven=uneven, timeout_s=600)
+    run_distributed(_at_every_layout, 4, folder=converted, uneven=uneven, timeout_s=MANY_CASES_S)
     found = {
         f"{fixture} {name}": worst_error(fixture, file)
         for fixture in ARCHITECTURES
