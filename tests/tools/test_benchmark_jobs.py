@@ -122,4 +122,4 @@ def test_a_clip_is_as_many_images_as_it_has_frames(folder: Path) -> None:
 def test_a_teacher_that_is_not_there_is_one_clear_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, _ = write_job(folder, "mim")
     assert main([str(path), "mim.teacher=none.pt", "--gemm-side=64", f"--out={folder / 'none'}"]) == 1
-    assert capsys.readouterr().err == "error: none.pt does not exist\n"
+    assert capsys.readouterr().err == "error: none.pt cannot be read: No such file or directory\n"
