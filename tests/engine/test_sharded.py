@@ -338,7 +338,8 @@ def test_parts_that_come_and_go_are_not_waited_for_by_the_host(name: str, ranks:
     for results in ranks:
         for found in (results[name][kind] for kind in ("measured", "unsharded") if kind in results[name]):
             ratios = len(found["elements"])  # on a CPU LAMB asks for those of every part; on a GPU they stay there
-            assert found["asked"]["read"] - ratios == 2, "the loss, and the norm"
+            at_rest = 1  # on a CPU; on a GPU it is told with the norm
+            assert found["asked"]["read"] - ratios - at_rest == 2, "the loss, and the norm"
             assert found["asked"]["arrives"] <= 2
 
 
