@@ -164,7 +164,7 @@ class Feed:
                 workers=config.data.workers,
                 prefetch=self._units_ahead(config),
                 stall_timeout_s=config.data.stall_timeout_s,
-                take=partial(_units_of_a_step, count=len(self.units), pinned=device.type == "cuda"),
+                take=partial(_units_of_a_step, count=len(self.units), device=device),
             )
 
     def _check_width(self, config: Config) -> None:
@@ -339,9 +339,13 @@ def _positions_of_units(first: np.ndarray, units: Sequence[slice], stride: int, 
 
 
 def _units_of_a_step(
-    units: Iterator[SampleBatch | EncodedBatch], *, count: int, pinned: bool
+    units: Iterator[SampleBatch | EncodedBatch], *, count: int, device: torch.device
 ) -> list[SampleBatch] | list[EncodedBatch]:
-    """The next `count` units as one, out of the readers' memory; as they are where the GPU decodes."""
+    """The next `count` units as one, out of the readers' memory, pinned for a GPU; as they are where it decodes."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # a thread begins with the first GPU, and pinning would make a context there
     read = [next(units) for _ in range(count)]
     encoded = [unit for unit in read if isinstance(unit, EncodedBatch)]
-    return encoded or [join([unit for unit in read if isinstance(unit, SampleBatch)], pinned=pinned)]
+    if encoded:
+        return encoded
+    return [join([unit for unit in read if isinstance(unit, SampleBatch)], pinned=device.type == "cuda")]
