@@ -111,7 +111,7 @@ def count_block(model: ModelConfig, mesh: Mesh) -> BlockCounts:
     model = replace(model, attention="sdpa")
     vision = model.vision
     tokens = vision.kept_tokens(DROPOUT)
-    with FakeTensorMode(allow_non_fake_inputs=True), Absent():
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, Absent(fake):
         tower = VisionTower(model, groups=mesh.vision_groups(), layers=range(1, 2), dtype=torch.bfloat16)
         how = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
         DistributedDataParallel(tower.config, how, tower, pg_collection=mesh.vision_groups())

@@ -32,7 +32,8 @@ class Lamb(Rule):
 
     def sums_on_its_way(self, state: OwnedState) -> tuple[str, ...]:
         """The moments, where parts of them are near a core (not a GPU's), and all have the same age."""
-        return tuple(state.moments) if state.shards.counted.is_cpu and not any(state.began) else ()
+        on_its_way = self.sums_on_a_cpu and state.shards.counted.is_cpu and not any(state.began)
+        return tuple(state.moments) if on_its_way else ()
 
     def update(
         self, state: OwnedState, optim: OptimConfig, *, gradient_scale: float, rates: Mapping[str, float], t: int

@@ -88,7 +88,9 @@ class Rule(ABC):
     """How weights move: an optimizer's mathematics over the owned elements of one tower."""
 
     sums_on_a_cpu = False
-    """Whether `sums_on_its_way` may name anything; the same on every rank."""
+    """Whether `sums_on_its_way` may name anything; the same on every rank. Whoever counts on a CPU what a GPU does
+    sets it to False.
+    """
 
     def sums_on_its_way(self, state: OwnedState) -> tuple[str, ...]:
         """Kinds of state of which `update` leaves in state.sums.read what it has found. Local, the same each step."""

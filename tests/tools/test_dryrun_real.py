@@ -83,6 +83,7 @@ def real_steps(names: list[str]) -> list[dict[str, Any]]:
     for name in names:
         config = config_of(name)
         trainer = Trainer(first_phase(config), mesh(config.parallel.tensor, config.parallel.pipeline), prepare())
+        trainer.optimizer.rule.sums_on_a_cpu = False  # as on a GPU
         step, batch = trainer.training_step, real_batch(config, trainer.mesh)
         trainer.step(batch)
         recorder = record_step(step, batch, every=True)
