@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.checkpoint.format.manifest import WEIGHT
 from engine.config.read import OptimConfig
-from engine.optim.passes import in_cache
+from engine.optim.passes import in_cache, total
 from engine.optim.state import OwnedState, Rule
 
 
@@ -126,7 +126,7 @@ def _direction_of(
     for kind, tallies in written.items():
         state.written(kind, tallies)
     if sums is not None and wants:
-        sums.read |= {kind: torch.stack([tally.end() for tally in tallies]).sum() for kind, tallies in read.items()}
+        sums.read |= {kind: total(tallies) for kind, tallies in read.items()}
     _add_weight_decay(state, updates)
     return updates
 

@@ -4,7 +4,7 @@ A bit that memory forgets changes the sum of a vector's bits. To read a whole ve
 the parts that an update has just written it costs a third.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -68,3 +68,8 @@ class Tally:
     def _add(self, stop: int) -> None:
         self._sums.append(self._words[self._summed : stop].sum(dtype=torch.int64))
         self._summed = stop
+
+
+def total(tallies: Iterable[Tally]) -> Tensor:
+    """The sum of all their vectors, 0-d: passes over them have ended."""
+    return torch.stack([tally.end() for tally in tallies]).sum()

@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.checkpoint.format.manifest import AVERAGE, WEIGHT
 from engine.config.read import OptimConfig
 from engine.optim.groups import TensorGroup
-from engine.optim.passes import Tally, sum_of_bits, words_of
+from engine.optim.passes import Tally, sum_of_bits, total, words_of
 from engine.parallel.shards import TowerShards
 
 
@@ -51,7 +51,7 @@ class OwnedState:
     def written(self, kind: str, tallies: list[Tally]) -> None:
         """All shards of a kind are what the update makes of them."""
         if self.sums is not None and tallies:
-            self.sums.written[kind] = torch.stack([tally.end() for tally in tallies]).sum()
+            self.sums.written[kind] = total(tallies)
 
     @contextmanager
     def changes(self, shard: int, part: slice) -> Iterator[None]:

@@ -93,7 +93,7 @@ def dry_run(config: Config, world_size: int, rank: int, *, every_micro_batch: bo
         with FakeTensorMode(allow_non_fake_inputs=True) as fake, Absent(fake):
             towers = build_towers(config, mesh, device)
             optimizer = build_optimizer(config, towers)
-            optimizer.rule.sums_on_a_cpu = False
+            optimizer.rule.sums_on_a_cpu = False  # as on a GPU
             restart_average(optimizer)
             step = _build_step(config, mesh, device, towers, optimizer)
             batch = placeholder_batch(config, mesh)

@@ -158,7 +158,7 @@ def set_later_aside(newest: Path, run_dir: Path) -> list[Path]:
 
 
 def prune(run_dir: Path, retention: Retention, spare: Path | None = None) -> list[Path]:
-    """Delete what retention does not keep; returns the deleted folders. A killed deletion leaves no half checkpoint.
+    """Delete what retention does not keep; returns what is gone. A killed deletion leaves no half checkpoint.
 
     What cannot be deleted (somebody reads it over NFS, or has removed it meanwhile) is no reason to end a run: it is
     said, and tried again with the next checkpoint or at the next start. spare: stays, too.
@@ -171,11 +171,12 @@ def prune(run_dir: Path, retention: Retention, spare: Path | None = None) -> lis
         keep |= {f for f in folders if step_of(f) % retention.every_steps == 0}
     if retention.best:
         keep |= set(_best(folders, retention))
-    gone = [folder for folder in folders if folder not in keep]
-    for folder in gone:
+    gone = []
+    for folder in (folder for folder in folders if folder not in keep):
         doomed = folder.with_name(_DELETING + folder.name)
         try:
             os.rename(folder, doomed)
+            gone.append(folder)
             shutil.rmtree(doomed)
         except OSError as error:
             line = f"WARNING: {folder} is no longer kept and could not be deleted whole: {error.strerror}"
