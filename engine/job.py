@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import torch.distributed as dist
+
 from data.errors import DataError
 from data.sources import check_shards
 from engine.callbacks.checkpoint import CheckpointCallback
@@ -88,7 +90,9 @@ def _watch(config: Config, mesh: Mesh, wishes: Wishes | None) -> Iterator[Pulse]
     if wishes is None or not limit_s:
         yield pulse
         return
-    with Watch(pulse, Path(config.run_dir), mesh.world.rank, mesh.world.size, limit_s=limit_s):
+    world = mesh.world
+    store = dist.distributed_c10d._get_default_store().clone() if world.size > 1 else None  # type: ignore[attr-defined]
+    with Watch(pulse, Path(config.run_dir), world.rank, world.size, limit_s, store):
         yield pulse
 
 

@@ -66,10 +66,16 @@ class Pulse:
 
 
 class Watch:
-    """Watches this rank and, on two ranks, all others. Entered when training begins."""
+    """Watches this rank and, on two ranks, all others. Entered when training begins.
 
-    def __init__(self, pulse: Pulse, run_dir: Path, rank: int, size: int, *, limit_s: float):
+    store: where ranks tell each other where they are, on a connection that nothing else uses (the training thread may
+    be inside a call of its own for minutes); None for one rank.
+    """
+
+    def __init__(self, pulse: Pulse, run_dir: Path, rank: int, size: int, limit_s: float, store: dist.Store | None):
         self.pulse, self.run_dir, self.rank, self.size, self.limit_s = pulse, run_dir, rank, size, limit_s
+        self._store = dist.PrefixStore("watch", store) if store is not None else None
+        self._began_s = time.monotonic()
         self._parent, self._orphan_s = os.getppid(), 0.0
         self._seen: dict[int, tuple[int, float]] = {}
         self._slow_for: dict[int, tuple[int, int]] = {}
@@ -78,10 +84,9 @@ class Watch:
         self._ended = threading.Event()
 
     def __enter__(self) -> "Watch":
-        if self.size > 1:
-            # A connection of its own: the training thread may be inside a call of the other for minutes.
-            store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
-            self._store = dist.PrefixStore("watch", store)
+        self._began_s = time.monotonic()
+        with contextlib.suppress(RuntimeError):  # as below
+            self._tell(beat=0)  # before the first step: a rank that stops in its first second must be missed, too
         self._thread = threading.Thread(target=self._run, name=f"watch {LOOKS_AROUND}", daemon=True)
         self._thread.start()
         return self
@@ -97,9 +102,8 @@ class Watch:
             self._notice_lost_parent()
             try:
                 self._file()
-                if self.size > 1:
-                    self._tell(beat)
-                    self._hear()
+                self._tell(beat)
+                self._hear()
             except RuntimeError:  # the store went with its host: collectives will fail, too, or the parent goes
                 continue
 
@@ -133,20 +137,30 @@ class Watch:
             hidden.replace(folder / f"rank_{self.rank:05d}.json")
 
     def _tell(self, beat: int) -> None:
+        if self._store is None:
+            return
         self._store.set(f"{self.rank}", json.dumps({"beat": beat, **self._place()}))
         if self._store.check(["verdict"]):
             self._end()
 
     def _hear(self) -> None:
-        keys = [str(rank) for rank in range(self.size)]
-        if self.rank > 1 or not self._store.check(keys):
+        if self._store is None or self.rank > 1:
             return
-        places = {rank: json.loads(value) for rank, value in enumerate(self._store.multi_get(keys))}
-        self._judge_pace(places)
-        verdict = self._judge(places)
+        verdict = self._verdict(self._store)
         if verdict and self._store.add("told", 1) == 1:
             print(f"error: {verdict}; Python stacks in {self.run_dir / 'hang'}", file=sys.stderr, flush=True)
             self._store.set("verdict", verdict)
+
+    def _verdict(self, store: dist.Store) -> str:
+        keys = [str(rank) for rank in range(self.size)]
+        if store.check(keys):
+            places = {rank: json.loads(value) for rank, value in enumerate(store.multi_get(keys))}
+            self._judge_pace(places)
+            return self._judge(places)
+        if time.monotonic() - self._began_s < self.limit_s:
+            return ""
+        never = [f"rank {rank}" for rank, key in enumerate(keys) if not store.check([key])]
+        return f"no sign of life from {_listed(never)} since the start, {self.limit_s:.0f} s ago" if never else ""
 
     def _judge(self, places: dict[int, dict[str, Any]]) -> str:
         now = time.monotonic()
@@ -177,7 +191,7 @@ class Watch:
                 self.pulse.slow.pop(rank, None)
             elif count + 1 == _SLOW_STEPS:
                 self.pulse.slow[rank] = place["busy_s"] / usual
-                if self._store.add(f"slow/{rank}", 1) == 1:
+                if self._store is not None and self._store.add(f"slow/{rank}", 1) == 1:
                     print(
                         f"WARNING: rank {rank} on {place['host']} computes {place['busy_s']:.2f} s a step, most ranks "
                         f"{usual:.2f} s",
@@ -231,4 +245,8 @@ def _named(ranks: list[int], places: dict[int, dict[str, Any]]) -> str:
         unit = f", micro-batch {place['micro_batch']}" if place["micro_batch"] is not None else ""
         return f"rank {rank} on {place['host']} (pid {place['pid']}) in '{place['part']}'{unit} of step {place['step']}"
 
-    return "; ".join(name(rank) for rank in ranks[:8]) + (f"; and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return _listed([name(rank) for rank in ranks])
+
+
+def _listed(names: list[str]) -> str:
+    return "; ".join(names[:8]) + (f"; and {len(names) - 8} more" if len(names) > 8 else "")

@@ -1,11 +1,13 @@
 """Who is late when a job stands still, judged from what the ranks say of themselves."""
 
+import json
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from engine.resilience.watch import LOOKS_AROUND, Pulse, Watch, stacks_of_threads
 
@@ -17,8 +19,8 @@ def place(part: str, for_s: float, *, beat: int = 1, step: int = 7, busy_s: floa
     return values | {"host": "node", "pid": 1, **more}
 
 
-def watch() -> Watch:
-    return Watch(Pulse(), Path("run"), 0, 4, limit_s=LIMIT_S)
+def watch(store: dist.Store | None = None) -> Watch:
+    return Watch(Pulse(), Path("run"), 0, 4, LIMIT_S, store)
 
 
 def test_a_rank_that_gives_no_sign_of_life_is_named_whatever_the_others_do() -> None:
@@ -28,6 +30,19 @@ def test_a_rank_that_gives_no_sign_of_life_is_named_whatever_the_others_do() -> 
     judge._seen[2] = (1, time.monotonic() - 2 * LIMIT_S)
     places = {rank: place("wait", 0.1, beat=1 if rank == 2 else 9, host=f"node{rank}") for rank in range(4)}
     assert judge._judge(places) == "no sign of life from rank 2 on node2 (pid 1) in 'wait' of step 7 for 60 s"
+
+
+def test_a_rank_is_known_before_its_first_step_and_missed_from_there_on(tmp_path: Path) -> None:
+    """A job of short steps may stop before a second is over, and with it the beats of a thread."""
+    store = dist.HashStore()
+    judge, later = watch(store), []
+    with Watch(Pulse(), tmp_path, 3, 4, LIMIT_S, store):
+        later = json.loads(store.get("watch/3"))
+    assert (later["beat"], later["part"]) == (0, "start")
+    judge._began_s = time.monotonic()
+    assert judge._verdict(judge._store) == ""
+    judge._began_s -= 2 * LIMIT_S
+    assert judge._verdict(judge._store) == "no sign of life from rank 0; rank 1; rank 2 since the start, 60 s ago"
 
 
 def test_of_ranks_that_stand_still_those_that_wait_for_nobody_are_late() -> None:
