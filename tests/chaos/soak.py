@@ -1,13 +1,14 @@
 """Thousands of steps with a fault every fifty: no step lost or done twice, and nothing that grows.
 
-    python -m tests.chaos.soak --steps 2000 [--minutes 60]
+    python -m tests.chaos.soak --steps 2000 [--minutes 60] [--folder DIR]
 
 Two data-parallel ranks of a tiny model. Faults in turn, on one rank and on the other: a pause, a checkpoint that is
 asked for, a NaN gradient that is skipped, a flipped weight that is repaired or rewound, a flipped moment that is
 rewound, and at last the end of a rank, after which the job is started again. Each start reads memory, descriptors,
 threads and shared memory of its ranks and their readers every ten steps, the heap trimmed; growth is the slope of a
 line through them, the first ones of a start left out. What a rank has in use must be flat; its memory may have holes.
-Numbers come to benchmarks/results/soak.json with --write.
+Numbers come to benchmarks/results/soak.json with --write. A soak in a folder of yours that was ended goes on there when
+it is called again, faults and samples of all calls counted.
 """
 
 import argparse
@@ -167,9 +168,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--minutes", type=float, default=120.0)
     parser.add_argument("--undisturbed", action="store_true", help="no faults: only what grows")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--folder", type=Path, help="kept, and gone on in; otherwise one that is removed at the end")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
-        found = run(Path(name), given.steps, 60 * given.minutes, not given.undisturbed)
+        folder = (given.folder or Path(name)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        found = run(folder, given.steps, 60 * given.minutes, not given.undisturbed)
     for name, value in found.items():
         print(f"{name}: {value}" if not name.startswith("samples") else "")
     if given.write:
@@ -180,15 +184,16 @@ def main(arguments: list[str]) -> int:
 
 def run(folder: Path, steps: int, limit_s: float, disturb: bool) -> dict[str, Any]:
     """Train in `folder` until all steps are done or the time is over; what is reported."""
-    shards = make_shards(folder, [20, 28])
-    began, starts, strange = time.monotonic(), 0, list[str]()
+    shards = sorted(map(str, folder.glob("*.tar"))) or make_shards(folder, [20, 28])
+    began, starts, strange = time.monotonic(), folder / "starts", list[str]()
     own = [f"data.shards=[{','.join(shards)}]", f"train.steps={steps}", f"run_dir={folder / 'run'}", "data.workers=1"]
     own += ["checkpoint.every_steps=20", "health.on_nonfinite=skip", "health.on_divergence=repair"]
     own += ["health.audit_every_steps=1", "health.max_rewinds=1000"]
     prepare = partial(watch_and_disturb, str(folder), disturb)
     while not strange:
         start = launch("examples/quickstart/train.yaml", [*TINY, *own], 2, folder / "log", prepare=prepare)
-        starts += 1
+        with starts.open("a") as file:
+            file.write(f"{os.getpid()}\n")  # of the call
         statuses = start.end(max(1.0, limit_s - (time.monotonic() - began)))
         if not any(statuses):
             break
@@ -203,10 +208,11 @@ def run(folder: Path, steps: int, limit_s: float, disturb: bool) -> dict[str, An
         "machine": machine(),
         "steps": len(made),
         "every step once": made == list(range(len(made))),
-        "starts": starts,
+        "starts": len(starts.read_text().split()),
+        "calls": len(set(starts.read_text().split())),
         "faults": {name: faulted[name] for name in TURNS},
         **{name: records[-1][name] for name in ("skipped_steps", "rewinds", "bad_samples") if records},
-        "minutes": round((time.monotonic() - began) / 60, 1),
+        "minutes of the last call": round((time.monotonic() - began) / 60, 1),
         "growth a step: least, median, most of the starts and ranks": {
             name: [round(float(value), 4) for value in (min(slopes), np.median(slopes), max(slopes))]
             for name, slopes in slopes_of.items()
