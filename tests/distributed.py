@@ -6,8 +6,8 @@ from a server that has imported the engine, so a launch costs no import.
 
 * Ranks meet through a file, so two test runs never race for a port.
 * The first rank that fails ends the others; the error shows the stderr of every rank.
-* A hang ends at `timeout_s`: every rank writes its Python stack and exits; what is left is killed. A crash leaves its
-  stack, too.
+* A hang ends `timeout_s` after the ranks met: every rank writes its Python stack and exits; what is left is killed. A
+  crash leaves its stack, too.
 * Results travel as tensor files that are read with `weights_only`, so a rank may return tensors, numbers,
   strings, and lists, tuples and dicts of them.
 """
@@ -38,8 +38,8 @@ RANK_ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
 }
-# Time for ranks to start before a silent death is assumed, and for the others to report after a failure.
-START_GRACE_S = 60.0
+# Time for ranks to start and meet, beside the limit of what they then do, and for the others to report after a failure.
+START_GRACE_S = 100.0
 LAST_WORDS_S = 1.0
 # Limit of a launch of many cases (a minute or two on idle cores), on a machine that has other work, too.
 MANY_CASES_S = 1200.0
@@ -56,14 +56,14 @@ def run_distributed(
     """Run `fn(**kwargs)` on `world_size` gloo ranks and return their results in rank order.
 
     `fn` must be importable (module level); kwargs must be picklable. Raises RankFailure when a rank raises,
-    dies or is not done after `timeout_s`. With `forked` the ranks are forked from this process and not from the server;
-    it must not have computed anything yet, because threads do not survive a fork.
+    dies or is not done `timeout_s` after all ranks met. With `forked` the ranks are forked from this process and not
+    from the server; it must not have computed anything yet, because threads do not survive a fork.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         scratch = Path(folder)
         ranks = _start(fn, world_size, scratch, timeout_s, kwargs, method="fork" if forked else "forkserver")
         try:
-            problem = _wait_for(ranks, timeout_s + START_GRACE_S)
+            problem = _wait_for(ranks, timeout_s + 2 * START_GRACE_S)
         finally:
             _kill(ranks)
         if problem:
@@ -136,7 +136,7 @@ def _rank_main(
 ) -> None:
     _send_stderr_to(_stderr_path(Path(scratch), rank))
     faulthandler.enable()  # a rank that crashes in foreign code leaves its stacks
-    faulthandler.dump_traceback_later(timeout_s, exit=True)
+    faulthandler.dump_traceback_later(START_GRACE_S, exit=True)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
     try:
@@ -145,8 +145,9 @@ def _rank_main(
             init_method=f"file://{scratch}/rendezvous",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=2 * timeout_s),  # the stack dump comes first: it says more
+            timeout=timedelta(seconds=START_GRACE_S + timeout_s),  # the stack dump comes first: it says more
         )
+        faulthandler.dump_traceback_later(timeout_s, exit=True)
         torch.save(fn(**kwargs), _result_path(Path(scratch), rank))
         # No rank tears down while another still talks to it. Gloo's barrier has disturbed messages that came after
         # it (engine.mesh.meet): nothing comes after this one.

@@ -59,4 +59,4 @@ def test_a_failing_rank_is_named_with_its_reason() -> None:
 
 def test_a_hang_ends_and_shows_where_it_hung() -> None:
     with pytest.raises(RankFailure, match="in _one_rank_never_comes"):
-        run_distributed(_one_rank_never_comes, 2, timeout_s=3)
+        run_distributed(_one_rank_never_comes, 2, timeout_s=1)

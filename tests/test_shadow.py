@@ -17,7 +17,7 @@ def test_a_foreign_data_package_is_a_clear_error(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]

@@ -16,7 +16,7 @@ from tests.checkpoint.jobs import alone, build, callback_of, drive, job_config, 
 
 _CONTEXT = mp.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__])
-REPLY_S = 120.0
+REPLY_S = 300.0
 """A child that says nothing for this long has hung."""
 
 

@@ -96,7 +96,7 @@ def test_a_phase_is_no_start(tmp_path: Path) -> None:
 
 
 def _get(port: int, path: str = "/metrics") -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=300) as answer:
         assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
         return answer.read().decode()
 
@@ -115,7 +115,7 @@ def test_prometheus_reads_the_last_step_and_nothing_else(tmp_path: Path) -> None
     with pytest.raises(OSError, match=f"log.metrics_port {taken}: Address already in use"):
         MetricsEndpoint("127.0.0.1", taken)
     endpoint.on_end({})
-    with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", taken), timeout=5):
+    with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", taken), timeout=300):
         pass
 
 

@@ -127,7 +127,7 @@ def run_train(*arguments: str, **environment: str) -> subprocess.CompletedProces
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 

@@ -15,7 +15,7 @@ from tests.data.shard_factory import make_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, EVERY, KILLED_AFTER = 12, 4, 6
-PATIENCE_S = 240
+PATIENCE_S = 300
 
 pytestmark = pytest.mark.dist
 

@@ -31,7 +31,7 @@ def start(ranks: int, *arguments: str) -> tuple[int, str, str]:
     ]
     command = [sys.executable, *(launcher if ranks > 1 else []), "-m", "engine.train", "examples/b16.yaml", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -134,4 +134,4 @@ def test_the_other_ranks_leave_the_word_to_the_first() -> None:
     )  # fmt: skip
     assert waiting.stdout is not None and waiting.stdout.readline() == "waits\n"
     waiting.terminate()
-    assert waiting.communicate(timeout=60)[1] == ""
+    assert waiting.communicate(timeout=300)[1] == ""

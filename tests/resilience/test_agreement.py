@@ -2,9 +2,11 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from data.errors import DataError
 from engine.checkpoint.continuity import accept_settings, changed_settings
 from engine.checkpoint.format.errors import CheckpointError
 from engine.config.read import to_dict
+from engine.parallel import rendezvous
 from engine.parallel.agree import PeerFailed, raise_together
 from engine.parallel.mesh import Axis
 from engine.parallel.rendezvous import NotEveryoneCame, _agree_on_name, own_store
@@ -21,7 +24,7 @@ from engine.resilience.agreement import RanksDiffer, agree, compare, content_of,
 from tests.checkpoint.jobs import job_config
 from tests.distributed import run_distributed
 
-SOON = timedelta(seconds=30)
+SOON = timedelta(seconds=300)
 
 
 def on_ranks(size: int, work: Callable[[int], Any]) -> list[Any]:
@@ -50,13 +53,16 @@ def test_every_start_gets_a_name_of_its_own_whatever_dead_ranks_have_left() -> N
     assert len({of_start[0] for of_start in names}) == 3
 
 
-def test_ranks_that_do_not_come_are_named() -> None:
+def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of the two is over once rank 1 has left its question, been answered and said that it came."""
     store = dist.HashStore()
-    at_once = timedelta(milliseconds=200)
-    first, second = on_ranks(2, lambda rank: _agree_on_name(store, rank, 4, at_once))
+    clock = SimpleNamespace(sleep=time.sleep, monotonic=lambda: 1e6 * (store.num_keys() >= 3))
+    with monkeypatch.context() as patched:
+        patched.setattr(rendezvous, "time", clock)
+        first, second = on_ranks(2, lambda rank: _agree_on_name(store, rank, 4, SOON))
     assert isinstance(first, NotEveryoneCame) and "ranks 2, 3 of 4 did not come" in str(first)
     assert isinstance(second, str)
-    lonely = on_ranks(1, lambda _: _agree_on_name(dist.HashStore(), 1, 2, at_once))[0]
+    lonely = on_ranks(1, lambda _: _agree_on_name(dist.HashStore(), 1, 2, timedelta(milliseconds=1)))[0]
     assert isinstance(lonely, NotEveryoneCame) and "rank 0 did not come" in str(lonely)
 
 
