@@ -1,6 +1,7 @@
 """The optional packages behind the kernels of the image tower: one import each, and what to do where it is missing."""
 
 import importlib
+import inspect
 import os
 import shutil
 import sys
@@ -31,6 +32,8 @@ class Package:
     """The command, or where it comes from."""
     supported: Supported | None = None
     """The range of versions, where the package has releases that tell."""
+    takes: tuple[str, str] | None = None
+    """A function and an argument of it that older files of the same names lack, where another package brings such."""
 
     @property
     def is_installed(self) -> bool:
@@ -41,6 +44,8 @@ class Package:
             return False
         if not below:
             return spec.origin is not None  # flash-attn 4 alone leaves a bare folder `flash_attn`
+        if self.takes and spec.origin is not None and self.version is None:
+            return False  # the files are those that the other package brings along
         places = [Path(folder, *below) for folder in spec.submodule_search_locations or []]
         return any(place.is_dir() or place.with_suffix(".py").is_file() for place in places)
 
@@ -77,6 +82,7 @@ FLASH_4 = Package(
     "model.attention=flash4",
     versions.FLASH_ATTN_4.cure,
     versions.FLASH_ATTN_4,
+    ("flash_attn_varlen_func", "max_seqlen_q"),  # flash-attn 2.8.3 has an early flash_attn/cute without it
 )
 APEX = Package(
     "NVIDIA apex",
@@ -96,12 +102,22 @@ def load(package: Package) -> ModuleType:
         module = importlib.import_module(package.module)
         if module.__file__ is None:
             raise ImportError(f"{package.module} is a folder of another package")
+        if package.takes:
+            _check_arguments(module, *package.takes)
         return module
     except (ImportError, AssertionError, OSError) as error:  # a half-installed Transformer Engine raises the latter two
         why = " ".join(str(error).split())
         raise ModelConfigError(
             f"{package.option} needs {package.name}, which cannot be imported here ({why}); install: {package.install}"
         ) from None
+
+
+def _check_arguments(module: ModuleType, function: str, argument: str) -> None:
+    if argument not in inspect.signature(getattr(module, function, lambda: None)).parameters:
+        raise ImportError(
+            f"{function} of {module.__file__} has no {argument}: these are older files, which another package brought "
+            "or wrote over the newer ones; pip install --force-reinstall --no-deps puts those back"
+        )
 
 
 def _check_version(package: Package) -> None:

@@ -166,7 +166,26 @@ def test_the_bare_folder_of_flash_attn_4_is_no_flash_attn_2(tmp_path: Path, monk
     assert (FLASH_2.is_installed, FLASH_4.is_installed) == (False, True)
     with pytest.raises(ModelConfigError, match=r"model\.attention=flash needs flash-attn, .*is a folder of another"):
         load(FLASH_2)
-    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    sys.modules.pop("flash_attn", None)  # monkeypatch would bring it back at the end
+
+
+def test_the_early_files_in_flash_attn_2_are_no_flash_attn_4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-attn 2.8.3 brings a flash_attn/cute without max_seqlen_q, and writes it over that of flash-attn 4."""
+    if FLASH_2.is_installed or FLASH_4.is_installed:
+        pytest.skip("flash-attn is installed here")
+    monkeypatch.syspath_prepend(_folder(tmp_path, "flash_attn/__init__.py", "flash_attn/cute/__init__.py"))
+    early = "def flash_attn_varlen_func(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None): ..."
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text(early)
+    assert (FLASH_2.is_installed, FLASH_4.is_installed) == (True, False)
+    with pytest.raises(ModelConfigError, match=r"flash4 needs flash-attn-4, .*no max_seqlen_q: .*force-reinstall"):
+        load(FLASH_4)
+    _folder(tmp_path, "flash_attn_4-4.0.0b36.dist-info/METADATA")
+    (tmp_path / "flash_attn_4-4.0.0b36.dist-info" / "METADATA").write_text("Name: flash-attn-4\nVersion: 4.0.0b36\n")
+    assert FLASH_4.is_installed
+    with pytest.raises(ModelConfigError, match="no max_seqlen_q"):
+        load(FLASH_4)
+    for name in ("flash_attn.cute", "flash_attn"):
+        sys.modules.pop(name, None)
 
 
 def test_apex_of_pypi_is_not_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
