@@ -64,21 +64,27 @@ class Update:
                 self.at_rest.check_frozen()
             self._audit_was_due = self.audit_due
             gradient_norm, loss_value, changed = self.optimizer.gradient_norm_and(loss, self.at_rest.count())
-            differs = self.audit.compare() if self.audit is not None and (self.audit_due or changed) else ""
+            differs = self._differences() if self.audit_due or changed else ""
             if differs:
                 verdict = self.health.diverged(differs, state_at_fault=changed > 0)
             else:
                 verdict = self.health.judge(loss_value, gradient_norm)
+            if verdict.action != "apply" and not changed and self.at_rest.check_now():
+                verdict = self.health.diverged(self._differences(), state_at_fault=True)
             if verdict.action != "apply":
                 self.optimizer.skip()
             elif not self._apply(gradient_norm, clamps):
-                self.health.diverged(self.audit.compare() if self.audit is not None else "", state_at_fault=True)
+                self.health.diverged(self._differences(), state_at_fault=True)
         with phases.time("gather_weights"):
             self.towers.gather_weights()
         return gradient_norm
 
+    def _differences(self) -> str:
+        """What copies of weights, and the state at rest, have to tell."""
+        return self.audit.compare() if self.audit is not None else ""
+
     def _apply(self, gradient_norm: float, clamps: Mapping[str, tuple[float, float]]) -> bool:
-        """Whether weights have moved: they do not where moments turn out to have changed by themselves."""
+        """Whether weights have moved: they do not where the state turns out to have changed by itself."""
         if not self.optimizer.apply(gradient_norm, lambda: not self.at_rest.check_the_rest()):
             return False
         for name, (lowest, highest) in clamps.items():  # on the master weight, before the all-gather

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from engine.checkpoint.format.manifest import WEIGHT
 from engine.config.read import OptimConfig
-from engine.optim.passes import in_cache, total
-from engine.optim.state import OwnedState, Rule
+from engine.optim.passes import in_cache
+from engine.optim.state import OnItsWay, OwnedState, Rule
 
 
 class Lamb(Rule):
@@ -31,9 +31,9 @@ class Lamb(Rule):
         self._fixed: dict[OwnedState, Fixed] = {}
 
     def sums_on_its_way(self, state: OwnedState) -> tuple[str, ...]:
-        """The moments, where parts of them are near a core (not a GPU's), and all have the same age."""
+        """Masters and moments, where parts of them are near a core (not a GPU's), and all have the same age."""
         on_its_way = self.sums_on_a_cpu and state.shards.counted.is_cpu and not any(state.began)
-        return tuple(state.moments) if on_its_way else ()
+        return (WEIGHT, *state.moments) if on_its_way else ()
 
     def update(
         self, state: OwnedState, optim: OptimConfig, *, gradient_scale: float, rates: Mapping[str, float], t: int
@@ -106,28 +106,24 @@ def _step_factor(optim: OptimConfig, t: int) -> float:
 def _direction_of(
     state: OwnedState, optim: OptimConfig, gradient_scale: float, t: int, summed: Collection[str]
 ) -> list[Tensor]:
-    """u of every owned element, written over the gradient (no longer needed); moments move on, and what they were is
-    summed.
+    """u of every owned element, written over the gradient (no longer needed); moments move on, and what they and the
+    masters were is summed.
     """
     updates = [shard.gradient for shard in state.shards.shards]
-    sums = state.sums
-    wants = sums is not None and sums.wants_read
-    read = {kind: state.tallies(kind, wanted=wants) for kind in summed}
-    written = {kind: state.tallies(kind) for kind in state.moments}
+    sums, (first, second) = OnItsWay(state, summed), state.moments
     for i, start, stop, own_t in _of_one_count(state, t):
-        flats = [flats[i][start:stop] for flats in (updates, *state.moments.values())]
-        for gradient, m, v in in_cache(*flats):
-            start += m.numel()
-            for tallies in read.values():
-                tallies[i].up_to(start, all_of_them=True)
-            _direction(gradient, m, v, optim, gradient_scale, own_t)
-            for tallies in written.values():
-                tallies[i].up_to(start)
-    for kind, tallies in written.items():
-        state.written(kind, tallies)
-    if sums is not None and wants:
-        sums.read |= {kind: total(tallies) for kind, tallies in read.items()}
-    _add_weight_decay(state, updates)
+        flats = [flats[i][start:stop] for flats in (updates, *state.moments.values(), state.master)]
+        for update, m, v, master in in_cache(*flats):
+            stop = start + update.numel()
+            with sums.of_written(first, i, stop):
+                _move_first(m, update, optim, gradient_scale)
+            with sums.of_written(second, i, stop):
+                _move_second(v, update, optim, gradient_scale)
+            _direction(update, m, v, optim, own_t)
+            _add_weight_decay(state, i, start, update, master)
+            sums.of_read(WEIGHT, i, stop)
+            start = stop
+    sums.end()
     return updates
 
 
@@ -140,12 +136,13 @@ def _of_one_count(state: OwnedState, t: int) -> Iterator[tuple[int, int, int, in
         yield i, piece.start, piece.stop, t - state.began[piece.tensor]
 
 
-def _add_weight_decay(state: OwnedState, updates: list[Tensor]) -> None:
-    for i, piece in state.shards.owned():
+def _add_weight_decay(state: OwnedState, shard: int, start: int, update: Tensor, master: Tensor) -> None:
+    """Both are the elements from `start` on of a shard."""
+    for piece in state.shards.shards[shard].pieces:
+        first, stop = max(0, piece.start - start), min(update.numel(), piece.stop - start)
         decay = state.groups[piece.tensor].weight_decay
-        if decay:
-            part = slice(piece.start, piece.stop)
-            updates[i][part].add_(state.master[i][part], alpha=decay)
+        if decay and first < stop:
+            update[first:stop].add_(master[first:stop], alpha=decay)
 
 
 def _apply(state: OwnedState, updates: list[Tensor], steps: Sequence[float | Tensor]) -> None:
@@ -166,15 +163,25 @@ def _apply(state: OwnedState, updates: list[Tensor], steps: Sequence[float | Ten
     state.written(WEIGHT, tallies)
 
 
-def _direction(g: Tensor, m: Tensor, v: Tensor, optim: OptimConfig, scale: float, t: int) -> None:
-    """g <- u (before weight decay); m, v <- moments of scale x g."""
-    b1, b2 = optim.betas
+def _move_first(m: Tensor, g: Tensor, optim: OptimConfig, scale: float) -> None:
+    """The moment of scale x g."""
+    b1, _ = optim.betas
     m.mul_(b1).add_(g, alpha=(1 - b1) * scale)
+
+
+def _move_second(v: Tensor, g: Tensor, optim: OptimConfig, scale: float) -> None:
+    """The moment of the squares of scale x g."""
+    _, b2 = optim.betas
     v.mul_(b2).addcmul_(g, g, value=(1 - b2) * scale**2)
+
+
+def _direction(g: Tensor, m: Tensor, v: Tensor, optim: OptimConfig, t: int) -> None:
+    """g <- u before weight decay."""
     if optim.mode == "paper":
         torch.div(m, torch.sqrt(v, out=g).add_(optim.eps), out=g)
         return
     # (m / c1) / (sqrt(v) / sqrt(c2) + eps), with both corrections moved to where they cost one scalar
+    b1, b2 = optim.betas
     c1, root_c2 = 1 - b1**t, math.sqrt(1 - b2**t)
     torch.div(m, torch.sqrt(v, out=g).add_(optim.eps * root_c2), out=g).mul_(root_c2 / c1)
 

@@ -4,7 +4,7 @@ A bit that memory forgets changes the sum of a vector's bits. To read a whole ve
 the parts that an update has just written it costs a third.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -45,13 +45,14 @@ def words_of(values: Tensor, part: slice = slice(None)) -> Tensor:
 class Tally:
     """Sums the bits of a vector along with a pass over it, from its beginning to its end."""
 
-    def __init__(self, flat: Tensor, *, wanted: bool = True):
-        """wanted: otherwise nothing is read, and the sum is 0."""
-        self._words = words_of(flat)
-        self._elements = self._words.element_size() // flat.element_size()
-        near = _NEAR_BYTES // self._words.element_size() if flat.is_cpu else self._words.numel()
-        self._near, self._wanted = near, wanted
-        self._summed, self._sums = 0, [torch.zeros((), dtype=torch.int64, device=flat.device)]
+    def __init__(self, flat: Tensor, words: Tensor | None = None, *, wanted: bool = True):
+        """words: of the vector, where they are known. wanted: otherwise nothing is read."""
+        self._words = words = words_of(flat) if words is None else words
+        self._elements = words.element_size() // flat.element_size()
+        self._near = _NEAR_BYTES // words.element_size() if flat.is_cpu else words.numel()
+        self._wanted, self._summed = wanted, 0
+        self.sums: list[Tensor] = []
+        """Sums of the parts so far, 0-d."""
 
     def up_to(self, elements: int, *, all_of_them: bool = False) -> None:
         """The first so many elements may be read from now on. all_of_them: and not much longer."""
@@ -59,17 +60,18 @@ class Tally:
         if self._wanted and (all_of_them or stop - self._summed >= self._near):
             self._add(stop)
 
-    def end(self) -> Tensor:
-        """All of them may: the sum of the whole vector as `sum_of_bits` has it, 0-d."""
-        if self._wanted:
+    def end(self) -> None:
+        """All of them may."""
+        if self._wanted and (self._summed < self._words.numel() or not self.sums):
             self._add(self._words.numel())
-        return torch.stack(self._sums).sum()
 
     def _add(self, stop: int) -> None:
-        self._sums.append(self._words[self._summed : stop].sum(dtype=torch.int64))
+        self.sums.append(self._words[self._summed : stop].sum(dtype=torch.int64))
         self._summed = stop
 
 
-def total(tallies: Iterable[Tally]) -> Tensor:
-    """The sum of all their vectors, 0-d: passes over them have ended."""
-    return torch.stack([tally.end() for tally in tallies]).sum()
+def total(tallies: Sequence[Tally]) -> Tensor:
+    """The sum of all their vectors as `sum_of_bits` has it, 0-d: passes over them have ended."""
+    for tally in tallies:
+        tally.end()
+    return torch.stack([part for tally in tallies for part in tally.sums]).sum()

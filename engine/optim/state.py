@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.checkpoint.format.manifest import AVERAGE, WEIGHT
 from engine.config.read import OptimConfig
 from engine.optim.groups import TensorGroup
-from engine.optim.passes import Tally, sum_of_bits, total, words_of
+from engine.optim.passes import Tally, total, words_of
 from engine.parallel.shards import TowerShards
 
 
@@ -37,16 +37,28 @@ class OwnedState:
         """Moving average of the master weights; empty where none is kept (engine/optim/average.py)."""
         self.sums: Sums | None = None
         """Where an update leaves sums of bits; None: nobody wants them."""
+        self._words: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+        """Kind -> its tensors, and the same as integers."""
 
     def kinds(self) -> dict[str, list[Tensor]]:
         """Kind, as checkpoints name it -> its tensors, one a shard; what is not kept is not there."""
         held = {WEIGHT: self.master, **self.moments, AVERAGE: self.average}
         return {kind: flats for kind, flats in held.items() if flats}
 
-    def tallies(self, kind: str, *, wanted: bool = True) -> list[Tally]:
-        """What sums a kind of state while a pass goes over it, one a shard."""
-        wanted = wanted and self.sums is not None
-        return [Tally(flat, wanted=wanted) for flat in self.kinds().get(kind, ())]
+    def tallies(self, kind: str) -> list[Tally]:
+        """What sums a kind of state while a pass goes over it, one a shard, if anybody wants sums."""
+        flats, wanted = self.kinds().get(kind, []), self.sums is not None
+        return [
+            Tally(flat, words, wanted=wanted) for flat, words in zip(flats, self._words_of(kind, flats), strict=True)
+        ]
+
+    def _words_of(self, kind: str, flats: list[Tensor]) -> list[Tensor]:
+        """Made once: it costs what summing half a megabyte costs."""
+        known, words = self._words.get(kind, ([], []))
+        if [id(flat) for flat in known] != [id(flat) for flat in flats]:
+            words = [words_of(flat) for flat in flats]
+            self._words[kind] = list(flats), words
+        return words
 
     def written(self, kind: str, tallies: list[Tally]) -> None:
         """All shards of a kind are what the update makes of them."""
@@ -66,7 +78,7 @@ class OwnedState:
     def sums_of_bits(self, kinds: Collection[str] | None = None) -> dict[str, Tensor]:
         """Kind -> sum of its bits, 0-d. kinds: those to be read; all by default."""
         return {
-            kind: torch.stack([sum_of_bits(flat) for flat in flats]).sum()
+            kind: torch.stack([words.sum(dtype=torch.int64) for words in self._words_of(kind, flats)]).sum()
             for kind, flats in self.kinds().items()
             if kinds is None or kind in kinds
         }
@@ -82,6 +94,38 @@ class Sums:
     """Sums of what the update has found."""
     written: dict[str, Tensor] = field(default_factory=dict)
     """Sums of what it has left."""
+
+
+class OnItsWay:
+    """Sums of the kinds of state that an update passes, part by part, taken beside the pass that needs a part anyway:
+    what a core has just read or written costs it half of what memory costs.
+    """
+
+    def __init__(self, state: OwnedState, read: Collection[str]):
+        """read: kinds of which is wanted what the update finds, if there is anything to compare it with."""
+        self._state, self._sums = state, state.sums
+        wants = state.sums is not None and state.sums.wants_read
+        self._read = {kind: state.tallies(kind) for kind in read} if wants else {}
+        self._written = {kind: state.tallies(kind) for kind in state.moments}
+
+    def of_read(self, kind: str, shard: int, stop: int) -> None:
+        """The elements of a shard up to `stop` are read now."""
+        if tallies := self._read.get(kind):
+            tallies[shard].up_to(stop, all_of_them=True)
+
+    @contextmanager
+    def of_written(self, kind: str, shard: int, stop: int) -> Iterator[None]:
+        """Those of a moment are written inside the block."""
+        self.of_read(kind, shard, stop)
+        yield
+        self._written[kind][shard].up_to(stop)
+
+    def end(self) -> None:
+        """All shards have been passed."""
+        for kind, tallies in self._written.items():
+            self._state.written(kind, tallies)
+        if self._sums is not None:
+            self._sums.read |= {kind: total(tallies) for kind, tallies in self._read.items()}
 
 
 class Rule(ABC):

@@ -177,6 +177,16 @@ def test_what_changed_by_itself_is_found_before_a_weight_moves(kind: str, option
     trainer.lock.release()
 
 
+def test_a_weight_that_forgot_is_named_where_the_step_is_not_sound_for_it(tmp_path: Path, mesh: Mesh) -> None:
+    """No update comes that would look at it: skipping steps would go on until the policy bears no more of them."""
+    trainer = build(light(tmp_path, "health.audit_every_steps=100", "health.on_nonfinite=skip"), mesh)
+    run_steps(trainer, 2)
+    change_state(trainer, "weight", torch.inf)
+    with pytest.raises(UnhealthyStep, match=r"^step 2: state has changed between two updates: weight of rank 0 on "):
+        run_steps(trainer, 1)
+    trainer.lock.release()
+
+
 def test_a_scale_that_is_clamped_after_an_update_has_not_changed_by_itself(tmp_path: Path, mesh: Mesh) -> None:
     """The update has summed the weights before."""
     trainer = build(light(tmp_path), mesh)
