@@ -171,7 +171,8 @@ def _round(trainer: Trainer, batch: LocalBatch, roll_call: RollCall | None) -> f
     trainer.audit._every_steps = [STEPS_OF_ROUND] if watched else []
     world, folder = trainer.mesh.world, Path(trainer.config.run_dir)
     began = time.process_time()
-    with Watch(trainer.pulse, folder, world.rank, world.size, limit_s=600) if watched else nullcontext():
+    store = dist.distributed_c10d._get_default_store().clone()
+    with Watch(trainer.pulse, folder, world.rank, world.size, 600, store) if watched else nullcontext():
         for _ in range(STEPS_OF_ROUND):
             if roll_call is not None:
                 roll_call(None)

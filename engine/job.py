@@ -14,7 +14,6 @@ from engine.checkpoint.load import training_position
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.resume import choose, lock_run, newest_good
 from engine.config.phases import Job, Phase
-from engine.config.schema import Config
 from engine.parallel.agree import raise_together, together
 from engine.parallel.device import Device
 from engine.parallel.mesh import Mesh
@@ -72,7 +71,7 @@ def _run_next(
     done = training_position(checkpoint).step if checkpoint is not None else 0
     phase = next((phase for phase in plan if done < phase.last_step), plan[-1])
     _check_later_shards(plan[plan.index(phase) + 1 :], mesh)
-    with _watch(phase.config, mesh, wishes) as pulse:
+    with _watch(phase, mesh, wishes) as pulse:
         trainer = Trainer(phase, mesh, device, pulse, checkpoint)
         trainer.begin(checkpoint, lock)
         with together(mesh.control):
@@ -84,14 +83,17 @@ def _run_next(
 
 
 @contextmanager
-def _watch(config: Config, mesh: Mesh, wishes: Wishes | None) -> Iterator[Pulse]:
-    """Watches the ranks of a job, from loading on; those that a test or a tool drives are watched by it."""
-    pulse, limit_s = Pulse(), 60 * config.parallel.hang_minutes
+def _watch(phase: Phase, mesh: Mesh, wishes: Wishes | None) -> Iterator[Pulse]:
+    """Watches the ranks of a phase, from loading on; those that a test or a tool drives are watched by it."""
+    config, pulse = phase.config, Pulse()
+    limit_s = 60 * config.parallel.hang_minutes
     if wishes is None or not limit_s:
         yield pulse
         return
-    world = mesh.world
-    store = dist.distributed_c10d._get_default_store().clone() if world.size > 1 else None  # type: ignore[attr-defined]
+    world, store = mesh.world, None
+    if world.size > 1:  # a phase listens to nothing that was said in another one
+        all_phases = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        store = dist.PrefixStore(f"from step {phase.first_step}", all_phases)
     with Watch(pulse, Path(config.run_dir), world.rank, world.size, limit_s, store):
         yield pulse
 

@@ -39,6 +39,8 @@ _LONG = ("start", "callbacks")
 """Loading, saving and evaluation take as long as they take, as long as something moves."""
 LOOKS_AROUND = "looks around"
 """Ends the name of a thread that only waits and looks, again and again: what it does is no movement."""
+_GONE = {"gone": True}
+"""What a rank leaves that is not watched any more."""
 _SLOW, _SLOW_STEPS = 1.5, 5
 
 
@@ -76,6 +78,7 @@ class Watch:
         self.pulse, self.run_dir, self.rank, self.size, self.limit_s = pulse, run_dir, rank, size, limit_s
         self._store = dist.PrefixStore("watch", store) if store is not None else None
         self._began_s = time.monotonic()
+        """Since when this rank watches without having been away."""
         self._parent, self._orphan_s = os.getppid(), 0.0
         self._seen: dict[int, tuple[int, float]] = {}
         self._slow_for: dict[int, tuple[int, int]] = {}
@@ -94,11 +97,16 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):  # others may be at work for long yet, and would miss this one
+                self._store.set(f"{self.rank}", json.dumps(_GONE))
 
     def _run(self) -> None:
-        beat = 0
+        beat, last_s = 0, time.monotonic()
         while not self._ended.wait(_BEAT_S):
             beat += 1
+            self._notice_absence(last_s)
+            last_s = time.monotonic()
             self._notice_lost_parent()
             try:
                 self._file()
@@ -107,11 +115,18 @@ class Watch:
             except RuntimeError:  # the store went with its host: collectives will fail, too, or the parent goes
                 continue
 
+    def _notice_absence(self, last_s: float) -> None:
+        """A job that a scheduler has stopped for a while, and torchrun with its store: nobody spoke, nobody is late."""
+        if time.monotonic() - last_s > self.limit_s / 2:
+            self._began_s = self._still_since_s = time.monotonic()
+            self._seen.clear()
+
     def _place(self) -> dict[str, Any]:
         pulse = self.pulse
+        for_s = time.monotonic() - max(pulse.since_s, self._began_s)
         return {
             "step": pulse.step + 1, "part": pulse.part, "micro_batch": pulse.micro_batch,
-            "for_s": round(time.monotonic() - pulse.since_s, 1), "busy_s": pulse.busy_s, "host": socket.gethostname(),
+            "for_s": round(for_s, 1), "busy_s": pulse.busy_s, "host": socket.gethostname(),
             "pid": os.getpid(), **(self._look_at_stacks() if pulse.part in _LONG else {}),
         }  # fmt: skip
 
@@ -154,7 +169,8 @@ class Watch:
     def _verdict(self, store: dist.Store) -> str:
         keys = [str(rank) for rank in range(self.size)]
         if store.check(keys):
-            places = {rank: json.loads(value) for rank, value in enumerate(store.multi_get(keys))}
+            told = {rank: json.loads(value) for rank, value in enumerate(store.multi_get(keys))}
+            places = {rank: place for rank, place in told.items() if place != _GONE}
             self._judge_pace(places)
             return self._judge(places)
         if time.monotonic() - self._began_s < self.limit_s:

@@ -1,6 +1,8 @@
 """Who is late when a job stands still, judged from what the ranks say of themselves."""
 
 import json
+import os
+import socket
 import threading
 import time
 from pathlib import Path
@@ -43,6 +45,45 @@ def test_a_rank_is_known_before_its_first_step_and_missed_from_there_on(tmp_path
     assert judge._verdict(judge._store) == ""
     judge._began_s -= 2 * LIMIT_S
     assert judge._verdict(judge._store) == "no sign of life from rank 0; rank 1; rank 2 since the start, 60 s ago"
+
+
+def test_a_job_that_was_stopped_for_a_while_has_nobody_late() -> None:
+    """A scheduler stops all its processes and lets them go on; or torchrun was stopped, and with it the store."""
+    store = dist.HashStore()
+    judge, other = watch(store), Watch(Pulse(), Path("run"), 1, 2, LIMIT_S, store)
+    judge.size, before_s = 2, time.monotonic() - 10 * LIMIT_S
+    for rank in (judge, other):
+        rank.pulse.since_s = rank._began_s = rank._still_since_s = before_s
+        rank._tell(1)
+    judge._seen = {rank: (1, before_s) for rank in range(2)}
+    assert (
+        judge._verdict(judge._store)
+        == "no sign of life from "
+        + "; ".join(
+            f"rank {rank} on {socket.gethostname()} (pid {os.getpid()}) in 'start' of step 0" for rank in range(2)
+        )
+        + " for 60 s"
+    )
+    for rank in (judge, other):
+        rank._notice_absence(before_s)
+        rank._tell(2)
+    assert judge._verdict(judge._store) == ""
+    began_s = judge._began_s
+    judge._notice_absence(time.monotonic())
+    assert judge._began_s == began_s
+
+
+def test_a_rank_that_has_ended_in_order_is_not_missed(tmp_path: Path) -> None:
+    """The first one may have much to write yet."""
+    store = dist.HashStore()
+    judge = watch(store)
+    judge.size = 2
+    judge._tell(1)
+    with Watch(Pulse(), tmp_path, 1, 2, LIMIT_S, store):
+        judge._verdict(judge._store)
+        assert judge._seen.keys() == {0, 1}
+    judge._seen[1] = (0, time.monotonic() - 2 * LIMIT_S)
+    assert judge._verdict(judge._store) == ""
 
 
 def test_of_ranks_that_stand_still_those_that_wait_for_nobody_are_late() -> None:
