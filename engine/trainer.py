@@ -193,7 +193,7 @@ class Trainer:
 
     def meet(self) -> None:
         """Wait on the host until every rank is here, with its weights. Collective over the mesh."""
-        self.towers.wait_for_weights()  # no two collectives under way in one group: see engine/parallel/mesh.py
+        self.towers.wait_for_weights()
         meet(self.mesh.world, self.device.torch_device)
 
     def traced_step(self, batch: LocalBatch) -> tuple[StepOutcome, Phases]:

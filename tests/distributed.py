@@ -8,6 +8,7 @@ from a server that has imported the engine, so a launch costs no import.
 * The first rank that fails ends the others; the error shows the stderr of every rank.
 * A hang ends `timeout_s` after the ranks met: every rank writes its Python stack and exits; what is left is killed. A
   crash leaves its stack, too.
+* A coalesced collective, which corrupts memory on gloo (engine.parallel.replicas), is refused: nothing else would tell.
 * Results travel as tensor files that are read with `weights_only`, so a rank may return tensors, numbers,
   strings, and lists, tuples and dicts of them.
 """
@@ -139,6 +140,7 @@ def _rank_main(
     faulthandler.dump_traceback_later(START_GRACE_S, exit=True)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
+    _refuse_coalesced_collectives()
     try:
         dist.init_process_group(
             "gloo",
@@ -149,8 +151,7 @@ def _rank_main(
         )
         faulthandler.dump_traceback_later(timeout_s, exit=True)
         torch.save(fn(**kwargs), _result_path(Path(scratch), rank))
-        # No rank tears down while another still talks to it. Gloo's barrier has disturbed messages that came after
-        # it (engine.mesh.meet): nothing comes after this one.
+        # No rank tears down while another still talks to it.
         dist.barrier(group=dist.group.WORLD)
     except BaseException:
         traceback.print_exc()
@@ -159,6 +160,17 @@ def _rank_main(
         os._exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _refuse_coalesced_collectives() -> None:
+    """Have those whose names are too long for gloo raise. Its reduce-scatters of several tensors are all-reduces."""
+
+    def refused(*_: Any) -> None:
+        raise AssertionError("a coalesced collective on gloo corrupts memory: see engine/parallel/replicas.py")
+
+    for name in ("allreduce", "allgather", "allgather_into_tensor", "all_gather_single"):
+        if hasattr(dist.ProcessGroup, f"{name}_coalesced"):  # torch 2.13 has a new name for one of them
+            setattr(dist.ProcessGroup, f"{name}_coalesced", refused)
 
 
 def _send_stderr_to(path: Path) -> None:

@@ -35,6 +35,10 @@ def _one_rank_never_comes() -> None:
     dist.recv(torch.zeros(1), src=0, group=dist.group.WORLD)
 
 
+def _coalesced() -> None:
+    dist.group.WORLD.allreduce_coalesced([torch.zeros(1)])  # type: ignore[union-attr]
+
+
 def test_results_come_back_in_rank_order() -> None:
     results = run_distributed(_sum_of_ranks, 3, offset=10)
     assert [rank for rank, *_ in results] == [0, 1, 2]
@@ -55,6 +59,11 @@ def test_a_function_that_megatron_wants_compiled_is_compiled_when_it_is_called(m
 def test_a_failing_rank_is_named_with_its_reason() -> None:
     with pytest.raises(RankFailure, match="the reason of rank one"):
         run_distributed(_one_rank_raises, 2)
+
+
+def test_a_collective_that_corrupts_memory_on_gloo_is_refused() -> None:
+    with pytest.raises(RankFailure, match="a coalesced collective on gloo corrupts memory"):
+        run_distributed(_coalesced, 1)
 
 
 def test_a_hang_ends_and_shows_where_it_hung() -> None:

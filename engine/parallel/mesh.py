@@ -119,12 +119,7 @@ class Mesh:
 
 
 def meet(axis: Axis, device: torch.device) -> None:
-    """Wait on the host until every rank of the axis is here. Collective over the axis.
-
-    Nothing else may be under way in the axis' group: on gloo, with an all-gather of weights in flight, 4 of about 40
-    two-rank jobs died in their first steps after torch's barrier or after this all-reduce, a message of one collective
-    having met the buffer of another; no other job did (torch 2.13; the cause is not known).
-    """
+    """Wait on the host until every rank of the axis is here. Collective over the axis."""
     here = torch.ones(1, device=device)
     dist.all_reduce(here, group=axis.group)
     here.item()  # on a GPU the all-reduce is only queued

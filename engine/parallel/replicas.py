@@ -53,7 +53,10 @@ def in_buckets(module: nn.Module, transformer_config, groups: Groups, parallel: 
         bucket_size=parallel.bucket_size or (bucket_elements(module, groups.dp.size()) if overlap else None),
     )
     buckets = DistributedDataParallel(transformer_config, settings, module, pg_collection=groups)
+    one_by_one = groups.dp.size() > 1 and dist.get_backend(groups.dp) == "gloo"
     for group in buckets.bucket_groups:
+        if one_by_one:
+            group.start_param_sync = _GatherOneByOne(group, groups.dp).start
         if parallel.reduce_dtype == "bf16" and groups.dp.size() > 1:
             group.start_grad_sync = _ReduceInBf16(group, groups.dp).start
         # Fresh weights are the same everywhere; without this the first forward would gather them, and an evaluation
@@ -98,6 +101,53 @@ def frozen_buffers(groups: Iterable[Iterable[nn.Parameter]], owners: int) -> lis
         by_dtype = groupby(frozen, key=lambda p: p.dtype)
         buffers += [FrozenBuffer(list(parameters), owners) for _, parameters in by_dtype]
     return buffers
+
+
+class _GatherOneByOne:
+    """Takes the place of a bucket group's gather of new weights on gloo: a collective a bucket, none of them coalesced.
+
+    A gloo group of torch 2.13 keeps the name of the collective that ended last in one string, which its two threads
+    write without a lock, after those that wait have been woken. Names up to 15 letters lie in the string itself; that
+    of a coalesced gather is longer, so that one which ends beside another frees or overwrites memory of others
+    (measured: docs/results/reliability.md). No other collective of the engine has such a name.
+    """
+
+    def __init__(self, group: Any, owners: dist.ProcessGroup):
+        """group: of buckets, of megatron-core; owners: ranks that own a slice of each."""
+        self.group, self.owners = group, owners
+        self._megatron_start = group.start_param_sync
+
+    def start(self, force_sync: bool = False) -> None:
+        """Start the gathers, and without overlap wait for them; `param_gather_handle` does it otherwise."""
+        group = self.group
+        if force_sync and group.param_gather_handle is not None:
+            self._megatron_start(force_sync=True)  # waits for those under way
+            return
+        assert group.param_gather_handle is None, "one gather at a time"
+        rank, size = self.owners.rank(), self.owners.size()
+        wholes = [bucket.param_data for bucket in group.buckets]
+        works = _Gathers(
+            dist.all_gather_into_tensor(whole, whole.view(size, -1)[rank], group=self.owners, async_op=True)
+            for whole in wholes
+        )
+        if group.ddp_config.overlap_param_gather and not force_sync:
+            group.param_gather_handle = works
+        else:
+            works.wait()
+        group.param_gather_dispatched = True
+
+
+class _Gathers:
+    """Gathers under way."""
+
+    def __init__(self, works: Iterable[dist.Work | None]):
+        self.works = list(works)
+
+    def wait(self) -> None:
+        """Have the weights here."""
+        for work in self.works:
+            assert work is not None, "this rank owns a slice"
+            work.wait()
 
 
 class _ReduceInBf16:
