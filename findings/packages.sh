@@ -9,8 +9,8 @@
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-python=${PYTHON:-python3.11}
 unset PYTHONPATH
+python=$("${PYTHON:-python3.11}" -c 'import sys; print(sys.executable)')  # not a shim, which needs a shell on the path
 
 install() {
   local key

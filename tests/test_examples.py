@@ -316,6 +316,22 @@ def test_scripts_are_sound(path: Path) -> None:
     assert done.stdout == ""
 
 
+def test_what_the_image_runs_is_sound(tmp_path: Path) -> None:
+    """Every line is an instruction, what RUN runs is checked like a script, and what is copied in can be installed."""
+    folder = ROOT / "examples" / "docker"
+    lines = (folder / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    instructions = [line.split(" ", 1) for line in lines if line and not line.startswith("#")]
+    assert {name for name, _ in instructions} == {"FROM", "ENV", "RUN", "WORKDIR", "COPY", "CMD"}
+    script = tmp_path / "run.sh"
+    script.write_text("\n".join(["#!/bin/sh", *(words for name, words in instructions if name == "RUN"), ""]))
+    checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if checker is not None:
+        assert _run([checker, str(script)]).stdout == ""
+    left_out = (folder / "Dockerfile.dockerignore").read_text().splitlines()
+    needed = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "engine", "models", "data", "tools")
+    assert [name for name in needed if name in left_out] == []
+
+
 def test_the_recipes_from_scratch_are_of_real_sizes_and_rates_that_learn() -> None:
     assert [path.stem for path in FROM_SCRATCH] == ["b16", "e14", "l14"]
     for path in FROM_SCRATCH:

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,15 @@ def test_what_is_not_installed_is_named_at_once_by_the_first_rank() -> None:
 def test_what_runs_here_is_known_and_in_range() -> None:
     for supported, found in required():
         assert found is not None and not supported.refusal(found) and not supported.warning(found)
+
+
+def test_the_image_pins_versions_of_the_ranges() -> None:
+    text = (ROOT / "examples" / "docker" / "Dockerfile").read_text()
+    pins = dict(re.findall(r"\b([a-z-]+)(?:\[[\w,]+\])?==([\d.]+)", text)) | {"Python": "3.12.0"}
+    assert "python3.12 -m venv" in text
+    for supported in (versions.PYTHON, TORCH, MEGATRON_CORE, versions.TRANSFORMER_ENGINE):
+        found = pins[supported.name]
+        assert not supported.refusal(found) and not supported.warning(found)
 
 
 def _megatron(folder: Path, minor: int) -> Path:
