@@ -17,7 +17,8 @@ FP8_MULTIPLES = {"current": 16, "blockwise": 16, "mxfp8": 32}
 
 _REFUSED_RECIPES = {
     "delayed": "its scales follow the history of passes, so a replayed stage would compute other numbers",
-    "nvfp4": "it rounds gradients at random, and its generator is in no checkpoint: no resumed run would repeat",
+    "nvfp4": "it rounds gradients at random, and its generator is in no checkpoint: no resumed run would repeat; fp4 "
+    "in the forward pass alone is not in every Transformer Engine of the range",
     "custom": "what a foreign quantiser keeps between passes is not known, and a replay must repeat the encode phase",
 }
 """Recipes of Transformer Engine that are not offered, and why."""
