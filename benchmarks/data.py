@@ -17,6 +17,8 @@ wall time it does).
 * remote, whole shards / ranges: from an HTTP server on loopback (a process of its own, not counted), every pass with an
   empty cache; the reader fetches shards whole, the other row asks for each member by its range.
 * video: 8 of 32 frames of MPEG-4 clips of 320 x 240, CPU ms a frame that is given (31 are decoded for 8).
+* large: pictures of 1024 x 768 of the same kind (438 kB), by webdataset, in full, and with data.scaled_decode at 1.5
+  and 1, a quarter as many a round.
 * readers 1, 2: PrefetchLoader with so many processes (CPU time of parent and children); webdataset, reader 1: its
   pipeline in one worker of a torch DataLoader.
 """
@@ -67,10 +69,12 @@ from matplotlib import pyplot as plt
 _EXAMPLES = (
     "python -m benchmarks.data                   # the peer: pip install --no-deps webdataset braceexpand",
     "python -m benchmarks.data --images 96 --rounds 2 --out results",
+    "python -m benchmarks.data --only webdataset random sequential --rounds 12 --name data_again --out results",
 )
 WIDTH, HEIGHT, SIDE, CONTEXT, BATCH, SHARDS = 500, 375, 224, 77, 64, 6
 SCALE = (0.9, 1.0)
-VIDEO = "video, a frame"
+VIDEO, LARGE = "video, a frame", "large"
+LARGE_SIZE, LARGE_SHARE = (1024, 768), 4
 Path_ = Callable[[int], int]
 
 # Model TFLOP of one pair in training: 3 x forward of both towers, half of the patches (whole images for B/16).
@@ -79,22 +83,26 @@ PEAK_TFLOPS = {"A100": 312, "H100": 989}
 MFU = 0.5
 
 
-def make_shards(folder: Path, images: int) -> list[str]:
-    """`images` JPEGs in SHARDS tars."""
+def make_shards(folder: Path, images: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> list[str]:
+    """`images` JPEGs in SHARDS tars, indexed beside each shard, as tools.index_shards leaves them."""
+    folder.mkdir(exist_ok=True)
     shards = []
     for shard in range(SHARDS):
         numbers = range(shard, images, SHARDS)
         shards.append(str(folder / f"{shard:05d}.tar"))
-        samples = ((f"{n:06d}", {"jpg": _jpeg(n), "txt": f"a photo of thing number {n}".encode()}) for n in numbers)
+        samples = (
+            (f"{n:06d}", {"jpg": _jpeg(n, *size), "txt": f"a photo of thing number {n}".encode()}) for n in numbers
+        )
         write_shard(shards[-1], samples)
+        load_index(shards[-1], Storage())
     return shards
 
 
-def _jpeg(number: int) -> bytes:
+def _jpeg(number: int, width: int = WIDTH, height: int = HEIGHT) -> bytes:
     rng = np.random.default_rng(number)
     smooth = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
-    pixels = np.asarray(smooth.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)) + rng.normal(
-        0, 22, (HEIGHT, WIDTH, 3)
+    pixels = np.asarray(smooth.resize((width, height), Image.Resampling.BICUBIC)) + rng.normal(
+        0, 22, (height, width, 3)
     )
     stream = BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90)
@@ -212,6 +220,22 @@ def pillow_resize_path(shards: list[str]) -> Path_:
     return slowly
 
 
+def large_paths(folder: Path, images: int) -> dict[str, Path_]:
+    """Pictures that a window of 224 allows to decode at half their size."""
+    shards = make_shards(folder / "large", images // LARGE_SHARE, LARGE_SIZE)
+    sides = {
+        "webdataset": webdataset_path(shards),
+        "random": reader_path(shards),
+        "scaled 1.5": reader_path(shards, scaled_decode=1.5),
+        "scaled 1": reader_path(shards, scaled_decode=1.0),
+    }
+    return {f"{LARGE}, {name}": _of_fewer(read) for name, read in sides.items()}
+
+
+def _of_fewer(read: Path_) -> Path_:
+    return lambda images: read(images // LARGE_SHARE)
+
+
 def paths(shards: list[str], url: str, folder: Path) -> dict[str, Path_]:
     """What is compared, by name. url: where the shards are served; folder: for clips and caches."""
     urls = [f"{url}/{Path(shard).name}" for shard in shards]
@@ -254,7 +278,7 @@ def measure(readers: dict[str, Path_], images: int, rounds: int) -> dict[str, di
         for name, read in random.Random(turn).sample(list(readers.items()), len(readers)):
             cpu, wall = _cpu_s(), time.perf_counter()
             count = read(images)
-            wanted = CLIPS * FRAMES_SEEN if name == VIDEO else images
+            wanted = CLIPS * FRAMES_SEEN if name == VIDEO else images // (LARGE_SHARE if LARGE in name else 1)
             assert count == wanted, f"{name} read {count} of {wanted}"
             if turn:
                 cpu_ms[name].append((_cpu_s() - cpu) / count * 1e3)
@@ -298,21 +322,23 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure, print, write data.json and data.png."""
+    """Measure, print, write NAME.json and NAME.png."""
     parser = command_parser("data", __doc__, _EXAMPLES, room="benchmarks")
     parser.add_argument("--images", type=int, default=384, help="pictures of a round")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of every path")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of data.json and data.png")
+    parser.add_argument("--only", nargs="+", metavar="PATH", help="these paths; webdataset and random among them")
+    parser.add_argument("--name", default="data", help="of the result")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of NAME.json and NAME.png")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         before = machine()
         shards = make_shards(Path(folder), options.images)
         kilobytes = sum(map(os.path.getsize, shards)) / options.images / 1e3
-        for shard in shards:
-            load_index(shard, Storage())  # beside each shard, as tools.index_shards leaves them
         with served(Path(folder)) as url:
-            results = measure(paths(shards, url, Path(folder)), options.images, options.rounds)
+            sides = paths(shards, url, Path(folder)) | large_paths(Path(folder), options.images)
+            wanted = options.only or list(sides)
+            results = measure({name: sides[name] for name in wanted}, options.images, options.rounds)
     ours = results["random"]["cpu_ms_per_image"]["median"]
     ratio = results["webdataset"]["cpu_ms_per_image"]["median"] / ours
     report = {
@@ -325,8 +351,8 @@ def main() -> None:
         "decision_rule": {"mfu": MFU, "rows": decision_rule(ours)},
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "data.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw(results, options.out / "data.png")
+    (options.out / f"{options.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(results, options.out / f"{options.name}.png")
     for name, values in results.items():
         cpu, wall = values["cpu_ms_per_image"], values["wall_ms_per_image"]
         print(

@@ -6,10 +6,11 @@ group size, mixture and, for each source, how many shards and samples it has, th
 sample counts and the digests of their members. `differences` says in words what two of them do not share.
 
 What it sees: a shard added, removed, renamed, swapped or moved within the list; samples added, removed or reordered; a
-key, a caption, metadata or the size of a picture that changed in place; every setting of the order. What it does not
-see: the pixels of a picture that is replaced by another of the same number of bytes; text beyond the first 64 KiB of a
-member; where the shards lie (the folder may move, and a shard may be packed again); and, for a remote shard, any
-change under the same name, because remote shards are taken as immutable and their index is not built again.
+key, a caption, metadata or the size of a picture that changed in place; every setting of the order, and whether JPEGs
+are decoded at a smaller size. What it does not see: the pixels of a picture that is replaced by another of the same
+number of bytes; text beyond the first 64 KiB of a member; where the shards lie (the folder may move, and a shard may be
+packed again); and, for a remote shard, any change under the same name, because remote shards are taken as immutable and
+their index is not built again.
 """
 
 from collections.abc import Sequence
@@ -36,7 +37,10 @@ _SETTINGS = {
     "sentences": "data.sentences",
     "tokenizer": "content of data.tokenizer",
     "cleaning": "data.cleaning",
+    "scaled_decode": "data.scaled_decode",
 }
+_BEFORE = {"scaled_decode": 0.0}
+"""What held before the fingerprint knew of it."""
 
 
 def fingerprint(
@@ -59,6 +63,7 @@ def fingerprint(
         "sentences": config.sentences,
         "tokenizer": "clip" if config.tokenizer == "clip" else _hash(Path(config.tokenizer).read_bytes()),
         "cleaning": config.cleaning,
+        "scaled_decode": config.scaled_decode,
         "weights": [[start, [list(pair) for pair in weights.items()]] for start, weights in weight_switches(config)],
         "sources": {
             name: _source(sources.shards[part], sources.counts_of_shards[part], sources.digests_of_shards[part])
@@ -94,9 +99,9 @@ def differences(was: dict[str, Any], now: dict[str, Any], *, position: int) -> l
     if was.get("version") != now["version"]:
         return [f"fingerprint of the data: version {was.get('version')} was, {now['version']} is: they do not compare"]
     lines = [
-        f"{name}: {was[key]!r} was, {now[key]!r} is"
+        f"{name}: {was.get(key, _BEFORE.get(key))!r} was, {now[key]!r} is"
         for key, name in _SETTINGS.items()
-        if was.get(key, now[key]) != now[key]
+        if was.get(key, _BEFORE.get(key, now[key])) != now[key]
     ]
     seen = position - was["first_position"]
     before, after = (_weights_before(print_["weights"], seen) for print_ in (was, now))

@@ -84,7 +84,9 @@ class SampleReader:
             if train
             else eval_transform(evaluation, size=image_size)
         )
-        self._decoder = make_decoder(config.decoder, max_pixels=config.max_pixels, device=device)
+        self._decoder = make_decoder(
+            config.decoder, max_pixels=config.max_pixels, device=device, scaled_decode=config.scaled_decode
+        )
         self._features = self.sources.features(config.features, image_size) if config.features else None
         self._clips = ClipDecoder(frames=config.frames, max_pixels=config.max_pixels)
         if config.frames > 1:

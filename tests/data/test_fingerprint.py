@@ -77,6 +77,7 @@ def _fewer_samples(folder: Path, config: DataConfig) -> DataConfig:
         (_fewer_samples, "other sample counts in shard 0 of the list (8 samples were, 7 are)"),
         (lambda folder, config: replace(config, shuffle=False), "data.shuffle: True was, False is"),
         (lambda folder, config: replace(config, shuffle_group_shards=2), "data.shuffle_group_shards: 64 was, 2 is"),
+        (lambda folder, config: replace(config, scaled_decode=1.5), "data.scaled_decode: 0.0 was, 1.5 is"),
     ],
 )
 def test_what_changes_the_order_is_named(tmp_path: Path, change: Change, words: str) -> None:
@@ -85,6 +86,14 @@ def test_what_changes_the_order_is_named(tmp_path: Path, change: Change, words: 
     assert differences(before, _print_of(config), position=8) == []
     lines = differences(before, _print_of(change(tmp_path, config)), position=8)
     assert words in "\n".join(lines)
+
+
+def test_a_checkpoint_from_before_scaled_decoding_decoded_in_full(tmp_path: Path) -> None:
+    config = DataConfig(shards=make_shards(tmp_path, [2]))
+    before = {name: value for name, value in _print_of(config).items() if name != "scaled_decode"}
+    assert differences(before, _print_of(config), position=8) == []
+    (line,) = differences(before, _print_of(replace(config, scaled_decode=2.0)), position=8)
+    assert line == "data.scaled_decode: 0.0 was, 2.0 is"
 
 
 def test_a_moved_touched_or_repacked_shard_is_the_same_data(tmp_path: Path) -> None:

@@ -58,6 +58,13 @@ def test_special_tokens_are_found_as_the_pattern_goes_from_left_to_right() -> No
     assert encode("!<end_of_text>") == [number for piece in pieces for number in encode(piece)]
 
 
+@given(st.text(st.characters(max_codepoint=127), max_size=60) | st.sampled_from(("it'S 42nd don't 'll x'", "a" * 40)))
+def test_words_by_themselves_have_the_ids_of_the_text(text: str) -> None:
+    """What the package gives for the whole text, which one letter beyond ASCII at its end makes it look at."""
+    whole = encoder()(f"{text} é")
+    assert encoder()(text) + encoder()("é") == whole
+
+
 def test_the_merges_are_those_of_the_vocabulary() -> None:
     merges = bpe.merge_lines()
     assert len(merges) == VOCAB_SIZE - 2 - 2 * 256

@@ -14,9 +14,9 @@ import math
 import numpy as np
 
 from data.errors import DataError
-from data.pixels.decode.pillow import PillowDecoder
+from data.pixels.decode.pillow import JPEG, PillowDecoder
+from data.pixels.decode.resize import reduced_size
 
-_JPEG = b"\xff\xd8\xff"
 _SPACES = ("YCbCr", "Gray")
 _MOST_KEPT_BYTES = 1 << 26
 """A larger picture has memory of its own; up to here one buffer serves all, and the kernel is not asked for pages."""
@@ -30,9 +30,9 @@ def is_installed() -> bool:
 class JpegDecoder(PillowDecoder):
     """See the module text."""
 
-    def __init__(self, *, max_pixels: int) -> None:
-        """Raises DataError without simplejpeg."""
-        super().__init__(max_pixels=max_pixels)
+    def __init__(self, *, max_pixels: int, scaled_decode: float = 0.0) -> None:
+        """scaled_decode: as data.scaled_decode. Raises DataError without simplejpeg."""
+        super().__init__(max_pixels=max_pixels, scaled_decode=scaled_decode)
         try:
             import simplejpeg
         except ImportError as error:
@@ -49,20 +49,31 @@ class JpegDecoder(PillowDecoder):
         return self._size(encoded) or super().size(encoded)
 
     def pixels(self, encoded: bytes) -> np.ndarray:
-        if not encoded.startswith(_JPEG):
+        if not encoded.startswith(JPEG):
             return super().pixels(encoded)
+        pixels = self._decoded(encoded, 1)
+        return super().pixels(encoded) if pixels is None else pixels
+
+    def reduced_pixels(self, encoded: bytes, factor: int) -> np.ndarray | None:
+        pixels = self._decoded(encoded, factor)
+        return super().reduced_pixels(encoded, factor) if pixels is None else pixels
+
+    def _decoded(self, encoded: bytes, factor: int) -> np.ndarray | None:
+        """None, and counted: Pillow decodes it."""
         size = self._size(encoded)
         if size is not None:
+            width, height = reduced_size(size, factor)
+            least = {} if factor == 1 else {"min_width": width, "min_height": height, "min_factor": factor}
             try:
-                return self._simplejpeg.decode_jpeg(encoded, "RGB", buffer=self._room(3 * size[0] * size[1]))
+                return self._simplejpeg.decode_jpeg(encoded, "RGB", buffer=self._room(3 * width * height), **least)
             except (ValueError, KeyError):  # the library's warnings and errors
                 pass
         self.from_pillow += 1
-        return super().pixels(encoded)
+        return None
 
     def _size(self, encoded: bytes) -> tuple[int, int] | None:
         """Width and height of what the library may decode; None: Pillow looks at it."""
-        if not encoded.startswith(_JPEG):
+        if not encoded.startswith(JPEG):
             return None
         try:
             height, width, space, _ = self._simplejpeg.decode_jpeg_header(encoded)

@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError, features
 
 from data.errors import Rejected
 from data.pixels.decode.base import Decoder
-from data.pixels.decode.resize import cut
+from data.pixels.decode.resize import cut, reduced, reduced_size
 from data.pixels.transforms import Window
 
 # Web images are untrusted: only decoders of formats that image shards really hold are reachable.
@@ -22,22 +22,46 @@ if "AVIF" in _FORMATS:
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # readers are processes: one core each
 
 
+JPEG = b"\xff\xd8\xff"
+"""What a JPEG begins with."""
+
+
 class PillowDecoder(Decoder):
     """Pillow's decoders, the window of data/pixels/decode/resize.py and nothing else."""
 
-    def __init__(self, *, max_pixels: int) -> None:
+    def __init__(self, *, max_pixels: int, scaled_decode: float = 0.0) -> None:
+        """scaled_decode: as data.scaled_decode."""
         self._max_pixels = max_pixels
+        self._scaled_decode = scaled_decode
 
     def size(self, encoded: bytes) -> tuple[int, int]:
         return self.open(encoded).size
 
     def decode(self, encoded: bytes, window: Window) -> np.ndarray:
+        if self._scaled_decode and encoded.startswith(JPEG):
+            factor, smaller = reduced(window, least=self._scaled_decode)
+            pixels = self.reduced_pixels(encoded, factor) if factor > 1 else None
+            if pixels is not None:
+                return cut(pixels, smaller)
         return cut(self.pixels(encoded), window)
 
     def pixels(self, encoded: bytes) -> np.ndarray:
         """uint8 [height, width, 3] RGB, valid until the next picture is decoded. Raises Rejected."""
         image = self.open(encoded)
         with _counted_failures():
+            image.load()
+        return np.asarray(to_rgb(image))
+
+    def reduced_pixels(self, encoded: bytes, factor: int) -> np.ndarray | None:
+        """The same of a JPEG, uint8 [ceil(height / factor), ceil(width / factor), 3], by the decoder's own transforms
+        of 4, 2 or 1 in place of 8 values; None where there are none for it. Raises Rejected.
+        """
+        image = self.open(encoded)
+        wanted = reduced_size(image.size, factor)
+        with _counted_failures():
+            image.draft(None, (image.width // factor, image.height // factor))
+            if image.size != wanted:
+                return None
             image.load()
         return np.asarray(to_rgb(image))
 
