@@ -99,7 +99,7 @@ def _train(job: Job, working: int) -> int:
         except (*ours, DataError, CheckpointError, ModelConfigError, UnhealthyStep) as error:
             return tell_line(error)
         except Exception as error:
-            return tell(error)
+            return tell(error, Path(config.run_dir))
     return 0 if done else STOPPED
 
 

@@ -104,8 +104,9 @@ class Mesh:
             axis: Axis = getattr(self, owners)
             ranks = dist.get_process_group_ranks(axis.group)
             block, place = divmod(axis.rank, together)
-            inner = own_axis(ranks[block * together : (block + 1) * together], self.timeout)
-            outer = own_axis(ranks[place::together], self.timeout) if together < axis.size else None
+            near, far = ranks[block * together : (block + 1) * together], ranks[place::together]
+            inner = own_axis(f"gather {owners}", near, self.timeout)
+            outer = own_axis(f"gather {owners}, outer", far, self.timeout) if together < axis.size else None
             self.gathering[owners, together] = GatherAxes(inner, outer)
         return self.gathering[owners, together]
 
@@ -126,15 +127,17 @@ def meet(axis: Axis, device: torch.device) -> None:
 
 
 def own_axis(
-    members: Sequence[int], timeout: timedelta | None, options: Any = None, backend: str | None = None
+    name: str, members: Sequence[int], timeout: timedelta | None, options: Any = None, backend: str | None = None
 ) -> Axis:
     """An axis of these ranks, this one among them. Only they create its group, all in the same order of axes.
 
     So no rank waits for groups of others: every one of the hundreds of groups of a large job would otherwise be a
-    barrier of all its ranks.
+    barrier of all its ranks. name: what torch's flight recorder calls the group (engine/resilience/failures.py).
     """
     own = list(members)
-    group = dist.new_group(own, timeout=timeout, backend=backend, pg_options=options, use_local_synchronization=True)
+    group = dist.new_group(
+        own, timeout=timeout, backend=backend, pg_options=options, use_local_synchronization=True, group_desc=name
+    )
     return Axis(len(own), own.index(dist.get_rank()), group)
 
 
@@ -151,25 +154,25 @@ def build_mesh(tensor: int, pipeline: int, world: Group, *, timeout: timedelta |
     at = lambda tt, dd, pp: ranks[tt + tensor * (dd + data * pp)]  # noqa: E731
     t, d, p = me % tensor, me // tensor % data, me // (tensor * data)
 
-    alone = own_axis([ranks[me]], timeout)
+    alone = own_axis("alone", [ranks[me]], timeout)
 
-    def axis(members: list[int], **more: Any) -> Axis:
+    def axis(name: str, members: list[int], **more: Any) -> Axis:
         """One rank's axes share a group: an idle group is three threads that wake a hundred times a second (gloo)."""
-        return alone if len(members) == 1 and "backend" not in more else own_axis(members, timeout, **more)
+        return alone if len(members) == 1 and "backend" not in more else own_axis(name, members, timeout, **more)
 
     stages = [at(t, d, pp) for pp in range(pipeline)]
     urgent = priority_options(dist.get_backend(world))
-    pipeline_axis = axis(stages, options=urgent)
+    pipeline_axis = axis("pipeline", stages, options=urgent)
     return Mesh(
-        tensor=axis([at(tt, d, p) for tt in range(tensor)]),
-        data=axis([at(t, dd, p) for dd in range(data)]),
+        tensor=axis("tensor", [at(tt, d, p) for tt in range(tensor)]),
+        data=axis("data", [at(t, dd, p) for dd in range(data)]),
         pipeline=pipeline_axis,
-        replica=axis([at(tt, d, pp) for pp in range(pipeline) for tt in range(tensor)]),
-        stage=axis([at(tt, dd, p) for dd in range(data) for tt in range(tensor)]),
+        replica=axis("replica", [at(tt, d, pp) for pp in range(pipeline) for tt in range(tensor)]),
+        stage=axis("stage", [at(tt, dd, p) for dd in range(data) for tt in range(tensor)]),
         alone=alone,
         world=Axis(len(ranks), me, world),
-        links=_links(pipeline_axis, lambda: axis(stages, options=urgent).group),
-        control=axis(ranks, **({"backend": "gloo"} if dist.get_backend(world) == "nccl" else {})),
+        links=_links(pipeline_axis, lambda: axis("link", stages, options=urgent).group),
+        control=axis("control", ranks, **({"backend": "gloo"} if dist.get_backend(world) == "nccl" else {})),
         timeout=timeout,
     )
 

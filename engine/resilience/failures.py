@@ -5,7 +5,9 @@ once in the job, and leaves a little later than the rank at fault, so that torch
 Only what nobody has foreseen gets a traceback, from the rank that met it.
 """
 
+import contextlib
 import hashlib
+import json
 import os
 import re
 import socket
@@ -13,6 +15,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +31,8 @@ _LOST = re.compile(
 _READER = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)")
 """torch's signal handler says so wherever the training thread happens to be."""
 _AT_FAULT, _NOTED = "told by the rank at fault", "noted"
+_KEPT = 12
+"""Collectives of a group that are shown."""
 _LATER_S = 3.0
 """How much later than the rank at fault the others end, and how long the rank that holds the store stays for them."""
 
@@ -72,9 +78,14 @@ def reason(error: Exception) -> str:
     return f"lost another rank ({what})"
 
 
-def tell(error: Exception) -> int:
-    """Print what this rank has to say about the error that ends it; returns the exit status."""
+def tell(error: Exception, run_dir: Path | None = None) -> int:
+    """Print what this rank has to say about the error that ends it; returns the exit status.
+
+    A rank that has lost another leaves its last collectives in run_dir/hang: the lost one may have died in them.
+    """
     if lost_peer(error):
+        if run_dir is not None:
+            leave_collectives(run_dir / "hang")
         time.sleep(_LATER_S)
         if _asked(getattr(error, "at_fault_has_told", None)):
             return 1
@@ -82,6 +93,29 @@ def tell(error: Exception) -> int:
         _say(_in_words(error))
     _stay_for_the_others(error)
     return 1
+
+
+def leave_collectives(folder: Path) -> None:
+    """Write what torch's flight recorder has kept of each gloo group's last collectives: a line each, the latest at the
+    end, in a file a rank. (NCCL's recorder is another one, which torch dumps at its time-out.)
+    """
+    record = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)  # not in every torch of the range
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # nothing that a rank's last word waits for
+        lines = _in_groups(json.loads(record())["entries"]) if record is not None else []
+        folder.mkdir(exist_ok=True)  # without parents: a run folder that was taken away stays away
+        path = folder / f"collectives_{int(os.environ.get('RANK', '0')):05d}.txt"
+        path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _in_groups(entries: list[dict[str, Any]]) -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for entry in entries:
+        name, axis = entry["process_group"]
+        sizes = f"{entry['input_sizes']} -> {entry['output_sizes']} {', '.join(entry['input_dtypes'])}"
+        state = "ended" if entry["retired"] else entry["state"]
+        line = f"{axis} {name[:8]}: {entry['collective_seq_id']} {entry['profiling_name']} {sizes}, {state}"
+        groups.setdefault(name, []).append(line)
+    return [line for lines in groups.values() for line in lines[-_KEPT:]]
 
 
 def _in_words(error: Exception) -> str:

@@ -26,6 +26,7 @@ from typing import Any
 import torch.distributed as dist
 
 from engine.resilience.exit import leave
+from engine.resilience.failures import leave_collectives
 
 HUNG = 86
 """Exit status of a job that stood still."""
@@ -223,6 +224,7 @@ class Watch:
                 file.write(json.dumps(self._place()) + "\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
+        leave_collectives(folder)
         time.sleep(2 * _BEAT_S)  # the others hear of it as well before the store may go
         leave(HUNG)
 

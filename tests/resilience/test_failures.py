@@ -4,10 +4,14 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from engine.config.read import ParallelConfig
+from engine.parallel.launch import job
 from engine.resilience import failures
 from engine.resilience.failures import note, reason, tell, tell_line
 from engine.resilience.judge import UnhealthyStep
@@ -39,6 +43,17 @@ def test_where_nobody_could_tell_the_loss_is_told_once(capsys: pytest.CaptureFix
     assert first.startswith("error: rank 0 on ") and "lost another rank (Read error" in first and first.count("\n") == 1
     assert said(RuntimeError(LOST), store, capsys) == ""
     assert reason(RuntimeError(LOST)) == "lost another rank (Read error [127.0.0.1]:1: Connection reset by peer)"
+
+
+def test_a_rank_that_lost_another_leaves_its_last_collectives(tmp_path: Path) -> None:
+    with job(ParallelConfig()) as (mesh, _):
+        for rows in range(1, failures._KEPT + 2):
+            dist.all_reduce(torch.zeros(rows, 5), group=mesh.alone.group)
+    assert tell(RuntimeError(LOST), tmp_path) == tell(RuntimeError(LOST), tmp_path / "gone") == 1
+    lines = (tmp_path / "hang" / "collectives_00000.txt").read_text().splitlines()
+    own = [line for line in lines if line.startswith("alone ")][-failures._KEPT :]
+    assert ": 2 gloo:all_reduce [[2, 5]] -> [[2, 5]] Float, " in own[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["hang"]
 
 
 def test_a_reader_that_dies_in_the_middle_of_a_step_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ def partner_of(rank: int, hosts: Sequence[str]) -> int | None:
 
 def copies_axis(mesh: Mesh) -> Axis:
     """A group of its own: copies travel while training uses the others."""
-    return own_axis(dist.get_process_group_ranks(mesh.world.group), mesh.timeout, backend="gloo")
+    return own_axis("copies", dist.get_process_group_ranks(mesh.world.group), mesh.timeout, backend="gloo")
 
 
 def send(folder: Path, files: Sequence[str], to: int, axis: Axis) -> Iterator[tuple[Any, Tensor]]:
