@@ -36,6 +36,8 @@ from tests.chaos.ranks import TINY, launch
 from tests.data.shard_factory import make_shards
 
 FAULT_EVERY, READ_EVERY, WARM_STEPS = 50, 10, 60
+FEWEST_SAMPLES = 10
+"""Of a start that is warm; a line through fewer says more of when they were taken than of growth."""
 FLAT_KB = 2.0
 """What a rank may have more in use a step, in the median of starts and ranks."""
 _RECORDED = "100"
@@ -148,7 +150,7 @@ def growth(folder: Path) -> dict[str, list[float]]:
     for path in sorted(folder.glob("samples_*")):
         rows = np.array(_rows(path))
         rows = rows[rows[:, 0] >= rows[0, 0] + WARM_STEPS] if len(rows) else rows
-        if len(rows) >= 5:
+        if len(rows) >= FEWEST_SAMPLES:
             for column, name in enumerate(NAMES, start=1):
                 slopes[name].append(float(np.polyfit(rows[:, 0], rows[:, column], 1)[0]))
     return slopes
