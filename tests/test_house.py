@@ -46,6 +46,8 @@ def everything_imported(source: str) -> set[str]:
             names |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             names.add(node.module)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            names |= {argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)}
     return {name.split(".")[0] for name in names}
 
 
@@ -113,6 +115,7 @@ def test_megatron_is_imported_where_it_is_wrapped() -> None:
 def test_an_import_inside_a_function_is_seen() -> None:
     inside = "def f():\n    from megatron.core import parallel_state\n"
     assert everything_imported(inside) == {"megatron"} and list(imported(inside)) == []
+    assert everything_imported('importlib.import_module("megatron.core")') == {"megatron"}
 
 
 @pytest.mark.parametrize("room", ROOMS)
