@@ -1,11 +1,13 @@
 """What travels from the readers to the training process."""
 
+import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from data.errors import DataError
 from data.pixels.transforms import Window
 
 
@@ -42,6 +44,27 @@ class SampleBatch:
     """int64 [n]: hashes of the encoded pictures, where they are asked for."""
     caption_fallbacks: int = 0
     """Samples of these n whose chosen text could not be used, so that another stands in for it."""
+    positions: np.ndarray | None = None
+    """int64 [n]: global positions, where they are known."""
+    token_bits: int | None = None
+    """Sum of the bits of `tokens` when they were made, where it is known."""
+    pixel_bits: int | None = None
+    """Sum of the bits of `images` when they were made, where it is known."""
+
+    def summed(self) -> "SampleBatch":
+        """The same, with the sums of what lies in a host's memory."""
+        pixels = sum_of_bits(self.images) if self.images.is_cpu else None
+        return replace(self, token_bits=sum_of_bits(self.tokens), pixel_bits=pixels)
+
+    def check(self) -> None:
+        """Raise DataError if memory has forgotten a bit of it since; only what is summed is looked at."""
+        parts = ("captions", self.token_bits, self.tokens), ("pixels", self.pixel_bits, self.images)
+        for what, bits, values in parts:
+            if bits is not None and bits != sum_of_bits(values):
+                raise DataError(
+                    f"{what} of a batch have changed in the memory of {socket.gethostname()} since they were read: it "
+                    "may be bad, take the host out of the job and resume"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,18 +123,34 @@ class EncodedBatch:
     """What was replaced so far."""
 
 
+def sum_of_bits(values: torch.Tensor) -> int:
+    """Sum of the bits of a tensor on the CPU as integers, modulo 2^64: a flipped bit changes it."""
+    raw = values.contiguous().view(-1).view(torch.uint8).numpy()
+    words, rest = np.split(raw, [raw.size - raw.size % 8])
+    return (int(words.view(np.uint64).sum()) + int.from_bytes(rest.tobytes(), "little")) % (1 << 64)
+
+
 def join(batches: Sequence[SampleBatch], *, pinned: bool = False) -> SampleBatch:
-    """One batch of all their samples in their order, in memory of its own. pinned: its images lie in pinned memory."""
+    """One batch of all their samples in their order, in memory of its own. pinned: its images lie in pinned memory.
+
+    Raises DataError if memory has forgotten a bit of one of them.
+    """
+    for batch in batches:
+        batch.check()
     parts = [batch.images for batch in batches]
     shape = (sum(map(len, parts)), *parts[0].shape[1:])
     images = torch.empty(shape, dtype=parts[0].dtype, device=parts[0].device, pin_memory=pinned)
     identifiers = [batch.picture_ids for batch in batches if batch.picture_ids is not None]
+    positions = [batch.positions for batch in batches if batch.positions is not None]
+    tokens = torch.cat([batch.tokens for batch in batches])
     return SampleBatch(
         images=torch.cat(parts, out=images),
-        tokens=torch.cat([batch.tokens for batch in batches]),
+        tokens=tokens,
         captions=[caption for batch in batches for caption in batch.captions],
         keys=[key for batch in batches for key in batch.keys],
         bad=[sample for batch in batches for sample in batch.bad],
         picture_ids=torch.cat(identifiers) if identifiers else None,
         caption_fallbacks=sum(batch.caption_fallbacks for batch in batches),
+        positions=np.concatenate(positions) if positions else None,
+        token_bits=sum_of_bits(tokens),
     )

@@ -156,7 +156,7 @@ class SampleReader:
         if not self._train:
             judge_bad_fraction(self.bad_by_reason, reads=self.reads, limit=self._config.max_bad_fraction)
         tokens = np.array([sample.tokens for sample in samples], dtype=np.int64)
-        return SampleBatch(
+        read = SampleBatch(
             images=images if frames > 1 else images[:, 0],
             tokens=torch.from_numpy(tokens.reshape(-1, self._tokenizer.context_length)),
             captions=[sample.caption for sample in samples],
@@ -164,7 +164,9 @@ class SampleReader:
             bad=bad,
             picture_ids=torch.tensor([sample.picture_id for sample in samples]) if self._picture_ids else None,
             caption_fallbacks=sum(sample.fell_back for sample in samples),
+            positions=batch.positions,
         )
+        return read.summed() if self._train else read
 
     def look_at(self, position: int) -> tuple[EncodedSample, torch.Tensor] | BadSample:
         """The position's own sample with its pixels, uint8 [frames, 3, image_size, image_size], judged but not

@@ -19,6 +19,7 @@ device, there. Captions stay on the host, too: what they are cut to is asked for
 import logging
 import math
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -191,9 +192,32 @@ class Feed:
             if self.loader is not None:
                 self._log_epochs()
                 self._read = [self._decoded(unit) for unit in next(self.loader)]
+                self._check()
         except Exception as error:  # whatever it is, the other ranks must hear of it
             return error
         return None
+
+    def _check(self) -> None:
+        """Raise DataError if memory has forgotten a bit of what was read, or which samples are this step's."""
+        for unit in self._read:
+            unit.check()
+        wanted = self._positions(self.next_position)[slice(self.units[0].start, self.units[-1].stop)]
+        found = [unit.positions for unit in self._read if unit.positions is not None]
+        if found and not np.array_equal(np.concatenate(found), wanted):
+            raise DataError(
+                f"rank {self.mesh.world.rank} on {socket.gethostname()} wanted samples {_span(wanted)} for this step "
+                f"and was given {_span(np.concatenate(found))}: its memory may be bad, take the host out of the job "
+                "and resume"
+            )
+
+    def is_elsewhere(self, samples_seen: int) -> Exception | None:
+        """What is wrong if the run has seen another number of samples than this rank has given. Local."""
+        if self.next_position == samples_seen:
+            return None
+        return DataError(
+            f"rank {self.mesh.world.rank} on {socket.gethostname()} has seen {samples_seen} samples and given "
+            f"{self.next_position}: its memory may be bad, take the host out of the job and resume"
+        )
 
     @property
     def bad(self) -> list[BadSample]:
@@ -325,6 +349,10 @@ class Feed:
             first = self.next_position
             for line in self.reader.sources.epochs_begun(first, first + self.global_batch):
                 _log.warning("%s", line)
+
+
+def _span(positions: np.ndarray) -> str:
+    return f"{positions[0]} to {positions[-1]}" if len(positions) else "none"
 
 
 def _positions_of_units(first: np.ndarray, units: Sequence[slice], stride: int, steps: int) -> Iterator[np.ndarray]:

@@ -133,7 +133,7 @@ class Trainer:
     def _call_the_roll(self, roll_call: RollCall, feed: Feed) -> Orders:
         """Read this rank's part of the next step and hear what the others met. Collective; raises on every rank."""
         self.pulse.at("data")
-        error = feed.read() or self.recovery.writer_failure()
+        error = feed.read() or feed.is_elsewhere(self.position.samples_seen) or self.recovery.writer_failure()
         self.pulse.at("roll call")
         orders, bad = roll_call(error, self.quarantine.counts(feed.bad, feed.caption_fallbacks))
         if not orders.stop:  # a run that goes on reads them again

@@ -1,0 +1,210 @@
+"""What happens to jobs more rarely than tests/chaos/matrix.py has it: each ends as its policy says, and goes on."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.chaos import faults
+from tests.chaos.matrix import CLOSE, CONFIG, STEPS, curve, may_mount
+from tests.chaos.ranks import TINY, launch
+from tests.data.shard_factory import make_shards
+
+STOPPED_S = 12.0
+LIMIT = "parallel.hang_minutes=0.1"
+"""Half of STOPPED_S."""
+AT = 4
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return make_shards(tmp_path_factory.mktemp("shards"), [20, 28])
+
+
+def _settings(shards: list[str], run_dir: Path, *more: str) -> list[str]:
+    given = {setting.partition("=")[0] for setting in more}
+    own = [f"data.shards=[{','.join(shards)}]", f"run_dir={run_dir}", f"train.steps={STEPS}", "data.workers=0"]
+    usual = [*TINY, *own, "checkpoint.every_steps=2"]
+    return [*(setting for setting in usual if setting.partition("=")[0] not in given), *more]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    start = launch(CONFIG, _settings(shards, folder / "run"), 2, folder / "log")
+    assert start.end() == [0, 0], start.text
+    return curve(folder / "run")
+
+
+def _at_step(step: int, of_rank: int, do: Callable[[Any], None], rank: int) -> None:
+    """Have a rank do something when it begins a step; run in each rank before the job."""
+    from engine.resilience.watch import Pulse
+    from engine.trainer import Trainer
+
+    if rank != of_rank:
+        return
+    trainers: list[Any] = []
+    begin, fit = Pulse.at, Trainer.fit
+
+    def fitted(trainer: Any, *arguments: Any) -> str:
+        trainers[:] = [trainer]
+        return fit(trainer, *arguments)
+
+    def at(pulse: Any, part: str, unit: Any = None) -> None:
+        begin(pulse, part, unit)
+        if trainers and part == "encode" and pulse.step + 1 == step:
+            Pulse.at = begin  # type: ignore[method-assign]
+            do(trainers[0])
+
+    Pulse.at, Trainer.fit = at, fitted  # type: ignore[method-assign]
+
+
+# --- all stand still -------------------------------------------------------------------------------------------------
+
+
+def _tree(pid: int) -> list[int]:
+    """A process and all below it."""
+    children = [
+        int(child)
+        for thread in Path(f"/proc/{pid}/task").iterdir()
+        for child in (thread / "children").read_text().split()
+    ]
+    return [pid, *(other for child in children for other in _tree(child))]
+
+
+def _stop_all(scratch: Path, trainer: Any) -> None:
+    """As `scontrol suspend` does; an own process has them go on."""
+    ranks = [int(path.read_text()) for path in scratch.glob("pid_*")]
+    processes = [pid for rank in ranks for pid in _tree(rank)]
+    if os.fork() == 0:
+        time.sleep(STOPPED_S)
+        for pid in processes:
+            os.kill(pid, signal.SIGCONT)
+        os._exit(0)
+    for pid in sorted(processes, key=lambda pid: pid == os.getpid()):
+        os.kill(pid, signal.SIGSTOP)
+
+
+def _note_and_stop_all(scratch: Path, rank: int) -> None:
+    (scratch / f"pid_{rank}").write_text(str(os.getpid()))
+    _at_step(AT, 0, partial(_stop_all, scratch), rank)
+
+
+def test_a_job_that_a_scheduler_stops_for_a_while_goes_on(
+    shards: list[str], undisturbed: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    """For longer than a rank may be silent, and longer than a reader: nobody of them was late."""
+    settings = _settings(shards, tmp_path / "run", LIMIT, "data.workers=1", "data.stall_timeout_s=4")
+    start = launch(CONFIG, settings, 2, tmp_path / "log", prepare=partial(_note_and_stop_all, tmp_path))
+    assert start.end() == [0, 0] and not start.own_errors(), start.text
+    assert curve(tmp_path / "run") == undisturbed
+
+
+# --- a batch that memory forgets -------------------------------------------------------------------------------------
+
+
+def _forget(what: str, rank: int) -> None:
+    """One bit of what the second rank has taken for a step ahead; run in each rank before the job."""
+    from engine import feed
+
+    if rank != 1:
+        return
+    take, asked = feed._units_of_a_step, []
+
+    def taken(*arguments: Any, **named: Any) -> Any:
+        (read,) = take(*arguments, **named)
+        asked.append(read)
+        if len(asked) == AT:
+            values = {"captions": read.tokens, "pixels": read.images}.get(what)
+            if values is None:
+                read.positions[-1] ^= 1 << 20
+            else:
+                values.view(-1).view(torch.uint8)[9] ^= 4
+        return [read]
+
+    feed._units_of_a_step = taken
+
+
+@pytest.mark.parametrize("what", ["captions", "positions"])
+def test_a_batch_that_memory_forgets_before_its_step_is_one_line(
+    what: str, shards: list[str], undisturbed: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    settings = _settings(shards, tmp_path / "run")
+    start = launch(CONFIG, settings, 2, tmp_path / "log", prepare=partial(_forget, what))
+    assert all(start.end()), start.text
+    (said,) = start.own_errors()
+    assert "memory" in said and "take the host out of the job" in said, start.text
+    assert [row[0] for row in curve(tmp_path / "run")] == list(range(AT - 1))
+    again = launch(CONFIG, settings, 2, tmp_path / "again")
+    assert again.end() == [0, 0] and curve(tmp_path / "run") == undisturbed, again.text
+
+
+# --- a suspect on a full disk ----------------------------------------------------------------------------------------
+
+
+def _fill_and_flip(run_dir: Path, trainer: Any) -> None:
+    place = faults.Place(1, AT, "encode", run_dir, Path(), Path())
+    faults.fill(place, trainer)
+    faults.flipped_moment(place, trainer)
+
+
+@pytest.mark.parametrize("policy", ["stop", "rewind"])
+def test_a_suspect_is_set_aside_on_a_disk_that_is_full(policy: str, shards: list[str], tmp_path: Path) -> None:
+    if not may_mount():
+        pytest.skip("no right to mount a tmpfs")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(disk)], check=True)
+    try:
+        run_dir = disk / "run"
+        settings = _settings(shards, run_dir, f"health.on_divergence={policy}")
+        prepare = partial(_at_step, AT, 1, partial(_fill_and_flip, run_dir))
+        start = launch(CONFIG, settings, 2, tmp_path / "log", prepare=prepare)
+        assert all(start.end()), start.text
+        (said,) = start.own_errors()
+        assert ("state has changed" if policy == "stop" else "cannot save") in said, start.text
+        assert [path.name for path in (run_dir / "checkpoints").glob("*.suspect")] == [f"step_{AT:08d}.suspect"]
+        (disk / "filler").unlink()
+        again = launch(CONFIG, settings, 2, tmp_path / "again")
+        assert again.end() == [0, 0] and f"step_{AT - 2:08d} (step {AT - 2})" in again.text, again.text
+        assert [row[0] for row in curve(run_dir)] == list(range(STEPS))
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+# --- fewer ranks behind a border of phases ---------------------------------------------------------------------------
+
+
+def _killed(trainer: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_job_goes_on_with_fewer_ranks_on_both_sides_of_a_border(shards: list[str], tmp_path: Path) -> None:
+    """Killed in the last step of a phase, in the first one of the next (nothing is saved behind the border yet) and
+    after a save there.
+    """
+    phases = "phases=[{name: one, samples: 32}, {name: two, samples: 32}]"
+    no_steps = ("train.steps=null", phases)
+    whole = launch(CONFIG, _settings(shards, tmp_path / "whole", *no_steps), 2, tmp_path / "log")
+    assert whole.end() == [0, 0], whole.text
+    wanted = curve(tmp_path / "whole")
+    for step in (AT - 1, AT, AT + 3):
+        settings = _settings(shards, tmp_path / f"run{step}", *no_steps)
+        start = launch(CONFIG, settings, 2, tmp_path / "log", prepare=partial(_at_step, step, 0, _killed))
+        assert all(start.end()), start.text
+        alone = launch(CONFIG, settings, 1, tmp_path / "alone")
+        assert alone.end() == [0] and "resumed from" in alone.text, alone.text
+        found = curve(tmp_path / f"run{step}")
+        assert [row[0] for row in found] == list(range(STEPS))
+        assert all(abs(a[1] - b[1]) < CLOSE * abs(b[1]) for a, b in zip(found, wanted, strict=True))
+        shutil.rmtree(tmp_path / f"run{step}")
