@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,8 +69,10 @@ class Fault:
     """What the log of the ranks holds beside that line."""
 
 
-def arm(rank: int, fault: Callable[[Place, Any], None], place: Place) -> None:
-    """Disturb this rank if it is the one; run in every rank before its job."""
+def arm(rank: int, fault: Callable[[Place, Any], None], place: Place, *, is_wish: bool = False) -> None:
+    """Disturb this rank if it is the one; run in every rank before its job. However fast steps are, the fault has been
+    there before the next part begins. is_wish: nor does it before the rank has taken down what it was asked for.
+    """
     (place.scratch / f"pid_{rank}").write_text(str(os.getpid()))
     if rank != place.rank:
         return
@@ -78,22 +81,34 @@ def arm(rank: int, fault: Callable[[Place, Any], None], place: Place) -> None:
     from engine.trainer import Trainer
 
     seen: dict[str, Any] = {}
-    begin, fit, write_rank = Pulse.at, Trainer.fit, save.write_rank
+    begin, fit, write_rank, begin_save = Pulse.at, Trainer.fit, save.write_rank, save.CheckpointSaver.save
+    over = threading.Event()
 
     def fire() -> None:
-        if "fired" not in seen:
-            seen["fired"] = True
-            (place.scratch / "fired").write_text(repr(time.monotonic()))
+        if "fired" in seen:
+            return
+        seen["fired"] = True
+        (place.scratch / "fired").write_text(repr(time.monotonic()))
+        try:
             fault(place, seen["trainer"])
+            while is_wish and not seen["wishes"].stop:  # a thread takes it down
+                time.sleep(0.001)
+        finally:
+            over.set()
 
     def at(pulse: Pulse, part: str, unit: Any = None) -> None:
         begin(pulse, part, unit)
         if part in PARTS[place.phase] and pulse.step + 1 == place.step:
             fire()
 
-    def fitted(trainer: Trainer, *arguments: Any) -> str:
-        seen["trainer"] = trainer
-        return fit(trainer, *arguments)
+    def fitted(trainer: Trainer, callbacks: Any, wishes: Any) -> str:
+        seen.update(trainer=trainer, wishes=wishes)
+        return fit(trainer, callbacks, wishes)
+
+    def saving(saver: save.CheckpointSaver, position: Any, *arguments: Any) -> None:
+        begin_save(saver, position, *arguments)
+        if place.phase == "save" and position.step == place.step:
+            over.wait()  # the writer is a thread
 
     def written(folder: Path, *arguments: Any) -> dict[str, Any]:
         if place.phase == "save" and folder.name.endswith(f"{place.step:08d}"):
@@ -101,6 +116,7 @@ def arm(rank: int, fault: Callable[[Place, Any], None], place: Place) -> None:
         return write_rank(folder, *arguments)
 
     Pulse.at, Trainer.fit, save.write_rank = at, fitted, written  # type: ignore[method-assign, assignment]
+    save.CheckpointSaver.save = saving  # type: ignore[method-assign, assignment]
 
 
 def note_first_step(scratch: str, rank: int) -> None:
@@ -365,7 +381,8 @@ def named(name: str) -> Fault:
 
 def disturb(rank: int, name: str, place: dict[str, Any]) -> None:
     """`arm` with what can be sent to another process."""
-    arm(rank, named(name).do, Place(**place))
+    fault = named(name)
+    arm(rank, fault.do, Place(**place), is_wish=fault.comes == "stops" and name.startswith("SIG"))
 
 
 def as_dict(place: Place) -> dict[str, Any]:

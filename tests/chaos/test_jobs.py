@@ -81,7 +81,7 @@ class Case:
     says: str
     """A part of one line of the job's own output."""
     lost: int
-    """Most steps that have to be done again."""
+    """Most steps that have to be done again: since a checkpoint, and while the next one was written."""
     status: str = "stopped"
     """Outcome in status.json."""
     overrides: tuple[str, ...] = ()
@@ -129,12 +129,12 @@ CASES = [
     Case("touch STOP", touch("STOP"), "/STOP after step ", 0),
     Case("touch SAVE", touch("SAVE"), "asked to save after step ", 0, status="finished", ends_well=True),
     Case("kill -9 of torchrun", kill_torchrun, STOP_LINE.format("SIGTERM"), 0),
-    Case("kill -9 of rank 1", signal_to(signal.SIGKILL, rank=1), "lost another rank", AFTER + 3, status="failed"),
+    Case("kill -9 of rank 1", signal_to(signal.SIGKILL, rank=1), "lost another rank", 2 * EVERY, status="failed"),
     Case(
         "SIGSTOP of rank 1",
         signal_to(signal.SIGSTOP, rank=1),
         "error: no sign of life from rank 1 on ",
-        AFTER + 3,
+        2 * EVERY,
         status="running",
         overrides=("parallel.hang_minutes=0.1",),
     ),
@@ -206,7 +206,7 @@ def test_a_killed_rank_is_started_again_by_torchrun_and_goes_on_to_the_bit(
     """Before the first checkpoint and after it, in one job; a stop that was asked for is not started again."""
     run_dir = tmp_path / "run"
     job = Job(start(shards, run_dir, *OPTIONS, torchrun=("--max-restarts", "3")), run_dir)
-    job.until(f"step {AFTER}/")
+    job.until("step 2/")
     signal_to(signal.SIGKILL, rank=1)(job)
     job.until(f"step {EVERY + AFTER}/")
     signal_to(signal.SIGKILL, rank=0)(job)
@@ -217,6 +217,25 @@ def test_a_killed_rank_is_started_again_by_torchrun_and_goes_on_to_the_bit(
     assert json.loads((run_dir / "status.json").read_text())["outcome"] == "stopped"
     second = Job(start(shards, run_dir, *OPTIONS), run_dir)
     assert second.end() == 0
+    assert curve(run_dir) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_while_torchrun_is_stopped(
+    shards: list[str], undisturbed: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    """It holds the store in which ranks tell each other that they live: none of them is late for that."""
+    run_dir = tmp_path / "run"
+    job = Job(start(shards, run_dir, *OPTIONS, "parallel.hang_minutes=0.1"), run_dir)
+    job.until(f"step {AFTER}/")
+    signal_to(signal.SIGSTOP)(job)
+    try:
+        job.until(f"step {AFTER + 3}/")
+        time.sleep(12)  # twice as long as a rank may be silent
+    finally:
+        signal_to(signal.SIGCONT)(job)
+    assert job.end() == 0, "".join(job.lines)
+    assert not [line for line in job.own_lines() if "error" in line], "".join(job.lines)
     assert curve(run_dir) == undisturbed
 
 

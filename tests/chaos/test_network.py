@@ -61,18 +61,30 @@ def cable() -> Iterator[Cable]:
             _ip("netns", "del", name)
 
 
-def _move(names: tuple[str, str], rank: int) -> None:
-    """This rank lives on its host from here on."""
+def _move(names: tuple[str, str], may_go_on: str, rank: int) -> None:
+    """This rank lives on its host from here on, and stays before a step until it may go on."""
     with open(f"/var/run/netns/{names[rank]}") as namespace:
         assert ctypes.CDLL(None).setns(namespace.fileno(), _CLONE_NEWNET) == 0
     os.environ.update(MASTER_ADDR="10.77.0.1", GLOO_SOCKET_IFNAME=f"end{rank}")
+    from engine.resilience.watch import Pulse
+
+    begin = Pulse.at
+
+    def at(pulse: Pulse, part: str, unit: object = None) -> None:
+        begin(pulse, part, unit)
+        while pulse.step + 1 == CUT_AFTER and not os.path.exists(may_go_on):
+            time.sleep(0.01)
+
+    Pulse.at = at  # type: ignore[method-assign]
 
 
 def _start(cable: Cable, folder: Path, *more: str) -> Start:
     shards = make_shards(folder, [20, 28])
     settings = [*TINY, f"data.shards=[{','.join(shards)}]", f"train.steps={STEPS}", f"run_dir={folder / 'run'}"]
     settings += ["data.workers=0", "checkpoint.every_steps=2", *more]
-    start = launch("examples/quickstart/train.yaml", settings, 2, folder / "log", prepare=partial(_move, cable.names))
+    (folder / "go_on").unlink(missing_ok=True)
+    prepare = partial(_move, cable.names, str(folder / "go_on"))
+    start = launch("examples/quickstart/train.yaml", settings, 2, folder / "log", prepare=prepare)
     deadline = time.monotonic() + 180
     while f"step {CUT_AFTER}/" not in start.text:
         assert time.monotonic() < deadline and all(rank.is_alive() for rank in start.ranks), start.text
@@ -83,9 +95,12 @@ def _start(cable: Cable, folder: Path, *more: str) -> Start:
 def test_a_cable_that_is_pulled_for_a_while_costs_that_while_only(cable: Cable, tmp_path: Path) -> None:
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
-    assert _start(cable, tmp_path / "whole").end() == [0, 0]
+    whole = _start(cable, tmp_path / "whole")
+    (tmp_path / "whole" / "go_on").touch()
+    assert whole.end() == [0, 0]
     start = _start(cable, tmp_path / "cut", "parallel.hang_minutes=2")
     cable.pull()
+    (tmp_path / "cut" / "go_on").touch()
     time.sleep(CUT_S)
     cable.plug()
     assert start.end() == [0, 0], start.text
@@ -95,10 +110,12 @@ def test_a_cable_that_is_pulled_for_a_while_costs_that_while_only(cable: Cable, 
 def test_a_cable_that_is_pulled_for_good_ends_both_sides(cable: Cable, tmp_path: Path) -> None:
     start = _start(cable, tmp_path, "parallel.hang_minutes=0.3", "parallel.timeout_minutes=0.6")
     cable.pull()
+    (tmp_path / "go_on").touch()
     assert all(start.end()), start.text
     said = [line for line in start.own_errors() if not line.startswith("stopped")]
     assert said and ("rank 1" in said[0] or "lost another rank" in said[0]), start.text
     cable.plug()
     again = _start(cable, tmp_path)
+    (tmp_path / "go_on").touch()
     assert again.end() == [0, 0] and "resumed from" in again.text
     assert [row[0] for row in curve(tmp_path / "run")] == list(range(STEPS))

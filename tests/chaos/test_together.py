@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,59 +24,77 @@ REWINDS = ("health.on_nonfinite=rewind",)
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
-def _at_step(step: int, do: Callable[[Any], None], rank: int) -> None:
-    """Have the only rank do something when it enters the reduction of a step; run in it before the job."""
+def _at_step(step: int, do: Callable[[Any, Any], None], rank: int) -> None:
+    """Have the only rank do something when it enters the reduction of a step; run in it before the job. do: gets the
+    trainer, and what the process was asked for.
+    """
     from engine.resilience.watch import Pulse
     from engine.trainer import Trainer
 
-    trainers: list[Any] = []
+    running: list[tuple[Any, Any]] = []
     begin, fit = Pulse.at, Trainer.fit
 
-    def fitted(trainer: Trainer, *arguments: Any) -> str:
-        trainers.append(trainer)
-        return fit(trainer, *arguments)
+    def fitted(trainer: Trainer, callbacks: Any, wishes: Any) -> str:
+        running.append((trainer, wishes))
+        return fit(trainer, callbacks, wishes)
 
     def at(pulse: Pulse, part: str, unit: Any = None) -> None:
         begin(pulse, part, unit)
-        if part == "reduce" and pulse.step + 1 == step and trainers:
-            do(trainers[0])
+        if part == "reduce" and pulse.step + 1 == step and running:
+            do(*running[0])
 
     Pulse.at, Trainer.fit = at, fitted  # type: ignore[method-assign]
 
 
-def _nan_and_signal_in_the_rewind(number: int, trainer: Any) -> None:
+def _nan_and_signal_in_the_rewind(number: int, trainer: Any, wishes: Any) -> None:
     from engine.resilience import rewind
 
     load = rewind.load_state
 
     def loading(*arguments: Any) -> Any:
         os.kill(os.getpid(), number)
-        time.sleep(0)
+        while not wishes.stop:  # a thread takes it down
+            time.sleep(0.01)
         return load(*arguments)
 
     rewind.load_state = loading  # type: ignore[assignment]
     faults.nan_gradient(_nowhere(), trainer)
 
 
-def _stop_in_the_save_of_the_next_step(trainer: Any) -> None:
+def _stop_in_the_save_of_the_next_step(trainer: Any, wishes: Any) -> None:
+    """The roll call hears of it while the save is under way."""
     from engine.checkpoint import save
+    from engine.resilience.roll_call import RollCall
 
-    write = save.write_rank
+    write, call, begin = save.write_rank, RollCall.__call__, save.CheckpointSaver.save
+    asked, heard = threading.Event(), threading.Event()
 
     def writing(folder: Path, *arguments: Any) -> Any:
         (folder.parents[1] / "STOP").touch()
-        time.sleep(1.0)  # the next roll call hears of it while the save is under way
+        asked.set()
+        heard.wait()
         return write(folder, *arguments)
 
-    save.write_rank = writing  # type: ignore[assignment]
+    def saving(*arguments: Any) -> None:
+        begin(*arguments)
+        asked.wait()
+
+    def calling(*arguments: Any) -> Any:
+        orders, sums = call(*arguments)
+        if orders.stop:
+            heard.set()
+        return orders, sums
+
+    save.write_rank, save.CheckpointSaver.save = writing, saving  # type: ignore[assignment, method-assign]
+    RollCall.__call__ = calling  # type: ignore[method-assign]
 
 
-def _clock_goes_back(trainer: Any) -> None:
+def _clock_goes_back(trainer: Any, wishes: Any) -> None:
     true = time.time
     time.time = lambda: true() - 3600  # type: ignore[assignment]
 
 
-def _nan_then_killed_in_the_next_save(trainer: Any) -> None:
+def _nan_then_killed_in_the_next_save(trainer: Any, wishes: Any) -> None:
     from engine.checkpoint import save
 
     def writing(folder: Path, *arguments: Any) -> Any:
@@ -145,11 +164,11 @@ def test_a_run_behind_links_is_the_same_run(shards: list[str], tmp_path: Path) -
     assert [row[0] for row in curve(real)] == list(range(STEPS))
 
 
-def faults_kill(trainer: Any) -> None:
+def faults_kill(trainer: Any, wishes: Any) -> None:
     """The rank is gone."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def faults_nan(trainer: Any) -> None:
+def faults_nan(trainer: Any, wishes: Any) -> None:
     """One gradient is not a number."""
     faults.nan_gradient(_nowhere(), trainer)

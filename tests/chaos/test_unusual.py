@@ -62,9 +62,8 @@ def _at_step(step: int, of_rank: int, do: Callable[[Any], None], rank: int) -> N
 
     def at(pulse: Any, part: str, unit: Any = None) -> None:
         begin(pulse, part, unit)
-        if trainers and part == "encode" and pulse.step + 1 == step:
-            Pulse.at = begin  # type: ignore[method-assign]
-            do(trainers[0])
+        if trainers and part == "encode" and pulse.step + 1 == step:  # of each micro-batch
+            do(trainers.pop())
 
     Pulse.at, Trainer.fit = at, fitted  # type: ignore[method-assign]
 
