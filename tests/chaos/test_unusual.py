@@ -193,12 +193,11 @@ def test_a_job_goes_on_with_fewer_ranks_on_both_sides_of_a_border(shards: list[s
     after a save there.
     """
     phases = "phases=[{name: one, samples: 32}, {name: two, samples: 32}]"
-    no_steps = ("train.steps=null", phases)
-    whole = launch(CONFIG, _settings(shards, tmp_path / "whole", *no_steps), 2, tmp_path / "log")
+    whole = launch(CONFIG, _settings(shards, tmp_path / "whole", phases), 2, tmp_path / "log")
     assert whole.end() == [0, 0], whole.text
     wanted = curve(tmp_path / "whole")
     for step in (AT - 1, AT, AT + 3):
-        settings = _settings(shards, tmp_path / f"run{step}", *no_steps)
+        settings = _settings(shards, tmp_path / f"run{step}", phases)
         start = launch(CONFIG, settings, 2, tmp_path / "log", prepare=partial(_at_step, step, 0, _killed))
         assert all(start.end()), start.text
         alone = launch(CONFIG, settings, 1, tmp_path / "alone")
