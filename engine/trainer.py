@@ -284,6 +284,7 @@ class Trainer:
         self._begin = begin = start(self.towers, self.optimizer, self.phase, self.mesh, checkpoint)
         self.position, self._resumed_states = begin.position, begin.callbacks
         self.position.phase = self.phase.name
+        self.pulse.step = self.position.step - 1
         health = self._resumed_states.pop(type(self.health).__name__, None)
         if health is not None and not begin.at_border:  # another phase has another usual loss
             self.health.load_state_dict(health)
