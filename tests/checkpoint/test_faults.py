@@ -1,11 +1,13 @@
 """Whatever happens to a run or its files: a whole checkpoint stays, damage is named, nothing is used silently."""
 
 import errno
+import io
 import os
 import random
 import re
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -308,6 +310,18 @@ def test_a_job_of_another_machine_that_lives_is_not_disturbed(tmp_path: Path) ->
     finally:
         ended.set()
         alive.join()
+
+
+def test_a_lock_that_somebody_removes_while_it_is_watched_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / LOCK_FILE
+    mark.write_text('{"host": "elsewhere", "pid": 7}')
+    said = io.StringIO()
+    monkeypatch.setattr(said, "flush", lambda: mark.unlink(missing_ok=True))  # it says that it watches
+    monkeypatch.setattr(sys, "stderr", said)
+    with pytest.raises(CheckpointError, match=r"run\.lock was removed while its holder was watched: start again"):
+        RunLock(tmp_path, patience_s=30)
 
 
 def test_a_job_that_its_scheduler_starts_again_elsewhere_takes_its_folder_at_once(

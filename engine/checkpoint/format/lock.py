@@ -88,7 +88,10 @@ class RunLock:
                 )
 
     def _mark(self) -> tuple[int, int]:
-        status = self._path.stat()  # by name: a network file system asks its server anew
+        try:
+            status = self._path.stat()  # by name: a network file system asks its server anew
+        except FileNotFoundError:
+            raise CheckpointError(f"{self._path} was removed while its holder was watched: start again") from None
         return status.st_mtime_ns, status.st_size
 
     def _keep_fresh(self) -> None:
