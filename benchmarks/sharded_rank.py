@@ -74,7 +74,7 @@ class Ours:
         return float(self.trainer.step(local_batch(self.workload, number, self.mesh)).loss)
 
     def held_bytes(self) -> int:
-        """Storages of all tensors in this process, each once."""
+        """Storages of this process, each once."""
         return _bytes_of_tensors()
 
 
@@ -135,7 +135,7 @@ class Fsdp:
         return float(loss.detach()), [gradient[own] for gradient in torch.autograd.grad(loss, whole)]
 
     def held_bytes(self) -> int:
-        """Storages of all tensors in this process, each once."""
+        """Storages of this process, each once."""
         return _bytes_of_tensors()
 
 
@@ -146,13 +146,18 @@ def _gathered(part: Tensor) -> Tensor:
 
 
 def _bytes_of_tensors() -> int:
-    """Of every storage of this process, each once; a storage that was given back counts nothing."""
+    """Of every storage of this process with floating-point numbers of at most four bytes, each once: weights, gradients
+    and optimizer state, without states of random numbers, counters and tables of lengths. A storage that was given back
+    counts nothing.
+    """
     gc.collect()
     storages: dict[int, int] = {}
     for thing in gc.get_objects():
         if isinstance(thing, Tensor) and type(thing).__name__ != "FakeTensor":
             for tensor in (getattr(thing, "_local_tensor", thing), thing.grad if thing.is_leaf else None):
-                if tensor is not None and tensor.device.type == "cpu" and not hasattr(tensor, "_local_tensor"):
+                if tensor is None or tensor.device.type != "cpu" or hasattr(tensor, "_local_tensor"):
+                    continue
+                if tensor.is_floating_point() and tensor.element_size() <= 4:
                     storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(storages.values())
 

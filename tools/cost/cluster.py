@@ -6,6 +6,11 @@ from tools.cost.hardware import Hardware
 from tools.cost.layout import Layout
 from tools.cost.traffic import axis_size
 
+LINK_BLOCKS = 1
+"""Thread blocks of a message between stages, each on a multiprocessor; engine/parallel/device.py's (without torch)."""
+_BLOCK_GB_S = 20.0
+"""What one of NCCL's thread blocks moves; not verified."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
@@ -36,10 +41,13 @@ class Cluster:
         return whole_bytes * (ranks - 1) / ranks / self.hardware.bus_bytes_s(ranks, members) + latency
 
     def message_seconds(self, layout: Layout, sent_bytes: float) -> float:
-        """To the next stage: within the node where the whole pipeline is, else over the rank's own network card."""
+        """To the next stage: within the node where the whole pipeline is, else over the rank's own network card; no
+        faster than the thread blocks that a message has.
+        """
         hardware = self.hardware
         inside = self.members_per_node(layout, "pipeline") >= layout.pipeline
-        rate = hardware.nvlink_gb_s if inside else hardware.nic_gb_s * hardware.network_efficiency
+        wire = hardware.nvlink_gb_s if inside else hardware.nic_gb_s * hardware.network_efficiency
+        rate = min(wire, LINK_BLOCKS * _BLOCK_GB_S)
         return sent_bytes / (rate * 1e9) + hardware.latency_us * 1e-6
 
 

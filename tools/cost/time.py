@@ -26,7 +26,7 @@ from engine.pipeline.program import Alone
 from models.config import ModelConfig
 from models.tensors.kept import LEVELS
 from tools.cost.activations import FP32, output_levels, outputs_bytes
-from tools.cost.cluster import Cluster, decoding_nodes
+from tools.cost.cluster import LINK_BLOCKS, Cluster, decoding_nodes
 from tools.cost.compute import PassSeconds, stage_seconds, teachers_seconds, text_seconds
 from tools.cost.counts import text_parameters
 from tools.cost.hardware import Hardware
@@ -42,8 +42,6 @@ from tools.cost.traffic import (
 LOSS_PRODUCTS = {"softmax": 5, "sigmoid": 4}
 """Strips of own rows x all rows x D: logits three times, of a sigmoid twice, and gradients twice."""
 BUCKET_ELEMENTS = 40_000_000
-RECEIVE_CHANNELS = 2
-"""Channels, each on a multiprocessor of its own, of a message that is waited for (NVIDIA/nccl issue 1424)."""
 OPTIMIZER_PASSES = {"lamb": 5, "adamw": 2}
 """Reads and writes of the optimizer's state, in units of it: LAMB has separate kernels, AdamW torch's fused one."""
 AVERAGE_PASSES = 3
@@ -128,7 +126,7 @@ def _with_backward_of(whole: UnitTime, above: UnitTime) -> UnitTime:
 
 def _passes(model: ModelConfig, layout: Layout, stage: Stage, cluster: Cluster) -> UnitTime:
     computed = stage_seconds(model, layout, stage, cluster.hardware)
-    waiting = RECEIVE_CHANNELS / cluster.hardware.multiprocessors if layout.pipeline > 1 else 0.0
+    waiting = LINK_BLOCKS / cluster.hardware.multiprocessors if layout.pipeline > 1 else 0.0
     computed = PassSeconds().plus(computed, 1 / (1 - waiting))
     tensor_forward, tensor_backward = (
         _tensor_seconds(layout, stage_collectives(of_block, model.vision, layout, stage), cluster)

@@ -6,7 +6,8 @@ import pytest
 
 from engine.config.read import preset_model
 from engine.objectives.contrastive.program import ContrastiveProgram
-from tools.cost.cluster import Cluster
+from engine.parallel import device
+from tools.cost.cluster import LINK_BLOCKS, Cluster
 from tools.cost.compute import block_seconds
 from tools.cost.hardware import load_hardware
 from tools.cost.kernels import Kernels
@@ -138,7 +139,16 @@ def test_a_receive_that_waits_takes_multiprocessors() -> None:
     stage = stages_of(MODEL, BASE)[1]
     many = replace(CLUSTER, hardware=replace(A100, multiprocessors=1e9))
     ratio = unit_time(MODEL, BASE, stage, CLUSTER).forward / unit_time(MODEL, BASE, stage, many).forward
-    assert ratio == pytest.approx(108 / 106, rel=1e-6)
+    assert ratio == pytest.approx(108 / 107, rel=1e-6)
+    assert LINK_BLOCKS == device.LINK_BLOCKS
+
+
+def test_a_message_is_no_faster_than_its_thread_block() -> None:
+    megabytes = 80e6
+    inside, across = (replace(BASE, tensor=1, pipeline=8, data=data) for data in (1, 2))
+    assert CLUSTER.message_seconds(inside, megabytes) == pytest.approx(megabytes / 20e9, rel=0.02)  # not NVLink's 240
+    slow = replace(CLUSTER, hardware=replace(A100, nic_gb_s=5))
+    assert slow.message_seconds(across, megabytes) == pytest.approx(megabytes / 4e9, rel=0.02)
 
 
 def test_only_what_exceeds_the_overlap_is_left_of_the_reduction() -> None:
