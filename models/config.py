@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from models.hashing import HashedOnce
 from models.sizes import MODEL, TEXT, VISION, outside
 
 FP8_MULTIPLES = {"current": 16, "blockwise": 16, "mxfp8": 32}
@@ -44,8 +45,10 @@ class ModelConfigError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionConfig:
+class VisionConfig(HashedOnce):
     """The image tower (class EVAVisionTransformer of the authors)."""
+
+    __hash__ = HashedOnce.__hash__
 
     image_size: int = 224
     """Pixels a side; images are square."""
@@ -167,8 +170,10 @@ class VisionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextConfig:
+class TextConfig(HashedOnce):
     """The caption tower: pre-norm blocks, as CLIP's and SigLIP's unless norm, rope, mlp or bias say otherwise."""
+
+    __hash__ = HashedOnce.__hash__
 
     context_length: int = 77
     """Token ids of a caption, start and end included; at most 1,024."""
@@ -211,8 +216,10 @@ class TextConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(HashedOnce):
     """A CLIP dual encoder and how its kernels are chosen."""
+
+    __hash__ = HashedOnce.__hash__
 
     preset: str | None = None
     """Name of a file in models/presets, whose values come below the ones given here."""

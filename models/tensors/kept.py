@@ -1,6 +1,7 @@
 """Which outputs of a block's matrix products may be kept, and what they take; plain arithmetic, no torch."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 from models.config import TextConfig, VisionConfig
@@ -15,6 +16,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
 """train.keep_outputs -> kinds of products whose outputs are kept, most FLOPs spared per byte first."""
 
 
+@lru_cache(maxsize=4096)
 def kept_elements(
     tower: VisionConfig | TextConfig,
     level: str,

@@ -119,20 +119,22 @@ SLOW = {
 """More places for the same parts, in a launch of the slow tests; each option is in a fast case, too."""
 MEASURED = ("dp4-blocks", "dp4-gradients", "pp2-dp2", "dp4-node", "dp4-wire")
 """Cases whose memory and traffic are looked at."""
-COMPARED = ("dp4-blocks", "dp4-wire")
-"""Of these, the ones whose reference is looked at, too."""
+COMPARED = {(case.layout, case.virtual, case.options) for case in CASES if case.name in ("dp4-blocks", "dp4-wire")}
+"""References that are looked at, too."""
 
 
 # --- what the ranks do ------------------------------------------------------------------------------------------------
 
 
-def run(config: Config, mesh: Mesh, slow: bool) -> dict[str, Any]:
+def run(config: Config, mesh: Mesh, slow: bool, looked_at: bool) -> dict[str, Any]:
     """Losses of the steps, and the weights on rank 0 (with averages: those, too, and the loss of a step behind them, as
-    in slow cases).
+    in slow cases). looked_at: with what the last step measured.
     """
     check_layout(config, RANKS)
     trainer = Trainer(first_phase(config), mesh, prepare())
-    out: dict[str, Any] = {"losses": [_step(trainer, step) for step in range(STEPS)]}
+    out: dict[str, Any] = {"losses": [_step(trainer, step) for step in range(STEPS - looked_at)]}
+    if looked_at:
+        out["measured"] = measure(trainer, out["losses"])
     out["weights"] = whole_weights(trainer)
     if config.optim.ema_decay:
         with averaged_weights(trainer.optimizer, trainer.towers):
@@ -160,18 +162,10 @@ class _Transfers(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _measured(case: Case, mesh: Mesh) -> dict[str, Any]:
-    """`measure` of the case and, as "unsharded", of its reference."""
-    reference = {"unsharded": measure(case.config("optimizer"), mesh)} if case.name in COMPARED else {}
-    return {"measured": measure(case.config(case.shard), mesh)} | reference
-
-
-def measure(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """Of a second step: bytes between steps, most parts whole at once, bytes sent, what the host waits for; sizes that
-    formulas start from.
+def measure(trainer: Trainer, losses: list[float]) -> dict[str, Any]:
+    """Of a step behind others, whose loss it adds: bytes between steps, most parts whole at once, bytes sent, what the
+    host waits for; sizes that formulas start from.
     """
-    trainer = Trainer(first_phase(config), mesh, prepare())
-    _step(trainer, 0)
     trainer.meet()
     towers = trainer.towers
     sharded = [part.sharded for part in towers.parts if part.sharded is not None]
@@ -191,7 +185,7 @@ def measure(config: Config, mesh: Mesh) -> dict[str, Any]:
     resident = _resident_bytes(trainer)
     with _Transfers(trainer.mesh) as transfers:
         with counted() as asked:
-            _step(trainer, 1)
+            losses.append(_step(trainer, len(losses)))
         trainer.meet()
     chunks = [sum(buffer.numel for buffer in part.ddp.buffers) for part in towers.parts]
     found = {"resident": resident, "most": dict(most), "elements": chunks}
@@ -222,15 +216,12 @@ def run_all(slow: bool = False) -> dict[str, Any]:
     torch.compiler.set_stance("force_eager")  # fused kernels as their functions are written
     mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, dist.group.WORLD))
     references = cache(
-        lambda layout, virtual, options: run(
-            Case("", layout, virtual, options=options).config("optimizer"), mesh(*layout), slow
-        )
+        lambda *key: run(Case("", *key[:2], options=key[2]).config("optimizer"), mesh(*key[0]), slow, key in COMPARED)
     )
     return {
         case.name: {
-            "found": run(case.config(case.shard), mesh(*case.layout), slow),
+            "found": run(case.config(case.shard), mesh(*case.layout), slow, case.name in MEASURED),
             "reference": references(case.layout, case.virtual, case.options),
-            **(_measured(case, mesh(*case.layout)) if case.name in MEASURED else {}),
             **({"rounding": rounding(mesh(*case.layout))} if case.name == "dp4-wire" else {}),
         }
         for case in CASES
@@ -302,23 +293,23 @@ def test_the_references_move(ranks: list[dict[str, Any]]) -> None:
 def test_states_are_a_share_of_the_owners(ranks: list[dict[str, Any]]) -> None:
     for results in ranks:
         result = results["dp4-blocks"]
-        elements = sum(result["measured"]["elements"])
+        elements = sum(result["found"]["measured"]["elements"])
         # fp32: the own slices of weights, gradients and both moments, and nothing else but the learned scale.
-        assert result["measured"]["resident"] == pytest.approx(4 * 4 * elements / RANKS, rel=0.03)
-        assert result["measured"]["resident"] <= 0.405 * result["unsharded"]["resident"]
-        gradients = results["dp4-gradients"]["measured"]
+        assert result["found"]["measured"]["resident"] == pytest.approx(4 * 4 * elements / RANKS, rel=0.03)
+        assert result["found"]["measured"]["resident"] <= 0.405 * result["reference"]["measured"]["resident"]
+        gradients = results["dp4-gradients"]["found"]["measured"]
         assert gradients["resident"] == pytest.approx((4 + 3 * 4 / RANKS) * elements, rel=0.03)
-        node = results["dp4-node"]["measured"]  # the slices of the other node are here, too
+        node = results["dp4-node"]["found"]["measured"]  # the slices of the other node are here, too
         assert node["resident"] == pytest.approx((4 / 2 + 4 * 4 / RANKS) * elements, rel=0.03)
 
 
 def test_gradients_that_travel_in_bf16_are_rounded_once(ranks: list[dict[str, Any]]) -> None:
     for results in ranks:
-        found, elements = results["dp4-wire"], results["dp4-wire"]["measured"]["elements"]
+        found, elements = results["dp4-wire"], results["dp4-wire"]["found"]["measured"]["elements"]
         assert 0.5 < found["rounding"]["worst"] <= 1.001 and found["rounding"]["off"] > 1000
         exact, losses = results["dp4-blocks"]["reference"]["losses"], found["reference"]["losses"]
         assert losses[1:] != exact[1:] and losses == pytest.approx(exact, rel=1e-3)
-        for sent in (found["measured"]["sent"], found["unsharded"]["sent"]):
+        for sent in (found[side]["measured"]["sent"] for side in ("found", "reference")):
             assert sent["data all-to-all"] == 2 * sum(elements[:-1]) and sent["world all-to-all"] == 2 * elements[-1]
             assert not sent.keys() & {"data reduce-scatter", "world reduce-scatter"}
 
@@ -326,7 +317,7 @@ def test_gradients_that_travel_in_bf16_are_rounded_once(ranks: list[dict[str, An
 @pytest.mark.parametrize("name", MEASURED)
 def test_at_most_two_chunks_are_whole(name: str, ranks: list[dict[str, Any]]) -> None:
     for results in ranks:
-        most = results[name]["measured"]["most"]
+        most = results[name]["found"]["measured"]["most"]
         # On a pipeline the captions, whose turn is not the same on every stage, are whole besides.
         limit = 3 if name.startswith("pp") else 2
         assert 2 <= most["gradients"] <= limit
@@ -336,7 +327,8 @@ def test_at_most_two_chunks_are_whole(name: str, ranks: list[dict[str, Any]]) ->
 @pytest.mark.parametrize("name", MEASURED)
 def test_parts_that_come_and_go_are_not_waited_for_by_the_host(name: str, ranks: list[dict[str, Any]]) -> None:
     for results in ranks:
-        for found in (results[name][kind] for kind in ("measured", "unsharded") if kind in results[name]):
+        sides = (results[name][kind] for kind in ("found", "reference"))
+        for found in (side["measured"] for side in sides if "measured" in side):
             ratios = len(found["elements"])  # on a CPU LAMB asks for those of every part; on a GPU they stay there
             at_rest = 1  # on a CPU; on a GPU it is told with the norm
             assert found["asked"]["read"] - ratios - at_rest == 2, "the loss, and the norm"
@@ -345,19 +337,19 @@ def test_parts_that_come_and_go_are_not_waited_for_by_the_host(name: str, ranks:
 
 def test_a_chunk_is_gathered_twice_and_reduced_once(ranks: list[dict[str, Any]]) -> None:
     for results in ranks:
-        found = results["dp4-blocks"]["measured"]
+        found = results["dp4-blocks"]["found"]["measured"]
         *chunks, text = found["elements"]
         assert found["sent"]["data all-gather"] == 2 * 4 * sum(chunks) // RANKS
         assert found["sent"]["data reduce-scatter"] == 4 * sum(chunks)
         assert found["sent"]["world reduce-scatter"] == 4 * text
-        reference = results["dp4-blocks"]["unsharded"]["sent"]
+        reference = results["dp4-blocks"]["reference"]["measured"]["sent"]
         assert reference["data all-gather"] == 4 * sum(chunks) // RANKS
         assert found["sent"]["world all-gather"] - reference["world all-gather"] == 4 * text // RANKS
 
 
 def test_a_node_gathers_within_itself(ranks: list[dict[str, Any]]) -> None:
     for results in ranks:
-        found = results["dp4-node"]["measured"]
+        found = results["dp4-node"]["found"]["measured"]
         *chunks, _ = found["elements"]
         # Twice within the node a half each, once between the nodes the own quarter.
         assert found["sent"]["data all-gather"] == 2 * 4 * sum(chunks) // 2 + 4 * sum(chunks) // RANKS

@@ -24,6 +24,7 @@ from tools.cost.layout import Layout, Stage, text_blocks
 INDEX = 8
 
 
+@lru_cache(maxsize=4096)
 def block_saved_bytes(
     block: VisionConfig,
     tokens: int,

@@ -6,14 +6,17 @@ from typing import Any
 
 import yaml
 
+from models.hashing import HashedOnce
 from tools.cost.layout import PlanError
 
 PROFILES = Path(__file__).resolve().parent / "hardware"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hardware:
+class Hardware(HashedOnce):
     """One kind of GPU; GB and TFLOP are 10^9 bytes and 10^12 operations."""
+
+    __hash__ = HashedOnce.__hash__
 
     name: str
     memory_gb: float

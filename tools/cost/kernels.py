@@ -10,6 +10,7 @@ bias with its nonlinearity.
 from dataclasses import dataclass
 
 from models.config import VisionConfig
+from models.hashing import HashedOnce
 
 FP32 = 4
 ELEMENTWISE = ("eager", "compiled", "fused")
@@ -20,8 +21,10 @@ CAST_BYTES = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kernels:
+class Kernels(HashedOnce):
     """Kernels of the image tower."""
+
+    __hash__ = HashedOnce.__hash__
 
     elementwise: str = "eager"
     """eager | compiled | fused."""

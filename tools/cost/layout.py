@@ -7,6 +7,7 @@ from engine.config.read import Config, check_layout
 from engine.config.sections.freeze import Frozen, frozen_parts
 from engine.config.stages import even_layers, stage_layers
 from models.config import ModelConfig, TextConfig, VisionConfig
+from models.hashing import HashedOnce
 from models.tensors.freezing import frozen_names
 from models.tensors.inventory import elements, text_shapes, vision_shapes
 from tools.cli import CommandError
@@ -30,8 +31,10 @@ class FrozenModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class Layout(HashedOnce):
     """The settings of a job that decide its memory, its traffic and its time (fields as in engine/config/sections)."""
+
+    __hash__ = HashedOnce.__hash__
 
     tensor: int = 1
     """TP."""
@@ -187,7 +190,7 @@ class Layout:
 
     def packed_tokens(self, vision: VisionConfig) -> int:
         """T = M x S of one micro-batch."""
-        return self.micro_batch * vision.kept_tokens(self.patch_dropout)
+        return self.micro_batch * _kept_tokens(vision, self.patch_dropout)
 
     def message_bytes(self, vision: VisionConfig) -> int:
         """What a rank sends to the next stage for one micro-batch: its rows of the packed tokens."""
@@ -201,6 +204,11 @@ class Layout:
             return name
         within = f" of {self.shard_ranks} ranks" if self.shard_ranks else ""
         return f"{name}, {self.shard} sharded{within}"
+
+
+@lru_cache(maxsize=256)
+def _kept_tokens(vision: VisionConfig, patch_dropout: float) -> int:
+    return vision.kept_tokens(patch_dropout)
 
 
 def layout_of(config: Config, ranks: int) -> Layout:
@@ -265,8 +273,10 @@ def kernels_of(model: ModelConfig) -> Kernels:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class Stage(HashedOnce):
     """What one pipeline rank holds of the vision tower."""
+
+    __hash__ = HashedOnce.__hash__
 
     rank: int
     """Pipeline rank."""
@@ -379,6 +389,7 @@ def telling_stages(stages: list[Stage]) -> list[Stage]:
     return list(dict.fromkeys([stages[0], *fullest, stages[-1]]))
 
 
+@lru_cache(maxsize=256)
 def text_blocks(text: TextConfig) -> VisionConfig:
     """The blocks of the caption tower in the words of the image tower: pre-norm."""
     return VisionConfig(

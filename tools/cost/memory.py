@@ -393,6 +393,7 @@ def _text_pass_bytes(model: ModelConfig, layout: Layout) -> float:
     return max(saved + temporary, table)
 
 
+@lru_cache(maxsize=256)
 def peak_memory(model: ModelConfig, layout: Layout) -> Memory:
     """Memory of the fullest rank of the job."""
     stages = telling_stages(stages_of(model, layout))
