@@ -19,8 +19,13 @@ _NEAR_BYTES = 1 << 20
 
 def in_cache(*flats: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Equal parts of vectors of one length, short enough for the passes over them to hit the cache (GPU: one part)."""
-    size = _CACHED_ELEMENTS if flats[0].is_cpu else max(1, flats[0].numel())
+    size = _CACHED_ELEMENTS if _is_near_a_core(flats[0]) else max(1, flats[0].numel())
     return zip(*(flat.split(size) for flat in flats), strict=True)
+
+
+def _is_near_a_core(flat: Tensor) -> bool:
+    """Whether parts of it can be: not on a GPU, and not of what only stands for a vector of one, as in a dry run."""
+    return flat.is_cpu and type(flat) is Tensor
 
 
 def sum_of_bits(values: Tensor) -> Tensor:
@@ -49,7 +54,7 @@ class Tally:
         """words: of the vector, where they are known. wanted: otherwise nothing is read."""
         self._words = words = words_of(flat) if words is None else words
         self._elements = words.element_size() // flat.element_size()
-        self._near = _NEAR_BYTES // words.element_size() if flat.is_cpu else words.numel()
+        self._near = _NEAR_BYTES // words.element_size() if _is_near_a_core(flat) else words.numel()
         self._wanted, self._summed = wanted, 0
         self.sums: list[Tensor] = []
         """Sums of the parts so far, 0-d."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.optim import passes
 from engine.optim.passes import Tally, in_cache, sum_of_bits, total, words_of
@@ -25,6 +26,16 @@ def test_a_sum_along_a_pass_is_that_of_the_whole(
     before = int(sum_of_bits(flat))
     flat.view(torch.int16)[-1] ^= 1 << 6
     assert int(sum_of_bits(flat)) != before
+
+
+def test_what_stands_for_the_memory_of_a_gpu_is_passed_over_as_there() -> None:
+    with FakeTensorMode():
+        flat = torch.zeros(10**9)
+        assert [part.numel() for (part,) in in_cache(flat)] == [10**9]
+        tally = Tally(flat)
+        tally.up_to(10**9 - 2)
+    assert not tally._summed
+    assert len(list(in_cache(torch.zeros(10**6)))) == 4
 
 
 def test_the_words_of_a_part_hold_all_of_it() -> None:
