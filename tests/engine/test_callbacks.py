@@ -2,11 +2,10 @@
 
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,17 +131,20 @@ def test_resume_drops_a_half_written_line(tmp_path):
     assert steps_of(tmp_path) == [0, 1, 2, 3, 4, 5]
 
 
+def write_and_be_killed(folder):
+    metrics = MetricsFile()
+    metrics.on_start(run_info(folder))
+    for step in range(7):
+        metrics.on_step(record(step))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_killed_writer_leaves_whole_lines(tmp_path):
     """SIGKILL right after a step: nothing of the finished steps is in a buffer."""
-    program = (
-        "import os, pathlib, signal, sys\n"
-        "from tests.engine.test_callbacks import MetricsFile, record, run_info\n"
-        "metrics = MetricsFile(); metrics.on_start(run_info(pathlib.Path(sys.argv[1])))\n"
-        "[metrics.on_step(record(step)) for step in range(7)]\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=Path(__file__).parents[2], check=False)
-    assert done.returncode == -signal.SIGKILL
+    writer = multiprocessing.get_context("fork").Process(target=write_and_be_killed, args=(tmp_path,))
+    writer.start()
+    writer.join()
+    assert writer.exitcode == -signal.SIGKILL
     assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"}\n")
     assert steps_of(tmp_path) == list(range(7))
 

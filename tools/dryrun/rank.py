@@ -90,7 +90,9 @@ def dry_run(config: Config, world_size: int, rank: int, *, every_micro_batch: bo
     with _fake_ranks(world_size, rank) as world:
         mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, world)
         # Real tensors come in as well: kept and masked patches from numpy, the state of the random generator.
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake, Absent(fake):
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        fake.cache_enabled = False  # Absent remembers more, and a second memory costs more than it saves
+        with fake, Absent(fake):
             towers = build_towers(config, mesh, device)
             optimizer = build_optimizer(config, towers)
             optimizer.rule.sums_on_a_cpu = False  # as on a GPU
