@@ -1,7 +1,7 @@
 """Whole logical tensors from the slices and shards of all ranks, for tests that compare layouts."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -19,6 +19,7 @@ from models.tensors.naming import LogicalTensor
 
 COPIES_AGREE = 1e-5
 """Relative difference allowed between ranks that hold the same part: sums in another order."""
+EMPTY = torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,14 @@ def _assemble(trainer: Trainer, own: list[_Part]) -> dict[str, Tensor]:
     size = trainer.mesh.tensor.size
     whole: dict[str, Tensor] = {}
     slices: dict[tuple[str, int], Tensor] = {}
-    for part in chain.from_iterable(gather_objects(own, trainer.mesh.world)):
+    for part in chain.from_iterable(map(_apart, gather_objects(_together(own), trainer.mesh.world))):
         tensor = part.tensor
-        blank = whole.setdefault(tensor.name, torch.full(tensor.shape, torch.nan))
-        piece = blank[tensor.slice_of(part.rank, size)]
-        flat = slices.setdefault((tensor.name, part.rank), torch.full((piece.numel(),), torch.nan))
+        if tensor.name not in whole:
+            whole[tensor.name] = torch.full(tensor.shape, torch.nan)
+        piece = whole[tensor.name][tensor.slice_of(part.rank, size)]
+        if (tensor.name, part.rank) not in slices:
+            slices[tensor.name, part.rank] = torch.full((piece.numel(),), torch.nan)
+        flat = slices[tensor.name, part.rank]
         _put(flat[part.start : part.start + len(part.values)], part.values, tensor.name)
         piece.copy_(flat.view(piece.shape))
     missing = [name for name, value in whole.items() if value.isnan().any()]
@@ -89,8 +93,20 @@ def _assemble(trainer: Trainer, own: list[_Part]) -> dict[str, Tensor]:
     return whole
 
 
+def _together(parts: list[_Part]) -> tuple[list[_Part], list[int], Tensor]:
+    """The parts without values, how many each has, all values: one tensor travels faster than a hundred."""
+    values = [part.values for part in parts]
+    return [replace(part, values=EMPTY) for part in parts], list(map(len, values)), torch.cat([EMPTY, *values])
+
+
+def _apart(sent: tuple[list[_Part], list[int], Tensor]) -> list[_Part]:
+    parts, sizes, values = sent
+    return [replace(part, values=own) for part, own in zip(parts, values.split(sizes), strict=True)]
+
+
 def _put(target: Tensor, values: Tensor, name: str) -> None:
     known = ~target.isnan()
-    difference = (target[known] - values[known]).norm() / values.norm().clamp_min(1e-30)
-    assert difference <= COPIES_AGREE, f"copies of {name} on two ranks differ by {float(difference):.1e}"
+    if known.any():
+        difference = (target[known] - values[known]).norm() / values.norm().clamp_min(1e-30)
+        assert difference <= COPIES_AGREE, f"copies of {name} on two ranks differ by {float(difference):.1e}"
     target.copy_(values)
