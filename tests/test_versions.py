@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from data.pixels import video
+from data.pixels.decode import dali
 from models import versions
 from models.versions import MEGATRON_CORE, TORCH, Supported, megatron_core_version, required
 
@@ -72,6 +74,13 @@ def test_what_is_not_installed_is_named_at_once_by_the_first_rank() -> None:
 def test_what_runs_here_is_known_and_in_range() -> None:
     for supported, found in required():
         assert found is not None and not supported.refusal(found) and not supported.warning(found)
+
+
+def test_pip_is_asked_for_the_ranges() -> None:
+    text = (ROOT / "setup.cfg").read_text()
+    ranges = (TORCH, MEGATRON_CORE, versions.NUMPY, versions.PILLOW, versions.TRANSFORMER_ENGINE)
+    for cure in [*(supported.cure for supported in ranges), dali.CURE, f"pip install 'av>={video._OLDEST_AV}'"]:
+        assert f"    {cure.split(chr(39))[1]}\n" in text
 
 
 def test_the_image_pins_versions_of_the_ranges() -> None:

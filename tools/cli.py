@@ -189,11 +189,14 @@ def progress(what: str, total: float | None, unit: str, *, shown: bool = True) -
     It is quiet where standard error is no terminal, and with shown=False: the other ranks of a job.
     """
     console = Console(stderr=True)
+    if not (shown and console.is_terminal):  # rich before 15 ends a bar that is switched off with an empty line
+        yield lambda done: None
+        return
     count = TextColumn(
         "{task.completed:,.0f}" + ("" if total is None else " of {task.total:,.0f}") + " {task.fields[unit]}"
     )
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), count, _Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=total, unit=unit)
         yield lambda done: bar.advance(task, done)
 

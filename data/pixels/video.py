@@ -26,7 +26,7 @@ from data.pixels.decode.pillow import to_rgb
 from data.pixels.decode.resize import cut
 from data.pixels.transforms import Window
 
-_OLDEST_AV = 12
+_OLDEST_AV = 13  # streams.best
 _MOST_FRAMES = 36_000  # ten minutes at 60 a second: longer files are not clips, and hold up a reader
 # Brands of the ISO container (ISO/IEC 14496-12) that are still images or sequences of them: AVIF, HEIF, Canon's raw.
 _STILL_BRANDS = frozenset(

@@ -17,7 +17,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -159,11 +158,11 @@ def _text(string: str | bytes) -> str:
 
 def _parquet_columns(path: str, weights: str) -> str:
     """Which column identifies samples. Raises DataError for a file without one, or without the weights."""
-    if find_spec("pyarrow") is None:
-        raise DataError(f"data.subset {path} needs pyarrow: pip install 'eva-megatron[parquet]'")
-    import pyarrow
-    import pyarrow.parquet
-
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:  # also of one that is not for this NumPy
+        raise DataError(f"data.subset {path} needs pyarrow ({error}): pip install 'eva-megatron[parquet]'") from None
     try:
         names = pyarrow.parquet.read_schema(path).names
     except (OSError, pyarrow.ArrowException) as error:

@@ -77,8 +77,10 @@ def _json(path: Path, context_length: int) -> Read:
 def _sentencepiece(path: Path, context_length: int) -> Read:
     try:
         import sentencepiece
-    except ImportError:
-        raise DataError(f"data.tokenizer {path} needs the package sentencepiece: pip install sentencepiece") from None
+    except ImportError as error:
+        raise DataError(
+            f"data.tokenizer {path} needs the package sentencepiece ({error}): pip install sentencepiece"
+        ) from None
     try:
         found: Any = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:

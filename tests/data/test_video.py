@@ -149,6 +149,6 @@ def test_a_damaged_clip_or_frame_is_replaced(tmp_path: Path) -> None:
 
 
 def test_an_older_pyav_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(av, "__version__", "11.0.0")
-    with pytest.raises(DataError, match=r"clips need PyAV 12 or later, not 11\.0\.0: pip install 'av>=12'"):
+    monkeypatch.setattr(av, "__version__", "12.3.0")
+    with pytest.raises(DataError, match=r"clips need PyAV 13 or later, not 12\.3\.0: pip install 'av>=13'"):
         video._import_av()

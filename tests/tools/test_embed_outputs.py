@@ -1,5 +1,6 @@
 """Tables of embeddings: what goes in is what the file holds, in both formats, whatever the sizes of the blocks."""
 
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data.errors import DataError
+from data.shards.subset_table import _parquet_columns
 from engine.checkpoint.format.errors import CheckpointError
-from tools.embed.outputs import NpzSink, open_table
+from tools.embed.outputs import NpzSink, has_parquet, open_table
 
 ENDINGS = (".npz", ".parquet")
 
@@ -96,3 +99,15 @@ def test_a_file_that_does_not_hold_the_rows_is_not_left(tmp_path: Path, monkeypa
     with pytest.raises(Exception, match=r"does not read back as written|Bad CRC"):
         write(tmp_path / "out.npz", columns, [0, 600])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pyarrow_that_cannot_be_imported_is_told_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the newest one with NumPy 1.26, which it refuses."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert not has_parquet()
+    with pytest.raises(CheckpointError, match=r"parquet needs pyarrow \(.*None in sys.modules\): pip install"):
+        write(tmp_path / "t.parquet", rows(1, 2), [0, 1])
+    with pytest.raises(DataError, match=r"data.subset t.parquet needs pyarrow \(.*None in sys.modules\): pip install"):
+        _parquet_columns("t.parquet", "")

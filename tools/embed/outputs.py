@@ -194,9 +194,19 @@ def _import_arrow() -> tuple[Any, Any]:
     try:
         import pyarrow
         import pyarrow.parquet
-    except ImportError:
-        raise CheckpointError("parquet needs pyarrow: pip install 'eva-megatron[parquet]', or write .npz") from None
+    except ImportError as error:  # also of one that is not for this NumPy
+        why = f"parquet needs pyarrow ({error}): pip install 'eva-megatron[parquet]', or write .npz"
+        raise CheckpointError(why) from None
     return pyarrow, pyarrow.parquet
+
+
+def has_parquet() -> bool:
+    """Whether pyarrow is here and can be imported beside this NumPy."""
+    try:
+        _import_arrow()
+    except CheckpointError:
+        return False
+    return True
 
 
 class ParquetSink:

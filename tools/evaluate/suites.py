@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ from engine.evaluation.suite.score import Captions
 from engine.evaluation.text_files import write_whole
 from engine.parallel.agree import everyone
 from tools.cli import table
-from tools.embed.outputs import open_table
+from tools.embed.outputs import has_parquet, open_table
 
 _ROWS = 4096
 """Rows that are written at once."""
@@ -157,7 +156,7 @@ def _write_captions(features: Features, captions: Captions, text: FileRows) -> N
 
 
 def _table(features: Features, what: str = "") -> Path:
-    ending = TABLES[0] if find_spec("pyarrow") else TABLES[1]
+    ending = TABLES[0] if has_parquet() else TABLES[1]
     return features.folder.with_name(features.folder.name + what + ending)
 
 

@@ -15,7 +15,9 @@ from data.pixels.decode.resize import cut, reduced, reduced_size
 from data.pixels.transforms import Window
 
 # Web images are untrusted: only decoders of formats that image shards really hold are reachable.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", *(["AVIF"] if features.check("avif") else []))  # AVIF: Pillow 11.3 and later
+# AVIF: Pillow 11.3 and later; an older one warns of the question.
+_HAS_AVIF = "avif" in features.modules and features.check("avif")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", *(["AVIF"] if _HAS_AVIF else []))
 if "AVIF" in _FORMATS:
     from PIL import AvifImagePlugin
 

@@ -22,8 +22,8 @@ def lbfgs(train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> tuple[np.n
     """
     try:
         from sklearn.linear_model import LogisticRegression
-    except ImportError:
-        raise DataError("--probe needs scikit-learn: pip install 'eva-megatron[eval]'") from None
+    except ImportError as error:
+        raise DataError(f"--probe needs scikit-learn ({error}): pip install 'eva-megatron[eval]'") from None
     mean, deviation = train.mean(axis=0), np.sqrt(train.var(axis=0) + _EPS)
     train, test = (train - mean) / deviation, (test - mean) / deviation
     order = np.random.default_rng(_SEED).permutation(len(train))
