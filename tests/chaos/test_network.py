@@ -72,7 +72,7 @@ def _move(names: tuple[str, str], may_go_on: str, rank: int) -> None:
 
     def at(pulse: Pulse, part: str, unit: object = None) -> None:
         begin(pulse, part, unit)
-        while pulse.step + 1 == CUT_AFTER and not os.path.exists(may_go_on):
+        while part == "encode" and pulse.step + 1 == CUT_AFTER and not os.path.exists(may_go_on):
             time.sleep(0.01)
 
     Pulse.at = at  # type: ignore[method-assign]
