@@ -140,6 +140,6 @@ def test_unreadable_samples_are_counted_as_such(embedded: Path) -> None:
     config = job(embedded, f"data.features={embedded}/features.npz", shards="0.tar")
     with alone():
         feed = build(config, world_mesh(config))._open_feed()
-        bad = [sample for _ in range(2) if feed.read() is None for sample in feed.bad]
+        bad = [sample for _ in range(2) for sample in next(feed).bad]
         feed.close()
     assert [(sample.reason, sample.shard) for sample in bad[:1]] == [("no_features", str(embedded / "0.tar"))]
