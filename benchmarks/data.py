@@ -339,7 +339,7 @@ def main() -> None:
             sides = paths(shards, url, Path(folder)) | large_paths(Path(folder), options.images)
             wanted = options.only or list(sides)
             if unknown := sorted({*wanted} - {*sides}) or sorted({"webdataset", "random"} - {*wanted}):
-                parser.error(f"--only {' '.join(wanted)}: {unknown[0]!r} is unknown or missing: {', '.join(sides)}")
+                parser.error(f"--only {' '.join(wanted)}: {unknown[0]!r} is unknown or missing: {'; '.join(sides)}")
             results = measure({name: sides[name] for name in wanted}, options.images, options.rounds)
     ours = results["random"]["cpu_ms_per_image"]["median"]
     ratio = results["webdataset"]["cpu_ms_per_image"]["median"] / ours

@@ -11,7 +11,9 @@ Rules, step t = 1, 2, …, m and v the moments, c1 = 1 - b1^t, c2 = 1 - b2^t, pe
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -20,6 +22,10 @@ from engine.checkpoint.format.manifest import WEIGHT
 from engine.config.read import OptimConfig
 from engine.optim.passes import in_cache
 from engine.optim.state import OnItsWay, OwnedState, Rule
+
+_Decay = tuple[int, int, float]
+Decayed = list[list[_Decay]]
+"""Shards, each with (start, stop, weight decay) of its pieces that decay, in order."""
 
 
 class Lamb(Rule):
@@ -39,7 +45,8 @@ class Lamb(Rule):
         self, state: OwnedState, optim: OptimConfig, *, gradient_scale: float, rates: Mapping[str, float], t: int
     ) -> Iterator[None]:
         """Direction, ratios over whole tensors, update. Collective over the holders of the tower's tensors."""
-        updates = _direction_of(state, optim, gradient_scale, t, self.sums_on_its_way(state))
+        decayed = self.fixed(state, optim).decayed
+        updates = _direction_of(state, optim, gradient_scale, t, decayed, self.sums_on_its_way(state))
         yield
         ratios = self.trust_ratios(state, updates, optim)
         factors = [_step_factor(optim, t - began) for began in state.began]
@@ -86,6 +93,12 @@ class Fixed:
             for tower in {group.tower for group in state.groups}
         }
         """Tower -> float64 [tensors]: layer decay of its tensors, 0 of the others."""
+        decays = [group.weight_decay for group in state.groups]
+        self.decayed: Decayed = [
+            [(piece.start, piece.stop, decays[piece.tensor]) for piece in shard.pieces if decays[piece.tensor]]
+            for shard in state.shards.shards
+        ]
+        """Shard -> what of it decays, in order."""
 
     def steps(self, ratios: Tensor, rates: Mapping[str, float], factors: list[float]) -> tuple[Tensor, ...]:
         """Rate x ratio x factor of each tensor, 0-d fp32, which the host does not learn."""
@@ -104,7 +117,7 @@ def _step_factor(optim: OptimConfig, t: int) -> float:
 
 
 def _direction_of(
-    state: OwnedState, optim: OptimConfig, gradient_scale: float, t: int, summed: Collection[str]
+    state: OwnedState, optim: OptimConfig, gradient_scale: float, t: int, decayed: Decayed, summed: Collection[str]
 ) -> list[Tensor]:
     """u of every owned element, written over the gradient (no longer needed); moments move on, and what they and the
     masters were is summed.
@@ -120,7 +133,7 @@ def _direction_of(
             with sums.of_written(second, i, stop):
                 _move_second(v, update, optim, gradient_scale)
             _direction(update, m, v, optim, own_t)
-            _add_weight_decay(state, i, start, update, master)
+            _add_weight_decay(decayed[i], start, update, master)
             sums.of_read(WEIGHT, i, stop)
             start = stop
     sums.end()
@@ -136,13 +149,14 @@ def _of_one_count(state: OwnedState, t: int) -> Iterator[tuple[int, int, int, in
         yield i, piece.start, piece.stop, t - state.began[piece.tensor]
 
 
-def _add_weight_decay(state: OwnedState, shard: int, start: int, update: Tensor, master: Tensor) -> None:
-    """Both are the elements from `start` on of a shard."""
-    for piece in state.shards.shards[shard].pieces:
-        first, stop = max(0, piece.start - start), min(update.numel(), piece.stop - start)
-        decay = state.groups[piece.tensor].weight_decay
-        if decay and first < stop:
-            update[first:stop].add_(master[first:stop], alpha=decay)
+def _add_weight_decay(decayed: Sequence[_Decay], start: int, update: Tensor, master: Tensor) -> None:
+    """Both are the elements from `start` on of a shard. decayed: of the whole shard, of which only those are met."""
+    end = start + update.numel()
+    for first, stop, decay in decayed[bisect_right(decayed, start, key=itemgetter(1)) :]:
+        if first >= end:
+            break
+        part = slice(max(first, start) - start, min(stop, end) - start)
+        update[part].add_(master[part], alpha=decay)
 
 
 def _apply(state: OwnedState, updates: list[Tensor], steps: Sequence[float | Tensor]) -> None:

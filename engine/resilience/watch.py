@@ -88,7 +88,6 @@ class Watch:
         self._ended = threading.Event()
 
     def __enter__(self) -> "Watch":
-        self._began_s = time.monotonic()
         with contextlib.suppress(RuntimeError):  # as below
             self._tell(beat=0)  # before the first step: a rank that stops in its first second must be missed, too
         self._thread = threading.Thread(target=self._run, name=f"watch {LOOKS_AROUND}", daemon=True)

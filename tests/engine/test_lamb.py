@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.config.phases import first_phase
 from engine.config.read import Config, ConfigError, OptimConfig, ParallelConfig, preset_model, resolve
 from engine.optim.groups import TensorGroup, base_rate, tensor_group
-from engine.optim.lamb import Lamb
+from engine.optim.lamb import Lamb, _add_weight_decay
 from engine.optim.rates import warmup_cosine
 from engine.optim.state import OwnedState
 from engine.parallel.device import prepare
@@ -372,3 +372,17 @@ def test_the_cosine_ends_at_its_floor() -> None:
 def test_always_adapt_needs_nvlamb(wrong: str) -> None:
     with pytest.raises(ConfigError, match=r"optim\.nvlamb_always_adapt needs"):
         resolve({"model": "tiny-18b", "data": {"shards": ["-"]}}, ["optim.nvlamb_always_adapt=true", wrong])
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 20])
+def test_weights_decay_alike_in_whatever_parts_a_shard_is_passed(size: int) -> None:
+    """Pieces begin and end inside parts, at their borders, and reach over several."""
+    decayed = [(2, 3, 0.5), (3, 9, 0.25), (12, 20, 0.125)]
+    master, update = torch.arange(1.0, 21), torch.zeros(20)
+    for start in range(0, 20, size):
+        part = slice(start, start + size)
+        _add_weight_decay(decayed, start, update[part], master[part])
+    wanted = torch.zeros(20)
+    for start, stop, decay in decayed:
+        wanted[start:stop] = decay * master[start:stop]
+    assert update.equal(wanted)
