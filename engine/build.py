@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.config.read import Config
@@ -19,7 +18,7 @@ from engine.objectives.registry import objective_of
 from engine.optim.groups import tensor_group
 from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.mesh import Axis, Mesh
-from engine.parallel.replicas import Buckets, FrozenBuffer, frozen_buffers, in_buckets
+from engine.parallel.replicas import Buckets, FrozenBuffer, frozen_buffers, in_buckets, start_gather
 from engine.parallel.sharded import ShardedPart, own_slice
 from engine.parallel.shards import TowerShards
 from models.clip import LogitBias, LogitScale
@@ -98,7 +97,8 @@ class Part:
         elif self.owners.size > 1:
             for buffer in self.frozen:
                 own = own_slice(buffer.param_data, self.owners)
-                dist.all_gather_into_tensor(buffer.param_data, own, group=self.owners.group)
+                for work in start_gather(buffer.param_data, own, self.owners.group):
+                    work.wait()
 
 
 @dataclass

@@ -103,8 +103,25 @@ def frozen_buffers(groups: Iterable[Iterable[nn.Parameter]], owners: int) -> lis
     return buffers
 
 
+def start_gather(whole: Tensor, own: Tensor, group: dist.ProcessGroup) -> list[dist.Work]:
+    """Start to bring the ranks' slices into `whole`, in their order; `own` may lie there. Collective over the group.
+
+    On gloo each rank broadcasts its slice: gloo's own all-gather copies everything twice more, through fresh memory
+    (measured, 60 MB on four ranks of two cores: 0.12 against 0.37 CPU s). engine/parallel/traffic.py counts the
+    broadcasts as a gather, since nothing else is broadcast in groups of owners.
+    """
+    if dist.get_backend(group) != "gloo":
+        works = [dist.all_gather_into_tensor(whole, own, group=group, async_op=True)]
+    else:
+        slices = whole.view(-1).chunk(group.size())
+        if slices[group.rank()].data_ptr() != own.data_ptr():
+            slices[group.rank()].copy_(own)
+        works = [dist.broadcast(part, group_src=rank, group=group, async_op=True) for rank, part in enumerate(slices)]
+    return [work for work in works if work is not None]
+
+
 class _GatherOneByOne:
-    """Takes the place of a bucket group's gather of new weights on gloo: a collective a bucket, none of them coalesced.
+    """Takes the place of a bucket group's gather of new weights on gloo: in place, bucket by bucket, not coalesced.
 
     A gloo group of torch 2.13 keeps the name of the collective that ended last in one string, which its two threads
     write without a lock, after those that wait have been woken. Names up to 15 letters lie in the string itself; that
@@ -127,8 +144,7 @@ class _GatherOneByOne:
         rank, size = self.owners.rank(), self.owners.size()
         wholes = [bucket.param_data for bucket in group.buckets]
         works = _Gathers(
-            dist.all_gather_into_tensor(whole, whole.view(size, -1)[rank], group=self.owners, async_op=True)
-            for whole in wholes
+            work for whole in wholes for work in start_gather(whole, whole.view(size, -1)[rank], self.owners)
         )
         if group.ddp_config.overlap_param_gather and not force_sync:
             group.param_gather_handle = works
@@ -140,13 +156,12 @@ class _GatherOneByOne:
 class _Gathers:
     """Gathers under way."""
 
-    def __init__(self, works: Iterable[dist.Work | None]):
+    def __init__(self, works: Iterable[dist.Work]):
         self.works = list(works)
 
     def wait(self) -> None:
         """Have the weights here."""
         for work in self.works:
-            assert work is not None, "this rank owns a slice"
             work.wait()
 
 

@@ -82,8 +82,9 @@ class TrafficReader:
             if axis is not None
         ]
         groups += gathering
-        self._gathering = {group.group_name for group, _, _ in gathering}
-        """Groups that gather slices and do nothing else: where they broadcast, each rank its own (start_gather)."""
+        owning = [mesh.data.group, mesh.world.group, *(group for group, _, _ in gathering)]
+        self._owning = {group.group_name for group in owning}
+        """Groups of ranks that own slices: where they broadcast, each rank its own, it is a gather (start_gather)."""
         self._axis_of = {group.group_name: (name, size) for group, name, size in groups if size > 1}
 
     def read(self, operator: Any, args: tuple[Any, ...]) -> Transfer | None:
@@ -101,7 +102,7 @@ class TrafficReader:
             )
         kind, payload = _COLLECTIVES[name]
         puts_in = kind != "receive" and (kind != "broadcast" or args[2] == dist.get_rank(group))
-        if kind == "broadcast" and group.group_name in self._gathering:
+        if kind == "broadcast" and group.group_name in self._owning:
             kind = "all-gather"
         return Transfer(
             axis=axis[0], ranks=axis[1], kind=kind, tensor_bytes=_size_bytes(args[payload]), puts_in=puts_in
