@@ -1,12 +1,14 @@
 """A plan as files that start it: the config, a torchrun script and a SLURM job."""
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from engine.config.read import check_layout, load_config
+from engine.config.tree import whole_model
 from tools.cost.layout import Layout
 from tools.plan.estimate import Estimate
 
@@ -78,7 +80,7 @@ srun --kill-on-bad-exit=1 bash "$SLURM_SUBMIT_DIR/{stem}.sh" "$@"
 def write_plan(model: str, entry: Estimate, samples: float, folder: Path) -> list[Path]:
     """Write MODEL-GPUS.yaml, .sh and .sbatch for a layout. The config is loaded again and checked for its ranks."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = _NO_NAME.sub("-", f"{model}-{entry.cluster.gpus}x{entry.cluster.hardware.name}")
+    stem = _NO_NAME.sub("-", f"{_label(model)}-{entry.cluster.gpus}x{entry.cluster.hardware.name}")
     place = _ONE_NODE if entry.cluster.nodes == 1 else _NODES
     names = dict(
         name=f"{model}, {entry.name}",
@@ -108,8 +110,14 @@ def _header(model: str, entry: Estimate) -> str:
     )
 
 
+def _label(model: str) -> str:
+    """A model's name without what no file is named by; of a file of one's own the file's."""
+    name = Path(model).stem if model.endswith((".yaml", ".yml", ".json")) else model
+    return _NO_NAME.sub("-", name).strip("-.") or "model"
+
+
 def settings(model: str, entry: Estimate, samples: float) -> dict[str, Any]:
-    """The config of a layout."""
+    """The config of a layout. A model from a file is written down whole: the file may move, and where is not said."""
     layout = entry.layout
     assert layout is not None, "ZeRO-3 is compared with, not run"
     parallel: dict[str, Any] = {"tensor": layout.tensor, "pipeline": layout.pipeline}
@@ -125,9 +133,11 @@ def settings(model: str, entry: Estimate, samples: float) -> dict[str, Any]:
         parallel["round_size"] = layout.round_size
     if layout.shard_ranks is not None:
         parallel["shard_ranks"] = layout.shard_ranks
+    whole = whole_model({"preset": model})
+    named = {"preset": model} if whole["preset"] else {key: value for key, value in whole.items() if key != "preset"}
     return {
-        "run_dir": f"runs/{model}",
-        "model": {"preset": model, **_kernel_settings(entry)},
+        "run_dir": f"runs/{_label(model)}",
+        "model": named | _kernel_settings(entry),
         "data": {"shards": SHARDS} | ({"frames": layout.frames} if layout.frames > 1 else {}),
         "parallel": parallel,
         "train": {
@@ -165,12 +175,11 @@ def _distilled(layout: Layout) -> dict[str, Any]:
     if not layout.teachers:
         return {}
     weights = {True: {}, False: {"feature": 0, "interactive": 0, "relational": 1}}
-    return {
-        "distill": [
-            {"path": f"weights/{one.model.preset}", "model": one.model.preset} | weights[one.interactive]
-            for one in layout.teachers
-        ]
-    }
+    found = []
+    for number, one in enumerate(layout.teachers, start=1):
+        path = f"weights/{one.model.preset or f'teacher_{number}'}"
+        found.append({"path": path, "model": one.model.preset or asdict(one.model)} | weights[one.interactive])
+    return {"distill": found}
 
 
 def _moved(layout: Layout) -> dict[str, Any]:

@@ -5,12 +5,18 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from engine.config.read import check_layout, load_config
+from engine.config.read import check_layout, load_config, preset_model
+from tools.cost.cluster import Cluster
+from tools.cost.hardware import load_hardware
+from tools.cost.layout import FrozenModel, Layout
 from tools.plan.__main__ import main
+from tools.plan.estimate import estimate
+from tools.plan.write import write_plan
 
 STEM = "b16-16xa100-40"
 
@@ -100,3 +106,18 @@ def test_the_scripts_are_sound(folder: Path) -> None:
     for script in (f"{STEM}.sh", f"{STEM}.sbatch"):
         done = subprocess.run([checker, str(folder / script)], capture_output=True, text=True, check=False)
         assert done.stdout == ""
+
+
+def test_a_model_of_ones_own_is_written_whole_and_named_by_its_file(tmp_path: Path) -> None:
+    own, plans = tmp_path / "mine.yaml", tmp_path / "plans"
+    own.write_text("model: {preset: b16, vision: {depth: 14}}\n")
+    model = preset_model(str(own))
+    layout = Layout(data=8, global_batch=64, micro_batch=8, teachers=(FrozenModel(model, "bf16", True, False),))
+    planned = estimate(model, layout, Cluster(hardware=load_hardware("a100-40"), gpus=8, per_node=8))
+    written = write_plan(str(own), planned, 640, plans)
+    assert [path.name for path in written] == [f"mine-8xa100-40{suffix}" for suffix in (".yaml", ".sh", ".sbatch")]
+    own.unlink()
+    config = load_config(written[0])
+    assert config.run_dir == "runs/mine" and config.model == replace(model, block_kernels="torch")
+    (teacher,) = config.train.distill
+    assert (teacher.path, teacher.model) == ("weights/teacher_1", model)
