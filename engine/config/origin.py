@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from engine.config.schema import Config
@@ -11,7 +12,7 @@ from models.config import LOCAL_KERNELS, ModelConfig
 
 def origin(given: Given) -> list[str]:
     """What the command line says, and what comes from the config file and differs from the defaults."""
-    defaults = _flat(dataclasses.asdict(Config()))
+    defaults = _defaults()
     said, file = _flat(given.arguments), _flat(given.file)
     inherited = {
         key: value
@@ -28,6 +29,12 @@ def origin(given: Given) -> list[str]:
     if inherited:
         lines.append(f"inherited from {given.source}: {_listed(inherited)}")
     return lines
+
+
+@cache
+def _defaults() -> Mapping[str, Any]:
+    """Dotted key -> its default."""
+    return _flat(dataclasses.asdict(Config()))
 
 
 def model_in_words(model: ModelConfig) -> str:

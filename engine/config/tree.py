@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def load_preset(name: str) -> dict[str, Any]:
     if _is_file(name):
         tree = read_file(Path(name))
         return whole_model(typed(tree.get("model", tree), ModelConfig, f"{name}: model"))
-    known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
+    known = _presets()
     public = preset_of(name) if name not in known else None
     stem, changes = public or (name, {})
     if stem not in known:
@@ -166,7 +167,19 @@ def load_preset(name: str) -> dict[str, Any]:
             f"model {name!r} is not a preset; there are: {', '.join(known)}, and open_clip's, timm's and the hub's "
             "names of them; or a FILE.yaml of your own, or open_clip:FILE.json"
         )
-    return merged(typed(read_file(PRESETS / f"{stem}.yaml"), ModelConfig, "model"), changes)
+    return merged(_preset(stem), changes)
+
+
+@cache
+def _presets() -> list[str]:
+    """Names of the files in models/presets."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+@cache
+def _preset(stem: str) -> dict[str, Any]:
+    """What such a file says, typed; read once, because every config asks for its model three times."""
+    return typed(read_file(PRESETS / f"{stem}.yaml"), ModelConfig, "model")
 
 
 def _typed(tree: Mapping[str, Any], source: str) -> dict[str, Any]:

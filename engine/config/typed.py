@@ -10,6 +10,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from decimal import Decimal
+from functools import cache
 from pathlib import Path
 from typing import Any, NewType, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -48,13 +49,20 @@ def typed(value: Any, kind: Any, key: str) -> Any:
 
 def kinds_of(section: type) -> dict[str, Any]:
     """Field -> what may be given for it; its metadata "given" says more than its annotation."""
-    hints = get_type_hints(section)
+    hints = _hints_of(section)
     return {field.name: field.metadata.get("given", hints[field.name]) for field in fields(section)}
+
+
+@cache
+def _hints_of(section: type) -> Mapping[str, Any]:
+    """Field -> its annotation, evaluated once a class: a config asks for it a hundred times."""
+    return types.MappingProxyType(get_type_hints(section))
 
 
 def built(section: type[T], tree: Mapping[str, Any]) -> T:
     """The dataclass of a tree of typed values; what is missing has its default."""
-    return section(**{name: _built(kind, tree[name]) for name, kind in get_type_hints(section).items() if name in tree})
+    hints = _hints_of(section)  # type: ignore[arg-type]
+    return section(**{name: _built(kind, tree[name]) for name, kind in hints.items() if name in tree})
 
 
 def merged(*trees: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from engine.config.read import (
     EvaluateConfig,
     load_config,
     load_preset,
+    preset_model,
     read_given,
     resolve,
     to_dict,
@@ -310,6 +311,12 @@ def test_the_teacher_too(tmp_path: Path) -> None:
     )
     mim = read_given(file, ["mim.teacher_model=tiny-8b"]).tree()["mim"]
     assert mim["teacher_model"] == {"preset": "tiny-8b"} | load_preset("tiny-8b") and mim["teacher"] == "t.pt"
+
+
+def test_a_preset_is_its_askers_own() -> None:
+    mine = load_preset("b16")
+    mine["vision"]["width"] = -1
+    assert load_preset("b16")["vision"]["width"] == preset_model("b16").vision.width > 0
 
 
 def test_a_phase_takes_a_whole_preset() -> None:
