@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, ClassVar, Protocol, TextIO
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch import Tensor
 from benchmarks.common import reset_peak, resident_bytes
 from data.order.stateless import kept_patches
 from models.config import ModelConfig, TextConfig, VisionConfig
+from models.tensors.products import Fp32Products, fast_products
 
 SEED, SCALE, RATE, CLIP_NORM = 0, 100.0, 1e-3, 5.0
 DROPOUT = 0.5
@@ -170,10 +171,19 @@ class Ours:
 class Plain:
     """Plain PyTorch, eager or through torch.compile: autograd over the whole batch, clipping, fused AdamW."""
 
-    def __init__(self, workload: Workload, precision: str, *, checkpointing: bool = False, compiled: bool = False):
+    def __init__(
+        self,
+        workload: Workload,
+        precision: str,
+        *,
+        checkpointing: bool = False,
+        compiled: bool = False,
+        wide: bool = False,
+    ):
+        """wide: bf16 products are computed in fp32, as the engine does on a CPU that cannot multiply bf16."""
         from benchmarks.plain_clip import PlainClip, initialise
 
-        self.model = workload.model
+        self.model, self.products = workload.model, _WideProducts if wide else nullcontext
         self.clip = PlainClip(workload.model, SCALE, checkpointing)
         initialise(self.clip, workload.model, SEED)
         if compiled:
@@ -182,7 +192,17 @@ class Plain:
 
     def step(self, batch: Batch) -> float:
         """One forward and backward of everything."""
-        return self.train(lambda: self.clip(batch.images, batch.kept(self.model), batch.ids))
+        with self.products():
+            return self.train(lambda: self.clip(batch.images, batch.kept(self.model), batch.ids))
+
+
+class _WideProducts(Fp32Products):
+    """The engine's products, and those of convolutions, of which it has none."""
+
+    rounded: ClassVar = Fp32Products.rounded | {
+        torch.ops.aten.convolution.default: 1,
+        torch.ops.aten.convolution_backward.default: 3,
+    }
 
 
 class OpenClip:
@@ -244,7 +264,7 @@ class _AutogradStep:
 
 
 class Gemm:
-    """A large square matrix product: the machine's peak, in the same minutes."""
+    """A large square matrix product: the machine's peak, in the same minutes; of bf16 as the engine computes it."""
 
     def __init__(self, precision: str):
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -252,8 +272,9 @@ class Gemm:
 
     def step(self, batch: Batch) -> float:
         """GEMM_REPEATS products."""
-        for _ in range(GEMM_REPEATS):
-            torch.mm(self.a, self.b)
+        with fast_products(self.a.device, self.a.dtype):
+            for _ in range(GEMM_REPEATS):
+                torch.mm(self.a, self.b)
         return 0.0
 
 
@@ -266,6 +287,9 @@ SIDES: dict[str, Callable[[Workload, str], Side]] = {
     "ours_stash_fc2": lambda w, p: Ours(w, p, keep_all=False, outputs="fc2"),
     "ours_stash_all": lambda w, p: Ours(w, p, keep_all=False, outputs="all"),
     "plain_checkpoint": lambda w, p: Plain(w, p, checkpointing=True),
+    "plain_wide": lambda w, p: Plain(w, p, wide=True),
+    "plain_compiled_wide": lambda w, p: Plain(w, p, compiled=True, wide=True),
+    "plain_checkpoint_wide": lambda w, p: Plain(w, p, checkpointing=True, wide=True),
     "ours_lamb": lambda w, p: Ours(w, p, keep_all=True, optimizer="lamb"),
     "ours_compiled": lambda w, p: Ours(w, p, keep_all=True, kernels={"norm_kernel": "compiled"}),
     "open_clip": OpenClip,

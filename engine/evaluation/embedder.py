@@ -33,8 +33,8 @@ from engine.pipeline.program import Alone, Unit
 from models.clip import embedding
 from models.config import LOCAL_KERNELS
 from models.tensors.naming import LogicalTensor, logical_tensors
+from models.tensors.products import fast_products
 from models.towers.heads import Read
-from models.towers.products import fast_products
 from models.towers.text import TextTower
 from models.towers.vision import VisionTower
 
@@ -255,8 +255,7 @@ class _EmbeddingPasses:
     def chunk(self, tower: VisionTower, hidden: Tensor | None, micro_batch: int) -> Tensor:
         """A chunk of the tower on a message, or on images where it begins."""
         inputs = self._images(micro_batch) if hidden is None else hidden
-        with fast_products(inputs.device, tower.config.params_dtype):
-            return tower(inputs, samples=self.embedder.micro_batch, read=self.read)
+        return tower(inputs, samples=self.embedder.micro_batch, read=self.read)
 
     def _images(self, micro_batch: int) -> Tensor:
         """The last micro-batch is filled up, so that every message has the same shape."""
@@ -279,8 +278,7 @@ class _EmbeddingPasses:
         if self.read == "tokens":
             patches = output[:images, tower.vision.prefix_tokens :]
             return {"tokens": patches.unflatten(0, (-1, self.frames)).flatten(1, 2)}
-        with fast_products(output.device, tower.config.params_dtype):
-            projected = tower.head.projected(output)  # type: ignore[operator]  # the padding, too: bits as features
+        projected = tower.head.projected(output)  # type: ignore[operator]  # the padding, too: bits as features
         return {
             "images": embedding(projected[:images], self.frames),
             "pooled": output[:images].float().unflatten(0, (-1, self.frames)).mean(dim=1),

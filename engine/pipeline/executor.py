@@ -5,9 +5,10 @@ is of no unit (captions, teacher, exchanges, loss).
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -38,6 +39,7 @@ from engine.pipeline.program import (
     Way,
 )
 from engine.pipeline.stash import DeviceStash, HostStash
+from models.tensors.products import fast_products
 
 Chunk = Callable[[Tensor | None, int], Tensor]
 """(chunk input, or None where the tower starts; micro-batch) -> chunk output."""
@@ -91,18 +93,24 @@ class Executor:
         dtype: torch.dtype,
         device: torch.device,
         offload_stash: bool = False,
+        beside: Iterable[torch.dtype] = (),
     ):
-        """hidden, dtype: a message between stages. offload_stash: stage inputs wait in host memory for their replay."""
+        """hidden, dtype: a message between stages. offload_stash: stage inputs wait in host memory for their replay.
+
+        beside: weights of towers that run in the objective's own work (teachers).
+        """
         self.program, self.stage = program, mesh.pipeline.rank
         self.actions = tuple(program.actions(self.stage))
         self.messages = Counter(action.way for action in self.actions if isinstance(action, Receive))
         self.pipeline = Pipeline(mesh, hidden, dtype, device)
+        self.products: Callable[[], AbstractContextManager] = partial(fast_products, device, dtype, *beside)
+        """What a step's products are computed in; a dry run counts them as the model has them."""
         self.stash = HostStash(device) if offload_stash else DeviceStash()
 
     def run(self, work: Work, passes: Passes, phases: Phases) -> None:
         """One step up to its update; gradients are left in the parameters. Collective over the mesh."""
         run = _Run(self, work, passes, phases)
-        with run.taking:
+        with run.taking, self.products():
             for action in self.actions:
                 run.do(action)
         self.pipeline.drain()

@@ -1,7 +1,7 @@
 """Runs one step of a rank and sees what it does, with either objective; on fake tensors and on real ones."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -52,6 +52,7 @@ def record_step(step: TrainingStep, batch: LocalBatch, *, every: bool) -> Record
     every: run every micro-batch, as real tensors must. Those of 1F1B all run: they are few, and their masks differ.
     """
     recorder = Recorder(step.mesh, _folding(step, every), step.config.objective)
+    step.executor.products = nullcontext  # as the model has them, whatever this CPU makes of them
     _adopt(recorder, step, batch)
     if isinstance(step, MimStep):
         _book(recorder, "teacher weights", step.teacher.tower.parameters())

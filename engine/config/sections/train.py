@@ -51,7 +51,9 @@ class TrainConfig:
     seed: int = 0
     """Initial values, sample order, crops and kept patches all follow from it."""
     precision: str = "fp32"
-    """fp32 | bf16 (weights and activations in bf16; master weights, gradients, loss and optimizer in fp32)."""
+    """fp32 | bf16 (weights and activations in bf16; master weights, gradients, loss and optimizer in fp32). A CPU
+    without bf16 instructions multiplies in fp32 and rounds the product.
+    """
     logit_scale: float | None = 100.0
     """Fixed scale 1 / temperature (paper, section 3: temperature 0.01); null learns it from 1 / 0.07, at most 100."""
     loss: str = "softmax"

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.build import Towers
+from engine.build import DTYPES, Towers
 from engine.config.read import Config
 from engine.feed import LocalBatch
 from engine.objectives.contrastive.program import ContrastiveProgram
@@ -17,6 +17,7 @@ from engine.parallel.mesh import Mesh
 from engine.pipeline.memory import keep_within, saved_bytes
 from engine.pipeline.program import Unit
 from models.clip import embedding
+from models.tensors.products import fast_products
 
 
 def message_shape(config: Config, mesh: Mesh) -> tuple[int, int, int]:
@@ -51,9 +52,11 @@ class Activations:
         train = self.config.train
         if train.activation_budget_gb is None:
             return train.keep_activations
-        one, budget = self.micro_batch_bytes(), train.activation_budget_gb
+        budget = train.activation_budget_gb
+        with fast_products(self.device, DTYPES[train.precision]):
+            one = self.micro_batch_bytes()
+            captions = self.caption_bytes()  # every rank asks: where weights are sharded all gather them
         keep = keep_within(budget, one, micro_batches)
-        captions = self.caption_bytes()  # every rank asks: where weights are sharded all gather them
         if keep == micro_batches and keep * one + captions > budget * 1e9:
             keep -= 1  # where all micro-batches keep theirs, the captions do, too
         # A replay runs the stage's collectives again, so the ranks of a tensor group have to agree.

@@ -84,6 +84,7 @@ class ContrastiveStep:
             dtype=DTYPES[train.precision],
             device=device,
             offload_stash=train.offload_stash,
+            beside=[DTYPES[teacher.precision or train.precision] for teacher in train.distill],
         )
         self.work, self.captions = self._work()
         self.teaching = self._teaching(teachers)

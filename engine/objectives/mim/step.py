@@ -63,6 +63,7 @@ class MimStep:
             hidden=(train.micro_batch_size * vision.tokens // split, 1, vision.width),
             dtype=DTYPES[train.precision],
             device=device,
+            beside=[teacher.config.params_dtype],
         )
 
     def __call__(self, batch: LocalBatch, phases: Phases) -> StepOutcome:

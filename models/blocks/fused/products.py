@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.blocks.outputs import ColumnLinear, RowLinear
+from models.tensors.products import add_product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,19 +120,14 @@ def _start_sum(of_x: Tensor, how: _How) -> tuple[dist.Work | None, Tensor]:
 
 
 def _weight_gradient(weight: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
-    """Gradient of a weight [out, in], added to its sum where there is one; then what is returned has no values.
-
-    bf16 on a CPU is written and added: its products have no fp32 output there.
-    """
+    """Gradient of a weight [out, in], added to its sum where there is one; then what is returned has no values."""
     total = getattr(weight, "main_grad", None)
     if total is None:
         return gradient.t() @ x
     if total.dtype == gradient.dtype:
         total.addmm_(gradient.t(), x)
-    elif total.is_cuda:
-        torch.addmm(total, gradient.t(), x, out_dtype=total.dtype, out=total)
     else:
-        total.add_(gradient.t() @ x)
+        add_product(total, gradient.t(), x)
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     # megatron-core's hooks, which start the reduction of a full bucket, follow a gradient; they drop this one.
     return torch.empty_like(weight)
