@@ -231,9 +231,9 @@ class ModelConfig(HashedOnce):
     """Linears of the image tower's blocks: local (torch) | transformer_engine | auto (the latter where a CUDA device,
     the package and bf16 are there; what was picked is logged)."""
     attention: str = "auto"
-    """Core attention of its blocks: auto (the backend's own: sdpa or te; matmul in bf16 on a CPU) | sdpa (torch) |
-    matmul (plain products, keeps S x S) | flash (flash-attn 2) | flash3 (flash-attn 3, Hopper) | flash4 (flash-attn 4,
-    Hopper and later) | te (Transformer Engine)."""
+    """Core attention of its blocks: auto (the backend's own: sdpa or te; matmul in bf16 on a CPU that multiplies it) |
+    sdpa (torch) | matmul (plain products, keeps S x S) | flash (flash-attn 2) | flash3 (flash-attn 3, Hopper) | flash4
+    (flash-attn 4, Hopper and later) | te (Transformer Engine)."""
     norm_kernel: str = "auto"
     """Norms of its blocks: auto (the backend's own) | torch | compiled (RMSNorm fused by torch.compile) | apex (fused
     RMSNorm) | te."""

@@ -3,9 +3,9 @@
 The choice: model.backend names whose linears they are, model.attention and model.norm_kernel replace one kernel each,
 and model.block_kernels=fused all that stands between products (models/blocks/fused; `auto` on a CUDA device with the
 local backend). `auto` of attention and norm_kernel is what belongs to the backend; only model.backend=auto looks at the
-machine, and the local backend's attention, which in bf16 is faster as plain matrix products where there is no CUDA
-device. The caption tower (2 % of the FLOPs), the patch embedding, the head and the norm in front of it always run on
-torch's kernels.
+machine, and the local backend's attention, which is faster as plain matrix products on a CPU that multiplies bf16. The
+caption tower (2 % of the FLOPs), the patch embedding, the head and the norm in front of it always run on torch's
+kernels.
 """
 
 from collections.abc import Callable
@@ -31,6 +31,7 @@ from models.blocks.packages import (
     require_compiler,
 )
 from models.config import ModelConfig, ModelConfigError
+from models.tensors.products import multiplies_bf16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,8 @@ def choose(model: ModelConfig, dtype: torch.dtype) -> Choice:
     backend, why = model.backend, ""
     if backend == "auto":
         backend, why = _by_machine(dtype)
-    local = "matmul" if dtype == torch.bfloat16 and not torch.cuda.is_available() else "sdpa"
+    multiplies = dtype == torch.bfloat16 and not torch.cuda.is_available() and multiplies_bf16()
+    local = "matmul" if multiplies else "sdpa"
     own = {"local": (local, "torch"), "transformer_engine": ("te", "te")}[backend]
     attention, norm_kernel = (
         default if asked == "auto" else asked

@@ -9,7 +9,7 @@ import torch
 from engine.checkpoint.format.manifest import Manifest
 from engine.config.read import Config, ConfigError, resolve, to_dict
 from engine.evaluation.embedder import inference_config
-from models.blocks import packages
+from models.blocks import kernels, packages
 from models.blocks.kernels import choose, require_kernels
 from models.blocks.packages import APEX, FLASH_2, FLASH_3, FLASH_4, TRANSFORMER_ENGINE, Package, load, te_takes_flash
 from models.config import LOCAL_KERNELS, ModelConfigError
@@ -146,9 +146,11 @@ def test_a_checkpoint_is_used_on_local_kernels_wherever_it_was_trained() -> None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: auto may pick another backend")
-def test_auto_says_why_it_stays_local_and_takes_plain_products_in_bf16() -> None:
-    choice = choose(_resolve("model.backend=auto").model, torch.bfloat16)
-    assert (choice.backend, choice.attention) == ("local", "matmul")
+def test_auto_says_why_it_stays_local_and_takes_plain_products_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    for multiplies, attention in ((False, "sdpa"), (True, "matmul")):
+        monkeypatch.setattr(kernels, "multiplies_bf16", lambda multiplies=multiplies: multiplies)
+        choice = choose(_resolve("model.backend=auto").model, torch.bfloat16)
+        assert (choice.backend, choice.attention) == ("local", attention)
     assert str(choice).endswith("(model.backend=auto: there is no CUDA device)")
 
 
