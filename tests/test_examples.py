@@ -18,6 +18,7 @@ from engine.config.read import check_layout, load_config, preset_model, to_dict
 from tools.cost.cluster import Cluster
 from tools.cost.hardware import load_hardware
 from tools.cost.layout import layout_of
+from tools.cost.mim import mim_estimate
 from tools.plan.estimate import estimate
 
 ROOT = Path(__file__).parents[1]
@@ -114,6 +115,18 @@ def test_what_a_recipe_expects_is_what_the_planner_says(path: Path) -> None:
     assert plan.memory.total / 1e9 == pytest.approx(gigabytes, abs=0.6)
     assert hours == pytest.approx(step_s * config.train.steps / 3600, abs=0.6)
     assert plan.fits
+
+
+@pytest.mark.parametrize("folder", CHAINS)
+def test_what_distillation_expects_is_what_the_planner_says(folder: str) -> None:
+    path = ROOT / "examples" / folder / "1_mim.yaml"
+    expected = re.search(r"Expected +([\d.]+) s a step, (\d+) hours on (\d+) A100-40 .* (\d+) GB a GPU", _header(path))
+    step_s, hours, gpus, gigabytes = map(float, expected.groups())
+    config, cluster = load_config(path), Cluster(hardware=load_hardware("a100-40"), gpus=int(gpus), per_node=8)
+    plan = mim_estimate(config, layout_of(config, int(gpus)), cluster)
+    assert plan.step_s == pytest.approx(step_s, abs=0.006)
+    assert hours == pytest.approx(plan.step_s * config.train.steps / 3600, abs=0.6)
+    assert plan.peak_bytes / 1e9 == pytest.approx(gigabytes, rel=0.03) and gigabytes < 40
 
 
 def test_the_phases_of_one_job_are_the_stages() -> None:

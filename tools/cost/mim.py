@@ -1,8 +1,10 @@
 """What a step of masked-feature distillation takes: seconds, projected, and memory, derived.
 
 The student is a CLIP's image tower whose last block works for every token, since its head reads masked patches, and it
-runs 1F1B (engine/objectives/mim/program.py): (m + (P - 1) / v) (f + b). The teacher goes first, a whole tower on every
-rank, forward only, each with its share of the replica's images.
+runs 1F1B (engine/objectives/mim/program.py): (m + (P - 1) / v) (f + b). With v > 1 the first P micro-batches go round
+the ring v - 1 times, and the last P back: their messages are waited for, those in between hide behind the other
+direction's work. The teacher goes first, a whole tower on every rank, forward only, each with its share of the
+replica's images.
 """
 
 from dataclasses import dataclass, replace
@@ -109,6 +111,7 @@ def mim_estimate(config: Config, layout: Layout, cluster: Cluster) -> MimEstimat
     unit = max(costs.units, key=lambda unit: unit.f + unit.b)
     each = cluster.message_seconds(layout, layout.message_bytes(config.model.vision)) if layout.pipeline > 1 else 0.0
     bubble_s = (layout.pipeline - 1) * ((unit.f + unit.b) / layout.virtual + 2 * each)
+    bubble_s += 2 * layout.pipeline * (layout.virtual - 1) * each
     alone = costs.teacher_s + 2 * costs.exchange_s + costs.state_s + costs.optimizer_s
     work_s = layout.micro_batches * (unit.f + unit.b) + alone + bubble_s
     input_s = input_seconds(config.model, layout, work_s, cluster, decoding_nodes(layout, cluster))

@@ -1,0 +1,124 @@
+"""Rows of docs/results/planning.md: what the planner prices today, layout by layout. That none is faster is a search's
+answer (`python -m tools.plan`, half a minute a job), which is not repeated here.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+from engine.config.read import preset_model
+from engine.config.stages import balanced_layers, even_layers
+from models.config import ModelConfig
+from tools.cost.cluster import Cluster
+from tools.cost.hardware import load_hardware
+from tools.cost.kernels import Kernels
+from tools.cost.layout import Layout
+from tools.plan.estimate import Estimate, estimate
+from tools.plan.zero3 import best_zero3
+
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "results" / "planning.md"
+FUSED, FP8 = Kernels(elementwise="fused", sums=True), Kernels(elementwise="compiled", fp8=True)
+LARGER = {"30 B": {"depth": 56, "width": 6144}, "50 B": {"depth": 70, "width": 7168}}
+LAYOUT = re.compile(
+    r"(?:TP (?P<tensor>\d+) × )?PP (?P<pipeline>\d+)(?: \(v (?P<virtual>\d+)\))? × DP (?P<data>\d+)"
+    r"(?:, (?P<shard>weights|gradients) sharded(?: of (?P<near>\d+) ranks)?)?"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table, and the text of the job it belongs to."""
+
+    job: str
+    cells: list[str]
+
+    @cached_property
+    def model(self) -> ModelConfig:
+        """The job's model."""
+        larger = LARGER.get(self.job[:4])
+        if larger is None:
+            return preset_model(re.split("[ ,]", self.job)[0].lower())
+        base = preset_model("18b")
+        return replace(base, vision=replace(base.vision, **larger, mlp_hidden=5 * larger["width"]))
+
+    @cached_property
+    def cluster(self) -> Cluster:
+        """The job's GPUs."""
+        found = re.search(r"(\d+) (A100-40|H100|H200|B200)", self.job)
+        hardware = load_hardware(found[2].lower())
+        if "100 Gb/s a node" in self.job:
+            hardware = replace(hardware, nic_gb_s=1.5625)
+        return Cluster(hardware=hardware, gpus=int(found[1]), per_node=8)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """What the cells say, as the search lays it out."""
+        name, micro, kept, captions, outputs, stash, *_ = self.cells
+        cut = {
+            key: value and (value if key == "shard" else int(value))
+            for key, value in LAYOUT.fullmatch(name).groupdict().items()
+        }
+        pipeline, virtual, shard = cut["pipeline"], cut["virtual"] or 1, cut["shard"] or "optimizer"
+        keep, m = map(int, kept.split(" of "))
+        dropout = 0.0 if "no dropout" in self.job or "-336" in self.job or "-448" in self.job else 0.5
+        tokens, depth = self.model.vision.kept_tokens(dropout), self.model.vision.depth
+        layers = balanced_layers(self.model, stages=pipeline, virtual=virtual, tokens=tokens)
+        return Layout(
+            tensor=cut["tensor"] or 1,
+            pipeline=pipeline,
+            virtual=virtual,
+            data=cut["data"],
+            global_batch=int(re.search(r"([\d,]+) (?:pairs|clips)", self.job)[1].replace(",", "")),
+            micro_batch=int(micro),
+            frames=8 if "8 frames" in self.job else 1,
+            keep=keep,
+            text_micro_batch=int(captions),
+            patch_dropout=dropout,
+            offload_stash=stash == "host",
+            outputs_budget_gb=float(outputs.split()[0]) if outputs else None,
+            offload_outputs="host" in outputs,
+            shard=shard,
+            shard_ranks=cut["near"],
+            group_size=m if virtual > 1 and shard == "optimizer" else None,
+            layers=None if layers == even_layers(depth, pipeline * virtual) else tuple(layers),
+            kernels=FP8 if "fp8" in self.job else FUSED,
+        )
+
+    @cached_property
+    def zero3(self) -> Estimate:
+        """What it is compared with."""
+        layout = self.layout
+        return best_zero3(
+            self.model, self.cluster, layout.global_batch, layout.patch_dropout, layout.frames, layout.kernels
+        )
+
+
+def _rows() -> list[Row]:
+    table = PAGE.read_text().split("| ZeRO-3, s | ratio |\n")[1].split("\n\n")[0]
+    found: list[Row] = []
+    for line in table.splitlines()[1:]:
+        job, *cells = (cell.strip() for cell in line.removeprefix("|").removesuffix("|").split("|"))
+        before = found[-1].job if found else ""
+        found.append(Row(job.replace("18B, the same", before.split(", 50")[0]) or before, cells))
+    return found
+
+
+ROWS = _rows()
+
+
+def test_the_table_is_read() -> None:
+    assert len(ROWS) > 25 and {row.cluster.hardware.name for row in ROWS} == {"a100-40", "h100", "h200", "b200"}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.job}: {row.cells[0]}")
+def test_a_row_is_what_the_planner_says(row: Row) -> None:
+    planned = estimate(row.model, row.layout, row.cluster)
+    gigabytes, step_s, mfu, zero3_s, ratio = row.cells[-5:]
+    assert planned.layout.micro_batches == int(row.cells[2].split(" of ")[1]) and planned.fits
+    printed = (f"{planned.memory.total / 1e9:.1f}", f"{planned.time.total:.2f}", f"{100 * planned.mfu:.1f} %")
+    assert printed == (gigabytes, step_s, mfu)
+    assert zero3_s in ("", f"{row.zero3.time.total:.2f}")
+    assert ratio == f"{row.zero3.time.total / planned.time.total:.2f}"
