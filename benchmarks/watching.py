@@ -145,9 +145,11 @@ def updates_by_turns(trainer: Trainer, turns: int) -> dict[str, list[float]]:
     noise = [1e-3 * torch.randn_like(shard.gradient) for shard in shards]
     loss, evict = torch.ones(()), torch.ones(EVICT_BYTES // 4)
     seconds: dict[str, list[float]] = {"without": [], "with": []}
+    of_sides = {name: AtRest(trainer.optimizer, watched=name == "with") for name in seconds}
     for turn in range(2 * turns):
         name = ("without", "with")[turn % 2]
-        at_rest = AtRest(trainer.optimizer, watched=name == "with")
+        at_rest = of_sides[name]
+        at_rest.end()  # the other side's updates have written the state
         for measured in (False, True):  # the first one leaves the sums that the second one looks at
             for shard, gradient in zip(shards, noise, strict=True):
                 shard.gradient.copy_(gradient)

@@ -10,9 +10,8 @@ from contextlib import contextmanager
 import torch
 
 from engine.build import Towers
-from engine.checkpoint.format.manifest import AVERAGE
+from engine.checkpoint.format.manifest import AVERAGE, WEIGHT
 from engine.optim.optimizer import ShardedOptimizer
-from engine.optim.passes import in_cache
 
 
 @torch.no_grad()
@@ -28,14 +27,9 @@ def move_average(optimizer: ShardedOptimizer) -> None:
     """Move the averaged weights by one update."""
     decay = optimizer.optim.ema_decay
     for tower in (tower for tower in optimizer.towers if tower.average and decay):
-        tallies = tower.tallies(AVERAGE)
-        for average, master, tally in zip(tower.average, tower.master, tallies, strict=True):
-            written = 0
-            for part, of_master in in_cache(average, master):
-                part.lerp_(of_master, 1 - decay)
-                written += part.numel()
-                tally.up_to(written)
-        tower.written(AVERAGE, tallies)
+        for block in tower.blocks():
+            block.held[AVERAGE].lerp_(block.held[WEIGHT], 1 - decay)
+            tower.sums.leaves(AVERAGE, block)
 
 
 @contextmanager

@@ -11,21 +11,15 @@ Rules, step t = 1, 2, …, m and v the moments, c1 = 1 - b1^t, c2 = 1 - b2^t, pe
 """
 
 import math
-from bisect import bisect_right
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from operator import itemgetter
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from engine.checkpoint.format.manifest import WEIGHT
 from engine.config.read import OptimConfig
-from engine.optim.passes import in_cache
-from engine.optim.state import OnItsWay, OwnedState, Rule
-
-_Decay = tuple[int, int, float]
-Decayed = list[list[_Decay]]
-"""Shards, each with (start, stop, weight decay) of its pieces that decay, in order."""
+from engine.optim.blocks import Block, Elements
+from engine.optim.state import OwnedState, Rule
 
 
 class Lamb(Rule):
@@ -37,20 +31,18 @@ class Lamb(Rule):
         self._fixed: dict[OwnedState, Fixed] = {}
 
     def sums_on_its_way(self, state: OwnedState) -> tuple[str, ...]:
-        """Masters and moments, where parts of them are near a core (not a GPU's), and all have the same age."""
-        on_its_way = self.sums_on_a_cpu and state.shards.counted.is_cpu and not any(state.began)
-        return (WEIGHT, *state.moments) if on_its_way else ()
+        """Masters and moments, where blocks of them are near a core (not a GPU's)."""
+        return (WEIGHT, *state.moments) if self.sums_on_a_cpu and state.shards.counted.is_cpu else ()
 
     def update(
         self, state: OwnedState, optim: OptimConfig, *, gradient_scale: float, rates: Mapping[str, float], t: int
     ) -> Iterator[None]:
         """Direction, ratios over whole tensors, update. Collective over the holders of the tower's tensors."""
-        decayed = self.fixed(state, optim).decayed
-        updates = _direction_of(state, optim, gradient_scale, t, decayed, self.sums_on_its_way(state))
+        _direction_of(state, optim, gradient_scale, t)
         yield
-        ratios = self.trust_ratios(state, updates, optim)
+        ratios = self.trust_ratios(state, [shard.gradient for shard in state.shards.shards], optim)
         factors = [_step_factor(optim, t - began) for began in state.began]
-        _apply(state, updates, self.steps(state, optim, ratios, rates, factors))
+        _apply(state, self.steps(state, optim, ratios, rates, factors))
 
     def steps(
         self, state: OwnedState, optim: OptimConfig, ratios: Tensor, rates: Mapping[str, float], factors: list[float]
@@ -93,12 +85,6 @@ class Fixed:
             for tower in {group.tower for group in state.groups}
         }
         """Tower -> float64 [tensors]: layer decay of its tensors, 0 of the others."""
-        decays = [group.weight_decay for group in state.groups]
-        self.decayed: Decayed = [
-            [(piece.start, piece.stop, decays[piece.tensor]) for piece in shard.pieces if decays[piece.tensor]]
-            for shard in state.shards.shards
-        ]
-        """Shard -> what of it decays, in order."""
 
     def steps(self, ratios: Tensor, rates: Mapping[str, float], factors: list[float]) -> tuple[Tensor, ...]:
         """Rate x ratio x factor of each tensor, 0-d fp32, which the host does not learn."""
@@ -116,65 +102,47 @@ def _step_factor(optim: OptimConfig, t: int) -> float:
     return 1.0
 
 
-def _direction_of(
-    state: OwnedState, optim: OptimConfig, gradient_scale: float, t: int, decayed: Decayed, summed: Collection[str]
-) -> list[Tensor]:
-    """u of every owned element, written over the gradient (no longer needed); moments move on, and what they and the
-    masters were is summed.
+def _direction_of(state: OwnedState, optim: OptimConfig, gradient_scale: float, t: int) -> None:
+    """u of every owned element, written over the gradient (no longer needed); moments move on.
+
+    What is found is summed if anybody wants it, which on a GPU nobody does.
     """
-    updates = [shard.gradient for shard in state.shards.shards]
-    sums, (first, second) = OnItsWay(state, summed), state.moments
-    for i, start, stop, own_t in _of_one_count(state, t):
-        flats = [flats[i][start:stop] for flats in (updates, *state.moments.values(), state.master)]
-        for update, m, v, master in in_cache(*flats):
-            stop = start + update.numel()
-            with sums.of_written(first, i, stop):
-                _move_first(m, update, optim, gradient_scale)
-            with sums.of_written(second, i, stop):
-                _move_second(v, update, optim, gradient_scale)
-            _direction(update, m, v, optim, own_t)
-            _add_weight_decay(decayed[i], start, update, master)
-            sums.of_read(WEIGHT, i, stop)
-            start = stop
-    sums.end()
-    return updates
+    first, second = state.moments
+    sums, decays = state.sums, [group.weight_decay for group in state.groups]
+    of_one_age = not any(state.began)
+    for block in state.blocks():
+        sums.finds(first, block)
+        _move_first(block.held[first], block.gradient, optim, gradient_scale)
+        sums.leaves(first, block)
+        sums.finds(second, block)
+        _move_second(block.held[second], block.gradient, optim, gradient_scale)
+        sums.leaves(second, block)
+        for elements, age in [(block, t)] if of_one_age else _by_age(state, block, t):
+            _direction(elements.gradient, elements.held[first], elements.held[second], optim, age)
+        for segment in block.segments:
+            if decay := decays[segment.tensor]:
+                segment.gradient.add_(segment.held[WEIGHT], alpha=decay)
+        sums.finds(WEIGHT, block)
 
 
-def _of_one_count(state: OwnedState, t: int) -> Iterator[tuple[int, int, int, int]]:
-    """(shard, start, stop, updates): elements whose moments have seen as many updates, in order; most often all t."""
-    if not any(state.began):
-        yield from ((i, 0, shard.gradient.numel(), t) for i, shard in enumerate(state.shards.shards))
-        return
-    for i, piece in state.shards.owned():
-        yield i, piece.start, piece.stop, t - state.began[piece.tensor]
+def _by_age(state: OwnedState, block: Block, t: int) -> list[tuple[Elements, int]]:
+    """Tensors of a block, each with the updates that its moments have seen."""
+    return [(segment, t - state.began[segment.tensor]) for segment in block.segments]
 
 
-def _add_weight_decay(decayed: Sequence[_Decay], start: int, update: Tensor, master: Tensor) -> None:
-    """Both are the elements from `start` on of a shard. decayed: of the whole shard, of which only those are met."""
-    end = start + update.numel()
-    for first, stop, decay in decayed[bisect_right(decayed, start, key=itemgetter(1)) :]:
-        if first >= end:
-            break
-        part = slice(max(first, start) - start, min(stop, end) - start)
-        update[part].add_(master[part], alpha=decay)
-
-
-def _apply(state: OwnedState, updates: list[Tensor], steps: Sequence[float | Tensor]) -> None:
+def _apply(state: OwnedState, steps: Sequence[float | Tensor]) -> None:
     """p -= step x u, then the copy in the model's dtype. steps: of each tensor, numbers or 0-d on the device."""
-    tallies = state.tallies(WEIGHT)
-    for i, piece in state.shards.owned():
-        part, whole = slice(piece.start, piece.stop), state.shards.shards[i].weight
-        step, is_copy, stop = steps[piece.tensor], state.master[i] is not whole, piece.start
-        for master, update, weight in in_cache(state.master[i][part], updates[i][part], whole[part]):
+    for block in state.blocks():
+        is_copy = state.master[block.shard] is not state.shards.shards[block.shard].weight
+        for segment in block.segments:
+            master, step = segment.held[WEIGHT], steps[segment.tensor]
             if isinstance(step, Tensor):
-                master.addcmul_(update, step, value=-1)
+                master.addcmul_(segment.gradient, step, value=-1)
             else:
-                master.sub_(update, alpha=step)
+                master.sub_(segment.gradient, alpha=step)
             if is_copy:
-                weight.copy_(master)
-            stop += master.numel()
-            tallies[i].up_to(stop)
-    state.written(WEIGHT, tallies)
+                segment.weight.copy_(master)
+        state.sums.leaves(WEIGHT, block)
 
 
 def _move_first(m: Tensor, g: Tensor, optim: OptimConfig, scale: float) -> None:

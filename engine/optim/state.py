@@ -1,17 +1,18 @@
 """What the optimizer keeps of the elements that a rank owns, by kind, as checkpoints read and write it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.checkpoint.format.manifest import AVERAGE, WEIGHT
 from engine.config.read import OptimConfig
+from engine.optim.blocks import Block, BlockSums, cut
 from engine.optim.groups import TensorGroup
-from engine.optim.passes import Tally, total, words_of
+from engine.optim.passes import words_of
 from engine.parallel.shards import TowerShards
 
 
@@ -35,97 +36,70 @@ class OwnedState:
         self.moments = {kind: [torch.zeros_like(w) for w in self.master] for kind in moments}
         self.average: list[Tensor] = []
         """Moving average of the master weights; empty where none is kept (engine/optim/average.py)."""
-        self.sums: Sums | None = None
-        """Where an update leaves sums of bits; None: nobody wants them."""
-        self._words: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
-        """Kind -> its tensors, and the same as integers."""
+        self.sums = Sums()
+        """Where an update leaves sums of bits."""
+        self._blocks: list[Block] = []
+        self._cut: list[Tensor] = []
+        """What they are views of."""
 
     def kinds(self) -> dict[str, list[Tensor]]:
         """Kind, as checkpoints name it -> its tensors, one a shard; what is not kept is not there."""
         held = {WEIGHT: self.master, **self.moments, AVERAGE: self.average}
         return {kind: flats for kind, flats in held.items() if flats}
 
-    def tallies(self, kind: str) -> list[Tally]:
-        """What sums a kind of state while a pass goes over it, one a shard, if anybody wants sums."""
-        flats, wanted = self.kinds().get(kind, []), self.sums is not None
-        return [
-            Tally(flat, words, wanted=wanted) for flat, words in zip(flats, self._words_of(kind, flats), strict=True)
-        ]
-
-    def _words_of(self, kind: str, flats: list[Tensor]) -> list[Tensor]:
-        """Made once: it costs what summing half a megabyte costs."""
-        known, words = self._words.get(kind, ([], []))
-        if [id(flat) for flat in known] != [id(flat) for flat in flats]:
-            words = [words_of(flat) for flat in flats]
-            self._words[kind] = list(flats), words
-        return words
-
-    def written(self, kind: str, tallies: list[Tally]) -> None:
-        """All shards of a kind are what the update makes of them."""
-        if self.sums is not None and tallies:
-            self.sums.written[kind] = total(tallies)
+    def blocks(self) -> list[Block]:
+        """All of it by blocks, which stay the same objects as long as the tensors do."""
+        kinds = self.kinds()
+        flats = [flat for of_kind in kinds.values() for flat in of_kind]
+        if len(flats) != len(self._cut) or any(known is not flat for known, flat in zip(self._cut, flats, strict=True)):
+            self._blocks, self._cut = cut(self.shards.shards, kinds), flats
+        return self._blocks
 
     @contextmanager
     def changes(self, shard: int, part: slice) -> Iterator[None]:
         """A few master weights change inside the block, after the update has summed them."""
-        known = self.sums.written.get(WEIGHT) if self.sums is not None else None
-        near = words_of(self.master[shard], part)
-        before = near.sum(dtype=torch.int64)
+        left = self.sums.left
+        if left is None or WEIGHT not in left.taken:
+            yield
+            return
+        near = []
+        for block in self.blocks():
+            start, stop = max(part.start, block.start) - block.start, min(part.stop, block.stop) - block.start
+            if block.shard == shard and start < stop:
+                near.append((block, words_of(block.held[WEIGHT], slice(start, stop))))
+        before = [words.sum(dtype=torch.int64) for _, words in near]
         yield
-        if known is not None:
-            known += near.sum(dtype=torch.int64) - before
+        for (block, words), bits in zip(near, before, strict=True):
+            left.add(WEIGHT, block, words.sum(dtype=torch.int64) - bits)
 
-    def sums_of_bits(self, kinds: Collection[str] | None = None) -> dict[str, Tensor]:
-        """Kind -> sum of its bits, 0-d. kinds: those to be read; all by default."""
-        return {
-            kind: torch.stack([words.sum(dtype=torch.int64) for words in self._words_of(kind, flats)]).sum()
-            for kind, flats in self.kinds().items()
-            if kinds is None or kind in kinds
-        }
+    def to_sum(self, used: BlockSums | None = None) -> BlockSums:
+        """For sums of the bits of it all. used: what may be used again, where the blocks are still the same."""
+        blocks = self.blocks()
+        if used is not None and used.blocks is blocks:
+            return used.begin()
+        return BlockSums(blocks, self.shards.counted.device)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sums:
-    """Sums of bits, 0-d, of the kinds of state that an update sums on its way, when they are near a core anyway."""
-
-    wants_read: bool
-    """Whether there is anything to compare `read` with."""
-    read: dict[str, Tensor] = field(default_factory=dict)
-    """Sums of what the update has found."""
-    written: dict[str, Tensor] = field(default_factory=dict)
-    """Sums of what it has left."""
-
-
-class OnItsWay:
-    """Sums of the kinds of state that an update passes, part by part, taken beside the pass that needs a part anyway:
-    what a core has just read or written costs it half of what memory costs.
+    """Sums of bits of the kinds of state that an update sums on its way, block by block, each beside the pass that
+    needs it anyway: what a core has just read or written costs it a third of what memory costs.
     """
 
-    def __init__(self, state: OwnedState, read: Collection[str]):
-        """read: kinds of which is wanted what the update finds, if there is anything to compare it with."""
-        self._state, self._sums = state, state.sums
-        wants = state.sums is not None and state.sums.wants_read
-        self._read = {kind: state.tallies(kind) for kind in read} if wants else {}
-        self._written = {kind: state.tallies(kind) for kind in state.moments}
+    found: BlockSums | None = None
+    """What the update finds; None: nobody wants it."""
+    left: BlockSums | None = None
+    """What it leaves."""
 
-    def of_read(self, kind: str, shard: int, stop: int) -> None:
-        """The elements of a shard up to `stop` are read now."""
-        if tallies := self._read.get(kind):
-            tallies[shard].up_to(stop, all_of_them=True)
+    def finds(self, kind: str, block: Block) -> None:
+        """Called before a block's kind of state is written."""
+        if self.found is not None:
+            self.found.take(kind, block)
 
-    @contextmanager
-    def of_written(self, kind: str, shard: int, stop: int) -> Iterator[None]:
-        """Those of a moment are written inside the block."""
-        self.of_read(kind, shard, stop)
-        yield
-        self._written[kind][shard].up_to(stop)
-
-    def end(self) -> None:
-        """All shards have been passed."""
-        for kind, tallies in self._written.items():
-            self._state.written(kind, tallies)
-        if self._sums is not None:
-            self._sums.read |= {kind: total(tallies) for kind, tallies in self._read.items()}
+    def leaves(self, kind: str, block: Block) -> None:
+        """Called after it."""
+        if self.left is not None:
+            self.left.take(kind, block)
 
 
 class Rule(ABC):
@@ -137,7 +111,7 @@ class Rule(ABC):
     """
 
     def sums_on_its_way(self, state: OwnedState) -> tuple[str, ...]:
-        """Kinds of state of which `update` leaves in state.sums.read what it has found. Local, the same each step."""
+        """Kinds of state of which `update` sums in state.sums.found what it finds. Local, the same each step."""
         return ()
 
     @abstractmethod

@@ -16,13 +16,14 @@ Cost: one pass over the weights and one exchange of a few integers each time, tw
 
 import socket
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.build import Part, Towers
+from engine.optim.blocks import BlockSums
 from engine.optim.optimizer import ShardedOptimizer
 from engine.optim.passes import sum_of_bits
 from engine.optim.state import Sums
@@ -30,6 +31,7 @@ from engine.parallel.agree import everyone
 from engine.parallel.mesh import Mesh
 
 _SHOWN = 4
+_FOUND = 2
 
 
 @dataclass(frozen=True)
@@ -52,44 +54,57 @@ class AtRest:
     def __init__(self, optimizer: ShardedOptimizer, *, watched: bool):
         """watched: otherwise nothing is looked at."""
         self._optimizer, self._watched = optimizer, watched
-        self._sums: list[dict[str, Tensor]] | None = None
+        self._left: list[BlockSums] | None = None
+        """Tower -> sums of what the last update has left."""
+        self._tables: dict[tuple[int, int], BlockSums] = {}
+        """Tower and number -> where sums go: two by turns for what updates leave, one for what is found."""
+        self._turn = 0
+        """Of the two, the one of the last update."""
         self._changed: dict[tuple[int, str], Tensor] = {}
         """Tower and kind -> whether it has changed by itself, 0-d."""
-        self._frozen: list[Tensor] | None = None
-        """Sums of weights that are not trained, which only loading writes."""
+        self._frozen: list[BlockSums] | None = None
+        """The same of weights that are not trained, which only loading writes."""
 
     def begin(self) -> None:
         """An update has written the state, which stays as it is until the next one."""
         if not self._watched:
             return
-        self._sums = []
-        for tower in self._optimizer.towers:
-            written = tower.sums.written if tower.sums is not None else {}
-            self._sums.append(written | tower.sums_of_bits(tower.kinds().keys() - written.keys()))
-            tower.sums = None
+        self._left, self._turn = [], 1 - self._turn
+        for number, tower in enumerate(self._optimizer.towers):
+            left = self._table(number, self._turn) if tower.sums.left is None else tower.sums.left
+            self._left.append(left.take_the_rest())
+            tower.sums = Sums()
         if self._frozen is None:
             self._frozen = self._sum_frozen()
 
-    def _sum_frozen(self) -> list[Tensor]:
-        return [bits for tower in self._optimizer.frozen for bits in tower.sums_of_bits().values()]
+    def _table(self, tower: int, number: int) -> BlockSums:
+        table = self._optimizer.towers[tower].to_sum(self._tables.get((tower, number)))
+        self._tables[tower, number] = table
+        return table
+
+    def _sum_frozen(self) -> list[BlockSums]:
+        return [tower.to_sum().take_the_rest() for tower in self._optimizer.frozen]
 
     def check_frozen(self) -> None:
         """Look at weights that are not trained, as often as copies are compared."""
         if self._frozen is not None:
-            for number, (bits, found) in enumerate(zip(self._frozen, self._sum_frozen(), strict=True)):
-                self._note(-1 - number, "frozen weight", bits, found)
+            for number, (left, found) in enumerate(zip(self._frozen, self._sum_frozen(), strict=True)):
+                for changed in found.differences(left, found.taken).values():
+                    self._note(-1 - number, "frozen weight", changed)
 
     def check(self, *, update_follows: bool = False) -> None:
         """Look whether it is still so, just before the next update.
 
         update_follows: at once, and `check_the_rest` in it: kinds that the rule sums on its way are left to that.
         """
-        rule = self._optimizer.rule
         for number, tower in enumerate(self._optimizer.towers):
-            if self._sums is not None:
-                left = rule.sums_on_its_way(tower) if update_follows else ()
-                self._compare(number, tower.sums_of_bits(tower.kinds().keys() - left))
-            tower.sums = Sums(wants_read=self._sums is not None) if self._watched and update_follows else None
+            later = self._optimizer.rule.sums_on_its_way(tower) if update_follows else ()
+            found = None
+            if self._left is not None:
+                found = self._table(number, _FOUND).take_the_rest(but=later)
+                self._compare(number, found, tower.kinds().keys() - later)
+            left = self._table(number, 1 - self._turn) if self._watched and update_follows else None
+            tower.sums = Sums(found if later else None, left)
 
     def check_the_rest(self) -> int:
         """Look at the kinds that were left to the update; how many have changed on all ranks. Called when moments have
@@ -99,7 +114,8 @@ class AtRest:
         if not (self._watched and self._optimizer.rule.sums_on_a_cpu and towers[0].shards.counted.is_cpu):
             return 0
         for number, tower in enumerate(towers):
-            self._compare(number, tower.sums.read if tower.sums is not None else {})
+            if tower.sums.found is not None:
+                self._compare(number, tower.sums.found, self._optimizer.rule.sums_on_its_way(tower))
         return self._optimizer.over_all_ranks(self.count())
 
     def check_now(self) -> int:
@@ -109,13 +125,13 @@ class AtRest:
         self.check()
         return self._optimizer.over_all_ranks(self.count())
 
-    def _compare(self, number: int, found: Mapping[str, Tensor]) -> None:
-        for kind, bits in found.items():
-            if self._sums is not None:
-                self._note(number, kind, self._sums[number][kind], bits)
+    def _compare(self, number: int, found: BlockSums, kinds: Collection[str]) -> None:
+        if self._left is not None:
+            for kind, changed in found.differences(self._left[number], kinds).items():
+                self._note(number, kind, changed)
 
-    def _note(self, number: int, kind: str, left: Tensor, found: Tensor) -> None:
-        changed, seen = left != found, self._changed.get((number, kind))
+    def _note(self, number: int, kind: str, changed: Tensor) -> None:
+        seen = self._changed.get((number, kind))
         self._changed[number, kind] = changed if seen is None else seen | changed
 
     def count(self) -> Tensor:
@@ -126,7 +142,7 @@ class AtRest:
 
     def end(self) -> None:
         """Something else than an update writes the state: what was seen of it is of no use any more."""
-        self._sums, self._frozen, self._changed = None, None, {}
+        self._left, self._frozen, self._changed = None, None, {}
 
     def changed(self) -> list[str]:
         """Kinds of state that have changed by themselves since `end`; waits for the device."""

@@ -4,6 +4,7 @@ The fixture runs go through the real step: schedule, reductions, sharded optimiz
 """
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +14,15 @@ from torch import Tensor
 
 from engine.config.phases import first_phase
 from engine.config.read import Config, ConfigError, OptimConfig, ParallelConfig, preset_model, resolve
+from engine.optim import passes
 from engine.optim.groups import TensorGroup, base_rate, tensor_group
-from engine.optim.lamb import Lamb, _add_weight_decay
+from engine.optim.lamb import Lamb, _apply, _direction_of
 from engine.optim.rates import warmup_cosine
 from engine.optim.state import OwnedState
 from engine.parallel.device import prepare
 from engine.parallel.launch import job
 from engine.parallel.mesh import Mesh, build_mesh
+from engine.parallel.shards import Piece, Shard
 from engine.trainer import Trainer
 from models.formats.eva_names import logical_name, to_logical
 from tests.distributed import run_distributed
@@ -375,14 +378,25 @@ def test_always_adapt_needs_nvlamb(wrong: str) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 20])
-def test_weights_decay_alike_in_whatever_parts_a_shard_is_passed(size: int) -> None:
-    """Pieces begin and end inside parts, at their borders, and reach over several."""
-    decayed = [(2, 3, 0.5), (3, 9, 0.25), (12, 20, 0.125)]
-    master, update = torch.arange(1.0, 21), torch.zeros(20)
-    for start in range(0, 20, size):
-        part = slice(start, start + size)
-        _add_weight_decay(decayed, start, update[part], master[part])
-    wanted = torch.zeros(20)
-    for start, stop, decay in decayed:
-        wanted[start:stop] = decay * master[start:stop]
-    assert update.equal(wanted)
+def test_an_update_is_the_same_in_whatever_blocks_a_shard_is_passed(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors begin and end inside blocks, at their borders, and reach over several; one of them is younger."""
+    monkeypatch.setattr(passes, "_BLOCK_ELEMENTS", size)
+    optim = resolve({"model": "tiny-18b", "data": {"shards": ["-"]}}, ["optim.mode=nvlamb"]).optim
+    pieces = [Piece(0, 2, 3, 0), Piece(1, 3, 9, 0), Piece(2, 12, 20, 0)]
+    shard = Shard(torch.arange(1.0, 21), torch.linspace(-1, 1, 20), pieces, [], 20)
+    tower: Any = SimpleNamespace(shards=[shard], counted=torch.zeros(1))
+    state = OwnedState(tower, [TensorGroup("vision", 1.0, decay) for decay in (0.5, 0.0, 0.125)], ("m", "v"))
+    state.began = [0, 0, 3]
+    weight, gradient = shard.weight.clone(), shard.gradient.clone()
+    _direction_of(state, optim, 0.5, 5)
+    b1, b2 = optim.betas
+    for piece, decay, t in zip(pieces, (0.5, 0.0, 0.125), (5, 5, 2), strict=True):
+        part = slice(piece.start, piece.stop)
+        m, v = (1 - b1) * 0.5 * gradient[part], (1 - b2) * 0.25 * gradient[part] ** 2
+        u = (m / (1 - b1**t)) / (v.sqrt() / math.sqrt(1 - b2**t) + optim.eps) + decay * weight[part]
+        torch.testing.assert_close(shard.gradient[part], u, rtol=1e-5, atol=1e-6)
+    _apply(state, [1.0, 2.0, 4.0])
+    for piece, step in zip(pieces, (1.0, 2.0, 4.0), strict=True):
+        part = slice(piece.start, piece.stop)
+        assert shard.weight[part].equal(weight[part] - step * shard.gradient[part])
+    assert shard.weight[9:12].equal(weight[9:12])  # padding

@@ -1,41 +1,91 @@
-"""Sums of bits along with a pass over a vector are those of the whole vector, and a flipped bit is not missed."""
+"""Blocks of a tower hold every element once, and sums of their bits see every change but those that are meant."""
+
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.optim import passes
-from engine.optim.passes import Tally, in_cache, sum_of_bits, total, words_of
+from engine.optim.blocks import BlockSums, cut
+from engine.optim.passes import blocks_of, sum_of_bits, words_of
+from engine.optim.state import OwnedState, Sums
+from engine.parallel.shards import Piece, Shard
+
+
+def _shard(elements: int, pieces: list[tuple[int, int]], offset: int = 0, dtype: torch.dtype = torch.float32) -> Shard:
+    weight = torch.randn(elements + offset).to(dtype)[offset:]
+    of_tensors = [Piece(number, start, stop, 0) for number, (start, stop) in enumerate(pieces)]
+    return Shard(weight, torch.randn(elements), of_tensors, [], elements)
 
 
 @pytest.mark.parametrize("elements", [1, 2, 7, 4096, 4099])
 @pytest.mark.parametrize("offset", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_sum_along_a_pass_is_that_of_the_whole(
+def test_blocks_hold_everything_once_and_a_flipped_bit_is_not_missed(
     elements: int, offset: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(passes, "_NEAR_BYTES", 512)
-    monkeypatch.setattr(passes, "_CACHED_ELEMENTS", 100)
-    flat = torch.randn(elements + offset).to(dtype)[offset:]
-    near, by_parts, seen = Tally(flat), Tally(flat), 0
-    for (part,) in in_cache(flat):
-        seen += part.numel()
-        near.up_to(seen)
-        by_parts.up_to(seen, all_of_them=True)
-    assert seen == elements and int(total([near])) == int(total([by_parts])) == int(sum_of_bits(flat))
-    before = int(sum_of_bits(flat))
-    flat.view(torch.int16)[-1] ^= 1 << 6
-    assert int(sum_of_bits(flat)) != before
+    monkeypatch.setattr(passes, "_BLOCK_ELEMENTS", 100)
+    pieces = [(0, elements // 3), (elements // 3, elements - elements // 5)]  # and padding
+    shards = [_shard(elements, pieces, offset, dtype), _shard(3, [(0, 3)])]
+    kinds = {"weight": [shard.weight for shard in shards], "moment": [shard.gradient for shard in shards]}
+    blocks = cut(shards, kinds)
+    for i, shard in enumerate(shards):
+        of_shard = [block for block in blocks if block.shard == i]
+        assert torch.cat([block.held["weight"] for block in of_shard]).equal(shard.weight)
+        for piece in shard.pieces:
+            found = [s.held["weight"] for block in of_shard for s in block.segments if s.tensor == piece.tensor]
+            assert torch.cat([*found, shard.weight[:0]]).equal(shard.weight[piece.start : piece.stop])
+    before, after = (BlockSums(blocks, torch.device("cpu")) for _ in range(2))
+    before.take_the_rest()
+    for place in {0, elements // 2, elements - 1}:
+        flat = kinds["weight"][0]
+        flat.view(torch.int16)[place * flat.element_size() // 2] ^= 1 << 6
+        changed = after.begin().take_the_rest(but=["moment"]).differences(before, ["weight", "moment"])
+        assert {kind: bool(differs) for kind, differs in changed.items()} == {"weight": True}
+        flat.view(torch.int16)[place * flat.element_size() // 2] ^= 1 << 6
+    changed = after.begin().take_the_rest().differences(before, after.taken)
+    assert len(changed) == 2 and not any(changed.values())
+
+
+def test_a_change_that_is_meant_is_none_wherever_blocks_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "_BLOCK_ELEMENTS", 4)
+    state = _state([_shard(11, [(0, 11)]), _shard(9, [(0, 9)])])
+    state.sums = Sums(left=state.to_sum().take_the_rest())
+    with state.changes(1, slice(3, 6)):
+        state.master[1][3:6] = 5.0
+    assert state.sums.left is not None
+    (changed,) = state.to_sum().take_the_rest().differences(state.sums.left, ["weight"]).values()
+    assert not changed
+    state.master[1][3:6] = 6.0
+    (changed,) = state.to_sum().take_the_rest().differences(state.sums.left, ["weight"]).values()
+    assert changed
+
+
+def test_blocks_are_made_once_and_anew_for_other_tensors() -> None:
+    state = _state([_shard(8, [(0, 8)])])
+    first, sums = state.blocks(), state.to_sum()
+    assert state.blocks() is first and state.to_sum(sums) is sums
+    state.average = [master.clone() for master in state.master]
+    assert [set(block.held) for block in state.blocks()] == [{"weight", "average"}]
+    assert state.to_sum(sums) is not sums
+
+
+def _state(shards: list[Shard]) -> OwnedState:
+    tower: Any = SimpleNamespace(shards=shards, counted=torch.zeros(1))
+    return OwnedState(tower, [], ())
 
 
 def test_what_stands_for_the_memory_of_a_gpu_is_passed_over_as_there() -> None:
+    def lengths(flat: Tensor) -> list[int]:
+        return [part.stop - part.start for part in blocks_of(flat)]
+
     with FakeTensorMode():
-        flat = torch.zeros(10**9)
-        assert [part.numel() for (part,) in in_cache(flat)] == [10**9]
-        tally = Tally(flat)
-        tally.up_to(10**9 - 2)
-    assert not tally._summed
-    assert len(list(in_cache(torch.zeros(10**6)))) == 4
+        assert lengths(torch.zeros(10**9)) == [10**9]
+    assert lengths(torch.zeros(10**6)) == [1 << 18] * 3 + [10**6 - 3 * (1 << 18)]
+    assert lengths(torch.zeros(0)) == []
 
 
 def test_the_words_of_a_part_hold_all_of_it() -> None:
@@ -43,3 +93,4 @@ def test_the_words_of_a_part_hold_all_of_it() -> None:
     assert words_of(flat).dtype == torch.int64 and words_of(flat[:7]).dtype == torch.int32
     assert words_of(flat, slice(3, 5)).data_ptr() == flat[2:].data_ptr() and len(words_of(flat, slice(3, 5))) == 2
     assert len(words_of(flat[1:], slice(3, 5))) == 2
+    assert int(sum_of_bits(flat)) == int(words_of(flat).sum())

@@ -1,0 +1,123 @@
+"""The elements that a rank owns of a tower, block by block: views made once, which an update passes in turn.
+
+To cut a dozen vectors anew costs an update on a CPU as much as summing megabytes of them.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.optim.passes import blocks_of, words_of
+from engine.parallel.shards import Piece, Shard
+
+
+@dataclass(frozen=True, slots=True)
+class Elements:
+    """Some elements of a shard, 1-D views."""
+
+    gradient: Tensor
+    """Empty of what is not trained."""
+    weight: Tensor
+    """In the model's dtype; where that is fp32, the master itself."""
+    held: Mapping[str, Tensor]
+    """Kind of state -> its elements."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment(Elements):
+    """What a block holds of one tensor."""
+
+    tensor: int
+    """Index into TowerShards.tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block(Elements):
+    """A part of a shard that stays near a CPU core while it is passed; elsewhere all of the shard."""
+
+    number: int
+    """Among all blocks of the tower."""
+    shard: int
+    start: int
+    stop: int
+    """Elements [start, stop) of the shard."""
+    words: Mapping[str, Tensor]
+    """Kind of state -> its bits as integers (engine/optim/passes.py)."""
+    segments: Sequence[Segment]
+    """Tensors in it, in order; padding belongs to none."""
+
+
+class BlockSums:
+    """Sums of the bits of every kind of state of a tower, int64 [kinds, blocks]; used again and again."""
+
+    def __init__(self, blocks: Sequence[Block], device: torch.device):
+        """blocks: of the tower, all of them."""
+        self.blocks = blocks
+        kinds = list(blocks[0].words) if blocks else []
+        sums = torch.zeros(len(kinds), len(blocks), dtype=torch.int64, device=device)
+        self._of_kinds = dict(zip(kinds, sums.unbind(), strict=True))
+        self._cells = {kind: of_kind.unbind() for kind, of_kind in self._of_kinds.items()}
+        """Kind -> 0-d views, one a block, made once: each would cost what summing a megabyte costs."""
+        self.taken: set[str] = set()
+        """Kinds that are summed, or are being summed block by block."""
+
+    def begin(self) -> "BlockSums":
+        """Nothing is summed yet."""
+        self.taken.clear()
+        return self
+
+    def take(self, kind: str, block: Block) -> None:
+        """Sum what a block has of a kind of state."""
+        self.taken.add(kind)
+        torch.sum(block.words[kind], 0, out=self._cells[kind][block.number])
+
+    def take_the_rest(self, but: Collection[str] = ()) -> "BlockSums":
+        """Sum all kinds of state that nobody has. but: without these."""
+        for kind in [kind for kind in self._cells if kind not in self.taken and kind not in but]:
+            for block in self.blocks:
+                self.take(kind, block)
+        return self
+
+    def add(self, kind: str, block: Block, bits: Tensor) -> None:
+        """A kind of state of a block has changed by so much."""
+        self._cells[kind][block.number].add_(bits)
+
+    def differences(self, others: "BlockSums", kinds: Collection[str]) -> dict[str, Tensor]:
+        """Kind -> whether its sums are others there: bool, 0-d. Of those that are summed here."""
+        return {kind: (self._of_kinds[kind] != others._of_kinds[kind]).any() for kind in kinds if kind in self.taken}
+
+
+def cut(shards: Sequence[Shard], kinds: Mapping[str, Sequence[Tensor]]) -> list[Block]:
+    """All blocks of a tower. kinds: kind of state -> its 1-D tensors, one a shard."""
+    blocks: list[Block] = []
+    for i, shard in enumerate(shards):
+        flats = {kind: of_kind[i] for kind, of_kind in kinds.items()}
+        for part in blocks_of(shard.weight):
+            whole = _elements(shard, flats, part)
+            blocks.append(
+                Block(
+                    *whole,
+                    number=len(blocks),
+                    shard=i,
+                    start=part.start,
+                    stop=part.stop,
+                    words={kind: words_of(flat[part]) for kind, flat in flats.items()},
+                    segments=[
+                        Segment(*_elements(shard, flats, slice(start, stop)), piece.tensor)
+                        for piece in shard.pieces
+                        for start, stop in [_within(piece, part)]
+                        if start < stop
+                    ],
+                )
+            )
+    return blocks
+
+
+def _elements(shard: Shard, flats: Mapping[str, Tensor], part: slice) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    return shard.gradient[part], shard.weight[part], {kind: flat[part] for kind, flat in flats.items()}
+
+
+def _within(piece: Piece, part: slice) -> tuple[int, int]:
+    return max(piece.start, part.start), min(piece.stop, part.stop)
