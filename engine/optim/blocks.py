@@ -20,7 +20,7 @@ class Elements:
     gradient: Tensor
     """Empty of what is not trained."""
     weight: Tensor
-    """In the model's dtype; where that is fp32, the master itself."""
+    """Weights in the model's dtype; where that is fp32, the masters themselves."""
     held: Mapping[str, Tensor]
     """Kind of state -> its elements."""
 
@@ -55,10 +55,9 @@ class BlockSums:
     def __init__(self, blocks: Sequence[Block], device: torch.device):
         """blocks: of the tower, all of them."""
         self.blocks = blocks
-        kinds = list(blocks[0].words) if blocks else []
-        sums = torch.zeros(len(kinds), len(blocks), dtype=torch.int64, device=device)
-        self._of_kinds = dict(zip(kinds, sums.unbind(), strict=True))
-        self._cells = {kind: of_kind.unbind() for kind, of_kind in self._of_kinds.items()}
+        self.kinds = list(blocks[0].words) if blocks else []
+        self._sums = torch.zeros(len(self.kinds), len(blocks), dtype=torch.int64, device=device)
+        self._cells = {kind: of_kind.unbind() for kind, of_kind in zip(self.kinds, self._sums.unbind(), strict=True)}
         """Kind -> 0-d views, one a block, made once: each would cost what summing a megabyte costs."""
         self.taken: set[str] = set()
         """Kinds that are summed, or are being summed block by block."""
@@ -84,9 +83,11 @@ class BlockSums:
         """A kind of state of a block has changed by so much."""
         self._cells[kind][block.number].add_(bits)
 
-    def differences(self, others: "BlockSums", kinds: Collection[str]) -> dict[str, Tensor]:
-        """Kind -> whether its sums are others there: bool, 0-d. Of those that are summed here."""
-        return {kind: (self._of_kinds[kind] != others._of_kinds[kind]).any() for kind in kinds if kind in self.taken}
+    def differences(self, others: "BlockSums", kinds: Collection[str]) -> Tensor:
+        """Which kinds have other sums there: bool, one a kind of the tower. kinds: False for those not among them."""
+        differ = (self._sums != others._sums).any(1)
+        looked_at = [kind in kinds and kind in self.taken for kind in self.kinds]
+        return differ if all(looked_at) else differ & torch.tensor(looked_at, device=differ.device)
 
 
 def cut(shards: Sequence[Shard], kinds: Mapping[str, Sequence[Tensor]]) -> list[Block]:

@@ -55,13 +55,13 @@ class AtRest:
         """watched: otherwise nothing is looked at."""
         self._optimizer, self._watched = optimizer, watched
         self._left: list[BlockSums] | None = None
-        """Tower -> sums of what the last update has left."""
+        """Sums of what the last update has left, one a tower."""
         self._tables: dict[tuple[int, int], BlockSums] = {}
-        """Tower and number -> where sums go: two by turns for what updates leave, one for what is found."""
+        """Where sums go, by tower and number: two by turns for what updates leave, one for what is found."""
         self._turn = 0
-        """Of the two, the one of the last update."""
-        self._changed: dict[tuple[int, str], Tensor] = {}
-        """Tower and kind -> whether it has changed by itself, 0-d."""
+        """Number of the last update's table."""
+        self._changed: dict[int, tuple[list[str], Tensor]] = {}
+        """Kinds of state by tower (frozen ones: -1, -2, …), and which have changed by themselves, bool [kinds]."""
         self._frozen: list[BlockSums] | None = None
         """The same of weights that are not trained, which only loading writes."""
 
@@ -89,8 +89,7 @@ class AtRest:
         """Look at weights that are not trained, as often as copies are compared."""
         if self._frozen is not None:
             for number, (left, found) in enumerate(zip(self._frozen, self._sum_frozen(), strict=True)):
-                for changed in found.differences(left, found.taken).values():
-                    self._note(-1 - number, "frozen weight", changed)
+                self._note(-1 - number, ["frozen weight"] * len(found.kinds), found.differences(left, found.taken))
 
     def check(self, *, update_follows: bool = False) -> None:
         """Look whether it is still so, just before the next update.
@@ -102,7 +101,8 @@ class AtRest:
             found = None
             if self._left is not None:
                 found = self._table(number, _FOUND).take_the_rest(but=later)
-                self._compare(number, found, tower.kinds().keys() - later)
+                if early := tower.kinds().keys() - later:
+                    self._compare(number, found, early)
             left = self._table(number, 1 - self._turn) if self._watched and update_follows else None
             tower.sums = Sums(found if later else None, left)
 
@@ -127,18 +127,17 @@ class AtRest:
 
     def _compare(self, number: int, found: BlockSums, kinds: Collection[str]) -> None:
         if self._left is not None:
-            for kind, changed in found.differences(self._left[number], kinds).items():
-                self._note(number, kind, changed)
+            self._note(number, found.kinds, found.differences(self._left[number], kinds))
 
-    def _note(self, number: int, kind: str, changed: Tensor) -> None:
-        seen = self._changed.get((number, kind))
-        self._changed[number, kind] = changed if seen is None else seen | changed
+    def _note(self, number: int, kinds: list[str], changed: Tensor) -> None:
+        _, seen = self._changed.get(number, (kinds, None))
+        self._changed[number] = kinds, changed if seen is None else seen | changed
 
     def count(self) -> Tensor:
-        """How many kinds of state have changed by themselves since `end`: 0-d, on the device."""
+        """How many kinds of state have changed by themselves since `end`: 0-d, float64, on the device."""
         if not self._changed:
-            return torch.zeros((), device=self._optimizer.towers[0].shards.counted.device)
-        return torch.stack([*self._changed.values()]).sum()
+            return torch.zeros((), dtype=torch.float64, device=self._optimizer.towers[0].shards.counted.device)
+        return torch.cat([changed for _, changed in self._changed.values()]).sum(dtype=torch.float64)
 
     def end(self) -> None:
         """Something else than an update writes the state: what was seen of it is of no use any more."""
@@ -146,7 +145,8 @@ class AtRest:
 
     def changed(self) -> list[str]:
         """Kinds of state that have changed by themselves since `end`; waits for the device."""
-        return list(dict.fromkeys(kind for (_, kind), changed in self._changed.items() if bool(changed)))
+        seen = [zip(kinds, changed.tolist(), strict=True) for kinds, changed in self._changed.values()]
+        return list(dict.fromkeys(kind for of_tower in seen for kind, differs in of_tower if differs))
 
 
 class Audit:
