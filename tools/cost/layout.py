@@ -93,6 +93,8 @@ class Layout(HashedOnce):
     """Whether an average of the weights is kept (optim.ema_decay)."""
     loss: str = "softmax"
     """softmax | sigmoid."""
+    loss_variant: str = "gather"
+    """gather | ring: how a rank meets the rows of the others."""
     widths: tuple[int, ...] = ()
     """Widths of the embedding that each have a loss (train.matryoshka); none: the whole embedding's."""
 
@@ -259,6 +261,7 @@ def layout_of(config: Config, ranks: int) -> Layout:
         optimizer=config.optim.name,
         averages=config.optim.ema_decay > 0,
         loss=train.loss,
+        loss_variant=train.loss_variant,
         widths=tuple(train.matryoshka),
     )
 

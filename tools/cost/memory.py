@@ -217,14 +217,15 @@ def stash_inputs(stage: Stage, micro_batches: int) -> int:
 
 
 def loss_bytes(model: ModelConfig, layout: Layout) -> float:
-    """Own rows of both towers and their gradients, one gathered tower, sums and normalisers of all rows, tiles.
+    """Own rows of both towers and their gradients, one gathered tower (in a ring two blocks of one), sums and
+    normalisers of all rows, tiles.
 
     Of several widths it is the last, widest one's, beside the rows as units of their own and the gradients so far.
     """
     rows, width, batch = layout.own_rows, model.embed_dim * FP32, layout.global_batch
     tile = min(GPU_TILE, rows) * min(GPU_TILE, batch) * FP32 * 2
     kept = rows * batch * FP32 if layout.loss == "softmax" and keeps_logits(layout) else 0
-    gathered = layout.ranks * rows * width
+    gathered = (min(2, layout.ranks - 1) if layout.loss_variant == "ring" else layout.ranks) * rows * width
     nested = 4 * rows * width + 2 * rows * FP32 if layout.widths else 0
     sums = (5 if layout.loss == "softmax" else 1) * batch * FP32
     return 4 * rows * width + nested + gathered + sums + tile + kept

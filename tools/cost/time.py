@@ -33,6 +33,7 @@ from tools.cost.hardware import Hardware
 from tools.cost.layout import Layout, Stage, stages_of, telling_stages, text_above, trained_text_parameters
 from tools.cost.memory import optimizer_bytes_per_element, stage_parameters, stash_inputs
 from tools.cost.traffic import (
+    RING_ROUNDS,
     block_backward_collectives,
     block_forward_collectives,
     stage_collectives,
@@ -404,17 +405,21 @@ def loss_seconds(model: ModelConfig, layout: Layout, cluster: Cluster) -> float:
 
 
 def _one_loss_seconds(width: int, loss: str, layout: Layout, cluster: Cluster) -> float:
-    """One width of the embedding. A softmax gathers normalisers and sums over columns, a sigmoid has their maximum."""
+    """One width of the embedding. A softmax gathers normalisers and sums over columns, a sigmoid has their maximum.
+    A ring's blocks travel beside the products.
+    """
     rows, batch, hardware = layout.own_rows, layout.global_batch, cluster.hardware
     products = LOSS_PRODUCTS[loss] * 2 * rows * batch * width
     normalised = loss == "softmax"
-    gathered = 2 * batch * width * FP32 + (2 * batch * FP32 if normalised else 0)
+    tower, normalisers = batch * width * FP32, normalised * 2 * batch * FP32
     summed = (2 if normalised else 1) * batch * FP32
-    return (
-        products / (hardware.fp32_tflops * 1e12 * hardware.gemm_limit)
-        + cluster.collective_seconds(layout, "world", gathered, 2 + normalised)
-        + 2 * cluster.collective_seconds(layout, "world", summed, 2 + normalised)
-    )
+    multiplied = products / (hardware.fp32_tflops * 1e12 * hardware.gemm_limit)
+    sums = 2 * cluster.collective_seconds(layout, "world", summed, 2 + normalised)
+    if layout.loss_variant == "gather":
+        return multiplied + cluster.collective_seconds(layout, "world", 2 * tower + normalisers, 2 + normalised) + sums
+    rounds = RING_ROUNDS[loss]
+    travelling = cluster.collective_seconds(layout, "world", rounds * tower, rounds)
+    return max(multiplied, travelling) + cluster.collective_seconds(layout, "world", normalisers, normalised) + sums
 
 
 def contrastive_optimizer_seconds(model: ModelConfig, layout: Layout, stage: Stage, hardware: Hardware) -> float:

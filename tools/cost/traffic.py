@@ -31,6 +31,8 @@ from tools.cost.layout import Layout, Stage
 from tools.cost.memory import stage_parameters
 
 FP64 = 8
+RING_ROUNDS = {"softmax": 3, "sigmoid": 2}
+"""Times that a tower's blocks travel round: captions for each pass over the own pictures, pictures once."""
 _SEEN_WHOLE = ("attn.norm.", "mlp.norm.")
 """Sub-LN norms see gathered rows: each tensor rank has their whole gradient."""
 
@@ -245,15 +247,20 @@ def _loss_traffic(model: ModelConfig, layout: Layout) -> list[Traffic]:
     """Rows of both towers; of a softmax normalisers and sums over columns, of a sigmoid their maximum; a width each."""
     own, batch, widths = layout.own_rows, layout.global_batch, layout.loss_widths(model)
     times, rows = len(widths), 2 * own * FP32
+    towers = Traffic(what="loss", axis="world", kind="all-gather", count=2 * times, sent_bytes=sum(widths) * rows)
+    if layout.loss_variant == "ring":
+        rounds = RING_ROUNDS[layout.loss] * (layout.ranks - 1)
+        sent = rounds * own * FP32 * sum(widths)
+        towers = Traffic(what="loss", axis="world", kind="send", count=rounds * times, sent_bytes=sent)
     if layout.loss == "sigmoid":
         return [
-            Traffic(what="loss", axis="world", kind="all-gather", count=2 * times, sent_bytes=sum(widths) * rows),
+            towers,
             Traffic(
                 what="loss", axis="world", kind="all-reduce", count=2 * times, sent_bytes=times * (batch + 5) * FP32
             ),
         ]
     return [
-        Traffic(what="loss", axis="world", kind="all-gather", count=2 * times, sent_bytes=sum(widths) * rows),
+        towers,
         Traffic(what="loss", axis="world", kind="all-gather", count=times, sent_bytes=times * rows),
         Traffic(
             what="loss", axis="world", kind="all-reduce", count=3 * times, sent_bytes=times * (2 * batch + 4) * FP32

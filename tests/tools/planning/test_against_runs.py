@@ -78,7 +78,7 @@ FAST = [
     Case("dinov3-tp2", (2, 2), (*DINOV3, "train.keep_activations=2"), model="tiny-8b"),
     Case("pe-tp2", (2, 1), (*PE, "train.keep_activations=2"), model="tiny-8b"),
     Case("18b-clips-full", (2, 2), ("data.frames=2", "train.recompute=full", "train.keep_activations=1")),
-    Case("18b-pp4-fp32", (1, 4), ("train.precision=fp32",)),
+    Case("18b-pp4-fp32-ring", (1, 4), ("train.precision=fp32", "train.loss_variant=ring")),
     Case("18b-virtual", (1, 2), ("parallel.virtual=2", "train.micro_batch_size=2", "train.keep_activations=1")),
     Case("b16-tp2", (2, 1), (WIDE, "train.keep_activations=2"), model="tiny-b16"),
     Case("siglip-tp2", (2, 2), (*SIGLIP, "train.keep_activations=2"), model="tiny-8b"),
