@@ -5,6 +5,7 @@ weight gradients of each micro-batch to the fp32 sums, unless the product does. 
 outputs were kept. All of it is projected.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -15,7 +16,7 @@ from tools.cost.activations import FP32, output_levels
 from tools.cost.counts import text_parameters
 from tools.cost.hardware import Hardware
 from tools.cost.kernels import Kernels, elementwise_bytes
-from tools.cost.layout import BYTES, Layout, Stage, text_blocks
+from tools.cost.layout import BYTES, Layout, Stage, bf16_blocks, kernels_of, text_blocks
 from tools.cost.memory import stage_parameters
 
 BACKWARD_PRODUCTS = 2
@@ -96,7 +97,8 @@ def stage_seconds(model: ModelConfig, layout: Layout, stage: Stage, hardware: Ha
     tokens = vision.kept_tokens(layout.patch_dropout)
     total = PassSeconds()
     *levels, _ = output_levels(model, layout, stage)
-    for (level, is_last), blocks in _blocks_by_level(stage, levels).items():
+    bf16 = bf16_blocks(model, layout, stage) if layout.kernels.fp8 else [0] * len(stage.chunks)
+    for (level, is_last, fp8), blocks in _blocks_by_kind(stage, levels, bf16).items():
         once = block_seconds(
             vision,
             samples,
@@ -106,7 +108,7 @@ def stage_seconds(model: ModelConfig, layout: Layout, stage: Stage, hardware: Ha
             tensor=layout.tensor,
             splits_tokens=layout.splits_tokens,
             is_last=is_last and vision.reads_one_token,
-            kernels=layout.kernels,
+            kernels=layout.kernels if fp8 else replace(layout.kernels, fp8=False),
             level=level,
         )
         total = total.plus(once, blocks)
@@ -122,15 +124,18 @@ def stage_seconds(model: ModelConfig, layout: Layout, stage: Stage, hardware: Ha
     return total.plus(PassSeconds(backward=sums / hardware.memory_bytes_s))
 
 
-def _blocks_by_level(stage: Stage, levels: list[str]) -> dict[tuple[str, bool], int]:
-    """(level of kept outputs, is the tower's last) -> blocks."""
-    found: dict[tuple[str, bool], int] = {}
+def _blocks_by_kind(stage: Stage, levels: list[str], bf16: list[int]) -> Counter[tuple[str, bool, bool]]:
+    """(level of kept outputs, is the tower's last, has the layout's fp8) -> blocks. bf16: of each chunk."""
+    found = Counter[tuple[str, bool, bool]]()
     last = len(stage.chunks) - 1
-    for number, (blocks, level) in enumerate(zip(stage.chunks, levels, strict=True)):
+    for number, (blocks, level, plain) in enumerate(zip(stage.chunks, levels, bf16, strict=True)):
         ends = stage.last_blocks if number == last else 0
-        for key, count in (((level, False), blocks - ends), ((level, True), ends)):
-            found[key] = found.get(key, 0) + count
-    return found
+        ends_plain = min(ends, plain)
+        found[level, True, False] += ends_plain
+        found[level, True, True] += ends - ends_plain
+        found[level, False, False] += plain - ends_plain
+        found[level, False, True] += blocks - ends - (plain - ends_plain)
+    return +found
 
 
 def _sum_bytes(elements: int, element: int, kernels: Kernels) -> float:
@@ -180,10 +185,20 @@ def teachers_seconds(layout: Layout, hardware: Hardware) -> float:
 
 
 def frozen_images_seconds(model: ModelConfig, precision: str, layout: Layout, hardware: Hardware) -> float:
-    """Forward of a whole frozen image tower over the images of the pairs that a rank owns."""
+    """Forward of a whole frozen image tower over the images of the pairs that a rank owns; its products are in fp8
+    where its own settings say so, whatever the student's are.
+    """
     whole = Stage(rank=0, chunks=(model.vision.depth,), has_embedding=True, has_head=True)
     alone = replace(
-        layout, tensor=1, pipeline=1, virtual=1, patch_dropout=0.0, precision=precision, layers=None, teachers=()
+        layout,
+        tensor=1,
+        pipeline=1,
+        virtual=1,
+        patch_dropout=0.0,
+        precision=precision,
+        layers=None,
+        teachers=(),
+        kernels=replace(layout.kernels, fp8=kernels_of(model).fp8),
     )
     once = stage_seconds(model, alone, whole, hardware)
     return once.forward * layout.own_rows * layout.frames / layout.micro_batch

@@ -385,6 +385,16 @@ def _stages(depth: int, stages: int, virtual: int, layers: tuple[int, ...] | Non
     ]
 
 
+def bf16_blocks(model: ModelConfig, layout: Layout, stage: Stage) -> list[int]:
+    """Blocks of each chunk of a stage that stay bf16 under fp8: those at the tower's ends (model.fp8_bf16_blocks)."""
+    edge, depth = model.fp8_bf16_blocks, model.vision.depth
+    if not edge:
+        return [0] * len(stage.chunks)
+    chunks = stage_layers(depth, layout.pipeline * layout.virtual, layout.layers)[stage.rank :: layout.pipeline]
+    own = [range(chunk.stop - blocks, chunk.stop) for chunk, blocks in zip(chunks, stage.chunks, strict=True)]
+    return [sum(block < edge or block >= depth - edge for block in chunk) for chunk in own]
+
+
 def telling_stages(stages: list[Stage]) -> list[Stage]:
     """The stages among which the extremes of memory and time are: first, last, and the fullest of the others."""
     inner = stages[1:-1]

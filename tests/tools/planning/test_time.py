@@ -7,11 +7,12 @@ import pytest
 from engine.config.read import preset_model
 from engine.objectives.contrastive.program import ContrastiveProgram
 from engine.parallel import device
+from models.config import ModelConfig
 from tools.cost.cluster import LINK_BLOCKS, Cluster
-from tools.cost.compute import block_seconds
+from tools.cost.compute import block_seconds, stage_seconds, teachers_seconds
 from tools.cost.hardware import load_hardware
 from tools.cost.kernels import Kernels
-from tools.cost.layout import Layout, stages_of
+from tools.cost.layout import FrozenModel, Layout, stages_of
 from tools.cost.time import step_time, text_step, unit_time
 from tools.plan.estimate import estimate
 from tools.simulate.events import StageCosts, durations_of, simulate
@@ -133,6 +134,42 @@ def test_sharded_weights_are_gathered_behind_the_turn_before() -> None:
         MODEL, replace(chunked, shard_ranks=8), replace(CLUSTER, hardware=replace(A100, nic_gb_s=0.5))
     )
     assert within_a_node.data < 0.7 * slow
+
+
+@pytest.mark.parametrize(("pipeline", "virtual", "layers"), [(1, 1, None), (2, 2, (1, 23, 23, 1)), (4, 1, None)])
+def test_blocks_at_the_ends_stay_bf16_under_fp8(pipeline: int, virtual: int, layers: tuple[int, ...] | None) -> None:
+    plain = preset_model("18b")
+    model = replace(plain, backend="transformer_engine", fp8="current", fp8_bf16_blocks=2)
+    layout = Layout(data=1, global_batch=64, micro_batch=64, pipeline=pipeline, virtual=virtual, layers=layers)
+    half, eighth = (replace(layout, kernels=Kernels(elementwise="compiled", fp8=fp8)) for fp8 in (False, True))
+    h100 = load_hardware("h100")
+
+    def forward(model: ModelConfig, layout: Layout) -> float:
+        return sum(stage_seconds(model, layout, stage, h100).forward for stage in stages_of(model, layout))
+
+    one, last = (
+        sum(
+            sign * block_seconds(plain.vision, 64, 129, h100, element=2, is_last=is_last, kernels=kernels).forward
+            for sign, kernels in ((1, half.kernels), (-1, eighth.kernels))
+        )
+        for is_last in (False, True)
+    )
+    assert forward(model, eighth) - forward(plain, eighth) == pytest.approx(3 * one + last)
+    assert forward(model, half) == forward(plain, half) > forward(model, eighth)
+
+
+def test_teachers_have_their_own_products() -> None:
+    student, teacher = (
+        Layout(data=8, global_batch=512, micro_batch=64),
+        FrozenModel(preset_model("l14"), "bf16", True, False),
+    )
+    found = [
+        teachers_seconds(
+            replace(student, teachers=(teacher,), kernels=Kernels(elementwise="fused", fp8=fp8)), load_hardware("h100")
+        )
+        for fp8 in (False, True)
+    ]
+    assert found[0] == found[1] > 0
 
 
 def test_a_receive_that_waits_takes_multiprocessors() -> None:
