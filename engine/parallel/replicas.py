@@ -4,7 +4,7 @@ The one place of the engine that imports its DistributedDataParallel and its col
 below are what the rest of the engine says instead.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, groupby, pairwise
 from typing import Any, TypeAlias
 
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from engine.config.schema import ParallelConfig
@@ -53,6 +54,9 @@ def in_buckets(module: nn.Module, transformer_config, groups: Groups, parallel: 
         bucket_size=parallel.bucket_size or (bucket_elements(module, groups.dp.size()) if overlap else None),
     )
     buckets = DistributedDataParallel(transformer_config, settings, module, pg_collection=groups)
+    if settings.overlap_param_gather:
+        for unit in _units(module):
+            _have_weights_before(unit, buckets)
     one_by_one = groups.dp.size() > 1 and dist.get_backend(groups.dp) == "gloo"
     for group in buckets.bucket_groups:
         if one_by_one:
@@ -63,6 +67,31 @@ def in_buckets(module: nn.Module, transformer_config, groups: Groups, parallel: 
         # in which some ranks have nothing to do would wait for ever.
         group.param_gather_dispatched = True
     return buckets
+
+
+def _units(module: nn.Module) -> Iterator[nn.Module]:
+    """Blocks, and the largest modules beside them."""
+    if isinstance(module, TransformerLayer) or not any(isinstance(m, TransformerLayer) for m in module.modules()):
+        yield module
+    else:
+        for child in module.children():
+            yield from _units(child)
+
+
+def _have_weights_before(unit: nn.Module, buckets: Buckets) -> None:
+    """Have a module wait for the gathers of all its new weights before it runs.
+
+    megatron-core waits where the module is called that holds a weight itself. Fused blocks call none of theirs, a
+    compiled norm is not called where it adds the residual, nor the linear of an attention pool: they would read old
+    weights, or a mixture.
+    """
+    groups = {buckets.param_to_bucket_group[p] for p in unit.parameters() if p in buckets.param_to_bucket_group}
+
+    def wait(*_: Any) -> None:
+        for group in groups:
+            group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+    unit.register_forward_pre_hook(wait)
 
 
 class FrozenBuffer:
