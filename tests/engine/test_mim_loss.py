@@ -7,6 +7,7 @@ import torch.distributed as dist
 from engine.objectives.mim.loss import distillation_loss, global_masked_count
 from engine.parallel.mesh import build_mesh
 from tests.distributed import run_distributed
+from tests.engine.test_waits import counted
 from tests.golden import deviation, load_tensors
 
 SHARES = ((0, 11), (11, 40))
@@ -54,11 +55,12 @@ def _share() -> dict:
     mesh = build_mesh(1, 1, dist.group.WORLD)
     rows = slice(*SHARES[mesh.data.rank])
     student, teacher = _fixture()
-    count = global_masked_count(rows.stop - rows.start, mesh.data, torch.device("cpu"))
-    loss = distillation_loss(student[rows], teacher[rows], count)
-    loss.backward()
+    with counted() as asked:
+        count = global_masked_count(rows.stop - rows.start, mesh.data, torch.device("cpu"))
+        loss = distillation_loss(student[rows], teacher[rows], count)
+        loss.backward()
     dist.all_reduce(student.grad, group=mesh.data.group)
-    return {"count": count, "loss": loss.detach(), "gradient": student.grad}
+    return {"count": int(count), "loss": loss.detach(), "gradient": student.grad, "asked": dict(asked)}
 
 
 @pytest.mark.dist
@@ -66,5 +68,6 @@ def test_unequal_ranks_add_up_to_the_global_mean() -> None:
     io = load_tensors("g8-mim/io")
     ranks = run_distributed(_share, 2)
     assert [rank["count"] for rank in ranks] == [40, 40]
+    assert [rank["asked"] for rank in ranks] == [{}, {}], "the host waits for the device"
     torch.testing.assert_close(sum(rank["loss"] for rank in ranks), io["loss_only.loss"], rtol=1e-6, atol=0)
     assert deviation(ranks[0]["gradient"][1:], io["loss_only.grad_student"][1:]) < 1e-5

@@ -95,7 +95,9 @@ def _student_bytes(step: MimStep, batch: LocalBatch) -> int:
     total = 0
     for runner in step.student:
         targets = torch.zeros(count, step.teacher.width, dtype=step.teacher.tower.config.params_dtype)
-        runner.batch = MaskedBatch(images=batch.images, masked=masked, targets=targets, masked_count=count)
+        runner.batch = MaskedBatch(
+            images=batch.images, masked=masked, targets=targets, masked_count=torch.tensor(count)
+        )
         hidden = None if runner.tower.is_first else torch.zeros(message.shape, dtype=message.dtype, requires_grad=True)
         total += saved_bytes(partial(runner, hidden, 0), list(runner.tower.parameters()))
     return total

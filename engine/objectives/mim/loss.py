@@ -14,14 +14,16 @@ from engine.parallel.mesh import Axis
 _NORM_FLOOR = 1e-8
 
 
-def global_masked_count(own: int, data: Axis, device: torch.device) -> int:
-    """Masked patches of the global batch from those of this replica's. Collective over the data axis."""
-    count = torch.tensor([own], dtype=torch.int64, device=device)
+def global_masked_count(own: int, data: Axis, device: torch.device) -> Tensor:
+    """Masked patches of the global batch, 0-d int64 on the device, from those of this replica's: no host waits for it.
+    Collective over the data axis.
+    """
+    count = torch.full((), own, dtype=torch.int64, device=device)
     dist.all_reduce(count, group=data.group)
-    return int(count)
+    return count
 
 
-def distillation_loss(predictions: Tensor, targets: Tensor, masked_count: int) -> Tensor:
+def distillation_loss(predictions: Tensor, targets: Tensor, masked_count: Tensor | int) -> Tensor:
     """Predictions and teacher features [N, D] of N masked patches -> their share of the global loss, 0-d fp32.
 
     masked_count: of the global batch; the shares of all micro-batches and replicas add up to the loss, and their
@@ -29,4 +31,4 @@ def distillation_loss(predictions: Tensor, targets: Tensor, masked_count: int) -
     all ended empty has the loss 0.
     """
     cosine = F.cosine_similarity(predictions.float(), targets.float(), dim=-1, eps=_NORM_FLOOR)
-    return -cosine.sum() / max(1, masked_count)
+    return -cosine.sum() / torch.as_tensor(masked_count).clamp(min=1)

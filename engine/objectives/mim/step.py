@@ -72,7 +72,7 @@ class MimStep:
         rates = {"vision": self.optimizer.rates()["vision"]}
         loss = self.global_loss(own_loss)
         gradient_norm = self.update(phases, {}, loss)
-        per_image = torch.tensor(masked_count / self.config.train.global_batch_size)
+        per_image = masked_count / self.config.train.global_batch_size
         return StepOutcome(
             loss=loss,
             metrics={"masked_patches": per_image},
@@ -80,7 +80,7 @@ class MimStep:
             rates=rates,
         )
 
-    def gradients(self, batch: LocalBatch, phases: Phases) -> tuple[int, Tensor]:
+    def gradients(self, batch: LocalBatch, phases: Phases) -> tuple[Tensor, Tensor]:
         """Masked patches of the global batch and this rank's part of the loss; gradients are not reduced yet."""
         self.towers.zero_gradients()
         masked = torch.from_numpy(self.masks.of_samples(self.config.train.seed, batch.positions))

@@ -20,8 +20,8 @@ class MaskedBatch:
     """bool [b, n] on the CPU."""
     targets: Tensor | None
     """[N, D] on the last stage: the teacher's features of the N masked patches, sample by sample, patch by patch."""
-    masked_count: int
-    """Masked patches of the global batch."""
+    masked_count: Tensor
+    """Masked patches of the global batch, 0-d."""
 
 
 class StudentRunner:
