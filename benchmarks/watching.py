@@ -215,9 +215,10 @@ def summary(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
 def run_ranks(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Start the ranks and read what each has measured."""
-    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        server.close()
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store does, which alone listens there
+        holder.bind(("127.0.0.1", 0))
+        port = holder.getsockname()[1]
         arguments = ["--folder", folder, "--rounds", str(options.rounds), "--batch", str(options.batch)]
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(RANKS))
         processes = []

@@ -303,8 +303,8 @@ def _prepare(folder: Path, total_bytes: int) -> None:
     free = shutil.disk_usage(folder.parent).free
     if free < total_bytes + _MARGIN_BYTES:
         raise CheckpointError(
-            f"it needs {total_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: free some space, or lower "
-            "checkpoint.keep_last"
+            f"it needs {total_bytes / 1e9:.2f} GB beside {_MARGIN_BYTES / 1e9:.2f} GB kept in reserve, and "
+            f"{free / 1e9:.2f} GB are free: free some space, or lower checkpoint.keep_last"
         )
     folder.mkdir()
 

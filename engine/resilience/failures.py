@@ -28,6 +28,7 @@ _LOST = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting \d+ms|NCCL (error|timeout)|ncclRemoteError"
     r"|Application timeout|wait timeout after|Connection was likely closed|Failed to recv|failed to connect"
 )
+_TOO_LATE = re.compile(r"Timed out waiting|[Tt]imeout")
 _READER = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)")
 """torch's signal handler says so wherever the training thread happens to be."""
 _AT_FAULT, _NOTED = "told by the rank at fault", "noted"
@@ -121,6 +122,11 @@ def _in_groups(entries: list[dict[str, Any]]) -> list[str]:
 def _in_words(error: Exception) -> str:
     rank = f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
     if lost_peer(error):
+        if _TOO_LATE.search(str(error)):
+            return (
+                f"error: {rank} {reason(error)}: none answered within parallel.timeout_minutes, or the whole job was "
+                "stopped for longer; a new start goes on from the newest checkpoint"
+            )
         return f"error: {rank} {reason(error)}: torchrun's summary names the rank that ended first"
     if isinstance(error, torch.OutOfMemoryError):
         return (

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from tests.chaos.ranks import wait_until_stopped
+
 PARTS = {
     "encode": ("encode",),
     "loss": ("loss",),
@@ -150,6 +152,7 @@ def pause(place: Place, trainer: Any) -> None:
     """Stand still for a while."""
     own = os.getpid()
     if os.fork() == 0:
+        wait_until_stopped([own])
         time.sleep(PAUSE_S)
         os.kill(own, signal.SIGCONT)
         os._exit(0)
@@ -334,8 +337,9 @@ def nan_master(place: Place, trainer: Any) -> None:
         trainer.optimizer.towers[0].master[0].view(-1)[3] = float("nan")
 
 
-STILL = ("parallel.hang_minutes=0.2",)
-READ = ("data.workers=1", "data.stall_timeout_s=4", "data.remote_patience_s=2")
+STILL = ("parallel.hang_minutes=0.4",)
+"""Eight times PAUSE_S: a busy machine is not one that stands still."""
+READ = ("data.workers=1", "data.stall_timeout_s=20", "data.remote_patience_s=2")
 CHANGED = "state has changed between two updates"
 AUDIT = ("health.audit_every_steps=1",)
 LOST, NOT_FINITE = "lost another rank", "not finite"

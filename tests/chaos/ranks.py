@@ -17,11 +17,13 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-PATIENCE_S = 300.0
+PATIENCE_S = 900.0
 """A start that is not over by then has its Python stacks in its log, and is killed."""
-GRACE_S = 20.0
-"""From the SIGTERM that follows the first failure to the SIGKILL; that of a rank that is stopped comes at once."""
-_STACKS_S = 3.0
+GRACE_S = 120.0
+"""From the SIGTERM that follows the first failure to the SIGKILL, which no case needs; that of a rank that is stopped
+comes at once.
+"""
+_STACKS_S = 10.0
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -54,6 +56,8 @@ class Start:
 
     ranks: list[BaseProcess]
     log: Path
+    port: socket.socket
+    """Keeps others from the port of its store."""
     began_s: float = field(default_factory=time.monotonic)
     first_end_s: float = 0.0
     """When the first rank ended."""
@@ -87,6 +91,7 @@ class Start:
                 for other in running.values():
                     other.kill()
                 deadline = float("inf")  # nothing outlives that
+        self.port.close()
         return [rank.exitcode or 0 for rank in self.ranks]
 
 
@@ -103,12 +108,20 @@ def launch(
     """Start the ranks. prepare(rank, *prepared_with): run in each of them before the job (module level)."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preload", "tests.chaos.preload"])
-    port = _free_port()
+    port = hold_port()
+    number = port.getsockname()[1]
     log.write_bytes(b"")
     ranks: list[BaseProcess] = [
         context.Process(
             target=_run_rank,
-            args=(rank, size, port, str(log), config, [*overrides, *(overrides_of or {}).get(rank, ())]),
+            args=(
+                rank,
+                size,
+                number,
+                str(log),
+                config,
+                [*overrides, *(overrides_of or {}).get(rank, ())],
+            ),
             kwargs={"prepare": prepare, "prepared_with": prepared_with},
         )
         for rank in range(size)
@@ -123,7 +136,7 @@ def launch(
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-    return Start(ranks, log)
+    return Start(ranks, log, port)
 
 
 def _run_rank(
@@ -163,10 +176,7 @@ def _dump_stacks(ranks: Iterable[BaseProcess], log: Path) -> None:
 
 
 def _is_stopped(rank: BaseProcess) -> bool:
-    try:
-        return Path(f"/proc/{rank.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
-    except OSError:
-        return False
+    return _state(rank.pid) == "T"
 
 
 def _signal(rank: BaseProcess, number: int) -> None:
@@ -174,6 +184,25 @@ def _signal(rank: BaseProcess, number: int) -> None:
         os.kill(rank.pid, number)
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+def hold_port() -> socket.socket:
+    """A socket with a free port, which nobody is given while it is open; whoever names it (a store, with the same
+    SO_REUSEADDR) may listen there, as this socket does not.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    return holder
+
+
+def wait_until_stopped(pids: Sequence[int]) -> None:
+    """Until SIGSTOP has reached them all; those that are gone do not count."""
+    while any(_state(pid) not in "TtXZ" for pid in pids):
+        time.sleep(0.01)
+
+
+def _state(pid: int | None) -> str:
+    """The kernel's letter; X of one that is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return "X"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.matrix import curve
-from tests.chaos.ranks import TINY, Start, launch
+from tests.chaos.ranks import PATIENCE_S, TINY, Start, launch
 from tests.data.shard_factory import make_shards
 
 CUT_S = 10.0
@@ -85,7 +85,7 @@ def _start(cable: Cable, folder: Path, *more: str) -> Start:
     (folder / "go_on").unlink(missing_ok=True)
     prepare = partial(_move, cable.names, str(folder / "go_on"))
     start = launch("examples/quickstart/train.yaml", settings, 2, folder / "log", prepare=prepare)
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + PATIENCE_S
     while f"step {CUT_AFTER}/" not in start.text:
         assert time.monotonic() < deadline and all(rank.is_alive() for rank in start.ranks), start.text
         time.sleep(0.01)

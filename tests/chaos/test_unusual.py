@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+from engine.resilience.status import read_status
 from tests.chaos import faults
 from tests.chaos.matrix import CLOSE, CONFIG, STEPS, curve, may_mount
-from tests.chaos.ranks import TINY, launch
+from tests.chaos.ranks import TINY, launch, wait_until_stopped
 from tests.data.shard_factory import make_shards
 
-STOPPED_S = 12.0
-LIMIT = "parallel.hang_minutes=0.1"
+STOPPED_S = 24.0
+LIMIT = "parallel.hang_minutes=0.2"
 """Half of STOPPED_S."""
 AT = 4
 
@@ -47,8 +48,8 @@ def undisturbed(shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
     return curve(folder / "run")
 
 
-def _at_step(step: int, of_rank: int, do: Callable[[Any], None], rank: int) -> None:
-    """Have a rank do something when it begins a step; run in each rank before the job."""
+def _at_step(step: int, of_rank: int, do: Callable[[Any], None], rank: int, part: str = "encode") -> None:
+    """Have a rank do something when it begins a step, or another part of it; run in each rank before the job."""
     from engine.resilience.watch import Pulse
     from engine.trainer import Trainer
 
@@ -61,9 +62,9 @@ def _at_step(step: int, of_rank: int, do: Callable[[Any], None], rank: int) -> N
         trainers[:] = [trainer]
         return fit(trainer, *arguments)
 
-    def at(pulse: Any, part: str, unit: Any = None) -> None:
-        begin(pulse, part, unit)
-        if trainers and part == "encode" and pulse.step + 1 == step:  # of each micro-batch
+    def at(pulse: Any, begun: str, unit: Any = None) -> None:
+        begin(pulse, begun, unit)
+        if trainers and begun == part and pulse.step + 1 == step:  # of each micro-batch
             do(trainers.pop())
 
     Pulse.at, Trainer.fit = at, fitted  # type: ignore[method-assign]
@@ -87,6 +88,7 @@ def _stop_all(scratch: Path, trainer: Any) -> None:
     ranks = [int(path.read_text()) for path in scratch.glob("pid_*")]
     processes = [pid for rank in ranks for pid in _tree(rank)]
     if os.fork() == 0:
+        wait_until_stopped(processes)
         time.sleep(STOPPED_S)
         for pid in processes:
             os.kill(pid, signal.SIGCONT)
@@ -104,9 +106,38 @@ def test_a_job_that_a_scheduler_stops_for_a_while_goes_on(
     shards: list[str], undisturbed: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
     """For longer than a rank may be silent, and longer than a reader: nobody of them was late."""
-    settings = _settings(shards, tmp_path / "run", LIMIT, "data.workers=1", "data.stall_timeout_s=4")
+    settings = _settings(shards, tmp_path / "run", LIMIT, "data.workers=1", "data.stall_timeout_s=12")
     start = launch(CONFIG, settings, 2, tmp_path / "log", prepare=partial(_note_and_stop_all, tmp_path))
     assert start.end() == [0, 0] and not start.own_errors(), start.text
+    assert curve(tmp_path / "run") == undisturbed
+
+
+def _stop_all_while_the_other_waits(scratch: Path, trainer: Any) -> None:
+    while not (scratch / "waits").exists():
+        time.sleep(0.01)
+    _stop_all(scratch, trainer)
+
+
+def _note_and_stop_a_wait(scratch: Path, rank: int) -> None:
+    (scratch / f"pid_{rank}").write_text(str(os.getpid()))
+    _at_step(AT, 0, partial(_stop_all_while_the_other_waits, scratch), rank)
+    _at_step(AT, 1, lambda trainer: (scratch / "waits").touch(), rank, part="loss")
+
+
+def test_a_job_that_is_stopped_for_longer_than_a_collective_may_take_can_be_started_again(
+    shards: list[str], undisturbed: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    """gloo's clock goes on meanwhile: whoever waited when the job was stopped gives up when it goes on."""
+    settings = _settings(shards, tmp_path / "run")
+    limits = ["parallel.timeout_minutes=0.2", LIMIT]
+    prepare = partial(_note_and_stop_a_wait, tmp_path)
+    start = launch(CONFIG, [*settings, *limits], 2, tmp_path / "log", prepare=prepare)
+    if any(start.end()):  # where it did not wait yet, it goes on
+        (said,) = start.own_errors()
+        assert "the whole job was stopped for longer" in said and "Traceback" not in start.text, start.text
+        assert read_status(tmp_path / "run")["outcome"] == "failed"
+        again = launch(CONFIG, settings, 2, tmp_path / "again")
+        assert again.end() == [0, 0] and "resumed from" in again.text, again.text
     assert curve(tmp_path / "run") == undisturbed
 
 
