@@ -45,6 +45,16 @@ def test_where_nobody_could_tell_the_loss_is_told_once(capsys: pytest.CaptureFix
     assert reason(RuntimeError(LOST)) == "lost another rank (Read error [127.0.0.1]:1: Connection reset by peer)"
 
 
+def test_a_rank_that_waited_for_too_long_does_not_say_that_another_has_ended(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A job that was stopped as a whole has lost nobody."""
+    late = RuntimeError("[/a/unbound_buffer.cc:78] Timed out waiting 6000ms for recv operation to complete")
+    told = said(late, dist.HashStore(), capsys)
+    assert "parallel.timeout_minutes, or the whole job was stopped for longer" in told and told.count("\n") == 1
+    assert "ended first" not in told and "ended first" in said(RuntimeError(LOST), dist.HashStore(), capsys)
+
+
 def test_a_rank_that_lost_another_leaves_its_last_collectives(tmp_path: Path) -> None:
     with job(ParallelConfig()) as (mesh, _):
         for rows in range(1, failures._KEPT + 2):
