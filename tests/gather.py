@@ -77,16 +77,18 @@ def _slice_rank(tensor: LogicalTensor, trainer: Trainer) -> int:
 def _assemble(trainer: Trainer, own: list[_Part]) -> dict[str, Tensor]:
     size = trainer.mesh.tensor.size
     whole: dict[str, Tensor] = {}
-    slices: dict[tuple[str, int], Tensor] = {}
+    slices: dict[tuple[LogicalTensor, int], Tensor] = {}
     for part in chain.from_iterable(map(_apart, gather_objects(_together(own), trainer.mesh.world))):
         tensor = part.tensor
         if tensor.name not in whole:
             whole[tensor.name] = torch.full(tensor.shape, torch.nan)
-        piece = whole[tensor.name][tensor.slice_of(part.rank, size)]
-        if (tensor.name, part.rank) not in slices:
-            slices[tensor.name, part.rank] = torch.full((piece.numel(),), torch.nan)
-        flat = slices[tensor.name, part.rank]
+        if (tensor, part.rank) not in slices:
+            elements = whole[tensor.name][tensor.slice_of(part.rank, size)].numel()
+            slices[tensor, part.rank] = torch.full((elements,), torch.nan)
+        flat = slices[tensor, part.rank]
         _put(flat[part.start : part.start + len(part.values)], part.values, tensor.name)
+    for (tensor, rank), flat in slices.items():
+        piece = whole[tensor.name][tensor.slice_of(rank, size)]
         piece.copy_(flat.view(piece.shape))
     missing = [name for name, value in whole.items() if value.isnan().any()]
     assert not missing, f"no rank holds parts of {missing[:3]}"
@@ -105,6 +107,8 @@ def _apart(sent: tuple[list[_Part], list[int], Tensor]) -> list[_Part]:
 
 
 def _put(target: Tensor, values: Tensor, name: str) -> None:
+    if torch.equal(target, values):  # as most copies are
+        return
     known = ~target.isnan()
     if known.any():
         difference = (target[known] - values[known]).norm() / values.norm().clamp_min(1e-30)

@@ -77,6 +77,9 @@ class Case:
 NODE, RING = ("parallel.shard_ranks=2",), "train.loss_variant=ring"
 KEPT = ("train.keep_activations=2", "train.offload_stash=true")
 FULL = ("train.recompute=full", "train.keep_outputs=fc2")
+OUTPUTS = ("train.keep_outputs=all", "train.text_micro_batch_size=1")
+FUSED = ("model.block_kernels=fused", "train.precision=bf16")
+AVERAGED = ("train.precision=bf16", "optim.ema_decay=0.5")
 SIGMOID = ("train.loss=sigmoid", "optim.name=adamw", "train.logit_scale=20")
 LOCKED = "train.freeze=[vision.*]"
 UPPER_BLOCKS = "train.freeze=[vision.embed.*,vision.blocks.0-1.*,vision.blocks.3.*,text.blocks.*]"
@@ -94,18 +97,20 @@ CASES = [
     Case("pp2-dp2-kept", PP2_DP2, 2, options=KEPT),
     Case("dp4-kept-all", DP4, 2, options=("train.keep_activations=-1",)),
     Case("pp2-dp2-gradients", PP2_DP2, 1, "gradients"),
-    Case("dp4-outputs", DP4, DEPTH, options=("train.keep_outputs=all", "train.text_micro_batch_size=1")),
+    Case("dp4-outputs", DP4, DEPTH, options=OUTPUTS),
     Case("dp4-full", DP4, 2, options=FULL),
     Case("dp4-budget", DP4, 2, options=("train.activation_budget_gb=0.0006",)),
     Case("dp4-buckets", DP4, 2, options=("parallel.bucket_size=5000",)),
-    Case("dp4-fused", DP4, 2, options=("model.block_kernels=fused", "train.precision=bf16")),
+    Case("dp4-fused", DP4, 2, options=FUSED),
+    Case("dp4-fused-outputs", DP4, DEPTH, options=(*FUSED, *OUTPUTS)),
     Case("dp4-plain", DP4, 2, options=("parallel.overlap=false", RING)),
-    Case("pp2-dp2-bf16", PP2_DP2, 2, options=("train.precision=bf16", "optim.ema_decay=0.5")),
-    Case("pp2-dp2-bf16-full", PP2_DP2, 2, options=("train.precision=bf16", "optim.ema_decay=0.5", *FULL)),
+    Case("pp2-dp2-bf16", PP2_DP2, 2, options=AVERAGED),
+    Case("pp2-dp2-bf16-full", PP2_DP2, 2, options=(*AVERAGED, *FULL)),
     Case("dp4-locked-vision", DP4, 2, options=(LOCKED,)),
     Case("dp4-locked-text", DP4, 2, options=("train.freeze=[text.*,logit_scale.*]",), sharding=NODE),
     Case("pp2-dp2-upper-blocks", PP2_DP2, 2, options=(UPPER_BLOCKS,)),
     Case("pp2-dp2-upper-blocks-kept", PP2_DP2, 2, options=(UPPER_BLOCKS, *KEPT)),
+    Case("pp2-dp2-upper-blocks-bf16-full-kept", PP2_DP2, 2, options=(UPPER_BLOCKS, *AVERAGED, *FULL, *KEPT)),
     Case("dp4-locked-gradients", DP4, 2, "gradients", (LOCKED, "train.precision=bf16")),
     Case("dp4-wire", DP4, DEPTH, options=("parallel.reduce_dtype=bf16",)),
     Case("dp4-sigmoid", DP4, 2, options=SIGMOID),
@@ -115,6 +120,7 @@ SLOW = {
     "dp4-whole", "dp4-alone", "tp2-dp2", "tp2-dp2-node", "pp2-dp2-gradients", "dp4-kept-all", "dp4-budget",
     "dp4-buckets", "tp2-dp2-node-gradients", "pp2-dp2-kept", "dp4-full", "dp4-plain", "pp2-dp2-bf16",
     "dp4-locked-vision", "dp4-locked-text", "pp2-dp2-upper-blocks", "dp4-locked-gradients", "dp4-sigmoid",
+    "dp4-outputs", "dp4-fused", "pp2-dp2-bf16-full", "pp2-dp2-upper-blocks-kept",
 }  # fmt: skip
 """More places for the same parts, in a launch of the slow tests; each option is in a fast case, too."""
 MEASURED = ("dp4-blocks", "dp4-gradients", "pp2-dp2", "dp4-node", "dp4-wire")
