@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The newest megatron-core of the range under the tests that lean on it most, and the quickstart in its short form.
+# The newest megatron-core of the range under the tests that lean on it most, and ten steps of the quickstart.
 #
 #   bash tests/stack_leg.sh            0.19.2
 #   bash tests/stack_leg.sh 0.17.1     another one
@@ -33,4 +33,4 @@ if [ -f runs/quickstart/shards/stats.json ]; then
   mkdir "$folder/quickstart"
   cp -r runs/quickstart/shards "$folder/quickstart/shards"
 fi
-RUN_DIR=$folder/quickstart bash examples/quickstart/run.sh --short --no-suite
+RUN_DIR=$folder/quickstart bash examples/quickstart/run.sh --no-suite train.steps=10 optim.warmup_steps=3

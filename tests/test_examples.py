@@ -260,6 +260,14 @@ def test_every_text_for_yes_is_a_dry_run_and_nonsense_is_refused(script: str, tm
         assert (done.returncode, done.stdout) == (2, "") and f"DRY_RUN={given} is not one of" in done.stderr
 
 
+def test_the_quickstart_takes_settings_and_no_option_that_it_does_not_know() -> None:
+    script = ["bash", "examples/quickstart/run.sh", "--no-suite"]
+    training = [line for line in _run([*script, "train.steps=10"], DRY_RUN="1").stdout.splitlines() if ".train" in line]
+    assert len(training) == 1 and training[0].endswith(" examples/quickstart/train.yaml train.steps=10")
+    done = _run([*script, "--steps=10"], DRY_RUN="1")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("usage: ")
+
+
 def test_counts_are_counts() -> None:
     recipe = ["bash", "examples/18b/2_clip.sh"]
     for name, value in (("NODES", "0"), ("NODES", "x"), ("GPUS_PER_NODE", "08"), ("PORT", "a[$(touch boom)]")):

@@ -5,6 +5,7 @@
 #   bash examples/quickstart/run.sh           the whole run, about 5 minutes on 2 cores
 #   bash examples/quickstart/run.sh --short   30 steps, to see that everything works
 #   bash examples/quickstart/run.sh --short --no-suite   the same up to the scores of what was held out
+#   bash examples/quickstart/run.sh train.steps=100      with settings of one's own, not beside --short
 #   DRY_RUN=1 bash examples/quickstart/run.sh  prints the commands and starts nothing
 #   RUN_DIR=FOLDER bash examples/quickstart/run.sh  in place of runs/quickstart
 #
@@ -21,7 +22,8 @@ for option in "$@"; do
   case "$option" in
     --short) overrides+=(train.steps=30 optim.warmup_steps=10 log.every_steps=5) ;;
     --no-suite) suite="" ;;
-    *) echo "usage: bash examples/quickstart/run.sh [--short] [--no-suite]" >&2; exit 2 ;;
+    [a-z]*=*) overrides+=("$option") ;;
+    *) echo "usage: bash examples/quickstart/run.sh [--short | KEY=VALUE...] [--no-suite]" >&2; exit 2 ;;
   esac
 done
 is_dry || ensure_environment emoji eval
