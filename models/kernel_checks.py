@@ -1,6 +1,6 @@
 """Which kernels of the image tower work together, by the config alone: no package is imported and no GPU looked for."""
 
-from models.config import FP8_MULTIPLES, ModelConfig, ModelConfigError
+from models.config import FP8_MULTIPLES, ModelConfig, ModelConfigError, VisionConfig
 
 _BF16_ATTENTION = ("flash", "flash3", "flash4", "te")
 _WIDEST_HEAD = {"flash": 256, "flash3": 256, "flash4": 128}
@@ -72,14 +72,18 @@ def _check_fused(model: ModelConfig) -> None:
 def _check_fp8(model: ModelConfig, precision: str, own_tokens: int, tensor: int, multiple: int) -> None:
     if precision != "bf16":
         raise ModelConfigError(f"model.fp8={model.fp8} needs train.precision=bf16, not {precision}")
-    vision = model.vision
+    odd = odd_in_fp8(model.vision, own_tokens, tensor, multiple)
+    if odd is not None:
+        raise ModelConfigError(
+            f"model.fp8={model.fp8} needs multiples of {multiple} in every GEMM, but there are {odd}"
+        )
+
+
+def odd_in_fp8(vision: VisionConfig, own_tokens: int, tensor: int, multiple: int) -> str | None:
+    """The first side of a product that is no such multiple, and what to choose instead; None where all are."""
     sizes = {
         "tokens of a micro-batch on a rank: choose another train.micro_batch_size": own_tokens,
         "of model.vision.width on a rank: choose another parallel.tensor": vision.width // tensor,
         "of model.vision.mlp_hidden on a rank: choose another parallel.tensor": vision.mlp_hidden // tensor,
     }
-    for what, size in sizes.items():
-        if size % multiple:
-            raise ModelConfigError(
-                f"model.fp8={model.fp8} needs multiples of {multiple} in every GEMM, but there are {size} {what}"
-            )
+    return next((f"{size} {what}" for what, size in sizes.items() if size % multiple), None)

@@ -10,6 +10,8 @@ from models.hashing import HashedOnce
 from tools.cost.layout import PlanError
 
 PROFILES = Path(__file__).resolve().parent / "hardware"
+HOPPER_TFLOPS = 1000
+"""Peak in bf16 above which a GPU has the scaled formats of Blackwell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,11 @@ class Hardware(HashedOnce):
     def memory_bytes_s(self) -> float:
         """What elementwise kernels move in a second."""
         return self.memory_gb_s * 1e9 * self.memory_efficiency
+
+    @property
+    def fp8_recipe(self) -> str:
+        """A model.fp8 for this GPU."""
+        return "mxfp8" if self.bf16_tflops > HOPPER_TFLOPS else "current"
 
     def gemm_flops(self, rows: float, width: float, fp8: bool = False) -> float:
         """FLOP/s of a product of `rows` tokens with a weight whose smaller dimension is `width`."""

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from operator import itemgetter
 
 from engine.config.stages import balanced_layers, even_layers
-from models.config import ModelConfig
+from models.config import FP8_MULTIPLES, ModelConfig
+from models.kernel_checks import odd_in_fp8
 from tools.cli import counted
 from tools.cost.activations import micro_batch_saved_bytes, text_saved_bytes, vision_temporary_bytes
 from tools.cost.cluster import Cluster
@@ -59,9 +60,23 @@ class Job:
         return 1e9 * (self.cluster.hardware.host_gb if self.host_gb is None else self.host_gb)
 
     @property
+    def fp8_multiple(self) -> int:
+        """What every side of a product in fp8 is a multiple of."""
+        return FP8_MULTIPLES[self.cluster.hardware.fp8_recipe]
+
+    @property
+    def pairs_multiple(self) -> int:
+        """Pairs of which a GPU has a multiple where every DP and, in fp8, every product divides."""
+        if not self.kernels.fp8:
+            return 1
+        tokens = self.frames * self.model.vision.kept_tokens(self.patch_dropout)
+        return self.fp8_multiple // math.gcd(self.fp8_multiple, tokens)
+
+    @property
     def whole_batch(self) -> int:
-        """The nearest batch that is a multiple of the GPUs, which every DP divides."""
-        return max(1, round(self.global_batch / self.cluster.gpus)) * self.cluster.gpus
+        """The nearest batch of which every GPU has such a multiple."""
+        multiple = self.cluster.gpus * self.pairs_multiple
+        return max(1, round(self.global_batch / multiple)) * multiple
 
     def check(self) -> None:
         """Raise PlanError for numbers that no layout can have."""
@@ -156,7 +171,15 @@ def candidates(job: Job) -> Iterator[Layout]:
             for sequence in (True, False) if one.tensor > 1 else (True,):
                 if sequence and one.packed_tokens(job.model.vision) % one.tensor:
                     continue
-                yield replace(one, sequence=sequence)
+                cut = replace(one, sequence=sequence)
+                if not job.kernels.fp8 or _divides_in_fp8(job, cut):
+                    yield cut
+
+
+def _divides_in_fp8(job: Job, layout: Layout) -> bool:
+    """Whether the engine takes the layout's products with the recipe that the plan would be written with."""
+    own = layout.packed_tokens(job.model.vision) // (layout.tensor if layout.splits_tokens else 1)
+    return odd_in_fp8(job.model.vision, own, layout.tensor, job.fp8_multiple) is None
 
 
 def _cuts(job: Job) -> Iterator[Layout]:
@@ -299,6 +322,11 @@ def with_fewer_captions(job: Job, entry: Estimate) -> Estimate:
 
 def _nothing_divides(job: Job) -> str:
     gpus, batch, vision = job.cluster.gpus, job.global_batch, job.model.vision
+    if job.kernels.fp8:
+        return (
+            f"no layout of {gpus} GPUs divides --global-batch {batch} into micro-batches whose tokens are multiples of "
+            f"{job.fp8_multiple}, as fp8 needs: take {job.whole_batch}"
+        )
     return (
         f"no TP × PP × DP of {gpus} GPUs divides --global-batch {batch} and the model ({vision.depth} blocks, "
         f"{vision.heads} heads, MLP {vision.mlp_hidden}, TP within nodes of {job.cluster.per_node}): "

@@ -139,7 +139,8 @@ def verdict(job: Job, found: Found, zero3: Estimate) -> list[str]:
         )
     if job.whole_batch != job.global_batch:
         lines.append(
-            f"--global-batch {job.global_batch:,} is not a multiple of the {job.cluster.gpus} GPUs, which rules "
+            f"--global-batch {job.global_batch:,} is not a multiple of the {job.cluster.gpus} GPUs"
+            f"{f' x {job.pairs_multiple} pairs that fp8 can cut' if job.pairs_multiple > 1 else ''}, which rules "
             f"layouts out: try {job.whole_batch:,}."
         )
     if not zero3.fits:

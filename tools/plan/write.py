@@ -14,8 +14,6 @@ from tools.plan.estimate import Estimate
 
 _NO_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 """What neither a file nor a job is named by; profiles of one's own are named by people."""
-HOPPER_TFLOPS = 1000
-"""Peak in bf16 above which a GPU has the scaled formats of Blackwell."""
 SHARDS = "PATH_TO_SHARDS/{00000..99999}.tar"
 
 _LAUNCH = """\
@@ -161,8 +159,7 @@ def _kernel_settings(entry: Estimate) -> dict[str, Any]:
     assert entry.layout is not None
     kernels = entry.layout.kernels
     if kernels.fp8:
-        recipe = "mxfp8" if entry.cluster.hardware.bf16_tflops > HOPPER_TFLOPS else "current"
-        return {"backend": "transformer_engine", "fp8": recipe}
+        return {"backend": "transformer_engine", "fp8": entry.cluster.hardware.fp8_recipe}
     return {
         "fused": {"block_kernels": "fused"},
         "compiled": {"block_kernels": "torch", "norm_kernel": "compiled"},

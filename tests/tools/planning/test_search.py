@@ -12,6 +12,7 @@ import yaml
 from engine.config.read import check_layout, load_config, preset_model
 from tools.cost.cluster import Cluster
 from tools.cost.hardware import Hardware, load_hardware, profile_names
+from tools.cost.kernels import Kernels
 from tools.cost.layout import Layout, PlanError
 from tools.cost.memory import peak_memory
 from tools.plan.__main__ import main
@@ -204,3 +205,18 @@ def test_planning_imports_no_torch() -> None:
     code = "import sys; from tools.plan.__main__ import main; assert 'torch' not in sys.modules, 'torch'; print('ok')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "ok\n", done.stderr
+
+
+def test_in_fp8_only_layouts_are_searched_that_the_engine_takes() -> None:
+    fp8 = Kernels(elementwise="compiled", fp8=True)
+    cluster = Cluster(hardware=load_hardware("h100"), gpus=16, per_node=8)
+    job = Job(model=preset_model("18b"), cluster=cluster, global_batch=16 * 422, patch_dropout=0.5, kernels=fp8)
+    assert job.pairs_multiple == 16 and job.whole_batch == 16 * 416
+    found = list(candidates(job))
+    assert found and all(layout.packed_tokens(job.model.vision) % 16 == 0 for layout in found)
+    assert min(layout.replica for layout in found) > 1, "422 pairs of 129 tokens are no multiple of 16"
+    with pytest.raises(PlanError, match="multiples of 16, as fp8 needs: take 256"):
+        search(replace(job, global_batch=17 * 9))
+    blackwell = replace(cluster, hardware=load_hardware("b200"))
+    assert replace(job, cluster=blackwell).pairs_multiple == 32
+    assert replace(job, kernels=Kernels()).pairs_multiple == 1
