@@ -20,7 +20,7 @@ from engine.parallel.mesh import Mesh
 from engine.record import Callback
 from engine.resilience.failures import reason
 from engine.resilience.signals import Wishes
-from engine.resilience.status import FAILED, FINISHED, RUNNING, STOPPED_IN_ORDER, write_status
+from engine.resilience.status import FAILED, FINISHED, RUNNING, STARTING, STOPPED_IN_ORDER, write_status
 from engine.resilience.watch import Pulse, Watch
 from engine.trainer import Trainer
 
@@ -67,19 +67,35 @@ def _run_next(
     lock = lock_run(run_dir, mesh)
     if lock is not None and wishes is not None:
         wishes.before_leaving.append(lock.release)
-    checkpoint = begin()
-    done = training_position(checkpoint).step if checkpoint is not None else 0
-    phase = next((phase for phase in plan if done < phase.last_step), plan[-1])
-    _check_later_shards(plan[plan.index(phase) + 1 :], mesh)
+    with _status_of_the_start(run_dir, mesh):
+        checkpoint = begin()
+        done = training_position(checkpoint).step if checkpoint is not None else 0
+        phase = next((phase for phase in plan if done < phase.last_step), plan[-1])
+        _check_later_shards(plan[plan.index(phase) + 1 :], mesh)
     with _watch(phase, mesh, wishes) as pulse:
-        trainer = Trainer(phase, mesh, device, pulse, checkpoint)
-        trainer.begin(checkpoint, lock)
-        with together(mesh.control):
-            watching = callbacks(trainer)
-        for callback in watching:  # what asks other ranks must not be among what one rank may fail at alone
-            if isinstance(callback, CheckpointCallback):
-                callback.open_local()
-        return phase, _train(trainer, watching, wishes)
+        with _status_of_the_start(run_dir, mesh):
+            trainer = Trainer(phase, mesh, device, pulse, checkpoint)
+            trainer.begin(checkpoint, lock)
+            with together(mesh.control):
+                watching = callbacks(trainer)
+            for callback in watching:  # what asks other ranks must not be among what one rank may fail at alone
+                if isinstance(callback, CheckpointCallback):
+                    callback.open_local()
+        return phase, _train(trainer, watching, wishes, is_last=phase is plan[-1])
+
+
+@contextmanager
+def _status_of_the_start(run_dir: Path, mesh: Mesh) -> Iterator[None]:
+    """How the start before ended says nothing about this one any more, and a start may fail as well."""
+    if mesh.world.rank != 0:
+        yield
+        return
+    write_status(run_dir, STARTING)
+    try:
+        yield
+    except Exception as error:
+        write_status(run_dir, FAILED, reason=reason(error))
+        raise
 
 
 @contextmanager
@@ -98,8 +114,8 @@ def _watch(phase: Phase, mesh: Mesh, wishes: Wishes | None) -> Iterator[Pulse]:
         yield pulse
 
 
-def _train(trainer: Trainer, callbacks: list[Callback], wishes: Wishes | None) -> str:
-    """Train a phase, with its outcome in run_dir/status.json; why it was stopped, if it was."""
+def _train(trainer: Trainer, callbacks: list[Callback], wishes: Wishes | None, *, is_last: bool) -> str:
+    """Train a phase, with the job's outcome in run_dir/status.json; why it was stopped, if it was."""
     run_dir, first = Path(trainer.config.run_dir), trainer.mesh.world.rank == 0
     outcome, stop = FAILED, ""
     if first:
@@ -107,7 +123,7 @@ def _train(trainer: Trainer, callbacks: list[Callback], wishes: Wishes | None) -
     try:
         with wishes.wait_for_steps() if wishes is not None else nullcontext():
             stop = trainer.fit(callbacks, wishes)
-        outcome = STOPPED_IN_ORDER if stop else FINISHED
+        outcome = STOPPED_IN_ORDER if stop else FINISHED if is_last else STARTING
     except Exception as error:
         stop = reason(error)
         raise

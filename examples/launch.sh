@@ -88,18 +88,26 @@ launch() {
   _run_and_forward "$(_run_dir_of "$config" "${knobs[@]}" "$@")" "${command[@]}"
 }
 
-# Run a command that is told to stop in order by TERM, INT or USR1; 75 if the run has stopped so (torchrun says 1).
+# Run a command that is told to stop in order by TERM, INT or USR1; 75 if the run has stopped so (torchrun says 1), or
+# was told to before it began. A status that an earlier start has left says nothing about this one.
 _run_and_forward() {
-  local run_dir=$1 child status=0
+  local run_dir=$1 child status=0 told="" before after
   shift
+  before=$(cat "$run_dir/status.json" 2>/dev/null || true)
   trap '' USR1  # torchrun would end by it at once and leave its ranks behind: it inherits that it is ignored
   "$@" &
   child=$!
-  trap 'pkill -USR1 -P "$child" || true' USR1
-  trap 'kill -TERM "$child" || true' TERM INT
+  trap 'told=1; pkill -USR1 -P "$child" || true' USR1
+  trap 'told=1; kill -TERM "$child" || true' TERM INT
   while wait "$child" || status=$?; kill -0 "$child" 2>/dev/null; do status=0; done
   trap - USR1 TERM INT
-  if [ "$status" != 0 ] && grep -qs '"outcome": "stopped"' "$run_dir/status.json"; then status=75; fi
+  after=$(cat "$run_dir/status.json" 2>/dev/null || true)
+  if [ "$status" != 0 ]; then
+    case $after in
+      "$before" | *'"outcome": "starting"'*) if [ -n "$told" ]; then status=75; fi ;;
+      *'"outcome": "stopped"'*) status=75 ;;
+    esac
+  fi
   return "$status"
 }
 

@@ -353,6 +353,34 @@ def test_what_the_image_runs_is_sound(tmp_path: Path) -> None:
     assert [name for name in needed if name in left_out] == []
 
 
+_SAYS = 'echo \'{{"outcome": "{}", "time": 2}}\' >status.json; exit 1'
+_IS_TOLD = "trap 'exit 1' TERM; kill -TERM $PPID; while :; do sleep 0.01; done"
+
+
+@pytest.mark.parametrize(
+    ("before", "job", "status"),
+    [
+        ("stopped", "exit 1", 1),  # a start that failed before it began: what an earlier one left is not its own
+        ("stopped", _SAYS.format("failed"), 1),
+        ("stopped", "exit 0", 0),
+        ("", _SAYS.format("stopped"), 75),
+        ("finished", _SAYS.format("stopped"), 75),
+        ("stopped", _SAYS.format("stopped"), 75),
+        ("finished", _IS_TOLD, 75),  # before the first step: nothing is lost
+        ("", _SAYS.format("starting").replace("exit 1", _IS_TOLD), 75),
+        ("stopped", _SAYS.format("starting"), 1),
+        ("stopped", _SAYS.format("running").replace("exit 1", _IS_TOLD), 1),
+    ],
+)
+def test_a_script_hears_75_of_a_start_that_was_stopped_and_of_no_other(
+    before: str, job: str, status: int, tmp_path: Path
+) -> None:
+    if before:
+        (tmp_path / "status.json").write_text(f'{{"outcome": "{before}", "time": 1}}\n')
+    code = f"cd {ROOT}; . examples/launch.sh; cd {tmp_path}; _run_and_forward . sh -c {shlex.quote(job)}"
+    assert subprocess.run(["bash", "-c", code], capture_output=True, text=True).returncode == status
+
+
 def test_the_recipes_from_scratch_are_of_real_sizes_and_rates_that_learn() -> None:
     assert [path.stem for path in FROM_SCRATCH] == ["b16", "e14", "l14"]
     for path in FROM_SCRATCH:

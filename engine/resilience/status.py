@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 STATUS_FILE = "status.json"
-RUNNING, FINISHED, STOPPED_IN_ORDER, FAILED = "running", "finished", "stopped", "failed"
+STARTING, RUNNING, FINISHED, STOPPED_IN_ORDER, FAILED = "starting", "running", "finished", "stopped", "failed"
 
 
 def write_status(run_dir: Path, outcome: str, *, step: int | None = None, reason: str = "") -> None:

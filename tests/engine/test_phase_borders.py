@@ -22,6 +22,7 @@ from engine.parallel.device import prepare
 from engine.parallel.launch import job
 from engine.parallel.mesh import build_mesh, meet
 from engine.record import Callback, Record, RunInfo
+from engine.resilience.status import read_status, write_status
 from engine.trainer import Trainer
 from models.towers.posembed import resize_pos_embed
 from tests.data.shard_factory import make_shards
@@ -86,6 +87,7 @@ def run_job(folder: str, run: str, *overrides: str, stop_at: int | None = None) 
     mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, dist.distributed_c10d._get_default_group())
 
     def callbacks(trainer: Trainer) -> list[Callback]:
+        assert mesh.world.rank or read_status(Path(config.run_dir))["outcome"] == "starting", "behind a border, too"
         metrics: list[Callback] = [MetricsFile()] if mesh.world.rank == 0 else []
         stop: list[Callback] = [] if stop_at is None else [_StopAt(stop_at)]
         return [*metrics, CheckpointCallback(trainer), *stop]
@@ -241,12 +243,17 @@ def test_shards_of_phases_to_come_are_looked_for_at_the_start(whole: Path) -> No
         with job(ParallelConfig()) as (mesh, device):
             train_job(plan_job(config), mesh, device, lambda trainer: [CheckpointCallback(trainer)])
 
+    (whole / "fresh").mkdir()
+    write_status(whole / "fresh", "stopped")  # by an earlier start
     config = config_of(str(whole), "fresh")
     config.phases[1].data["sources"][0]["shards"] = [f"{whole}/gone.tar"]
     with pytest.raises(CheckpointError, match=r"phase 'whole': shard .*gone\.tar .* does not exist"):
         begin(config)
     assert not (whole / "fresh" / "checkpoints").exists()
+    status = read_status(whole / "fresh")
+    assert status["outcome"] == "failed" and "gone.tar" in status["reason"], "who starts stopped jobs again would go on"
     begin(replace(config, run_dir=f"{whole}/whole"))  # what lies behind the run is not needed any more
+    assert read_status(whole / "whole")["outcome"] == "finished"
 
 
 @pytest.mark.slow
