@@ -271,7 +271,7 @@ def _text_slack(text_backward: float, unit: UnitTime, layout: Layout) -> float:
 
 
 def _message_time(model: ModelConfig, layout: Layout, stage: Stage, unit: UnitTime, cluster: Cluster) -> float:
-    copies = _host_time(model, layout, stage, unit, cluster.hardware)
+    copies = sum(host_excess(model, layout, stage, unit, cluster.hardware))
     if layout.pipeline == 1:
         return copies
     each = cluster.message_seconds(layout, layout.message_bytes(model.vision))
@@ -283,13 +283,12 @@ def _message_time(model: ModelConfig, layout: Layout, stage: Stage, unit: UnitTi
     return copies + units * left + (rounds + 2 * (layout.pipeline - 1)) * each
 
 
-def _host_time(model: ModelConfig, layout: Layout, stage: Stage, unit: UnitTime, hardware: Hardware) -> float:
-    """Copies to the host and back beyond the encode phase and backprop."""
-    moved = host_bytes(model, layout, stage)
-    if not moved:
-        return 0.0
-    each, m = moved / (hardware.pcie_all_gb_s * 1e9), layout.micro_batches
-    return max(0.0, each - m * unit.f) + max(0.0, each - m * unit.b - (m - layout.keep) * unit.r)
+def host_excess(
+    model: ModelConfig, layout: Layout, stage: Stage, unit: UnitTime, hardware: Hardware
+) -> tuple[float, float]:
+    """Seconds by which copies to the host exceed the encode phase, and copies back backprop."""
+    each, m = host_bytes(model, layout, stage) / (hardware.pcie_all_gb_s * 1e9), layout.micro_batches
+    return max(0.0, each - m * unit.f), max(0.0, each - m * unit.b - (m - layout.keep) * unit.r)
 
 
 def host_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:

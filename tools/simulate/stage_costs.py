@@ -14,6 +14,7 @@ from tools.cost.mim import mim_costs, student_of
 from tools.cost.time import (
     UnitTime,
     contrastive_optimizer_seconds,
+    host_excess,
     loss_seconds,
     slowest,
     state_time,
@@ -61,16 +62,19 @@ def _wire(model: ModelConfig, layout: Layout, cluster: Cluster) -> Wire:
 
 
 def _contrastive_costs(config: Config, layout: Layout, cluster: Cluster) -> tuple[list[StageCosts], CollectiveCosts]:
-    """What no work hides; of the planner's reduction and gathering of weights what is at the step's ends."""
+    """What no work hides: of the planner's reduction and gathering of weights what is at the step's ends, of copies to
+    the host what the encode phase does not hide (before the loss), and of those back what backprop does not.
+    """
     model = config.model
     encode_text, backward_text = text_step(model, layout, cluster.hardware)
     stages = stages_of(model, layout)
     units = [unit_time(model, layout, stage, cluster) for stage in stages]
     slow = slowest(layout, units)
     state = state_time(model, layout, stages[slow], units[slow], backward_text, cluster)
+    copied, copied_back = host_excess(model, layout, stages[slow], units[slow], cluster.hardware)
     together = CollectiveCosts(
-        loss_s=loss_seconds(model, layout, cluster),
-        reduce_s=state.ends,
+        loss_s=copied + loss_seconds(model, layout, cluster),
+        reduce_s=copied_back + state.ends,
         optimizer_s=contrastive_optimizer_seconds(model, layout, stages[slow], cluster.hardware),
     )
     taught = teachers_seconds(layout, cluster.hardware)

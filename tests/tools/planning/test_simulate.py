@@ -235,6 +235,19 @@ phases:
 """
 
 
+def test_what_copies_to_the_host_exceed_is_waited_for() -> None:
+    recipe = Path(__file__).parents[3] / "examples" / "18b" / "2_clip.yaml"
+    cluster = Cluster(hardware=load_hardware("a100-40"), gpus=360, per_node=8)
+    steps = []
+    for outputs in (["train.outputs_budget_gb=60"], ["train.keep_outputs=all", "train.outputs_budget_gb=null"]):
+        config = load_config(recipe, outputs)
+        time, simulation = step_time(config.model, layout_of(config, 360), cluster), simulate_config(config, cluster)
+        assert simulation.step_s == pytest.approx(time.total - time.input, rel=0.02)
+        steps.append((time.p2p, simulation.step_s))
+    (hidden, recipes), (left, all_kept) = steps
+    assert hidden == 0 and left > 5 and all_kept > recipes, "186 GB take 15.5 s, the encode phase 5.8"
+
+
 def test_a_phase_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """384 clips of 8 frames are as many images as 3,072 stills; they have fewer captions."""
     config = tmp_path / "job.yaml"
