@@ -94,8 +94,11 @@ class CheckpointCallback(Callback):
             if problem:
                 return f"not saved: {problem}"
             self._save(record, wait)
-        saved = bool(self.saver.saved) and self.saver.saved[-1] == final
-        return f"saved in {final}" if saved else "not saved"
+        elif wait:
+            with self._stall():
+                self.saver.wait()
+        begun = bool(self.saver.saved) and self.saver.saved[-1] == final
+        return f"{'saved' if wait else 'being saved'} in {final}" if begun else "not saved"
 
     def _require_sound_memory(self, done: int) -> None:
         """No update comes after the last save of a phase that would find what has changed before it."""

@@ -162,9 +162,11 @@ class CheckpointSaver:
             self._cancelled.set()  # rank 0 would wait for a file that never comes
         commit = next((p for task in (self._committing, self._completing) if task and (p := task.join())), None)
         self._writing = self._committing = self._completing = None
-        if not self._settle(failed[0] if failed else commit) and self.mesh.world.rank == 0:
-            shutil.rmtree(saving_folder(self.saved[-1]), ignore_errors=True)  # it would take room from the next one
-        if self.saved[-1] == self._sound and self._sound not in self.certified:
+        if not self._settle(failed[0] if failed else commit):
+            lost = self.saved.pop()  # nobody may count on it
+            if self.mesh.world.rank == 0:
+                shutil.rmtree(saving_folder(lost), ignore_errors=True)  # it would take room from the next one
+        elif self.saved[-1] == self._sound and self._sound not in self.certified:
             self.certified.append(self._sound)
         self.rejected = everyone(self.rejected, self.mesh.world)[0]
 

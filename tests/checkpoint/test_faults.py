@@ -265,6 +265,23 @@ def test_a_full_disk_fails_the_save_and_is_named(tmp_path: Path, mesh: Mesh, mon
         trainer.lock.release()
 
 
+@pytest.mark.parametrize("under_way", [False, True])
+def test_a_stop_whose_save_fails_does_not_say_that_it_was_saved(
+    under_way: bool, tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    monkeypatch.setattr("engine.checkpoint.save._MARGIN_BYTES", -(10**9))
+    with tmpfs(tmp_path / "disk", "size=256k") as disk:
+        settings = ("checkpoint.on_full=skip", f"checkpoint.every_steps={1 if under_way else 100}")
+        trainer = build(job_config(disk / "run", *settings), mesh)
+        callback = callback_of(trainer)
+        drive(trainer, callback, 1)
+        callback.save_now({"step": 0, "loss": 1.0}, "SIGTERM")
+        said = capfd.readouterr().err
+        assert "No space left on device" in said and "stopped by SIGTERM after step 1: not saved" in said
+        assert callback.saver.saved == [] and not all_checkpoints(disk / "run")
+        trainer.lock.release()
+
+
 def test_a_read_only_folder_is_refused_at_the_start(tmp_path: Path, mesh: Mesh) -> None:
     with (
         tmpfs(tmp_path / "disk", "ro,size=1m") as disk,
