@@ -49,6 +49,7 @@ class Case:
         tensor, pipeline = self.layout
         given = [
             f"model.preset={self.model}",
+            "model.text.depth=2",  # a block of each kind
             "model.block_kernels=torch",  # what auto is on a CPU; the formulas take it for a GPU
             f"parallel.tensor={tensor}",
             f"parallel.pipeline={pipeline}",
@@ -73,17 +74,19 @@ DINOV3 = ("model.vision.norm=layer", *SCALED, "model.vision.mlp=swiglu", "model.
           "model.vision.rope_kind=dinov3", "model.vision.registers=3", "model.vision.pos_embed=false")  # fmt: skip
 PE = (*CLIP, "model.vision.rope=true", "model.vision.rope_kind=pe", "model.vision.pool=attention",
       "model.vision.pool_heads=2", "model.vision.pool_mlp_hidden=48")  # fmt: skip
+SHALLOW = "model.vision.depth=2"
 FAST = [
-    Case("internvit-tp2", (2, 2), (*INTERNVIT, "train.keep_activations=2"), model="tiny-8b"),
-    Case("dinov3-tp2", (2, 2), (*DINOV3, "train.keep_activations=2"), model="tiny-8b"),
-    Case("pe-tp2", (2, 1), (*PE, "train.keep_activations=2"), model="tiny-8b"),
+    Case("internvit-tp2", (2, 2), (*INTERNVIT, SHALLOW, "train.keep_activations=2"), model="tiny-8b"),
+    Case("dinov3-tp2", (2, 2), (*DINOV3, SHALLOW, "train.keep_activations=2"), model="tiny-8b"),
+    Case("pe-tp2", (2, 1), (*PE, SHALLOW, "train.keep_activations=2"), model="tiny-8b"),
     Case("18b-clips-full", (2, 2), ("data.frames=2", "train.recompute=full", "train.keep_activations=1")),
     Case("18b-pp4-fp32-ring", (1, 4), ("train.precision=fp32", "train.loss_variant=ring")),
     Case("18b-virtual", (1, 2), ("parallel.virtual=2", "train.micro_batch_size=2", "train.keep_activations=1")),
     Case("b16-tp2", (2, 1), (WIDE, "train.keep_activations=2"), model="tiny-b16"),
     Case("siglip-tp2", (2, 2), (*SIGLIP, "train.keep_activations=2"), model="tiny-8b"),
-    Case("mean-no-sequence", (2, 1), (*CLIP, "model.vision.pool=mean", "parallel.sequence=false"), model="tiny-8b"),
-]
+    Case("mean-no-sequence", (2, 1), (*CLIP, SHALLOW, "model.vision.pool=mean", "parallel.sequence=false"),
+         model="tiny-8b"),
+]  # fmt: skip
 PLAIN = Case("18b-tp2-pp2", (2, 2))
 SLOW = [
     Case("internvit-no-sequence", (2, 1), (*INTERNVIT, "parallel.sequence=false"), model="tiny-8b"),

@@ -40,7 +40,8 @@ class Case:
             return mim_config(layout_of_mim, f"run_dir={run_dir}")
         layout = (f"parallel.tensor={self.tensor}", f"parallel.pipeline={self.pipeline}")
         sizes = ("train.global_batch_size=8", "train.micro_batch_size=2", "train.steps=4", f"run_dir={run_dir}")
-        return resolve({"model": "tiny-18b", "data": {"shards": ["-"]}}, [*layout, *sizes, *self.options])
+        model = ("model=tiny-18b", "model.text.depth=1")
+        return resolve({"data": {"shards": ["-"]}}, [*model, *layout, *sizes, *self.options])
 
 
 CASES = {
