@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from engine.callbacks.metrics import METRICS_FILE, read_metrics
 from engine.record import Callback, Record, RunInfo
 
 HISTORY_FILE = "history.jsonl"
+_DRAWN = uuid.uuid4().hex[:8]
+"""Tells starts apart that have one host name and one process id, as every start of a container may."""
 START, PHASE, END, REWIND, SLOW = "start", "phase", "end", "rewind", "slow rank"
 
 
@@ -33,7 +36,7 @@ class History(Callback):
         """Say how far the start before had come: a killed one could not."""
         self._path, self._step = run.run_dir / HISTORY_FILE, run.start_step
         self._rewinds = int(run.resumed_record.get("rewinds", 0))
-        process = f"{socket.gethostname()} {os.getpid()}"
+        process = f"{socket.gethostname()} {os.getpid()} {_DRAWN}"
         events = read_history(run.run_dir)
         last: dict[str, Any] = next((event for event in reversed(events) if event["event"] == START), {})
         same = last.get("process") == process

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.callbacks import history
 from engine.callbacks.endpoint import MetricsEndpoint, as_text
 from engine.callbacks.history import History, read_history, toll
 from engine.callbacks.json_log import JsonLog
@@ -27,25 +28,28 @@ from tools.report.runs import load_runs
 
 
 def one_start(run_dir: Path, first: int, last: int, *, killed: bool = False, **more: float) -> None:
-    history, metrics = History(), MetricsFile()
-    for callback in (history, metrics):
+    events, metrics = History(), MetricsFile()
+    for callback in (events, metrics):
         callback.on_start(run_info(run_dir, start_step=first))
     for step in range(first, last):
-        for callback in (history, metrics):
+        for callback in (events, metrics):
             callback.on_step(record(step, **more))
     metrics.on_end({})
     if not killed:
-        history.on_end({})
+        events.on_end({})
 
 
-@pytest.fixture
-def other_process(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture(params=["another id", "the same id in a container of the same name"])
+def other_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """The next start runs in a process of its own."""
-    pids = itertools.count(100)
+    numbers = itertools.count(100)
 
     def begin() -> None:
-        pid = next(pids)
-        monkeypatch.setattr(os, "getpid", lambda: pid)
+        number = next(numbers)
+        if request.param == "another id":
+            monkeypatch.setattr(os, "getpid", lambda: number)
+        else:
+            monkeypatch.setattr(history, "_DRAWN", str(number))
 
     return begin
 
