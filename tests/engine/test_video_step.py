@@ -23,7 +23,7 @@ from tests.golden import TOLERANCE, deviations, local_batch
 
 pytestmark = pytest.mark.dist
 
-BATCH, FRAMES, STEPS, SCALE = 8, 2, 3, 20.0
+BATCH, FRAMES, STEPS, SCALE = 8, 2, 2, 20.0
 ALONE = ("train.micro_batch_size=16",)
 LAYOUTS = {
     "tp2-pp2": ("parallel.tensor=2", "parallel.pipeline=2", "train.micro_batch_size=4", "train.keep_activations=1"),
@@ -37,7 +37,7 @@ def config_of(*overrides: str) -> Config:
     tree = {
         "model": "tiny-18b",
         "data": {"shards": ["-"], "frames": FRAMES},
-        "train": {"global_batch_size": BATCH, "patch_dropout": 0.5, "logit_scale": SCALE, "steps": STEPS},
+        "train": {"global_batch_size": BATCH, "patch_dropout": 0.5, "logit_scale": SCALE, "steps": STEPS + 1},
         "optim": {"lr_vision": 0.01, "lr_text": 0.01, "warmup_steps": 2},
     }
     return resolve(tree, ["model.text.depth=2", *overrides])
