@@ -88,8 +88,8 @@ class TrafficReader:
         self._axis_of = {group.group_name: (name, size) for group, name, size in groups if size > 1}
 
     def read(self, operator: Any, args: tuple[Any, ...]) -> Transfer | None:
-        """The transfer of an operator of namespace c10d; None for barriers and for groups that are no axis of several
-        ranks. Raises NotImplementedError for an operator that it does not know.
+        """The transfer of an operator of namespace c10d; None for barriers, for groups that are no axis of several
+        ranks, and for others' parts of a gather. Raises NotImplementedError for an operator that it does not know.
         """
         name = operator.overloadpacket.__name__
         group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
@@ -103,6 +103,8 @@ class TrafficReader:
         kind, payload = _COLLECTIVES[name]
         puts_in = kind != "receive" and (kind != "broadcast" or args[2] == dist.get_rank(group))
         if kind == "broadcast" and group.group_name in self._owning:
+            if not puts_in:
+                return None  # another rank's part of a gather, which is counted where this one sends its own
             kind = "all-gather"
         return Transfer(
             axis=axis[0], ranks=axis[1], kind=kind, tensor_bytes=_size_bytes(args[payload]), puts_in=puts_in
