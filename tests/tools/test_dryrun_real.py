@@ -100,9 +100,7 @@ def dry(name: str, rank: int) -> RankReport:
 
 
 def _rows(transfers: Counter) -> list[tuple[Any, ...]]:
-    """What a rank puts in and its messages; on gloo the slices of others come by broadcasts (start_gather)."""
-    counted = {t: count for t, count in transfers.items() if t.puts_in or t.kind != "all-gather"}
-    return sorted((t.axis, t.kind, t.tensor_bytes, t.puts_in, count) for t, count in counted.items())
+    return sorted((t.axis, t.kind, t.tensor_bytes, t.puts_in, count) for t, count in transfers.items())
 
 
 def _peaks(peaks: dict[str, Usage]) -> dict[str, int]:
