@@ -173,6 +173,7 @@ def load_weights_for_training(
 @torch.no_grad()
 def publish(optimizer: ShardedOptimizer, towers: Towers) -> None:
     """Copy the owned masters, and what is not trained, to every rank's weights. Collective over each part's owners."""
+    towers.wait_for_weights()  # a gather under way reads what changes here, and would be taken for the one below
     for tower in optimizer.towers:
         for shard, master in zip(tower.shards.shards, tower.master, strict=True):
             if master is not shard.weight:

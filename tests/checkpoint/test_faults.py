@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from engine.checkpoint.format.disk import write_synced
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.folders import (
     Retention,
@@ -27,6 +28,7 @@ from engine.checkpoint.format.folders import (
     step_folder,
 )
 from engine.checkpoint.format.lock import LOCK_FILE, RunLock
+from engine.checkpoint.format.manifest import RECORD
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.resume import newest_good
 from engine.parallel.mesh import Mesh
@@ -280,6 +282,25 @@ def test_a_stop_whose_save_fails_does_not_say_that_it_was_saved(
         assert "No space left on device" in said and "stopped by SIGTERM after step 1: not saved" in said
         assert callback.saver.saved == [] and not all_checkpoints(disk / "run")
         trainer.lock.release()
+
+
+def test_a_checkpoint_whose_record_alone_fails_is_one(
+    tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        if path.name == RECORD:  # what is written behind the commit
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_synced(path, content)
+
+    monkeypatch.setattr("engine.checkpoint.save.write_synced", full)
+    trainer = build(job_config(tmp_path / "run", "checkpoint.on_full=skip", "checkpoint.every_steps=1"), mesh)
+    callback = callback_of(trainer)
+    drive(trainer, callback, 1)
+    callback.save_now({"step": 0, "loss": 1.0}, "SIGTERM")
+    said = capfd.readouterr().err
+    assert "No space left on device" in said and "stopped by SIGTERM after step 1: saved in " in said
+    assert callback.saver.saved == all_checkpoints(tmp_path / "run") != []
+    trainer.lock.release()
 
 
 def test_a_read_only_folder_is_refused_at_the_start(tmp_path: Path, mesh: Mesh) -> None:
