@@ -142,8 +142,8 @@ def _model_of_checkpoint(path: Path, key: str, model_key: str) -> dict[str, Any]
 
 
 def preset_model(name: str) -> ModelConfig:
-    """The model of a preset, checked."""
-    return resolve({"model": name, "data": {"shards": ["-"]}}, []).model
+    """The model of a preset or a file, checked; in bf16, which every kernel that it may name can do."""
+    return resolve({"model": name, "data": {"shards": ["-"]}, "train": {"precision": "bf16"}}, []).model
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -114,8 +114,15 @@ def _label(model: str) -> str:
     return _NO_NAME.sub("-", name).strip("-.") or "model"
 
 
+_KERNELS = ("backend", "attention", "norm_kernel", "block_kernels", "fp8")
+"""What a plan decides of a model's settings, or leaves to the engine."""
+
+
 def settings(model: str, entry: Estimate, samples: float) -> dict[str, Any]:
-    """The config of a layout. A model from a file is written down whole: the file may move, and where is not said."""
+    """The config of a layout. A model from a file is written down whole: the file may move, and where is not said.
+
+    Its kernels are those that were planned with, not the file's.
+    """
     layout = entry.layout
     assert layout is not None, "ZeRO-3 is compared with, not run"
     parallel: dict[str, Any] = {"tensor": layout.tensor, "pipeline": layout.pipeline}
@@ -132,7 +139,8 @@ def settings(model: str, entry: Estimate, samples: float) -> dict[str, Any]:
     if layout.shard_ranks is not None:
         parallel["shard_ranks"] = layout.shard_ranks
     whole = whole_model({"preset": model})
-    named = {"preset": model} if whole["preset"] else {key: value for key, value in whole.items() if key != "preset"}
+    left_out = ("preset", *_KERNELS, *(() if layout.kernels.fp8 else ("fp8_bf16_blocks",)))
+    named = {"preset": model} if whole["preset"] else {k: v for k, v in whole.items() if k not in left_out}
     return {
         "run_dir": f"runs/{_label(model)}",
         "model": named | _kernel_settings(entry),

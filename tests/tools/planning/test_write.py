@@ -110,7 +110,8 @@ def test_the_scripts_are_sound(folder: Path) -> None:
 
 def test_a_model_of_ones_own_is_written_whole_and_named_by_its_file(tmp_path: Path) -> None:
     own, plans = tmp_path / "mine.yaml", tmp_path / "plans"
-    own.write_text("model: {preset: b16, vision: {depth: 14}}\n")
+    kernels = "backend: transformer_engine, norm_kernel: auto"
+    own.write_text(f"model: {{preset: b16, vision: {{depth: 14}}, {kernels}}}\n")
     model = preset_model(str(own))
     layout = Layout(data=8, global_batch=64, micro_batch=8, teachers=(FrozenModel(model, "bf16", True, False),))
     planned = estimate(model, layout, Cluster(hardware=load_hardware("a100-40"), gpus=8, per_node=8))
@@ -118,6 +119,7 @@ def test_a_model_of_ones_own_is_written_whole_and_named_by_its_file(tmp_path: Pa
     assert [path.name for path in written] == [f"mine-8xa100-40{suffix}" for suffix in (".yaml", ".sh", ".sbatch")]
     own.unlink()
     config = load_config(written[0])
-    assert config.run_dir == "runs/mine" and config.model == replace(model, block_kernels="torch")
+    planned_with = replace(model, backend="local", attention="auto", norm_kernel="auto", block_kernels="torch")
+    assert config.run_dir == "runs/mine" and config.model == planned_with
     (teacher,) = config.train.distill
     assert (teacher.path, teacher.model) == ("weights/teacher_1", model)
