@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -181,7 +182,8 @@ def _is_stopped(rank: BaseProcess) -> bool:
 
 def _signal(rank: BaseProcess, number: int) -> None:
     if rank.pid is not None and rank.is_alive():
-        os.kill(rank.pid, number)
+        with suppress(ProcessLookupError):  # it has ended just now; the server that forked it reaps it
+            os.kill(rank.pid, number)
 
 
 def hold_port() -> socket.socket:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ def _stop_all(scratch: Path, trainer: Any) -> None:
         wait_until_stopped(processes)
         time.sleep(STOPPED_S)
         for pid in processes:
-            os.kill(pid, signal.SIGCONT)
+            with suppress(ProcessLookupError):  # one that was ended meanwhile
+                os.kill(pid, signal.SIGCONT)
         os._exit(0)
     for pid in sorted(processes, key=lambda pid: pid == os.getpid()):
         os.kill(pid, signal.SIGSTOP)
