@@ -75,8 +75,6 @@ class CheckpointSaver:
         """Why the last save is no checkpoint although nothing failed: its state is not finite. Known after `wait`."""
         self._sound: Path | None = None
         """A save under way after which a step was sound already."""
-        self._placed: Path | None = None
-        """The last one that was put in its place; known to rank 0."""
         self._snapshot = Snapshot(optimizer, mesh)
         self._writing: BackgroundTask | None = None
         self._committing: BackgroundTask | None = None
@@ -164,16 +162,19 @@ class CheckpointSaver:
             self._cancelled.set()  # rank 0 would wait for a file that never comes
         commit = next((p for task in (self._committing, self._completing) if task and (p := task.join())), None)
         self._writing = self._committing = self._completing = None
-        well = self._settle(failed[0] if failed else commit)
-        # Also where its record or the pruning behind it failed, it is a checkpoint.
-        in_place = well or everyone(self._placed == self.saved[-1], self.mesh.control)[0]
-        if not in_place:
+        if not self._settle(failed[0] if failed else commit) and not self._is_in_place():
             lost = self.saved.pop()  # nobody may count on it
             if self.mesh.world.rank == 0:
                 shutil.rmtree(saving_folder(lost), ignore_errors=True)  # it would take room from the next one
-        elif well and self.saved[-1] == self._sound and self._sound not in self.certified:
+        elif self.saved[-1] == self._sound and self._sound not in self.certified:
             self.certified.append(self._sound)
         self.rejected = everyone(self.rejected, self.mesh.world)[0]
+
+    def _is_in_place(self) -> bool:
+        """Whether rank 0 has the last save as a checkpoint, as where its record or the pruning behind it failed.
+        Collective over the mesh.
+        """
+        return everyone((self.saved[-1] / MANIFEST).is_file(), self.mesh.control)[0]
 
     def abandon(self, patience_s: float = 6.0) -> str | None:
         """At the end of a run, also after an error: let the save under way finish if it can, without a collective.
@@ -258,7 +259,6 @@ class CheckpointSaver:
         merge_reports(manifest, contents)
         write_manifest(folder, manifest)
         put_in_place(final)
-        self._placed = final
         for folder in set_later_aside(final, self.run_dir):
             print(f"WARNING: {folder.name}: of an attempt that this run does not continue", file=sys.stderr, flush=True)
         self._prune(self.certified[-1] if self.certified else None)

@@ -91,7 +91,8 @@ def _have_weights_before(unit: nn.Module, buckets: Buckets) -> None:
         for group in groups:
             group.finish_param_sync(skip_next_bucket_dispatch=True)
 
-    unit.register_forward_pre_hook(wait)
+    if groups:
+        unit.register_forward_pre_hook(wait)
 
 
 class FrozenBuffer:

@@ -3,8 +3,7 @@
 Without avx512_bf16, amx_bf16 or their like, torch's bf16 products take six times as long as fp32 ones or longer (1 to
 9 against 58 GFLOP/s on one core with AVX2). A product of numbers that bf16 holds, summed in fp32 and rounded once, is
 what a kernel for bf16 computes as well, so only the order of a sum differs; attention keeps its weights in fp32 until
-then.
-Weights, activations and gradients stay in bf16: memory grows by one product's operands.
+then. Weights, activations and gradients stay in bf16: memory grows by one product's operands.
 
 Works below autograd: a pass, its replay and its backward have the same products, whoever asks for them (linears, kept
 outputs, checkpoints, compiled code).

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tests.chaos.ranks import wait_until_stopped
+from tests.chaos.ranks import children_of, send, wait_until_stopped
 
 PARTS = {
     "encode": ("encode",),
@@ -162,12 +162,11 @@ def pause(place: Place, trainer: Any) -> None:
 def to_readers(number: int) -> Callable[[Place, Any], None]:
     """The reader processes of this rank."""
 
-    def send(place: Place, trainer: Any) -> None:
-        for thread in Path("/proc/self/task").iterdir():
-            for child in (thread / "children").read_text().split():
-                os.kill(int(child), number)
+    def to_children(place: Place, trainer: Any) -> None:
+        for child in children_of("self"):
+            send(child, number)
 
-    return send
+    return to_children
 
 
 def touch(name: str) -> Callable[[Place, Any], None]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from glob import glob
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -182,8 +183,22 @@ def _is_stopped(rank: BaseProcess) -> bool:
 
 def _signal(rank: BaseProcess, number: int) -> None:
     if rank.pid is not None and rank.is_alive():
-        with suppress(ProcessLookupError):  # it has ended just now; the server that forked it reaps it
-            os.kill(rank.pid, number)
+        send(rank.pid, number)
+
+
+def send(pid: int, number: int) -> None:
+    """A signal to a process, which may have ended just now."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def children_of(pid: int | str) -> list[int]:
+    """Processes that a process has started; its threads come and go meanwhile."""
+    found: list[int] = []
+    for thread in glob(f"/proc/{pid}/task/*/children"):
+        with suppress(OSError):
+            found += map(int, Path(thread).read_text().split())
+    return found
 
 
 def hold_port() -> socket.socket:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from engine.resilience.status import read_status
 from tests.chaos import faults
 from tests.chaos.matrix import CLOSE, CONFIG, STEPS, curve, may_mount
-from tests.chaos.ranks import TINY, launch, wait_until_stopped
+from tests.chaos.ranks import TINY, children_of, launch, send, wait_until_stopped
 from tests.data.shard_factory import make_shards
 
 STOPPED_S = 24.0
@@ -76,12 +75,7 @@ def _at_step(step: int, of_rank: int, do: Callable[[Any], None], rank: int, part
 
 def _tree(pid: int) -> list[int]:
     """A process and all below it."""
-    children = [
-        int(child)
-        for thread in Path(f"/proc/{pid}/task").iterdir()
-        for child in (thread / "children").read_text().split()
-    ]
-    return [pid, *(other for child in children for other in _tree(child))]
+    return [pid, *(other for child in children_of(pid) for other in _tree(child))]
 
 
 def _stop_all(scratch: Path, trainer: Any) -> None:
@@ -92,11 +86,10 @@ def _stop_all(scratch: Path, trainer: Any) -> None:
         wait_until_stopped(processes)
         time.sleep(STOPPED_S)
         for pid in processes:
-            with suppress(ProcessLookupError):  # one that was ended meanwhile
-                os.kill(pid, signal.SIGCONT)
+            send(pid, signal.SIGCONT)
         os._exit(0)
     for pid in sorted(processes, key=lambda pid: pid == os.getpid()):
-        os.kill(pid, signal.SIGSTOP)
+        send(pid, signal.SIGSTOP)
 
 
 def _note_and_stop_all(scratch: Path, rank: int) -> None:

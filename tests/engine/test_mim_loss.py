@@ -22,7 +22,7 @@ def _fixture() -> tuple[torch.Tensor, torch.Tensor]:
 def test_loss_and_gradient_of_the_authors_with_a_zero_vector() -> None:
     io = load_tensors("g8-mim/io")
     student, teacher = _fixture()
-    loss = distillation_loss(student, teacher, len(student))
+    loss = distillation_loss(student, teacher, torch.tensor(len(student)))
     loss.backward()
     torch.testing.assert_close(loss, io["loss_only.loss"], rtol=1e-6, atol=0)
     assert student.grad is not None
@@ -34,21 +34,21 @@ def test_loss_and_gradient_of_the_authors_with_a_zero_vector() -> None:
 @pytest.mark.parametrize("student", ["eva02B", "style18b", "style8b"])
 def test_loss_of_the_students_predictions(student: str) -> None:
     io = load_tensors("g8-mim/io")
-    loss = distillation_loss(io[f"{student}.pred"], io["targets"], len(io["targets"]))
+    loss = distillation_loss(io[f"{student}.pred"], io["targets"], torch.tensor(len(io["targets"])))
     torch.testing.assert_close(loss, io[f"{student}.loss"], rtol=1e-5, atol=0)
 
 
 def test_bf16_predictions_are_compared_in_fp32() -> None:
     student, teacher = (t.detach().bfloat16() for t in _fixture())
-    assert distillation_loss(student, teacher, 40).dtype == torch.float32
+    assert distillation_loss(student, teacher, torch.tensor(40)).dtype == torch.float32
 
 
 def test_no_masked_patches_on_a_rank_add_nothing() -> None:
-    assert float(distillation_loss(torch.empty(0, 4), torch.empty(0, 4), 7)) == 0
+    assert float(distillation_loss(torch.empty(0, 4), torch.empty(0, 4), torch.tensor(7))) == 0
 
 
 def test_a_batch_whose_masks_are_all_empty_has_no_loss() -> None:
-    assert float(distillation_loss(torch.empty(0, 4), torch.empty(0, 4), 0)) == 0
+    assert float(distillation_loss(torch.empty(0, 4), torch.empty(0, 4), torch.tensor(0))) == 0
 
 
 def _share() -> dict:

@@ -23,12 +23,12 @@ def global_masked_count(own: int, data: Axis, device: torch.device) -> Tensor:
     return count
 
 
-def distillation_loss(predictions: Tensor, targets: Tensor, masked_count: Tensor | int) -> Tensor:
+def distillation_loss(predictions: Tensor, targets: Tensor, masked_count: Tensor) -> Tensor:
     """Predictions and teacher features [N, D] of N masked patches -> their share of the global loss, 0-d fp32.
 
-    masked_count: of the global batch; the shares of all micro-batches and replicas add up to the loss, and their
+    masked_count: of the global batch, 0-d; the shares of all micro-batches and replicas add up to the loss, and their
     gradients to its gradient. Each norm is floored at 1e-8, so a zero vector has a finite gradient; a batch whose masks
     all ended empty has the loss 0.
     """
     cosine = F.cosine_similarity(predictions.float(), targets.float(), dim=-1, eps=_NORM_FLOOR)
-    return -cosine.sum() / torch.as_tensor(masked_count).clamp(min=1)
+    return -cosine.sum() / masked_count.clamp(min=1)
