@@ -91,24 +91,28 @@ launch() {
 # Run a command that is told to stop in order by TERM, INT or USR1; 75 if the run has stopped so (torchrun says 1), or
 # was told to before it began. A status that an earlier start has left says nothing about this one.
 _run_and_forward() {
-  local run_dir=$1 child="" early="" status=0 told="" before after
+  local run_dir=$1 child="" early="" status told=0 heard before after
   shift
   before=$(cat "$run_dir/status.json" 2>/dev/null || true)
   # Before the command starts: what comes in between would end this script and leave the command behind.
-  trap 'told=1; if [ -n "$child" ]; then pkill -USR1 -P "$child" || true; else early=1; fi' USR1
-  trap 'told=1; if [ -n "$child" ]; then kill -TERM "$child" || true; else early=1; fi' TERM INT
+  trap 'told=$((told + 1)); if [ -n "$child" ]; then pkill -USR1 -P "$child" || true; else early=1; fi' USR1
+  trap 'told=$((told + 1)); if [ -n "$child" ]; then kill -TERM "$child" || true; else early=1; fi' TERM INT
   (
     trap '' USR1  # torchrun would end by it at once and leave its ranks behind: it inherits that it is ignored
     exec "$@"
   ) &
   child=$!
   if [ -n "$early" ]; then kill -TERM "$child" || true; fi
-  while wait "$child" || status=$?; kill -0 "$child" 2>/dev/null; do status=0; done
+  while  # a signal ends the wait, with a status of its own; the next one has the command's, also when that is over
+    heard=$told status=0
+    wait "$child" || status=$?
+    [ "$told" != "$heard" ]
+  do :; done
   trap - USR1 TERM INT
   after=$(cat "$run_dir/status.json" 2>/dev/null || true)
   if [ "$status" != 0 ]; then
     case $after in
-      "$before" | *'"outcome": "starting"'*) if [ -n "$told" ]; then status=75; fi ;;
+      "$before" | *'"outcome": "starting"'*) if [ "$told" != 0 ]; then status=75; fi ;;
       *'"outcome": "stopped"'*) status=75 ;;
     esac
   fi
