@@ -2,7 +2,7 @@
 # Quickstart: a pipelined, tensor-parallel EVA-CLIP learns from real pictures on four CPU ranks, and is tested on
 # gesture x skin tone combinations that it never saw.
 #
-#   bash examples/quickstart/run.sh           the whole run, about 5 minutes on 2 cores
+#   bash examples/quickstart/run.sh           the whole run, about 10 minutes on 2 shared cores
 #   bash examples/quickstart/run.sh --short   30 steps, to see that everything works
 #   bash examples/quickstart/run.sh --short --no-suite   the same up to the scores of what was held out
 #   bash examples/quickstart/run.sh train.steps=100      with settings of one's own, not beside --short
