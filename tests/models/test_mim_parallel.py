@@ -116,7 +116,7 @@ def one_pass(case: Case, mesh: Mesh) -> dict[str, Any]:
         output = tower(inputs, masked[at], samples=MICRO_BATCH)
         if tower.is_last:
             targets = load_tensors("g8-mim/io")["teacher_patch_features"][at][masked[at]]
-            share = distillation_loss(output, targets, int(masked.sum()))
+            share = distillation_loss(output, targets, masked.sum())
             share.backward()
             loss += share.detach()
             predictions.append(output.detach())
