@@ -36,12 +36,52 @@ def train_job(job: Job, mesh: Mesh, device: Device, callbacks: Callbacks, wishes
     """
     config, plan, run_dir = job.config, job.phases, Path(job.config.run_dir)
     begin: Callable[[], Checkpoint | None] = lambda: choose(config, mesh)  # noqa: E731
-    while True:
-        phase, stopped = _run_next(plan, run_dir, mesh, device, begin, callbacks, wishes)
-        if stopped or phase is plan[-1]:
-            return not stopped
-        gc.collect()  # towers and buffers of the last phase hang in cycles of hooks; the next one needs their memory
-        begin = lambda: newest_good(run_dir, config, mesh)  # noqa: E731
+    with _alone_in(run_dir, mesh, wishes), _Status(run_dir, mesh) as status:
+        while True:
+            phase, stopped = _run_next(plan, status, mesh, device, begin, callbacks, wishes)
+            if stopped or phase is plan[-1]:
+                return not stopped
+            gc.collect()  # towers and buffers of the last phase hang in cycles of hooks; the next needs their memory
+            begin = lambda: newest_good(run_dir, config, mesh)  # noqa: E731
+
+
+@contextmanager
+def _alone_in(run_dir: Path, mesh: Mesh, wishes: Wishes | None) -> Iterator[None]:
+    """The run folder is this job's inside the block, from the first phase to the last word. Collective."""
+    lock = lock_run(run_dir, mesh)
+    if lock is None:
+        yield
+        return
+    if wishes is not None:
+        wishes.before_leaving.append(lock.release)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _Status:
+    """How this start is doing, in run_dir/status.json, and how it ended: what an earlier one has left there says
+    nothing about this one, and whatever ends the block by an error is told. World rank 0 writes it.
+    """
+
+    def __init__(self, run_dir: Path, mesh: Mesh):
+        self._run_dir, self._is_told = run_dir, mesh.world.rank == 0
+        self.step: int | None = None
+        """Steps done so far, where a trainer has said."""
+
+    def says(self, outcome: str, why: str = "") -> None:
+        """Write it down."""
+        if self._is_told:
+            write_status(self._run_dir, outcome, step=self.step, reason=why)
+
+    def __enter__(self) -> "_Status":
+        self.says(STARTING)
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is not None:
+            self.says(FAILED, reason(error) if isinstance(error, Exception) else type(error).__name__)
 
 
 def _check_later_shards(phases: Sequence[Phase], mesh: Mesh) -> None:
@@ -57,45 +97,35 @@ def _check_later_shards(phases: Sequence[Phase], mesh: Mesh) -> None:
 
 def _run_next(
     plan: Sequence[Phase],
-    run_dir: Path,
+    status: _Status,
     mesh: Mesh,
     device: Device,
     begin: Callable[[], Checkpoint | None],
     callbacks: Callbacks,
     wishes: Wishes | None,
 ) -> tuple[Phase, str]:
-    lock = lock_run(run_dir, mesh)
-    if lock is not None and wishes is not None:
-        wishes.before_leaving.append(lock.release)
-    with _status_of_the_start(run_dir, mesh):
-        checkpoint = begin()
-        done = training_position(checkpoint).step if checkpoint is not None else 0
-        phase = next((phase for phase in plan if done < phase.last_step), plan[-1])
-        _check_later_shards(plan[plan.index(phase) + 1 :], mesh)
+    """Train the phase that is next; which one, and why it was stopped, if it was."""
+    checkpoint = begin()
+    done = training_position(checkpoint).step if checkpoint is not None else 0
+    phase = next((phase for phase in plan if done < phase.last_step), plan[-1])
+    _check_later_shards(plan[plan.index(phase) + 1 :], mesh)
     with _watch(phase, mesh, wishes) as pulse:
-        with _status_of_the_start(run_dir, mesh):
-            trainer = Trainer(phase, mesh, device, pulse, checkpoint)
-            trainer.begin(checkpoint, lock)
-            with together(mesh.control):
-                watching = callbacks(trainer)
-            for callback in watching:  # what asks other ranks must not be among what one rank may fail at alone
-                if isinstance(callback, CheckpointCallback):
-                    callback.open_local()
-        return phase, _train(trainer, watching, wishes, is_last=phase is plan[-1])
-
-
-@contextmanager
-def _status_of_the_start(run_dir: Path, mesh: Mesh) -> Iterator[None]:
-    """How the start before ended says nothing about this one any more, and a start may fail as well."""
-    if mesh.world.rank != 0:
-        yield
-        return
-    write_status(run_dir, STARTING)
-    try:
-        yield
-    except Exception as error:
-        write_status(run_dir, FAILED, reason=reason(error))
-        raise
+        trainer = Trainer(phase, mesh, device, pulse, checkpoint)
+        trainer.begin(checkpoint, lock=None)  # the job's, not the phase's
+        with together(mesh.control):
+            watching = callbacks(trainer)
+        for callback in watching:  # what asks other ranks must not be among what one rank may fail at alone
+            if isinstance(callback, CheckpointCallback):
+                callback.open_local()
+        status.step = trainer.position.step
+        status.says(RUNNING)
+        try:
+            with wishes.wait_for_steps() if wishes is not None else nullcontext():
+                stopped = trainer.fit(watching, wishes)
+        finally:
+            status.step = trainer.position.step
+        status.says(STOPPED_IN_ORDER if stopped else FINISHED if phase is plan[-1] else STARTING, stopped)
+        return phase, stopped
 
 
 @contextmanager
@@ -112,22 +142,3 @@ def _watch(phase: Phase, mesh: Mesh, wishes: Wishes | None) -> Iterator[Pulse]:
         store = dist.PrefixStore(f"from step {phase.first_step}", all_phases)
     with Watch(pulse, Path(config.run_dir), world.rank, world.size, limit_s, store):
         yield pulse
-
-
-def _train(trainer: Trainer, callbacks: list[Callback], wishes: Wishes | None, *, is_last: bool) -> str:
-    """Train a phase, with the job's outcome in run_dir/status.json; why it was stopped, if it was."""
-    run_dir, first = Path(trainer.config.run_dir), trainer.mesh.world.rank == 0
-    outcome, stop = FAILED, ""
-    if first:
-        write_status(run_dir, RUNNING, step=trainer.position.step)
-    try:
-        with wishes.wait_for_steps() if wishes is not None else nullcontext():
-            stop = trainer.fit(callbacks, wishes)
-        outcome = STOPPED_IN_ORDER if stop else FINISHED if is_last else STARTING
-    except Exception as error:
-        stop = reason(error)
-        raise
-    finally:
-        if first:
-            write_status(run_dir, outcome, step=trainer.position.step, reason=stop)
-    return stop
