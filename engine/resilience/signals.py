@@ -27,6 +27,8 @@ STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 _ONE_WISH_S = 1.0
 """A scheduler signals torchrun and the ranks, and torchrun passes its own on: signals this close are one wish."""
 _PR_SET_PDEATHSIG = 1
+_staying: dict[Path, tuple[int, int]] = {}
+"""STOP and SAVE files that were heard and cannot be removed -> which ones they are."""
 
 
 class Wishes:
@@ -89,11 +91,31 @@ class Wishes:
 
 
 def asked_by_file(run_dir: Path, name: str) -> bool:
-    """Whether run_dir/STOP or run_dir/SAVE is there; it is taken away, so that it asks once."""
-    with contextlib.suppress(OSError):
-        (run_dir / name).unlink()
-        return True
-    return False
+    """Whether run_dir/STOP or run_dir/SAVE is there; it is taken away, so that it asks once.
+
+    One that cannot be taken away asks once all the same, until it is touched again, and that is said.
+    """
+    path = run_dir / name
+    try:
+        path.unlink()
+    except OSError as error:
+        try:
+            found = path.lstat()
+        except OSError:  # not there; of a read-only folder the first error says nothing about that
+            _staying.pop(path, None)
+            return False
+        mark = found.st_ino, found.st_mtime_ns
+        if _staying.get(path) == mark:
+            return False
+        if path not in _staying:
+            again = "every start stops at it" if name == STOP_FILE else "every start saves once for it"
+            print(
+                f"WARNING: {path} was heard, but cannot be removed ({error.strerror}): remove it, {again}",
+                file=sys.stderr,
+                flush=True,
+            )
+        _staying[path] = mark
+    return True
 
 
 def end_with_parent(number: int = signal.SIGTERM) -> None:
