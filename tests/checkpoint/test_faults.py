@@ -2,10 +2,12 @@
 
 import errno
 import io
+import json
 import os
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +30,7 @@ from engine.checkpoint.format.folders import (
     step_folder,
 )
 from engine.checkpoint.format.lock import LOCK_FILE, RunLock
+from engine.checkpoint.format.machine import machine_of
 from engine.checkpoint.format.manifest import RECORD
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.resume import newest_good
@@ -332,6 +335,29 @@ def test_a_folder_left_on_another_machine_is_watched_then_taken_whatever_the_clo
         RunLock(tmp_path, patience_s=0.05).release()
         assert "was left by process 7 on elsewhere" in capfd.readouterr().err
     assert mark.read_text() == ""
+
+
+def test_a_name_alone_is_not_a_machine(tmp_path: Path, capfd) -> None:
+    """Two hosts may both be called localhost, two containers as their recipe says; who boots again is another one."""
+    held = RunLock(tmp_path)
+    left = json.loads((tmp_path / LOCK_FILE).read_text())
+    held.release()
+    for changes in ({"machine": left["machine"].replace("-", "0", 1)}, {"machine": None}):
+        again = tmp_path / f"again{changes['machine'] is None}"
+        again.mkdir()
+        (again / LOCK_FILE).write_text(json.dumps(left | changes))
+        RunLock(again, patience_s=0.05).release()
+        said = capfd.readouterr().err
+        assert f"left by process {os.getpid()} on {socket.gethostname()} (another machine or container of this" in said
+    (again / LOCK_FILE).write_text(json.dumps(left))
+    RunLock(again, patience_s=3600).release()
+    assert not capfd.readouterr().err, "the kernel knows that nobody holds it"
+
+
+def test_containers_of_one_node_are_one_machine_where_they_see_the_same_files(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    assert machine_of(tmp_path) == machine_of(tmp_path / "below") != machine_of(Path("/proc"))
+    assert machine_of(Path("/proc")) != machine_of(tmp_path / "gone")
 
 
 def test_a_job_of_another_machine_that_lives_is_not_disturbed(tmp_path: Path) -> None:

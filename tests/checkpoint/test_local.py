@@ -29,6 +29,12 @@ def test_every_copy_is_on_another_host() -> None:
     assert [partner_of(rank, ["a", "a", "b"]) for rank in range(3)] == [2, 2, 0]
 
 
+def test_hosts_of_one_name_are_told_apart_by_what_they_see(tmp_path: Path) -> None:
+    """Otherwise a node would look for its sets at another one, and none of them would have a copy elsewhere."""
+    here, there = (job_config(tmp_path, *LOCAL, f"checkpoint.local_dir={place}") for place in (tmp_path, "/proc"))
+    assert sets.host_of(here) == sets.host_of(here) != sets.host_of(there)
+
+
 def test_settings_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
     for wrong, why in (
         ("checkpoint.local_every_steps=2", "fewer than checkpoint.every_steps 2"),

@@ -2,9 +2,10 @@
 
 A POSIX record lock on run_dir/run.lock: the kernel drops it when the process ends, however it ends, and forked reader
 processes do not inherit it, so a lock left by a killed job never has to be cleared by hand. Where a shared file system
-does not carry locks between machines, the file's host tells of a job on another one. Whether that one lives is watched,
-not computed: its file is touched all the time, and clocks of two machines need not agree. A job that its scheduler
-starts again on other machines takes the folder at once: the scheduler has ended the start before.
+does not carry locks between machines, the file tells of a job on another one (engine/checkpoint/format/machine.py; one
+that has booted since is another one). Whether that one lives is watched, not computed: its file is touched all the
+time, and clocks of two machines need not agree. A job that its scheduler starts again on other machines takes the
+folder at once: the scheduler has ended the start before.
 """
 
 import fcntl
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 
 from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.format.machine import machine_of
 
 LOCK_FILE = "run.lock"
 _TOUCH_EVERY_S = 15.0
@@ -56,9 +58,11 @@ class RunLock:
                 f"{self._named} {run_dir} is in use by process {holder.get('pid')} on {holder.get('host')}: two jobs "
                 f"would overwrite each other's files; end that job or give another {self._named}"
             ) from None
-        if holder and holder["host"] != socket.gethostname() and not _same_job(holder):
+        machine = machine_of(run_dir)
+        if holder and holder.get("machine") != machine and not _same_job(holder):
             self._watch(run_dir, holder)
-        content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "job": _job()}).encode()
+        held_by = {"host": socket.gethostname(), "pid": os.getpid(), "machine": machine, "job": _job()}
+        content = json.dumps(held_by).encode()
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, content, 0)
 
@@ -71,7 +75,8 @@ class RunLock:
 
     def _watch(self, run_dir: Path, holder: dict[str, object]) -> None:
         """Until the holder's file has stood still for long enough. Raises CheckpointError if it is touched."""
-        who = f"process {holder['pid']} on {holder['host']}"
+        other = " (another machine or container of this name)" if holder["host"] == socket.gethostname() else ""
+        who = f"process {holder['pid']} on {holder['host']}{other}"
         print(
             f"{self._named} {run_dir} was left by {who} without being given back: watching for "
             f"{self._patience_s:.0f} s whether it lives",

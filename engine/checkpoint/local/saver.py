@@ -28,7 +28,7 @@ class LocalSaver:
         """Raises CheckpointError on every rank where tensor ranks are on several hosts or the folder is not ours."""
         self.config, self.mesh = config, mesh
         self.folder = local_folder(config)
-        self.hosts: list[str] = everyone(sets.host_name(), mesh.control)
+        self.hosts: list[str] = everyone(sets.host_of(config), mesh.control)
         require_one_host(self.hosts, mesh)
         problems = [problem for problem in everyone(make_own(self.folder), mesh.control) if problem]
         if problems:

@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from engine.checkpoint.format.errors import CheckpointError
+from engine.checkpoint.format.machine import machine_of
 from engine.checkpoint.format.manifest import MANIFEST, RECORD, read_manifest, write_manifest, write_synced
 from engine.checkpoint.format.tables import rank_file
 from engine.checkpoint.format.tensor_file import FileRecord, hash_file
@@ -27,8 +28,13 @@ from engine.parallel.mesh import Mesh
 
 
 def host_name() -> str:
-    """What tells hosts apart."""
+    """What people call this host."""
     return socket.gethostname()
+
+
+def host_of(config: Config) -> str:
+    """What tells hosts apart: ranks with an equal one see each other's sets."""
+    return f"{host_name()} {machine_of(Path(config.checkpoint.local_dir))}"
 
 
 def local_folder(config: Config) -> Path:
@@ -45,7 +51,7 @@ def newest_local(config: Config, mesh: Mesh, *, newer_than: int) -> Checkpoint |
     if not config.checkpoint.local_every_steps:
         return None
     began = time.perf_counter()
-    folder, hosts = local_folder(config), everyone(host_name(), mesh.control)
+    folder, hosts = local_folder(config), everyone(host_of(config), mesh.control)
     leads = [hosts.index(host) for host in hosts]
     rank = mesh.world.rank
     own = held_sets(folder, mesh) if leads[rank] == rank else {}
