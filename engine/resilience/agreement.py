@@ -1,7 +1,7 @@
 """Whether all ranks run the same job with the same code, before any group exists. One that differs is named.
 
-Each rank leaves its facts (config, digest of our source files, versions, switches of kernels in the environment, what
-the files hold that every host reads for itself) in the store of this start, rank 0 compares them and leaves the
+Each rank leaves its facts (config, digest of our source files, versions, switches of kernels in the environment, how
+its CPU multiplies bf16, what the files hold that every host reads for itself) in the store of this start, rank 0 compares them and leaves the
 verdict. A rank with other settings would train on in silence, or end all of them in a collective that never fits.
 """
 
@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from data.errors import DataError
@@ -26,6 +27,7 @@ from engine.checkpoint.format.folders import resolve_checkpoint, step_folders
 from engine.checkpoint.format.manifest import library_versions
 from engine.parallel.agree import everyone
 from engine.parallel.mesh import Mesh
+from models.tensors.products import multiplies_bf16
 
 _ROOMS = ("engine", "models", "data")
 _OF_ONE_HOST = ("config.data.cache_dir",)
@@ -34,6 +36,7 @@ _FILES = ("init.vision", "init.text", "init.logit_scale", "mim.teacher", "checkp
 _SWITCHES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG")
 _SWITCHES_OF = "NVTE_"
 """Variables that choose kernels, and so the last digits; all of Transformer Engine's begin so."""
+_PRODUCTS = "bf16 products of its CPU"
 _LOOKED_AT = 1 << 20
 _SHOWN = 6
 
@@ -44,8 +47,10 @@ class RanksDiffer(Exception):
 
 def facts_of(config: Mapping[str, Any]) -> dict[str, str]:
     """What has to be the same on every rank, flat, as text. config: the resolved job."""
+    settings = _flat(config, "config.")
     return {
-        **_flat(config, "config."),
+        **settings,
+        **_products(settings),
         **{f"version of {name}": version for name, version in library_versions().items()},
         **{f"code of {room}/": _code(room) for room in _ROOMS},
         **{name: value for name, value in os.environ.items() if name in _SWITCHES or name.startswith(_SWITCHES_OF)},
@@ -79,9 +84,10 @@ def compare(ranks: list[dict[str, str]]) -> str:
             if value != usual
         ]
     more = f"; and {len(lines) - _SHOWN} differences more" if len(lines) > _SHOWN else ""
+    by_cpu = len({facts.get(_PRODUCTS) for facts in ranks}) > 1
     return "" if not lines else (
         f"the ranks do not run the same job: {'; '.join(lines[:_SHOWN])}{more}. Start every rank with one config and "
-        "one installation"
+        f"one installation{', on CPUs of one kind or with train.precision=fp32' if by_cpu else ''}"
     )  # fmt: skip
 
 
@@ -100,6 +106,13 @@ def one_data(own: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
                 f"{'; '.join(lines)}. Give every host the same shards"
             )
     return readers[0][2]
+
+
+def _products(settings: Mapping[str, str]) -> dict[str, str]:
+    """How a job that computes in bf16 on CPUs multiplies: copies of weights on two kinds of CPU would drift apart."""
+    if torch.cuda.is_available() or not any(repr("bf16") in value for value in settings.values()):
+        return {}
+    return {_PRODUCTS: "in bf16" if multiplies_bf16() else "in fp32"}
 
 
 def _code(room: str) -> str:

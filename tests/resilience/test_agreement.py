@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from data.errors import DataError
@@ -20,6 +21,7 @@ from engine.parallel import rendezvous
 from engine.parallel.agree import PeerFailed, raise_together
 from engine.parallel.mesh import Axis
 from engine.parallel.rendezvous import NotEveryoneCame, _agree_on_name, own_store
+from engine.resilience import agreement
 from engine.resilience.agreement import RanksDiffer, agree, compare, content_of, facts_of
 from tests.checkpoint.jobs import job_config
 from tests.distributed import run_distributed
@@ -111,6 +113,27 @@ def test_switches_of_kernels_in_the_environment_are_compared(monkeypatch: pytest
     assert compare([*facts, {"host": "b", **facts_of(config)}]).startswith(
         "the ranks do not run the same job: rank 1 on b has NVTE_FLASH_ATTN 0, others not there."
     )
+
+
+def test_cpus_that_multiply_bf16_in_different_ways_are_refused_where_it_matters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def facts(*overrides: str) -> list[dict[str, str]]:
+        found = []
+        for rank, multiplies in enumerate((True, True, False)):
+            monkeypatch.setattr(agreement, "multiplies_bf16", lambda multiplies=multiplies: multiplies)
+            found.append({"host": f"node{rank}", **facts_of(to_dict(job_config("run", *overrides)))})
+        return found
+
+    assert compare(facts("train.precision=bf16")) == (
+        "the ranks do not run the same job: rank 2 on node2 has bf16 products of its CPU in fp32, others in bf16. "
+        "Start every rank with one config and one installation, on CPUs of one kind or with train.precision=fp32"
+    )
+    assert compare(facts()) == "", "nothing is in bf16"
+    in_a_phase = facts("phases=[{name: a, steps: 3}, {name: b, steps: 3, train: {precision: bf16}}]")
+    assert "rank 2 on node2 has bf16 products" in compare(in_a_phase)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert compare(facts("train.precision=bf16")) == "", "CPUs of GPU nodes may differ"
 
 
 def test_all_ranks_hear_the_verdict() -> None:
