@@ -1,8 +1,9 @@
 """Whether all ranks run the same job with the same code, before any group exists. One that differs is named.
 
 Each rank leaves its facts (config, digest of our source files, versions, switches of kernels in the environment, how
-its CPU multiplies bf16, what the files hold that every host reads for itself) in the store of this start, rank 0 compares them and leaves the
-verdict. A rank with other settings would train on in silence, or end all of them in a collective that never fits.
+its CPU multiplies bf16, what the files hold that every host reads for itself) in the store of this start, rank 0
+compares them and leaves the verdict. A rank with other settings would train on in silence, or end all of them in a
+collective that never fits.
 """
 
 import hashlib

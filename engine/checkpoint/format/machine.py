@@ -9,8 +9,8 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def machine_of(folder: Path) -> str:
-    """Equal for two processes under one kernel that see one file system at `folder`, and for no others: locks there hold
-    between them, and files of one are those of the other.
+    """Equal for two processes under one kernel that see one file system at `folder`, and for no others: locks there
+    hold between them, and files of one are those of the other.
 
     A host's name may be another's as well (localhost; containers of one recipe on two nodes), and containers of one
     node may each have mounted the place for themselves. A kernel has a number of its own from when it boots; where it
