@@ -72,6 +72,11 @@ class BlockSums:
         self.taken.add(kind)
         torch.sum(block.words[kind], 0, out=self._cells[kind][block.number])
 
+    def take_parts(self, block: Block, parts: Tensor) -> None:
+        """The first kinds of a block were summed part by part: int64 [those kinds, parts]."""
+        self.taken.update(self.kinds[: len(parts)])
+        torch.sum(parts, 1, out=self._sums[: len(parts), block.number])
+
     def take_the_rest(self, but: Collection[str] = ()) -> "BlockSums":
         """Sum all kinds of state that nobody has. but: without these."""
         for kind in [kind for kind in self._cells if kind not in self.taken and kind not in but]:

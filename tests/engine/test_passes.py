@@ -1,5 +1,6 @@
 """Blocks of a tower hold every element once, and sums of their bits see every change but those that are meant."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.adamw import adamw as torch_adamw
 
-from engine.optim import passes
+from engine.config.read import resolve
+from engine.optim import adamw, passes
 from engine.optim.blocks import BlockSums, cut
+from engine.optim.groups import TensorGroup
 from engine.optim.passes import blocks_of, sum_of_bits, words_of
 from engine.optim.state import OwnedState, Sums
 from engine.parallel.shards import Piece, Shard
@@ -70,9 +74,52 @@ def test_blocks_are_made_once_and_anew_for_other_tensors() -> None:
     assert state.to_sum(sums) is not sums
 
 
-def _state(shards: list[Shard]) -> OwnedState:
+def _state(shards: list[Shard], groups: Sequence[TensorGroup] = (), moments: tuple[str, ...] = ()) -> OwnedState:
     tower: Any = SimpleNamespace(shards=shards, counted=torch.zeros(1))
-    return OwnedState(tower, [], ())
+    return OwnedState(tower, list(groups), moments)
+
+
+@pytest.mark.parametrize("scale", [1, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_by_strips_is_torchs_own_to_the_bit_and_sums_what_it_leaves(
+    dtype: torch.dtype, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strips and blocks end inside tensors, one of which is younger; vectors of one strip reach into the next."""
+    monkeypatch.setattr(passes, "_BLOCK_ELEMENTS", 3000)
+    monkeypatch.setattr(adamw, "_STRIP_ELEMENTS", 700)
+    torch.manual_seed(0)
+    pieces = [(3, 40), (40, 5017), (5020, 9000)]
+    shards = [_shard(9001, pieces, dtype=dtype), _shard(6000, [(0, 6000)], 1, dtype)]
+    groups = [TensorGroup("vision", 1.0, 0.25), TensorGroup("text", 0.5, 0.0), TensorGroup("vision", 1.0, 0.25)]
+    state = _state(shards, groups, ("m", "v"))
+    state.began = [0, 2, 0]
+    optim = resolve({"model": "tiny-18b", "data": {"shards": ["-"]}}, ["optim.name=adamw"]).optim
+    rates, rule = {"vision": 0.01, "text": 0.02}, adamw.AdamW()
+    wanted = {kind: [flat.clone() for flat in flats] for kind, flats in state.kinds().items()}
+    for t in (3, 4):
+        state.sums = Sums(left=state.to_sum())
+        gradients = [torch.randn_like(shard.gradient) for shard in shards]
+        for i, piece in ((i, piece) for i, shard in enumerate(shards) for piece in shard.pieces):
+            group, part = groups[piece.tensor], slice(piece.start, piece.stop)
+            weight, first, second = ([wanted[kind][i][part]] for kind in ("weight", "m", "v"))
+            done = [torch.tensor(t - 1.0 - state.began[piece.tensor])]
+            torch_adamw(
+                weight, [gradients[i][part].clone()], first, second, [], done, fused=True, amsgrad=False,
+                beta1=optim.betas[0], beta2=optim.betas[1], lr=rates[group.tower] * group.lr_scale, eps=optim.eps,
+                weight_decay=group.weight_decay, maximize=False,
+                grad_scale=None if scale == 1 else torch.tensor(1 / scale),
+            )  # fmt: skip
+        for shard, gradient in zip(shards, gradients, strict=True):
+            shard.gradient.copy_(gradient)
+        for _ in rule.update(state, optim, gradient_scale=scale, rates=rates, t=t):
+            pass
+        for kind, flats in state.kinds().items():
+            for flat, theirs in zip(flats, wanted[kind], strict=True):
+                assert flat.equal(theirs), kind
+        assert all(shard.weight.equal(flat.to(dtype)) for shard, flat in zip(shards, wanted["weight"], strict=True))
+        left = state.sums.left
+        assert left is not None and left.taken == {"weight", "m", "v"}
+        assert not state.to_sum().take_the_rest().differences(left, left.taken).any()
 
 
 def test_what_stands_for_the_memory_of_a_gpu_is_passed_over_as_there() -> None:
