@@ -4,9 +4,10 @@ Two data-parallel ranks train the quickstart's model. Rounds of ten steps altern
 (heartbeats, judges), the pulse of every part of a step, the agreement before each step, sums of the owned state around
 every update and the comparison of all copies once a round; then with none of it. A rank's CPU seconds do not depend on
 what else runs as seconds do, but differ by several percent from round to round: so the work of each part is also added
-up by itself, on the CPU clock of its thread. The goal is for that sum. The watch's thread works by the second and not
-by the step, however long one takes on a busy machine: its share is of seconds. Sums of the owned state are taken inside
-the update, of what it has just written: theirs is the difference of updates with and without, which take turns.
+up by itself, on the CPU clock of its thread. The goal is for that sum, with each optimizer. The watch's thread works by
+the second and not by the step, however long one takes on a busy machine: its share is of seconds. Sums of the owned
+state are taken inside the update, of what it has just written: theirs is the difference of updates with and without,
+which take turns.
 """
 
 import argparse
@@ -43,13 +44,14 @@ from engine.trainer import Trainer
 from tools.cli import command_parser
 
 _EXAMPLES = (
-    "python -m benchmarks.watching               # about 4 minutes on 2 idle cores",
+    "python -m benchmarks.watching               # about 5 minutes on 2 idle cores",
     "python -m benchmarks.watching --quick       # that everything runs",
 )
 
 GOAL = 0.01
 """Share of a step."""
 RANKS, STEPS_OF_ROUND, MICRO_BATCH = 2, 10, 64
+OPTIMIZERS = ("lamb", "adamw")
 RECIPE = "examples/quickstart/train.yaml"
 THREAD, SUMS = "the watch's thread", "sums of the owned state"
 EVICT_BYTES = 1 << 26
@@ -101,10 +103,10 @@ class Meter:
         return measured
 
 
-def config_of(folder: Path, batch: int) -> Config:
+def config_of(folder: Path, batch: int, optimizer: str) -> Config:
     """The quickstart's model and settings on two replicas, without its data."""
-    own = ["parallel.tensor=1", "parallel.pipeline=1", f"train.global_batch_size={batch}", "data.shards=[-]"]
-    own += ["train.steps=100000", f"run_dir={folder}"]
+    own = [f"optim.name={optimizer}", "parallel.tensor=1", "parallel.pipeline=1", "train.steps=100000"]
+    own += [f"train.global_batch_size={batch}", "data.shards=[-]", f"run_dir={folder}"]
     small = [f"train.micro_batch_size={batch // RANKS}"] if batch // RANKS < MICRO_BATCH else []
     return read_job(RECIPE, [*own, *small]).config
 
@@ -213,13 +215,14 @@ def summary(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def run_ranks(options: argparse.Namespace) -> list[dict[str, Any]]:
+def run_ranks(options: argparse.Namespace, optimizer: str) -> list[dict[str, Any]]:
     """Start the ranks and read what each has measured."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store does, which alone listens there
         holder.bind(("127.0.0.1", 0))
         port = holder.getsockname()[1]
-        arguments = ["--folder", folder, "--rounds", str(options.rounds), "--batch", str(options.batch)]
+        arguments = ["--folder", folder, "--optimizer", optimizer]
+        arguments += ["--rounds", str(options.rounds), "--batch", str(options.batch)]
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(RANKS))
         processes = []
         for rank in range(RANKS):
@@ -236,6 +239,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6, help="rounds of ten steps with the watch, and as many without")
     parser.add_argument("--batch", type=int, default=256, help="global batch")
     parser.add_argument("--quick", action="store_true", help="two rounds of a small batch; nothing is written")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, help="one of them; otherwise one after the other")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -243,16 +247,17 @@ def main() -> None:
         options.rounds, options.batch = 2, 32
     if options.rank is not None:
         torch.set_num_threads(1)
-        print(json.dumps(measure(config_of(options.folder, options.batch), options.rounds)))
+        config = config_of(options.folder, options.batch, options.optimizer)
+        print(json.dumps(measure(config, options.rounds)))
         return
-    ranks = run_ranks(options)
-    found = summary(ranks)
-    print(json.dumps(found, indent=1))
+    settings = {"recipe": RECIPE, "batch": options.batch, "rounds": options.rounds, "steps": STEPS_OF_ROUND}
+    result: dict[str, Any] = {"machine": machine(), "settings": settings}
+    for optimizer in [options.optimizer] if options.optimizer else OPTIMIZERS:
+        ranks = run_ranks(options, optimizer)
+        result[optimizer] = {"summary": summary(ranks), "ranks": ranks}
+        print(json.dumps({optimizer: result[optimizer]["summary"]}, indent=1))
     if not options.quick:
-        settings = {"recipe": RECIPE, "batch": options.batch, "rounds": options.rounds, "steps": STEPS_OF_ROUND}
-        write_json(
-            {"machine": machine(), "settings": settings, "summary": found, "ranks": ranks}, RESULTS / "watching.json"
-        )
+        write_json(result, RESULTS / "watching.json")
 
 
 if __name__ == "__main__":
