@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from data.errors import DataError
 from engine.config.phases import Job, naming
 from engine.config.read import Config, ConfigError, check_layout, check_vocabulary, read_job, to_dict
@@ -117,7 +115,6 @@ def _callbacks(config: Config, trainer: "Trainer") -> list["Callback"]:
         evaluation += [SuiteEvaluation(trainer)] if config.evaluate.suite else []
     if trainer.mesh.world.rank != 0:
         return [*evaluation, CheckpointCallback(trainer)]
-    _write_config(config)
     return [*evaluation, Speed(trainer), *_logging_callbacks(config), CheckpointCallback(trainer)]
 
 
@@ -131,16 +128,14 @@ def _logging_callbacks(config: Config) -> list["Callback"]:
     from engine.callbacks.wandb import WeightsAndBiases
 
     log = config.log
-    callbacks: list[Callback] = [History(), MetricsFile(), ConsoleProgress(log_every_steps=log.every_steps)]
+    callbacks: list[Callback] = [
+        History(),
+        MetricsFile(to_dict(config)),
+        ConsoleProgress(log_every_steps=log.every_steps),
+    ]
     callbacks += [TensorBoard()] if log.tensorboard else []
     callbacks += [WeightsAndBiases(log.wandb)] if log.wandb else []
     return [*callbacks, MetricsEndpoint(log.metrics_address, log.metrics_port)] if log.metrics_port else callbacks
-
-
-def _write_config(config: Config) -> None:
-    run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 if __name__ == "__main__":

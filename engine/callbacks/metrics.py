@@ -9,13 +9,18 @@ import json
 import math
 import os
 import sys
+from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from engine.record import Callback, Record, RunInfo
 
 METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.yaml"
+"""The resolved settings of the last start that was not refused, for reports and evaluations."""
 RUN_FILE = "run.json"
 """Layout and size of the last start of a run, for reports."""
 
@@ -74,7 +79,9 @@ def _keep_whole(path: Path) -> None:
 class MetricsFile(Callback):
     """Writes the metrics file. World rank 0 only."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
+        """settings: of the whole job, for the run folder's config file; None writes none."""
+        self._settings = settings
         self._file: FileIO | None = None
         self._path = Path()
         self._pending = b""
@@ -84,7 +91,8 @@ class MetricsFile(Callback):
         """Open for appending after the steps before `start_step`.
 
         A fresh run in a folder that already has a curve says so and keeps that curve as `metrics.previous.jsonl`, or
-        with a number where that is taken.
+        with a number where that is taken. Nothing of the folder is written before: a start may have been refused
+        until here, for data that is not the run's, and the folder is still that of the run.
         """
         path = run.run_dir / METRICS_FILE
         if path.exists():
@@ -93,6 +101,9 @@ class MetricsFile(Callback):
             else:
                 _keep_steps_before(path, run.start_step, _last_record(run))
         self._path, self._file = path, path.open("ab", buffering=0)
+        if self._settings is not None:
+            text = yaml.safe_dump(dict(self._settings), sort_keys=False)
+            (run.run_dir / CONFIG_FILE).write_text(text, encoding="utf-8")
         facts = {name: getattr(run, name) for name in ("layout", "world_size", "parameters", "global_batch_size")}
         (run.run_dir / RUN_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
 

@@ -16,6 +16,7 @@ from engine.checkpoint.format.matching import matches
 _CHANGES_THE_RESULT = (
     "objective", "train.global_batch_size", "train.patch_dropout", "train.precision", "train.logit_scale", "train.loss",
     "train.matryoshka", "train.mask_false_negatives", "train.freeze",
+    "parallel.reduce_dtype",
     "optim.*", "data.crop_scale", "data.flip", "data.frames", "mim.masked_patches", "mim.min_block", "mim.max_block",
     "mim.min_aspect", "mim.patch_gradient_scale", "mim.teacher_precision",
     "train.distill", *(f"train.distill.*.{name}" for name in ("feature", "interactive", "relational", "logit_scale",

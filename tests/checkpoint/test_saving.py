@@ -9,18 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from engine.callbacks.checkpoint import CheckpointCallback
-from engine.callbacks.metrics import METRICS_FILE, MetricsFile, read_metrics
+from engine.callbacks.metrics import CONFIG_FILE, METRICS_FILE, MetricsFile, read_metrics
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.folders import Retention, all_checkpoints, prune, step_folder
 from engine.checkpoint.format.lock import LOCK_FILE
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.save import write_rank
 from engine.checkpoint.state import Snapshot
-from engine.config.read import Config, ConfigError
+from engine.config.read import Config, ConfigError, to_dict
 from engine.parallel.mesh import Mesh
 from engine.record import Callback, RunInfo
+from engine.train import _callbacks
 from models.versions import megatron_core_version
 from tests.checkpoint.jobs import alone, build, callback_of, drive, job_config, run_steps, save
 from tests.data.shard_factory import make_shards
@@ -111,8 +113,13 @@ def test_an_error_in_training_does_not_lose_the_save_under_way(tmp_path: Path, m
 def test_fit_reports_the_stall_and_gives_the_folder_back(tmp_path: Path, mesh: Mesh) -> None:
     shards = ",".join(make_shards(tmp_path, [24]))
     text = ("model.text.vocab_size=49408", "model.text.context_length=16")
-    trainer = build(light(tmp_path / "run", f"data.shards=[{shards}]", "data.workers=0", *text), mesh)
-    trainer.fit([MetricsFile(), CheckpointCallback(trainer)])
+    config = light(tmp_path / "run", f"data.shards=[{shards}]", "data.workers=0", "log.tensorboard=false", *text)
+    trainer = build(config, mesh)
+    callbacks = _callbacks(config, trainer)
+    settings = tmp_path / "run" / CONFIG_FILE
+    assert not settings.exists()  # the data may be refused until the first step: the folder is another run's so far
+    trainer.fit(callbacks)
+    assert yaml.safe_load(settings.read_text()) == to_dict(config)
     stalls = [record["checkpoint_stall_s"] for record in read_metrics(tmp_path / "run" / METRICS_FILE)]
     # A save after steps 1, 3 and 5; the next step's record carries what it cost.
     assert [stall > 0 for stall in stalls] == [False, False, True, False, True, False]

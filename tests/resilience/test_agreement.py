@@ -175,6 +175,7 @@ RESULT_CHANGES = {
     "train.precision=bf16": "train.precision fp32 → bf16",
     "train.loss=sigmoid": "train.loss softmax → sigmoid",
     "optim.betas=[0.9,0.99]": "optim.betas",
+    "parallel.reduce_dtype=bf16": "parallel.reduce_dtype fp32 → bf16",
     "data.flip=true": "data.flip False → True",
 }
 NO_CHANGES = ("train.micro_batch_size=2", "parallel.tensor=2", "health.on_nonfinite=skip", "log.every_steps=1")
