@@ -33,15 +33,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line before the last is not a JSON object with an integer `step`.
     """
-    lines = path.read_bytes().splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        record = _parse(line)
-        if record is not None:
-            records.append(record)
-        elif number < len(lines):
-            raise ValueError(f"{path}, line {number}: not a JSON object with an integer 'step'; remove that line")
+    records, broken = _read(path)
+    if broken:
+        raise ValueError(f"{path}, line {broken[0]}: not a JSON object with an integer 'step'; remove that line")
     return records
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """(records, numbers of the lines before the last that are none)."""
+    lines = path.read_bytes().splitlines()
+    parsed = [_parse(line) for line in lines]
+    broken = [number for number, record in enumerate(parsed[:-1], start=1) if record is None]
+    return [record for record in parsed if record is not None], broken
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -65,7 +68,7 @@ def _keep_whole(path: Path) -> None:
     while kept.exists():
         number += 1
         kept = path.with_name(f"metrics.previous{number}.jsonl")
-    made = len(read_metrics(path))
+    made = len(_read(path)[0])
     path.replace(kept)
     if made:
         print(
@@ -147,7 +150,15 @@ def _last_record(run: RunInfo) -> dict[str, Any]:
 
 
 def _keep_steps_before(path: Path, start_step: int, last: dict[str, Any]) -> None:
-    kept = [record for record in read_metrics(path) if record["step"] < start_step]
+    records, broken = _read(path)
+    if broken:
+        print(
+            f"WARNING: {path} had {len(broken):,} lines that are no records, the first line {broken[0]}: left out, and "
+            "their steps with them",
+            file=sys.stderr,
+            flush=True,
+        )
+    kept = [record for record in records if record["step"] < start_step]
     if last.get("step") == start_step - 1 and (not kept or kept[-1]["step"] == start_step - 2):
         kept.append(last)
     partial = path.with_name(path.name + ".partial")

@@ -131,6 +131,17 @@ def test_resume_drops_a_half_written_line(tmp_path):
     assert steps_of(tmp_path) == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("start_step", [4, 0])
+def test_lines_that_a_host_lost_do_not_end_the_start_after_it(tmp_path, capsys, start_step):
+    write_steps(tmp_path, 0, 4)
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join([lines[0], b"\0" * 40 + b"\n", *lines[2:]]))
+    write_steps(tmp_path, start_step, 6)
+    assert steps_of(tmp_path) == ([0, 2, 3, 4, 5] if start_step else list(range(6)))
+    said = capsys.readouterr().err
+    assert ("had 1 lines that are no records, the first line 2" if start_step else "made 3 steps") in said
+
+
 def write_and_be_killed(folder):
     metrics = MetricsFile()
     metrics.on_start(run_info(folder))
