@@ -14,6 +14,7 @@ from engine.checkpoint.format.errors import CheckpointError, listed
 from engine.checkpoint.format.folders import (
     all_checkpoints,
     clear_leftovers,
+    goes_back,
     latest_first,
     resolve_checkpoint,
     set_aside,
@@ -120,9 +121,16 @@ def choose(config: Config, mesh: Mesh) -> Checkpoint | None:
     """The checkpoint that checkpoint.resume asks for, checked; None for a fresh run. Collective over the mesh."""
     run_dir, wish = Path(config.run_dir), config.checkpoint.resume
     if wish == "auto":
-        shared = everyone(all_checkpoints(run_dir)[-1:], mesh.control)[0]
-        local = newest_local(config, mesh, newer_than=step_of(shared[0]) if shared else 0)
-        return local or newest_good(run_dir, config, mesh)
+        shared, gone_back = everyone((all_checkpoints(run_dir)[-1:], goes_back(run_dir)), mesh.control)[0]
+        newest = step_of(shared[0]) if shared else 0
+        if gone_back:  # sets on the hosts are of the attempt that was given up
+            return newest_good(run_dir, config, mesh)
+        if local := newest_local(config, mesh, newer_than=newest):
+            return local
+        good = newest_good(run_dir, config, mesh)
+        if good is None or step_of(good.folder) == newest:
+            return good
+        return newest_local(config, mesh, newer_than=step_of(good.folder)) or good  # the newest was damaged
     if wish != "none":
         exceptions = Exceptions(skip=config.checkpoint.skip, reinit=config.checkpoint.reinit)
         checkpoint = Checkpoint(resolve_checkpoint(Path(wish)), exceptions)

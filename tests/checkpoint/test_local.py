@@ -1,5 +1,7 @@
 """Checkpoints on the hosts: a host that is lost, damaged bytes, other layouts, folders of others."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -12,8 +14,10 @@ from engine.callbacks.checkpoint import CheckpointCallback
 from engine.checkpoint.local import sets
 from engine.checkpoint.local.copies import partner_of
 from engine.checkpoint.local.sets import local_folder
+from engine.checkpoint.resume import choose
 from engine.config.errors import ConfigError
 from engine.parallel.agree import everyone
+from engine.parallel.mesh import Mesh
 from tests.checkpoint.jobs import build, callback_of, drive, job_config, run_steps, world_mesh
 from tests.distributed import run_distributed
 
@@ -96,6 +100,38 @@ def test_a_run_goes_on_when_one_of_two_hosts_is_lost(tmp_path: Path) -> None:
         assert found["damaged"] == [0, 6]  # the run folder holds none yet
 
 
+def _older_and_other_sets(folder: str, mesh: Mesh) -> dict[str, object]:
+    """Where starts begin beside sets after 3 and 5 steps and checkpoints after 2 and 4, and what they say."""
+    config = job_config(Path(folder) / "run", *LOCAL, "checkpoint.every_steps=2", f"checkpoint.local_dir={folder}")
+    trainer = build(config, mesh)
+    callback, own, run = callback_of(trainer), local_folder(config), Path(config.run_dir)
+    drive(trainer, callback, 3)
+    callback.local.wait()
+    shutil.copytree(own / "step_00000003.t1p1d1", own.parent / "kept")
+    drive(trainer, callback, 2)
+    callback.local.wait()
+    trainer._release_run()
+    latest = run / "checkpoints" / "latest"
+
+    def begins() -> tuple[int, str]:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            checkpoint = choose(config, mesh)
+        return checkpoint.manifest.position.step if checkpoint else 0, said.getvalue()
+
+    found: dict[str, object] = {"newest": begins()[0]}
+    latest.write_text("step_00000002")
+    found["gone back"] = begins()[0]
+    latest.write_text("step_00000004")
+    (own / "step_00000005.t1p1d1").rename(own / "step_00000005.t1p1d2")
+    found["other layout"] = begins()
+    (own.parent / "kept").rename(own / "step_00000003.t1p1d1")
+    with (run / "checkpoints" / "step_00000004" / "rank_00000.safetensors").open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\xff")
+    found["newest damaged"] = begins()
+    return found
+
+
 def _one_rank(folder: str) -> dict[str, object]:
     config = job_config(Path(folder) / "run", *LOCAL, f"checkpoint.local_dir={folder}")
     mesh = world_mesh(config)
@@ -116,9 +152,10 @@ def _one_rank(folder: str) -> dict[str, object]:
     CheckpointCallback(second).open_local()
     second.recovery.local.forget()
     second._release_run()
+    more = _older_and_other_sets(f"{folder}/more", mesh)
     top = own.parent
     top.chmod(0o777)
-    return {
+    return more | {
         "held": json.dumps(held), "step": step, "began": began, "left": [path.name for path in own.iterdir()],
         "refused": sets.make_own(own), "mode": 0,
     }  # fmt: skip
@@ -126,7 +163,13 @@ def _one_rank(folder: str) -> dict[str, object]:
 
 @pytest.mark.dist
 def test_what_is_not_finite_is_no_set_and_a_folder_of_others_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
     (found,) = run_distributed(_one_rank, 1, folder=str(tmp_path))
     assert json.loads(found["held"]) == {"2": ["rank_00000", "head"]}
     assert (found["step"], found["began"], found["left"]) == (2, "None", [])
     assert "is not a folder that only this user can write" in found["refused"]
+    assert (found["newest"], found["gone back"]) == (5, 2)
+    step, said = found["other layout"]
+    assert step == 4 and "WARNING: the hosts hold step_00000005 of layout t1p1d2, which a start at t1p1d1" in said
+    step, said = found["newest damaged"]
+    assert step == 3 and "step_00000004 is damaged and was not used" in said and "step_00000003.t1p1d1 is newer" in said

@@ -88,6 +88,12 @@ def pointed_at(run_dir: Path) -> Path | None:
     return checkpoints_folder(run_dir) / name if _STEP.fullmatch(name) else None
 
 
+def goes_back(run_dir: Path) -> bool:
+    """Whether somebody has written the name of an older checkpoint into `latest`."""
+    latest, there = pointed_at(run_dir), all_checkpoints(run_dir)
+    return latest in there[:-1]
+
+
 def strange_pointer(run_dir: Path) -> str:
     """What is wrong with `latest`, in words; empty if nothing is."""
     pointer = checkpoints_folder(run_dir) / _LATEST

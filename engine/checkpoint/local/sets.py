@@ -71,7 +71,24 @@ def newest_local(config: Config, mesh: Mesh, *, newer_than: int) -> Checkpoint |
         came = f"{brought} files came from other hosts, {seconds:.1f} s"
         _say(f"{place} is newer than what {config.run_dir} holds: {came}", mesh)
         return checkpoint
+    _tell_of_other_layouts(folder, mesh, newer_than)
     return None
+
+
+def _tell_of_other_layouts(folder: Path, mesh: Mesh, newer_than: int) -> None:
+    """Steps that this start gives up, and its first set deletes, because another layout wrote them."""
+    own = set_name(0, mesh).partition(".")[2]
+    names = {place.name for place in folder.glob("step_*.t*p*d*") if any(place.glob("rank_*.json"))}
+    newer = {name for part in everyone(names, mesh.control) for name in part if _step_of(name) > newer_than}
+    others = sorted(name for name in newer if name.partition(".")[2] != own)
+    if others:
+        step, _, layout = others[-1].partition(".")
+        _say(
+            f"WARNING: the hosts hold {step} of layout {layout}, which a start at {own} cannot read: it goes on from "
+            f"step {newer_than}, and its first set takes that one's place; start at {layout} until "
+            "the next checkpoint to keep those steps",
+            mesh,
+        )
 
 
 def set_name(step: int, mesh: Mesh) -> str:
@@ -85,10 +102,16 @@ def held_sets(folder: Path, mesh: Mesh) -> dict[int, list[str]]:
     held = {}
     for place in folder.glob(f"step_*.{layout}"):
         names = [report.stem for report in place.glob("rank_*.json") if report.with_suffix(".safetensors").is_file()]
-        with contextlib.suppress(ValueError):
-            step = int(place.name.partition(".")[0].removeprefix("step_"))
+        if (step := _step_of(place.name)) >= 0:
             held[step] = names + ([HEAD] if (place / HEAD / MANIFEST).is_file() else [])
     return held
+
+
+def _step_of(name: str) -> int:
+    """The step in a set's name; -1 where there is none."""
+    with contextlib.suppress(ValueError):
+        return int(name.partition(".")[0].removeprefix("step_"))
+    return -1
 
 
 def _is_complete(holders: dict[int, set[str]], ranks: int) -> bool:
