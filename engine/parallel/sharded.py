@@ -177,6 +177,8 @@ class ShardedPart:
             resident.gradient.zero_()
         for buffer in self._staying:
             buffer.grad_data.zero_()
+        # Where the rest is frozen, the learned scalars alone are reduced: no turn opens the part's gradients.
+        self._is_reducing = not self.gradient_stores
 
     def open_gradients(self) -> None:
         """Make room for the part's gradients, before its first backward of a step."""

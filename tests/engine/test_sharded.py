@@ -107,7 +107,9 @@ CASES = [
     Case("pp2-dp2-bf16", PP2_DP2, 2, options=AVERAGED),
     Case("pp2-dp2-bf16-full", PP2_DP2, 2, options=(*AVERAGED, *FULL)),
     Case("dp4-locked-vision", DP4, 2, options=(LOCKED,)),
-    Case("dp4-locked-text", DP4, 2, options=("train.freeze=[text.*,logit_scale.*]",), sharding=NODE),
+    Case("dp4-locked-side", DP4, 2, options=("train.freeze=[text.*,logit_scale.*]",), sharding=NODE),
+    Case("dp4-locked-text", DP4, 2, options=("train.freeze=[text.*]", "optim.lr_other=0.5"), sharding=NODE),
+    Case("dp4-locked-text-plain", DP4, 2, "gradients", ("train.freeze=[text.*]", "parallel.overlap=false")),
     Case("pp2-dp2-upper-blocks", PP2_DP2, 2, options=(UPPER_BLOCKS,)),
     Case("pp2-dp2-upper-blocks-kept", PP2_DP2, 2, options=(UPPER_BLOCKS, *KEPT)),
     Case("pp2-dp2-upper-blocks-bf16-full-kept", PP2_DP2, 2, options=(UPPER_BLOCKS, *AVERAGED, *FULL, *KEPT)),
@@ -119,8 +121,8 @@ CASES = [
 SLOW = {
     "dp4-whole", "dp4-alone", "tp2-dp2", "tp2-dp2-node", "pp2-dp2-gradients", "dp4-kept-all", "dp4-budget",
     "dp4-buckets", "tp2-dp2-node-gradients", "pp2-dp2-kept", "dp4-full", "dp4-plain", "pp2-dp2-bf16",
-    "dp4-locked-vision", "dp4-locked-text", "pp2-dp2-upper-blocks", "dp4-locked-gradients", "dp4-sigmoid",
-    "dp4-outputs", "dp4-fused", "pp2-dp2-bf16-full", "pp2-dp2-upper-blocks-kept",
+    "dp4-locked-vision", "dp4-locked-side", "dp4-locked-text-plain", "pp2-dp2-upper-blocks", "dp4-locked-gradients",
+    "dp4-sigmoid", "dp4-outputs", "dp4-fused", "pp2-dp2-bf16-full", "pp2-dp2-upper-blocks-kept",
 }  # fmt: skip
 """More places for the same parts, in a launch of the slow tests; each option is in a fast case, too."""
 MEASURED = ("dp4-blocks", "dp4-gradients", "pp2-dp2", "dp4-node", "dp4-wire")
