@@ -18,6 +18,8 @@ from megatron.core.tensor_parallel import layers, mappings
 from megatron.core.tensor_parallel import random as megatron_random
 from torch import Tensor
 
+from engine.config.sections.parallel import LINK_BLOCKS
+
 CPU = torch.device("cpu")
 PEAK_TFLOPS = {
     "NVIDIA A100-SXM4-40GB": {"bf16": 312.0, "fp32": 19.5},
@@ -85,11 +87,6 @@ def priority_options(backend: str) -> Any:
     options.is_high_priority_stream = True
     options.config.max_ctas = LINK_BLOCKS
     return options
-
-
-LINK_BLOCKS = 1
-"""Thread blocks of a message between stages: 0.9 % of an A100's SMs. One moves some 20 GB/s, what a card of 200 Gb/s
-reaches: 79 MB in 4 ms beside a unit of 90 ms (derived; no GPU has run it)."""
 
 
 class SideStream:

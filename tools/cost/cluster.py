@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
+from engine.config.sections.parallel import LINK_BLOCKS
 from tools.cost.hardware import Hardware
 from tools.cost.layout import Layout
 from tools.cost.traffic import axis_size
 
-LINK_BLOCKS = 1
-"""Thread blocks of a message between stages, each on a multiprocessor; engine/parallel/device.py's (without torch)."""
 _BLOCK_GB_S = 20.0
 """What one of NCCL's thread blocks moves; not verified."""
 

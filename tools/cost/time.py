@@ -22,11 +22,12 @@ stages, f and b the forward and backward of one micro-batch on a stage (collecti
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
+from engine.config.sections.parallel import LINK_BLOCKS
 from engine.pipeline.program import Alone
 from models.config import ModelConfig
 from models.tensors.kept import LEVELS
 from tools.cost.activations import FP32, output_levels, outputs_bytes
-from tools.cost.cluster import LINK_BLOCKS, Cluster, decoding_nodes
+from tools.cost.cluster import Cluster, decoding_nodes
 from tools.cost.compute import PassSeconds, stage_seconds, teachers_seconds, text_seconds
 from tools.cost.counts import text_parameters
 from tools.cost.hardware import Hardware

@@ -1,14 +1,15 @@
 """The planner's analytic step time against the discrete-event simulation of the same schedule, and its parts."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from engine.config.read import preset_model
 from engine.objectives.contrastive.program import ContrastiveProgram
-from engine.parallel import device
 from models.config import ModelConfig
-from tools.cost.cluster import LINK_BLOCKS, Cluster
+from tools.cost.cluster import Cluster
 from tools.cost.compute import block_seconds, stage_seconds, teachers_seconds
 from tools.cost.hardware import load_hardware
 from tools.cost.kernels import Kernels
@@ -17,6 +18,7 @@ from tools.cost.time import step_time, text_step, unit_time
 from tools.plan.estimate import estimate
 from tools.simulate.events import StageCosts, durations_of, simulate
 
+ROOT = Path(__file__).resolve().parents[3]
 MODEL = preset_model("18b")
 A100 = load_hardware("a100-40")
 CLUSTER = Cluster(hardware=A100, gpus=96, per_node=8)
@@ -177,7 +179,13 @@ def test_a_receive_that_waits_takes_multiprocessors() -> None:
     many = replace(CLUSTER, hardware=replace(A100, multiprocessors=1e9))
     ratio = unit_time(MODEL, BASE, stage, CLUSTER).forward / unit_time(MODEL, BASE, stage, many).forward
     assert ratio == pytest.approx(108 / 107, rel=1e-6)
-    assert LINK_BLOCKS == device.LINK_BLOCKS
+
+
+def test_the_engine_makes_as_many_thread_blocks_of_a_message_as_are_priced() -> None:
+    """One number: tools/cost imports no torch, and the engine's groups are made where torch is."""
+    sources = [file for room in ("engine", "tools") for file in (ROOT / room).rglob("*.py")]
+    made = [file for file in sources if re.search(r"^LINK_BLOCKS\b.*=", file.read_text(), re.MULTILINE)]
+    assert [str(file.relative_to(ROOT)) for file in made] == ["engine/config/sections/parallel.py"]
 
 
 def test_a_message_is_no_faster_than_its_thread_block() -> None:
