@@ -16,10 +16,10 @@ The last block of a tower keeps that of the qkv projection for all tokens, what 
 
 from functools import lru_cache
 
-from models.config import ModelConfig, VisionConfig
+from models.config import ModelConfig, TextConfig, VisionConfig
 from models.tensors.kept import LEVELS, choose_levels, kept_elements
 from tools.cost.kernels import FP32, Kernels
-from tools.cost.layout import Layout, Stage, text_blocks
+from tools.cost.layout import Layout, Stage, text_above, text_blocks
 
 INDEX = 8
 
@@ -193,12 +193,19 @@ def output_levels(model: ModelConfig, layout: Layout, stage: Stage) -> list[str]
 def kept_output_bytes(model: ModelConfig, layout: Layout, stage: Stage, chunk: int | None, level: str) -> int:
     """All passes of one chunk of a stage at a level; chunk None: the captions."""
     if chunk is None:
-        captions = 0 if layout.keep >= layout.micro_batches else layout.own_rows
-        text = model.text
-        rows = captions * text.context_length
-        elements = kept_elements(text, level, blocks=text.depth, tokens=rows, pooled=captions)
+        trained = text_above(model, layout)
+        if trained is None or layout.keeps_captions:
+            return 0
+        text, rows = trained.text, layout.own_rows
+        pooled = pooled_captions(text, rows)
+        elements = kept_elements(text, level, blocks=text.depth, tokens=rows * text.context_length, pooled=pooled)
         return elements * layout.element_bytes
     return layout.passes_kept * pass_output_bytes(model, layout, stage, chunk, level)
+
+
+def pooled_captions(text: TextConfig, captions: int) -> int | None:
+    """Rows that the last of a caption tower's blocks, if there is one, answers with; None: all tokens'."""
+    return captions if text.depth and text.pool != "mean" else None
 
 
 def pass_output_bytes(model: ModelConfig, layout: Layout, stage: Stage, chunk: int, level: str) -> int:
@@ -289,15 +296,22 @@ def text_stream_bytes(model: ModelConfig, captions: int, element: int) -> float:
 
 
 def locked_forward_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
-    """The most that a forward without graph needs of a stage: fc1's output before and behind its bias, and the streams.
+    """The most that a forward without graph needs of a stage: fc1's output before and behind its bias, SwiGLU's
+    product, and the streams; or the fp32 copies of keys that are turned.
 
     Where something is trained, a backward needs more.
     """
-    vision, element = model.vision, layout.element_bytes
+    vision, element, fused = model.vision, layout.element_bytes, layout.kernels.elementwise == "fused"
     tokens, share = layout.packed_tokens(vision), layout.tensor if layout.splits_tokens else 1
-    hidden = 2 * tokens * vision.mlp_hidden * element / layout.tensor
+    stream = tokens * vision.width * element / share
+    hidden = (3 if vision.mlp == "swiglu" else 2) * tokens * vision.mlp_hidden * element / layout.tensor
+    eager = (2 if vision.post_norm else 3) + vision.mlp_norm
+    needed = hidden + stream * ((4 if vision.post_norm else 6) if fused else eager)
+    if vision.rope and not fused:
+        turning = tokens * vision.width * (5 * FP32 + 2 * element) / layout.tensor
+        needed = max(needed, turning + 5 * stream)
     pixels = layout.micro_batch * 3 * vision.image_size**2 * element if stage.has_embedding else 0
-    return hidden + 4 * tokens * vision.width * element / share + pixels
+    return needed + pixels
 
 
 def vision_forward_temporary_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:

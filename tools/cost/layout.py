@@ -14,6 +14,8 @@ from tools.cli import CommandError
 from tools.cost.kernels import Kernels
 
 BYTES = {"fp32": 4, "bf16": 2}
+COPIES = {"none": (), "captions": ("captions",), "images": ("images",), "both": ("captions", "images")}
+"""train.mask_false_negatives -> what pairs are told by."""
 
 
 class PlanError(CommandError):
@@ -22,12 +24,13 @@ class PlanError(CommandError):
 
 @dataclass(frozen=True)
 class FrozenModel:
-    """A teacher, and which of its losses go over the whole batch."""
+    """A teacher, and what it teaches; all but the features' distance goes over the whole batch."""
 
     model: ModelConfig
     precision: str
     interactive: bool
     relational: bool
+    feature: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,14 @@ class Layout(HashedOnce):
     """gather | ring: how a rank meets the rows of the others."""
     widths: tuple[int, ...] = ()
     """Widths of the embedding that each have a loss (train.matryoshka); none: the whole embedding's."""
+    told_by: tuple[str, ...] = ()
+    """captions, images: identifiers by which the loss tells false negatives (train.mask_false_negatives)."""
+    loss_tile: int | None = None
+    """Largest side of a tile of logits; None: the engine's on a GPU."""
+    bucket_size: int | None = None
+    """Elements of one bucket of gradients; None: the engine's choice."""
+    features: bool = False
+    """Whether embeddings of the images are read in the place of pixels (data.features): no image tower runs."""
 
     @property
     def replica(self) -> int:
@@ -129,6 +140,21 @@ class Layout(HashedOnce):
     def keeps_outputs(self) -> bool:
         """Whether a replay finds outputs of products."""
         return self.keep_outputs != "none" or self.outputs_budget_gb is not None
+
+    @property
+    def copies(self) -> int:
+        """Identifiers of a pair."""
+        return len(self.told_by)
+
+    @property
+    def has_picture_ids(self) -> bool:
+        """Whether the hash of a picture travels beside its caption."""
+        return "images" in self.told_by
+
+    @property
+    def keeps_captions(self) -> bool:
+        """Whether captions keep their activations: where every micro-batch does."""
+        return self.keep >= self.micro_batches
 
     @property
     def passes_kept(self) -> int:
@@ -252,7 +278,11 @@ def layout_of(config: Config, ranks: int) -> Layout:
         kernels=kernels_of(config.model),
         teachers=tuple(
             FrozenModel(
-                teacher.model, teacher.precision or train.precision, teacher.interactive > 0, teacher.relational > 0
+                teacher.model,
+                teacher.precision or train.precision,
+                interactive=teacher.interactive > 0,
+                relational=teacher.relational > 0,
+                feature=teacher.feature > 0,
             )
             for teacher in train.distill
             if teacher.model is not None
@@ -263,6 +293,10 @@ def layout_of(config: Config, ranks: int) -> Layout:
         loss=train.loss,
         loss_variant=train.loss_variant,
         widths=tuple(train.matryoshka),
+        told_by=COPIES[train.mask_false_negatives],
+        loss_tile=train.loss_tile,
+        bucket_size=parallel.bucket_size,
+        features=bool(config.data.features),
     )
 
 
@@ -291,6 +325,8 @@ class Stage(HashedOnce):
     """The part of it that is replayed and has a backward, as a stage; None: all of it."""
     inputs: int = -1
     """Chunks whose inputs wait for a replay; below 0: all but the one that takes images."""
+    returned: int = -1
+    """Chunks that send a gradient to the stage before them; below 0: all but the one that takes images."""
 
     @property
     def above(self) -> "Stage":
@@ -306,6 +342,11 @@ class Stage(HashedOnce):
     def stashed_inputs(self) -> int:
         """Chunks whose inputs wait for a replay."""
         return len(self.chunks) - self.has_embedding if self.inputs < 0 else self.inputs
+
+    @property
+    def returned_gradients(self) -> int:
+        """Chunks that send a gradient to the stage before them."""
+        return len(self.chunks) - self.has_embedding if self.returned < 0 else self.returned
 
     @cached_property
     def blocks(self) -> int:
@@ -344,6 +385,7 @@ def _with_frozen(stage: Stage, frozen: Frozen, layers: list[range], stages: int)
         has_embedding=has_embedding,
         has_head=stage.has_head and not frozen.locks_vision,
         inputs=len(left) - has_embedding,
+        returned=sum(number > first for number in own),
     )
     return replace(stage, repeated=above)
 
@@ -353,6 +395,11 @@ def frozen_in(model: ModelConfig, freeze: tuple[str, ...]) -> Frozen:
     """What some patterns freeze of a model; learned scalars are not looked at."""
     names = [*vision_shapes(model), *text_shapes(model)]
     return frozen_parts(model, frozen_names(freeze, names), names)
+
+
+def trains_images(model: ModelConfig, layout: Layout) -> bool:
+    """Whether gradients of the image embeddings have anywhere to go."""
+    return not layout.freeze or not frozen_in(model, layout.freeze).locks_vision
 
 
 def text_above(model: ModelConfig, layout: Layout) -> ModelConfig | None:

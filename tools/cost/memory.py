@@ -43,18 +43,19 @@ from tools.cost.counts import text_parameters, vision_parameters
 from tools.cost.kernels import Kernels
 from tools.cost.layout import (
     BYTES,
+    FrozenModel,
     Layout,
     Stage,
     frozen_in,
+    kernels_of,
     stages_of,
     telling_stages,
     text_above,
     text_blocks,
     trained_text_parameters,
 )
+from tools.cost.loss import loss_bytes
 
-GPU_TILE = 8192
-KEPT_LOGITS = 64 * 2**20
 OFFLOADED_INPUTS_HERE = 2
 MESSAGES_UNDER_WAY = 4
 """A receive posted ahead, the gradient at work, two sends that have not left (engine/pipeline/p2p.py)."""
@@ -159,7 +160,7 @@ def visitors(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, Visi
     The first stage has its captions' turn last in the encode phase, the last stage last in backprop; on a pipeline all
     ranks gather the captions' weights when a phase begins, and their gradients stay to the end.
     """
-    phases = ("encode", "encode_text", "loss", "text", "backprop")
+    phases = ("encode", "encode_text", "teacher", "loss", "text", "backprop")
     if layout.shard == "optimizer":
         return dict.fromkeys(phases, Visitors())
     element = layout.element_bytes if layout.shard == "weights" else 0
@@ -167,6 +168,8 @@ def visitors(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, Visi
         [stage_parameters(model, layout, chunk) if layout.data > 1 else 0 for chunk in single_chunks(part)]
         for part in (stage, stage.above)
     )
+    if layout.features:  # they have no turn
+        chunks = [0] * len(chunks)
     again = [whole if own else 0 for whole, own in zip(chunks, sums, strict=True)]
     """Elements of chunks that are gathered once more, for their backward."""
     loose = 2 if layout.gathering_ranks < layout.data else 1
@@ -175,7 +178,8 @@ def visitors(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, Visi
     of_text, text_sums = text * element, trained_text_parameters(model, layout.freeze) * FP32 if text else 0
     text_again = of_text if text_sums else 0
     alone = layout.pipeline == 1
-    waiting, waiting_again = (0, 0) if alone else (of_text, text_again)
+    text_loose = 2 if layout.shard_ranks else 1
+    waiting, waiting_again = (0, 0) if alone else (text_loose * of_text, text_loose * text_again)
     following = [*chunks[1:], 0]
     ahead = loose if layout.overlap else 0
     encode = max(now + ahead * then for now, then in zip(chunks, following, strict=True)) * element
@@ -188,8 +192,10 @@ def visitors(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, Visi
     return {
         "encode": Visitors(weights=encode, text=waiting if stage.has_embedding else 0),
         "encode_text": Visitors(weights=0 if stage.has_embedding else ahead * first * element, text=of_text),
+        "teacher": Visitors(text=of_text if ahead or not alone else 0),
         "loss": Visitors(
-            weights=ahead * last * element if stage.has_head else 0, text=0 if stage.has_head and alone else text_again
+            weights=ahead * last * element if stage.has_head else 0,
+            text=0 if stage.has_head and alone else text_loose * text_again,
         ),
         "text": Visitors(
             weights=0 if stage.has_head else ahead * last * element,
@@ -216,29 +222,38 @@ def stash_inputs(stage: Stage, micro_batches: int) -> int:
     return micro_batches * stage.above.stashed_inputs
 
 
-def loss_bytes(model: ModelConfig, layout: Layout) -> float:
-    """Own rows of both towers and their gradients, one gathered tower (in a ring two blocks of one), sums and
-    normalisers of all rows, tiles.
-
-    Of several widths it is the last, widest one's, beside the rows as units of their own and the gradients so far.
+def teaching_bytes(layout: Layout, side: int) -> float:
+    """Live while a teacher works, beside its weights: pixels [side, side] of the pairs that the rank owns, and the
+    forward of a micro-batch of them.
     """
-    rows, width, batch = layout.own_rows, model.embed_dim * FP32, layout.global_batch
-    tile = min(GPU_TILE, rows) * min(GPU_TILE, batch) * FP32 * 2
-    kept = rows * batch * FP32 if layout.loss == "softmax" and keeps_logits(layout) else 0
-    gathered = (min(2, layout.ranks - 1) if layout.loss_variant == "ring" else layout.ranks) * rows * width
-    nested = 4 * rows * width + 2 * rows * FP32 if layout.widths else 0
-    sums = (5 if layout.loss == "softmax" else 1) * batch * FP32
-    return 4 * rows * width + nested + gathered + sums + tile + kept
+    if not layout.teachers:
+        return 0.0
+    pixels = layout.own_rows * layout.frames * 3 * side**2
+    return pixels + max(_teacher_forward_bytes(one, layout) for one in layout.teachers)
 
 
-def keeps_logits(layout: Layout) -> bool:
-    """Whether the logits of a softmax are few enough to wait for its second pass."""
-    return layout.own_rows * layout.global_batch * FP32 <= KEPT_LOGITS
+def _teacher_forward_bytes(teacher: FrozenModel, layout: Layout) -> float:
+    """A whole image tower sees whole pictures, or a caption tower as many captions as a micro-batch has samples."""
+    model, samples = teacher.model, min(layout.own_rows, layout.micro_batch // layout.frames)
+    whole = Stage(rank=0, chunks=(model.vision.depth,), has_embedding=True, has_head=True)
+    alone = replace(
+        layout,
+        tensor=1,
+        micro_batch=samples * layout.frames,
+        patch_dropout=0.0,
+        precision=teacher.precision,
+        kernels=kernels_of(model),
+        teachers=(),
+    )
+    captions = text_forward_temporary_bytes(model, samples, alone.element_bytes)
+    return max(locked_forward_bytes(model, alone, whole), captions)
 
 
 def buffer_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
     """Messages between stages, megatron-core's buffer of gathered tokens, the replica's pixels on the first stage."""
     vision = model.vision
+    if layout.features:
+        return layout.local_batch * model.embed_dim * FP32 * stage.has_embedding
     messages: float = MESSAGES_UNDER_WAY * layout.message_bytes(vision) if layout.pipeline > 1 else 0
     if layout.pipeline == 1 and layout.virtual > 1 and layout.offload_stash:
         messages = layout.micro_batches * layout.message_bytes(vision)  # a turn's, between the chunks of the only stage
@@ -274,7 +289,7 @@ def stage_memory(model: ModelConfig, layout: Layout, stage: Stage) -> Memory:
 
 
 def phase_memory(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, Memory]:
-    """The peak of each phase that can be the step's: encode, encode_text, loss, text, backprop."""
+    """The peak of each phase that can be the step's: encode, encode_text, teacher, loss, text, backprop."""
     parameters, neighbours = stage_parameters(model, layout, stage), layout.gathering_ranks
     above = stage.above
     trained = stage_parameters(model, layout, above)
@@ -290,16 +305,18 @@ def phase_memory(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, 
     # Replays go chunk by chunk, and the kept have freed a chunk of theirs before that of another is replayed.
     live = max(kept, *(own_saved_bytes(model, layout, chunk) for chunk in set(single_chunks(above))))
     forward = vision_forward_temporary_bytes(model, layout, stage)
-    locked = 0 if above.trains else locked_forward_bytes(model, layout, stage)
+    locked = 0 if above.trains or layout.features else locked_forward_bytes(model, layout, stage)
     captions = layout.captions_at_once, layout.element_bytes
     encoding = max(text_kept + text_stream_bytes(model, *captions), text_forward_temporary_bytes(model, *captions))
     dealt = layout.local_batch * model.embed_dim * FP32 if stage.has_head else 0
     behind = stage.has_embedding or (layout.deals_captions and not stage.has_head)
     """Whether captions are encoded behind the units, too, which have left their inputs and what they keep."""
+    teaching = teaching_bytes(layout, model.vision.image_size)
     phases = {
         "encode": (kept + forward if kept else locked, 0 if stage.has_embedding else text_kept, dealt),
         "encode_text": (kept if behind else 0, encoding, dealt),
         "loss": (kept, text_kept, loss_bytes(model, layout)),
+        **({"teacher": (kept if stage.has_embedding else 0, 0, dealt)} if teaching else {}),
         "text": (0 if stage.has_head else kept, text_kept + _text_pass_bytes(model, layout), gradients_of_rows),
         "backprop": (
             live + max(forward, vision_temporary_bytes(model, layout, above)) if above.trains else 0,
@@ -310,6 +327,7 @@ def phase_memory(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, 
     stash, buffers = stash_bytes(model, layout, stage), buffer_bytes(model, layout, stage)
     travelling = travelling_bytes(model, layout, stage)
     without = {*(("text",) if stage.has_head else ()), *(() if behind else ("encode_text",))}
+    without |= set() if stage.has_embedding else {"teacher"}  # the others are taught before their first unit
     return {
         phase: Memory(
             weights=weights + whole[phase].weights,
@@ -323,7 +341,7 @@ def phase_memory(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, 
             buffers=buffers
             + (moving if phase in ("encode", "backprop") else 0)
             + (travelling if phase in ("text", "backprop") else 0),
-            teachers=teacher_bytes(layout),
+            teachers=teacher_bytes(layout) + (teaching if phase == "teacher" else 0),
         )
         for phase, (activations, text, loss) in phases.items()
     }

@@ -31,12 +31,22 @@ from tools.cost.cluster import Cluster, decoding_nodes
 from tools.cost.compute import PassSeconds, stage_seconds, teachers_seconds, text_seconds
 from tools.cost.counts import text_parameters
 from tools.cost.hardware import Hardware
-from tools.cost.layout import Layout, Stage, stages_of, telling_stages, text_above, trained_text_parameters
+from tools.cost.layout import (
+    Layout,
+    Stage,
+    stages_of,
+    telling_stages,
+    text_above,
+    trained_text_parameters,
+    trains_images,
+)
+from tools.cost.loss import IDENTIFIER, left_out_bytes
 from tools.cost.memory import optimizer_bytes_per_element, stage_parameters, stash_inputs
 from tools.cost.traffic import (
     RING_ROUNDS,
     block_backward_collectives,
     block_forward_collectives,
+    gathered_elements,
     stage_collectives,
     token_gradient_elements,
 )
@@ -59,7 +69,8 @@ class StepTime:
     tensor: float
     """Collectives of tensor parallelism."""
     p2p: float
-    """Messages between stages, and copies of an offloaded stash, that no work hides."""
+    """Messages between stages, copies of an offloaded stash, and the dealing of pixels or features to those who own
+    their rows, that no work hides."""
     bubble: float
     """Waiting while the pipeline fills and drains."""
     text: float
@@ -127,6 +138,8 @@ def _with_backward_of(whole: UnitTime, above: UnitTime) -> UnitTime:
 
 
 def _passes(model: ModelConfig, layout: Layout, stage: Stage, cluster: Cluster) -> UnitTime:
+    if layout.features:
+        return UnitTime(forward=0.0, backward=0.0, tensor_forward=0.0, tensor_backward=0.0)
     computed = stage_seconds(model, layout, stage, cluster.hardware)
     waiting = LINK_BLOCKS / cluster.hardware.multiprocessors if layout.pipeline > 1 else 0.0
     computed = PassSeconds().plus(computed, 1 / (1 - waiting))
@@ -272,8 +285,8 @@ def _text_slack(text_backward: float, unit: UnitTime, layout: Layout) -> float:
 
 
 def _message_time(model: ModelConfig, layout: Layout, stage: Stage, unit: UnitTime, cluster: Cluster) -> float:
-    copies = sum(host_excess(model, layout, stage, unit, cluster.hardware))
-    if layout.pipeline == 1:
+    copies = sum(host_excess(model, layout, stage, unit, cluster.hardware)) + deal_seconds(model, layout, cluster)
+    if layout.pipeline == 1 or layout.features:
         return copies
     each = cluster.message_seconds(layout, layout.message_bytes(model.vision))
     units, chunk = layout.micro_batches * layout.virtual, 1 / layout.virtual
@@ -282,6 +295,14 @@ def _message_time(model: ModelConfig, layout: Layout, stage: Stage, unit: UnitTi
     if layout.round_size <= layout.pipeline:  # of a longer round the first message has come; replays hide backprop's
         rounds = (layout.micro_batches + layout.keep) * (layout.virtual - 1)
     return copies + units * left + (rounds + 2 * (layout.pipeline - 1)) * each
+
+
+def deal_seconds(model: ModelConfig, layout: Layout, cluster: Cluster) -> float:
+    """Pixels for the teachers, or features, from the first stage to the ranks that own their rows, before all else."""
+    if layout.pipeline == 1 or not (layout.teachers or layout.features):
+        return 0.0
+    row = model.embed_dim * FP32 if layout.features else layout.frames * 3 * model.vision.image_size**2
+    return (layout.pipeline - 1) * cluster.message_seconds(layout, layout.own_rows * row)
 
 
 def host_excess(
@@ -297,7 +318,7 @@ def host_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
     stash = 0.0
     if layout.offload_stash:
         stash = stash_inputs(stage, layout.micro_batches - layout.keep) * layout.message_bytes(model.vision)
-    return stash + (sum(outputs_bytes(model, layout, stage)) if layout.offload_outputs else 0)
+    return stash + (sum(outputs_bytes(model, layout, stage.above)) if layout.offload_outputs else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,7 +342,7 @@ def state_time(
     """Both towers' on a stage."""
     vision = _vision_state(model, layout, stage, unit, cluster)
     reduce, gather = text_state_seconds(model, layout, cluster)
-    if layout.shard == "weights":
+    if layout.shard == "weights" and text_above(model, layout) is not None:
         gather *= 2
     if layout.overlap and layout.pipeline == 1:  # captions come last
         gather = max(0.0, gather - layout.micro_batches * unit.f / layout.virtual)
@@ -336,7 +357,7 @@ def text_state_seconds(model: ModelConfig, layout: Layout, cluster: Cluster) -> 
     """(reduction, one gathering) of the caption tower over all ranks."""
     trained = trained_text_parameters(model, layout.freeze)
     held = text_parameters(model) if layout.shard == "weights" else trained
-    buckets = -(-held // BUCKET_ELEMENTS)
+    buckets = -(-held // (layout.bucket_size or BUCKET_ELEMENTS))
     reduce = cluster.collective_seconds(layout, "world", trained * layout.reduced_bytes, buckets)
     return reduce, cluster.collective_seconds(layout, "world", held * layout.element_bytes, buckets)
 
@@ -349,10 +370,13 @@ def vision_state_seconds(model: ModelConfig, layout: Layout, stage: Stage, unit:
 def _vision_state(model: ModelConfig, layout: Layout, stage: Stage, unit: UnitTime, cluster: Cluster) -> StateTime:
     reduce, gather = vision_transfer_seconds(model, layout, stage, cluster)
     turns, m = layout.virtual if layout.round_size == layout.micro_batches else 1, layout.micro_batches
-    partial = token_gradient_elements(model, stage.above) * FP32 if layout.splits_tokens else 0
+    owners = layout.data if layout.shard != "optimizer" else 1
+    partial = token_gradient_elements(model, stage.above) * FP32 / owners if layout.splits_tokens else 0
     ends = 2 * cluster.collective_seconds(layout, "tensor", partial)
     if layout.shard == "weights":
-        return StateTime(turns=_turns(layout, unit, reduce, gather), ends=ends)
+        again = gathered_elements(model, layout, stage)[0] - stage_parameters(model, layout, stage)
+        share = max(0.0, again / stage_parameters(model, layout, stage))  # of what has a backward
+        return StateTime(turns=_turns(layout, unit, reduce, gather, share * gather), ends=ends)
     if layout.overlap:
         reduce = max(0.0, (reduce - unit.b) / turns, reduce - m * (unit.f + unit.b))
         gather = max(0.0, (gather - unit.f) / turns, gather - m * unit.f)
@@ -365,7 +389,9 @@ def vision_transfer_seconds(model: ModelConfig, layout: Layout, stage: Stage, cl
     """(reduction, one gathering) of what a stage holds of the image tower, hidden or not."""
     trained = stage_parameters(model, layout, stage.above)
     held = stage_parameters(model, layout, stage) if layout.shard == "weights" else trained
-    buckets = max(len(stage.chunks), -(-held // BUCKET_ELEMENTS))
+    if layout.features:
+        held = trained
+    buckets = max(len(stage.chunks), -(-held // (layout.bucket_size or BUCKET_ELEMENTS)))
     reduce = cluster.collective_seconds(layout, "data", trained * layout.reduced_bytes, buckets)
     return reduce, _gather_seconds(layout, held * layout.element_bytes, buckets, cluster)
 
@@ -378,30 +404,38 @@ def _gather_seconds(layout: Layout, whole_bytes: float, count: int, cluster: Clu
     return cluster.collective_seconds(neighbours, "data", whole_bytes, count)
 
 
-def _turns(layout: Layout, unit: UnitTime, reduce: float, gather: float) -> float:
-    """Seconds of sharded weights that turns of chunks do not hide; each is gathered twice and reduced once."""
+def _turns(layout: Layout, unit: UnitTime, reduce: float, gather: float, again: float) -> float:
+    """Seconds of sharded weights that turns of chunks do not hide; each is gathered, `again` for its backward, and
+    reduced once.
+    """
     if not layout.overlap:
-        return reduce + 2 * gather
+        return reduce + gather + again
     v, m = layout.virtual, layout.micro_batches
     forward, backward = m * unit.f / v, (m * unit.b + (m - layout.keep) * unit.r) / v
-    first, last = 2 * gather / v, reduce / v
+    first, last = (gather + again) / v, reduce / v
     encode = max(0.0, gather / v - forward)
-    backprop = max(0.0, (gather + reduce) / v - backward)
+    backprop = max(0.0, (again + reduce) / v - backward)
     return first + last + (v - 1) * (encode + backprop)
 
 
 def loss_seconds(model: ModelConfig, layout: Layout, cluster: Cluster) -> float:
-    """Products in fp32, gathered embeddings and sums, and the rows' way from the last stage and back.
+    """Products in fp32, gathered embeddings and sums, false negatives left out, and the rows' way from the last stage
+    and back. The interactive loss of a teacher is two more of it, the relational one has the matrices of student and
+    teacher.
 
-    The interactive loss of a teacher is two more of it, the relational one has the matrices of student and teacher.
+    A GPU adds up three products in bf16 instead of one in fp32; with the work on the tiles, which is not charged, they
+    take about half as long for the 18B on A100s (derived), so a loss is no longer than this.
     """
     local = layout.local_batch * model.embed_dim * FP32
-    dealt = cluster.message_seconds(layout, local) if layout.pipeline > 1 else 0.0
+    dealt = cluster.message_seconds(layout, local) if layout.pipeline > 1 and not layout.features else 0.0
     losses = sum(_one_loss_seconds(width, layout.loss, layout, cluster) for width in layout.loss_widths(model))
-    taught = sum(2 * (one.interactive + one.relational) for one in layout.teachers)
-    if taught:
-        losses += taught * _one_loss_seconds(model.embed_dim, "softmax", layout, cluster)
-    return losses + dealt + cluster.collective_seconds(layout, "replica", local)
+    for one in layout.teachers:
+        losses += 2 * one.interactive * _one_loss_seconds(model.embed_dim, layout.loss, layout, cluster)
+        if one.relational:  # rows side by side; only the student's have gradients
+            losses += _one_loss_seconds(model.embed_dim + one.model.embed_dim, "softmax", layout, cluster)
+            losses += cluster.collective_seconds(layout, "world", 4 * layout.global_batch * FP32, 2)
+    back = cluster.collective_seconds(layout, "replica", local) if trains_images(model, layout) else 0.0
+    return losses + dealt + back
 
 
 def _one_loss_seconds(width: int, loss: str, layout: Layout, cluster: Cluster) -> float:
@@ -414,6 +448,8 @@ def _one_loss_seconds(width: int, loss: str, layout: Layout, cluster: Cluster) -
     tower, normalisers = batch * width * FP32, normalised * 2 * batch * FP32
     summed = (2 if normalised else 1) * batch * FP32
     multiplied = products / (hardware.fp32_tflops * 1e12 * hardware.gemm_limit)
+    multiplied += left_out_bytes(layout) / hardware.memory_bytes_s
+    normalisers += layout.copies * batch * IDENTIFIER
     sums = 2 * cluster.collective_seconds(layout, "world", summed, 2 + normalised)
     if layout.loss_variant == "gather":
         return multiplied + cluster.collective_seconds(layout, "world", 2 * tower + normalisers, 2 + normalised) + sums
@@ -438,6 +474,8 @@ def optimizer_seconds(owned: float, gradients: float, layout: Layout, hardware: 
 
 def input_seconds(model: ModelConfig, layout: Layout, rest_s: float, cluster: Cluster, nodes: int) -> float:
     """Pixels of the replica to its GPUs; or, if longer, waiting for the CPUs of the `nodes` that decode."""
+    if layout.features:
+        return layout.local_batch * model.embed_dim * FP32 / (cluster.hardware.pcie_gb_s * 1e9)
     pixels = layout.local_images * 3 * model.vision.image_size**2
     copied = pixels / layout.tensor / (cluster.hardware.pcie_gb_s * 1e9)
     copied += cluster.collective_seconds(layout, "tensor", pixels)

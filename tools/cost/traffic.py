@@ -7,7 +7,8 @@ gradients and weights are counted without megatron-core's padding to multiples o
 Of tensor parallelism, X = T H elements, a block with one column-parallel linear before attention and one in the MLP:
 - sequence parallelism: forward 2 all-gathers, 2 reduce-scatters; backward 4 and 2, since megatron-core gathers the
   inputs of the column-parallel linears again for the weight gradients instead of keeping them;
-- without it: 2 all-reduces forward, 2 backward.
+- without it: 2 all-reduces forward, 2 backward;
+- a pass that is repeated has none in front of qkv or fc1, and none behind fc2 or proj, whose outputs were kept.
 In the last block what is behind the attention has R pooled rows instead of T; sequence parallelism deals them out with
 one more reduce-scatter (all-gather backward) and gathers them for the head.
 A sub-LN norm gathers the split channels, forward and backward; a norm of q and k adds two numbers a token up.
@@ -25,10 +26,12 @@ from models.tensors.inventory import (
     vision_embedding_shapes,
     vision_head_shapes,
 )
-from tools.cost.activations import FP32
+from models.tensors.kept import LEVELS
+from tools.cost.activations import FP32, output_levels
 from tools.cost.counts import text_parameters
-from tools.cost.layout import Layout, Stage
-from tools.cost.memory import stage_parameters
+from tools.cost.layout import Layout, Stage, trained_text_parameters, trains_images
+from tools.cost.loss import IDENTIFIER
+from tools.cost.memory import single_chunks, stage_parameters
 
 FP64 = 8
 RING_ROUNDS = {"softmax": 3, "sigmoid": 2}
@@ -46,7 +49,7 @@ class Traffic:
     axis: str
     """tensor | pipeline | data | replica | stage | world."""
     kind: str
-    """all-gather | reduce-scatter | all-to-all | all-reduce | broadcast | send."""
+    """all-gather | reduce-scatter | all-to-all | all-reduce | broadcast | scatter | send."""
     count: int
     sent_bytes: float
     """Put in by this rank, over all `count`."""
@@ -54,7 +57,8 @@ class Traffic:
     def wire_bytes(self, ranks: int) -> float:
         """What leaves a rank of a ring of `ranks`."""
         part = (ranks - 1) / ranks
-        share = {"all-reduce": 2 * part, "reduce-scatter": part, "all-to-all": part, "all-gather": ranks - 1}
+        share = {"all-reduce": 2 * part, "all-gather": ranks - 1}
+        share |= dict.fromkeys(("reduce-scatter", "all-to-all", "scatter"), part)
         return self.sent_bytes * share.get(self.kind, 1) if ranks > 1 else 0
 
 
@@ -78,24 +82,31 @@ def step_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traff
         *stage_messages(model, layout, stage),
         *state_traffic(model, layout, stage),
         *row_traffic(model, layout, stage),
-        *optimizer_traffic(model, stage),
+        *optimizer_traffic(model, layout, stage),
     ]
     return [entry for entry in everything if entry.count and axis_size(layout, entry.axis) > 1]
 
 
 def tensor_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffic]:
-    """The blocks' collectives over the tensor axis: m - k replays, and one more forward with full recomputation."""
-    vision, m = model.vision, layout.micro_batches
-    forwards = m + (m - layout.keep) + (m if layout.recompute == "full" else 0)
+    """The blocks' collectives over the tensor axis: m - k replays of what is trained, and one more forward of it with
+    full recomputation.
+    """
+    vision, m, above = model.vision, layout.micro_batches, stage.above
+    if layout.features:
+        return []
+    replays = m - layout.keep
+    again = replays + (m if layout.recompute == "full" else 0)
     found = []
     for what, passes, of_blocks in (
-        ("tensor forward", forwards, stage_collectives(block_forward_collectives, vision, layout, stage)),
-        ("tensor backward", m, stage_collectives(block_backward_collectives, vision, layout, stage)),
+        ("tensor forward", m, stage_collectives(block_forward_collectives, vision, layout, stage)),
+        ("tensor forward", again, stage_collectives(block_forward_collectives, vision, layout, above)),
+        ("tensor forward", -again, spared_collectives(model, layout, above)),
+        ("tensor backward", m, stage_collectives(block_backward_collectives, vision, layout, above)),
     ):
         for kind, (count, sent) in of_blocks.items():
             found.append(Traffic(what=what, axis="tensor", kind=kind, count=count * passes, sent_bytes=sent * passes))
     if stage.has_head and layout.splits_tokens:
-        passes = 2 * m - layout.keep
+        passes = m + replays * above.has_head
         rows = layout.pooled_rows if vision.reads_one_token else layout.packed_tokens(vision)
         each = rows * vision.width * layout.element_bytes / layout.tensor
         found.append(
@@ -118,6 +129,32 @@ def stage_collectives(
             have, bytes_so_far = total.get(kind, (0, 0.0))
             total[kind] = have + times * count, bytes_so_far + times * sent
     return total
+
+
+def spared_collectives(model: ModelConfig, layout: Layout, stage: Stage) -> Collectives:
+    """Collectives that a repeated pass through a stage has no need of, since outputs of products were kept."""
+    if layout.tensor == 1 or not layout.keeps_outputs:
+        return {}
+    *levels, _ = output_levels(model, layout, stage)
+    total: Collectives = {}
+    for number, (blocks, level) in enumerate(zip(stage.chunks, levels, strict=True)):
+        ends = stage.last_blocks if number == len(stage.chunks) - 1 else 0
+        for is_last, times in ((False, blocks - ends), (model.vision.reads_one_token, ends)):
+            for product in LEVELS[level]:
+                kind, count, each = _beside(product, model.vision, layout, is_last)
+                have, bytes_so_far = total.get(kind, (0, 0.0))
+                total[kind] = have + times * count, bytes_so_far + times * each
+    return total
+
+
+def _beside(product: str, vision: VisionConfig, layout: Layout, is_last: bool) -> tuple[str, int, float]:
+    """The collectives of a product of a block's forward: (kind, how many, bytes put in)."""
+    before, behind = _stream_bytes(vision, layout, is_last)
+    if product in ("fc2", "proj"):
+        return ("reduce-scatter" if layout.splits_tokens else "all-reduce"), 1, behind
+    qkv, mlp = column_linears(vision)
+    count, stream = (qkv, before) if product == "qkv" else (mlp, behind)
+    return "all-gather", count * layout.splits_tokens, count * layout.splits_tokens * stream / layout.tensor
 
 
 def block_forward_collectives(vision: VisionConfig, layout: Layout, is_last: bool) -> Collectives:
@@ -180,8 +217,9 @@ def column_linears(vision: VisionConfig) -> tuple[int, int]:
 
 def stage_messages(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffic]:
     """Activations to the next stage, gradients to the previous one: one message a micro-batch and chunk border."""
-    m, chunks = layout.micro_batches, len(stage.chunks)
-    messages = m * (chunks - stage.has_head) + m * (chunks - stage.has_embedding)
+    if layout.features:
+        return []
+    messages = layout.micro_batches * (len(stage.chunks) - stage.has_head + stage.above.returned_gradients)
     sent = messages * layout.message_bytes(model.vision)
     return [Traffic(what="stages", axis="pipeline", kind="send", count=messages, sent_bytes=sent)]
 
@@ -189,26 +227,39 @@ def stage_messages(model: ModelConfig, layout: Layout, stage: Stage) -> list[Tra
 def state_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffic]:
     """Gradients reduced (fp32: scattered; bf16: sent to their owners), weights gathered: vision over DP, text over all.
 
-    Counts are per tower: the number of buckets follows from parallel.bucket_size.
+    Counts are per tower: the number of buckets follows from parallel.bucket_size. Where weights are sharded all that
+    runs is gathered, and once more what is repeated; with neighbours that gather among themselves as if all did.
     """
     found = []
     kind = "reduce-scatter" if layout.reduce_dtype == "fp32" else "all-to-all"
-    for axis, count in (("data", stage_parameters(model, layout, stage)), ("world", text_parameters(model))):
-        ranks = axis_size(layout, axis)
+    vision, of_text = gathered_elements(model, layout, stage)
+    for axis, trained, gathered in (
+        ("data", stage_parameters(model, layout, stage.above), vision),
+        ("world", trained_text_parameters(model, layout.freeze), of_text),
+    ):
+        sent = gathered * layout.element_bytes / axis_size(layout, axis)
         found += [
-            Traffic(what="gradients", axis=axis, kind=kind, count=1, sent_bytes=count * layout.reduced_bytes),
             Traffic(
-                what="weights",
-                axis=axis,
-                kind="all-gather",
-                count=1,
-                sent_bytes=count * layout.element_bytes / ranks,
+                what="gradients", axis=axis, kind=kind, count=trained > 0, sent_bytes=trained * layout.reduced_bytes
             ),
+            Traffic(what="weights", axis=axis, kind="all-gather", count=gathered > 0, sent_bytes=sent),
         ]
     if layout.splits_tokens:
-        partial = token_gradient_elements(model, stage) * FP32
-        found.append(Traffic(what="gradients", axis="tensor", kind="all-reduce", count=1, sent_bytes=partial))
+        owners = layout.data if layout.shard != "optimizer" else 1  # of slices, of which a rank sums its own
+        partial = token_gradient_elements(model, stage.above) * FP32 / owners
+        found.append(Traffic(what="gradients", axis="tensor", kind="all-reduce", count=partial > 0, sent_bytes=partial))
     return found
+
+
+def gathered_elements(model: ModelConfig, layout: Layout, stage: Stage) -> tuple[int, int]:
+    """(vision, captions): elements that a rank of this stage gathers in a step, its owned ones included."""
+    trained, of_text = stage_parameters(model, layout, stage.above), trained_text_parameters(model, layout.freeze)
+    if layout.shard != "weights":
+        return trained, of_text
+    again = sum(stage_parameters(model, layout, chunk) for chunk in single_chunks(stage) if chunk.above.trains)
+    once = 0 if layout.features else stage_parameters(model, layout, stage)
+    text = text_parameters(model)
+    return once + again, text + (text if of_text else 0)
 
 
 def token_gradient_elements(model: ModelConfig, stage: Stage) -> int:
@@ -224,16 +275,18 @@ def row_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffi
     engine/objectives/contrastive/softmax.py, engine/feed.py).
     """
     width, own = model.embed_dim * FP32, layout.own_rows
-    pixels = 3 * layout.frames * model.vision.image_size**2
-    ids = model.text.context_length * FP32
+    pixels = width if layout.features else 3 * layout.frames * model.vision.image_size**2
+    ids = (model.text.context_length + 2 * layout.has_picture_ids) * FP32
     entry = Traffic
-    found = [
-        *_loss_traffic(model, layout),
-        entry(what="rows", axis="replica", kind="all-gather", count=1, sent_bytes=own * width),
-    ]
-    if stage.has_head:
+    found = [*_loss_traffic(model, layout), *_taught_traffic(model, layout)]
+    if trains_images(model, layout):
+        found.append(entry(what="rows", axis="replica", kind="all-gather", count=1, sent_bytes=own * width))
+    if stage.has_head and not layout.features:
         sent = layout.local_batch * width
         found.append(entry(what="rows", axis="pipeline", kind="broadcast", count=1, sent_bytes=sent))
+    if stage.has_embedding and (layout.features or layout.teachers):
+        sent = layout.pipeline * own * pixels
+        found.append(entry(what="rows", axis="pipeline", kind="scatter", count=1, sent_bytes=sent))
     if stage.has_embedding:
         share = -(-layout.local_batch // layout.tensor)
         found += [
@@ -244,9 +297,21 @@ def row_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffi
 
 
 def _loss_traffic(model: ModelConfig, layout: Layout) -> list[Traffic]:
-    """Rows of both towers; of a softmax normalisers and sums over columns, of a sigmoid their maximum; a width each."""
-    own, batch, widths = layout.own_rows, layout.global_batch, layout.loss_widths(model)
-    times, rows = len(widths), 2 * own * FP32
+    """Rows of both towers; of a softmax normalisers and sums over columns, of a sigmoid their maximum; a width each,
+    and twice the whole one of a teacher whose captions meet the student's images. Each asks for the identifiers of
+    false negatives.
+    """
+    own, batch, rows = layout.own_rows, layout.global_batch, 2 * layout.own_rows * FP32
+    crossed = 2 * sum(one.interactive for one in layout.teachers)
+    widths = (*layout.loss_widths(model), *[model.embed_dim] * crossed)
+    times = len(widths)
+    copies = Traffic(
+        what="loss",
+        axis="world",
+        kind="all-gather",
+        count=times * (layout.copies > 0),
+        sent_bytes=times * own * layout.copies * IDENTIFIER,
+    )
     towers = Traffic(what="loss", axis="world", kind="all-gather", count=2 * times, sent_bytes=sum(widths) * rows)
     if layout.loss_variant == "ring":
         rounds = RING_ROUNDS[layout.loss] * (layout.ranks - 1)
@@ -255,12 +320,14 @@ def _loss_traffic(model: ModelConfig, layout: Layout) -> list[Traffic]:
     if layout.loss == "sigmoid":
         return [
             towers,
+            copies,
             Traffic(
                 what="loss", axis="world", kind="all-reduce", count=2 * times, sent_bytes=times * (batch + 5) * FP32
             ),
         ]
     return [
         towers,
+        copies,
         Traffic(what="loss", axis="world", kind="all-gather", count=times, sent_bytes=times * rows),
         Traffic(
             what="loss", axis="world", kind="all-reduce", count=3 * times, sent_bytes=times * (2 * batch + 4) * FP32
@@ -268,15 +335,46 @@ def _loss_traffic(model: ModelConfig, layout: Layout) -> list[Traffic]:
     ]
 
 
-def optimizer_traffic(model: ModelConfig, stage: Stage) -> list[Traffic]:
-    """The gradient norm with a count, and LAMB's norms of each logical tensor and update, in float64
-    (engine/parallel/shards.py).
+def _taught_traffic(model: ModelConfig, layout: Layout) -> list[Traffic]:
+    """Traffic of teachers' other losses: the sum of distances; of the relational one rows of student and teacher side by side,
+    two normalisers and sums of each, and the identifiers of false negatives once more.
     """
-    vision = 2 * FP64 * vision_tensors(model, stage)
-    text = 2 * FP64 * len(text_shapes(model))
+    own, batch, found = layout.own_rows, layout.global_batch, []
+    for one in layout.teachers:
+        if one.feature:
+            found.append(Traffic(what="loss", axis="world", kind="all-reduce", count=1, sent_bytes=FP32))
+        if not one.relational:
+            continue
+        rows = own * (model.embed_dim + one.model.embed_dim) * FP32
+        small = 4 * own * FP32 + own * layout.copies * IDENTIFIER
+        count = 1 + (layout.copies > 0)
+        if layout.loss_variant == "ring":
+            rounds = RING_ROUNDS["softmax"] * (layout.ranks - 1)
+            found.append(Traffic(what="loss", axis="world", kind="send", count=rounds, sent_bytes=rounds * rows))
+        else:
+            count, small = count + 2, small + 2 * rows
+        sums = (4 * batch + 2) * FP32
+        found += [
+            Traffic(what="loss", axis="world", kind="all-gather", count=count, sent_bytes=small),
+            Traffic(what="loss", axis="world", kind="all-reduce", count=5, sent_bytes=sums),
+        ]
+    return found
+
+
+def optimizer_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffic]:
+    """The gradient norm with a count, and LAMB's norms of each logical tensor and update, in float64, of parts with
+    something to train (engine/parallel/shards.py).
+    """
+    found = [Traffic(what="optimizer", axis="world", kind="all-reduce", count=1, sent_bytes=2 * FP64)]
+    if layout.optimizer != "lamb":
+        return found
+    chunks = [chunk for chunk in single_chunks(stage) if chunk.above.trains]
+    of_vision = 2 * FP64 * sum(vision_tensors(model, chunk) for chunk in chunks)
+    of_text = 2 * FP64 * len(text_shapes(model)) if trained_text_parameters(model, layout.freeze) else 0
     return [
-        Traffic(what="optimizer", axis="world", kind="all-reduce", count=2, sent_bytes=2 * FP64 + text),
-        Traffic(what="optimizer", axis="stage", kind="all-reduce", count=len(stage.chunks), sent_bytes=vision),
+        *found,
+        Traffic(what="optimizer", axis="world", kind="all-reduce", count=of_text > 0, sent_bytes=of_text),
+        Traffic(what="optimizer", axis="stage", kind="all-reduce", count=len(chunks), sent_bytes=of_vision),
     ]
 
 

@@ -22,9 +22,11 @@ from models.tensors.flops import (
     head_flops,
     last_block_flops,
 )
+from models.tensors.kept import spared_flops
+from tools.cost.activations import output_levels, pooled_captions
 from tools.cost.counts import below_executed_flops, text_executed_flops, vision_executed_flops
-from tools.cost.layout import FrozenModel, Layout, Stage, text_above
-from tools.cost.memory import keeps_logits
+from tools.cost.layout import Layout, Stage, text_above
+from tools.cost.loss import loss_flops
 
 # --- of a sample (docs/benchmarking.md) -------------------------------------------------------------------------------
 
@@ -62,7 +64,11 @@ def executed_flops(config: Config, *, kept_share: float, keeps_text: bool) -> fl
 def rank_flops(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, float]:
     """Span -> FLOPs of a rank of this stage; captions and rows of the rank that has the most."""
     program = ContrastiveProgram(
-        stages=layout.pipeline, micro_batches=layout.micro_batches, chunks=layout.virtual, keep=layout.keep
+        stages=layout.pipeline,
+        micro_batches=layout.micro_batches,
+        chunks=layout.virtual,
+        keep=layout.keep,
+        reads_features=layout.features,
     )
     passes = passes_of(program, stage.rank)
     above = stage.above
@@ -70,16 +76,47 @@ def rank_flops(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, fl
     backward = 2 * again + _recomputed_flops(model, layout, above)
     if above.has_embedding:
         backward -= _embedding_flops(model, layout)
-    trained = text_above(model, layout)
-    again_text = 0 if trained is None else text_executed_flops(trained) * (3 if passes["replay"] > 0 else 2)
     return {
         "encode": passes["encode"] * forward,
-        "replay": passes["replay"] * again,
+        "replay": passes["replay"] * (again - spared_in_pass(model, layout, above)),
         "backward": passes["backward"] * backward,
-        "text": layout.own_rows * (text_executed_flops(model) + again_text),
+        "text": _text_flops(model, layout, above),
         "teacher": sum(_frozen_flops(one.model, model, layout) for one in layout.teachers),
         "loss": loss_flops(model, layout),
     }
+
+
+def _text_flops(model: ModelConfig, layout: Layout, above: Stage) -> float:
+    """Captions forward, and those blocks that are trained replayed and backward."""
+    once, trained = layout.own_rows * text_executed_flops(model), text_above(model, layout)
+    if trained is None:
+        return once
+    again = layout.own_rows * text_executed_flops(trained)
+    if layout.keeps_captions:
+        return once + 2 * again
+    text, rows = trained.text, layout.own_rows
+    *_, level = output_levels(model, layout, above)
+    tokens, pooled = rows * text.context_length, pooled_captions(text, rows)
+    return once + 3 * again - spared_flops(text, level, blocks=text.depth, tokens=tokens, pooled=pooled)
+
+
+def spared_in_pass(model: ModelConfig, layout: Layout, stage: Stage) -> float:
+    """FLOPs of one micro-batch that a repeated pass through a stage does not multiply: their outputs were kept."""
+    if not layout.keeps_outputs:
+        return 0.0
+    *levels, _ = output_levels(model, layout, stage)
+    total = 0.0
+    for number, (blocks, level) in enumerate(zip(stage.chunks, levels, strict=True)):
+        pools = stage.last_blocks and number == len(stage.chunks) - 1 and model.vision.reads_one_token
+        total += spared_flops(
+            model.vision,
+            level,
+            blocks=blocks,
+            tokens=layout.packed_tokens(model.vision),
+            pooled=layout.pooled_rows if pools else None,
+            tensor=layout.tensor,
+        )
+    return total
 
 
 def _frozen_flops(teacher: ModelConfig, model: ModelConfig, layout: Layout) -> float:
@@ -107,6 +144,8 @@ def passes_of(program: Program, stage: int) -> Counter[str]:
 
 def micro_batch_flops(model: ModelConfig, layout: Layout, stage: Stage) -> float:
     """Forward of one micro-batch. Without sequence parallelism every tensor rank embeds all tokens."""
+    if layout.features:
+        return 0.0
     blocks = layout.micro_batch * _block_flops(model, layout, stage) / layout.tensor
     embedding = _embedding_flops(model, layout) if stage.has_embedding else 0
     return (
@@ -129,7 +168,7 @@ def _block_flops(model: ModelConfig, layout: Layout, stage: Stage) -> int:
 
 
 def _recomputed_flops(model: ModelConfig, layout: Layout, stage: Stage) -> float:
-    if layout.recompute == "none":
+    if layout.recompute == "none" or layout.features:
         return 0
     tokens, width = _tokens(model, layout), model.vision.width
     again = _block_flops(model, layout, stage)
@@ -140,32 +179,9 @@ def _recomputed_flops(model: ModelConfig, layout: Layout, stage: Stage) -> float
             else 0
         )
         again = stage.whole_blocks * attention_flops(tokens, width) + last
-    return layout.micro_batch * again / layout.tensor
+    spared = spared_in_pass(model, layout, stage) if layout.recompute == "full" else 0
+    return layout.micro_batch * again / layout.tensor - spared
 
 
 def _tokens(model: ModelConfig, layout: Layout) -> int:
     return model.vision.kept_tokens(layout.patch_dropout)
-
-
-def loss_flops(model: ModelConfig, layout: Layout) -> float:
-    """Strips of own rows x all rows: logits of the sums, logits and gradient of the images' strip, the same of the
-    captions' strip; the two strips share the own block. Logits are kept from the first to the second if they are few,
-    and a sigmoid needs no sums. Each width of the embedding has all of it.
-    """
-    rows, batch = layout.own_rows, layout.global_batch
-    strips = 2 * rows * batch + rows * rows + 2 * rows * (batch - rows)
-    softmax = strips if keeps_logits(layout) else strips + rows * batch
-    once = 2 * sum(layout.loss_widths(model)) * (strips if layout.loss == "sigmoid" else softmax)
-    crossed = 2 * sum(one.interactive for one in layout.teachers)  # images and captions of the teacher
-    return (
-        once
-        + crossed * 2 * model.embed_dim * softmax
-        + sum(_relational_flops(one, model, layout) for one in layout.teachers if one.relational)
-    )
-
-
-def _relational_flops(teacher: FrozenModel, model: ModelConfig, layout: Layout) -> float:
-    """The same strips with the logits of both in both passes, and gradients of the student's embeddings."""
-    rows, others = layout.own_rows, layout.global_batch - layout.own_rows
-    logits = (model.embed_dim + teacher.model.embed_dim) * (2 * layout.global_batch + others)
-    return 2 * rows * (logits + model.embed_dim * (layout.global_batch + rows + others))

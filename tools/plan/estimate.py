@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 from engine.model_flops import teachers_flops
 from models.config import ModelConfig
-from models.tensors.kept import spared_flops
-from tools.cost.activations import output_levels
+from models.tensors.flops import vision_forward_flops
 from tools.cost.cluster import Cluster, decoding_nodes
 from tools.cost.counts import below_executed_flops, executed_flops, training_flops, vision_executed_flops
 from tools.cost.layout import Layout, frozen_in, stages_of
 from tools.cost.memory import Memory, peak_memory
 from tools.cost.time import StepTime, step_time
+from tools.cost.work import spared_in_pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +79,20 @@ def priced(model: ModelConfig, layout: Layout, cluster: Cluster, memory: Memory)
         flops += layout.frames * vision_executed_flops(model, tokens)
         flops -= below_executed_flops(model, frozen, tokens, layout.frames)[0]
     flops += taught - _spared_flops(model, layout) / layout.local_batch
+    counted = training_flops(model, layout.patch_dropout, layout.frames, frozen) + taught
+    if layout.features:  # of a locked tower, one forward
+        flops -= layout.frames * vision_executed_flops(model, tokens)
+        counted -= layout.frames * vision_forward_flops(model, tokens)
+    images = layout.global_batch * layout.frames
     return Estimate(
         name=str(layout),
         memory=memory,
         time=time,
         cluster=cluster,
         global_batch=layout.global_batch,
-        model_flops=training_flops(model, layout.patch_dropout, layout.frames, frozen) + taught,
+        model_flops=counted,
         executed_flops=flops,
-        images_per_node_s=layout.global_batch * layout.frames / time.total / decoding_nodes(layout, cluster),
+        images_per_node_s=0 if layout.features else images / time.total / decoding_nodes(layout, cluster),
         layout=layout,
     )
 
@@ -102,11 +107,5 @@ def _spared_flops(model: ModelConfig, layout: Layout) -> float:
     """FLOPs of a replica's images that no repeated pass multiplies, because their outputs were kept."""
     if not layout.keeps_outputs:
         return 0.0
-    tokens, total = layout.packed_tokens(model.vision), 0.0
-    for stage in stages_of(model, layout):
-        *levels, _ = output_levels(model, layout, stage.above)
-        for number, (blocks, level) in enumerate(zip(stage.above.chunks, levels, strict=True)):
-            pools = stage.above.last_blocks and number == len(stage.chunks) - 1 and model.vision.reads_one_token
-            pooled = layout.pooled_rows if pools else None
-            total += spared_flops(model.vision, level, blocks=blocks, tokens=tokens, pooled=pooled)
-    return total * layout.passes_kept
+    each = sum(spared_in_pass(model, layout, stage.above) for stage in stages_of(model, layout))
+    return layout.tensor * each * layout.passes_kept

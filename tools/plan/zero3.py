@@ -30,7 +30,8 @@ from tools.cost.counts import (
 )
 from tools.cost.kernels import Kernels
 from tools.cost.layout import FrozenModel, Layout, Stage
-from tools.cost.memory import Memory, loss_bytes, teacher_bytes
+from tools.cost.loss import loss_bytes
+from tools.cost.memory import Memory, teacher_bytes
 from tools.cost.time import StepTime, input_seconds, loss_seconds, optimizer_seconds
 from tools.plan.estimate import Estimate, flops_of_teachers
 

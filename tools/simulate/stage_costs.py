@@ -14,6 +14,7 @@ from tools.cost.mim import mim_costs, student_of
 from tools.cost.time import (
     UnitTime,
     contrastive_optimizer_seconds,
+    deal_seconds,
     host_excess,
     loss_seconds,
     slowest,
@@ -73,6 +74,7 @@ def _contrastive_costs(config: Config, layout: Layout, cluster: Cluster) -> tupl
     state = state_time(model, layout, stages[slow], units[slow], backward_text, cluster)
     copied, copied_back = host_excess(model, layout, stages[slow], units[slow], cluster.hardware)
     together = CollectiveCosts(
+        deal_s=deal_seconds(model, layout, cluster),
         loss_s=copied + loss_seconds(model, layout, cluster),
         reduce_s=copied_back + state.ends,
         optimizer_s=contrastive_optimizer_seconds(model, layout, stages[slow], cluster.hardware),

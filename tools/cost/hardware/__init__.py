@@ -9,7 +9,7 @@ import yaml
 from models.hashing import HashedOnce
 from tools.cost.layout import PlanError
 
-PROFILES = Path(__file__).resolve().parent / "hardware"
+PROFILES = Path(__file__).resolve().parent
 HOPPER_TFLOPS = 1000
 """Peak in bf16 above which a GPU has the scaled formats of Blackwell."""
 
