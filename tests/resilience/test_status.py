@@ -1,5 +1,6 @@
 """run_dir/status.json says how every start ended, before anybody else may have the folder; STOP and SAVE that stay."""
 
+import errno
 import os
 import subprocess
 import threading
@@ -87,6 +88,23 @@ def test_the_last_word_is_said_while_the_folder_is_still_held(
     assert train(config_of(shards, run_dir))
     assert given_back == ["finished"]
     assert read_status(run_dir)["step"] == STEPS
+
+
+def test_a_lock_that_cannot_be_emptied_says_nothing_about_the_job(
+    shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, truncate = tmp_path / "run", os.ftruncate
+
+    def truncated(descriptor: int, length: int) -> None:
+        if read_status(run_dir).get("outcome") == "finished":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        truncate(descriptor, length)
+
+    monkeypatch.setattr(os, "ftruncate", truncated)
+    assert train(config_of(shards, run_dir))
+    assert read_status(run_dir)["outcome"] == "finished"
+    monkeypatch.undo()
+    assert train(config_of(shards, run_dir)), "the kernel knows that it is free"
 
 
 @pytest.fixture

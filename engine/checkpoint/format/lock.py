@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from engine.checkpoint.format.errors import CheckpointError
@@ -107,10 +108,13 @@ class RunLock:
                 continue
 
     def release(self) -> None:
-        """Give the folder back; a second time does nothing."""
+        """Give the folder back; a second time does nothing. Where the file cannot be emptied any more, that is left to
+        the next holder, who will find out that nobody lives.
+        """
         if not self._released.is_set():
             self._released.set()
-            os.ftruncate(self._descriptor, 0)
+            with suppress(OSError):
+                os.ftruncate(self._descriptor, 0)
             os.close(self._descriptor)  # closing drops the lock
 
 
