@@ -74,7 +74,8 @@ def agree(store: dist.Store, rank: int, size: int, facts: Mapping[str, str], tim
 
 def compare(ranks: list[dict[str, str]]) -> str:
     """Say in words what differs from what most ranks have (of two, from what rank 0 has); empty if nothing does."""
-    names = sorted({name for facts in ranks for name in facts} - {"host", *_OF_ONE_HOST})
+    not_asked = {"host", *_OF_ONE_HOST, *([_PRODUCTS] if any(_PRODUCTS not in facts for facts in ranks) else [])}
+    names = sorted({name for facts in ranks for name in facts} - not_asked)
     lines = []
     for name in names:
         values = [facts.get(name, "not there") for facts in ranks]
@@ -85,7 +86,7 @@ def compare(ranks: list[dict[str, str]]) -> str:
             if value != usual
         ]
     more = f"; and {len(lines) - _SHOWN} differences more" if len(lines) > _SHOWN else ""
-    by_cpu = len({facts.get(_PRODUCTS) for facts in ranks}) > 1
+    by_cpu = _PRODUCTS in names and len({facts[_PRODUCTS] for facts in ranks}) > 1
     return "" if not lines else (
         f"the ranks do not run the same job: {'; '.join(lines[:_SHOWN])}{more}. Start every rank with one config and "
         f"one installation{', on CPUs of one kind or with train.precision=fp32' if by_cpu else ''}"

@@ -132,6 +132,8 @@ def test_cpus_that_multiply_bf16_in_different_ways_are_refused_where_it_matters(
     assert compare(facts()) == "", "nothing is in bf16"
     in_a_phase = facts("phases=[{name: a, steps: 3}, {name: b, steps: 3, train: {precision: bf16}}]")
     assert "rank 2 on node2 has bf16 products" in compare(in_a_phase)
+    said = compare([facts()[0], facts("train.precision=bf16")[2]])
+    assert "train.precision 'bf16'" in said and "products" not in said and "CPUs" not in said, "it is not the CPU's"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert compare(facts("train.precision=bf16")) == "", "CPUs of GPU nodes may differ"
 
