@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from engine.resilience.exit import leave
 from engine.resilience.failures import leave_collectives
+from engine.resilience.status import FAILED, write_status
 
 HUNG = 86
 """Exit status of a job that stood still."""
@@ -224,8 +225,16 @@ class Watch:
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         leave_collectives(folder)
+        self._say_why()
         time.sleep(2 * _BEAT_S)  # the others hear of it as well before the store may go
         leave(HUNG)
+
+    def _say_why(self) -> None:
+        """The job's status; the training thread, which would write it, stands still."""
+        if self.rank == 0 and self._store is not None:
+            with contextlib.suppress(RuntimeError):
+                reason = self._store.get("verdict").decode()
+                write_status(self.run_dir, FAILED, step=self.pulse.step + 1, reason=reason)
 
     def _notice_lost_parent(self) -> None:
         """End a rank that torchrun's end has not ended: its step will never be whole."""

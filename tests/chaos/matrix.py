@@ -25,6 +25,7 @@ from typing import Any
 from engine.callbacks.metrics import read_metrics
 from engine.resilience.exit import STOPPED
 from engine.resilience.status import read_status
+from engine.resilience.watch import HUNG
 from tests.chaos.faults import FAULTS, PARTS, Fault, Place, as_dict, disturb, named, note_first_step
 from tests.chaos.ranks import TINY, Start, launch
 from tests.data.shard_factory import make_shards
@@ -129,6 +130,9 @@ def _judge(lab: Lab, fault: Fault, place: Place, start: Start, statuses: list[in
         assert statuses == [STOPPED] * RANKS and read_status(place.run_dir)["outcome"] == "stopped", text
     else:
         assert fault.comes in ("ends", "counted") and statuses != [STOPPED] * RANKS, text
+    if HUNG in statuses:
+        status = read_status(place.run_dir)
+        assert status["outcome"] == "failed" and status["reason"] in said[0], status
     assert len(said) == 1 and search(fault.says, said[0]) and fault.leaves in text, text
     return row | {"outcome": "stops in order" if fault.comes == "stops" else "ends"}
 

@@ -135,7 +135,7 @@ CASES = [
         signal_to(signal.SIGSTOP, rank=1),
         "error: no sign of life from rank 1 on ",
         2 * EVERY,
-        status="running",
+        status="failed",
         overrides=("parallel.hang_minutes=0.2",),
     ),
 ]
