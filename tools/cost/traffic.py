@@ -336,8 +336,8 @@ def _loss_traffic(model: ModelConfig, layout: Layout) -> list[Traffic]:
 
 
 def _taught_traffic(model: ModelConfig, layout: Layout) -> list[Traffic]:
-    """Traffic of teachers' other losses: the sum of distances; of the relational one rows of student and teacher side by side,
-    two normalisers and sums of each, and the identifiers of false negatives once more.
+    """Traffic of teachers' other losses: the sum of distances; of the relational one rows of student and teacher side
+    by side, two normalisers and sums of each, and the identifiers of false negatives once more.
     """
     own, batch, found = layout.own_rows, layout.global_batch, []
     for one in layout.teachers:
