@@ -157,13 +157,14 @@ def stall(folder: Path, size: str) -> dict[str, Any]:
         for name in ("background", "waiting"):
             trainer = trainer_of(folder / name, size, mesh, f"checkpoint.async_save={name == 'background'}")
             callback = CheckpointCallback(trainer)
-            callback.total_steps = 10**9
             step(trainer)  # the first one allocates
             trainer.position.step = 0
             began = time.perf_counter()
             for done in range(STALL_STEPS):
                 step(trainer)
-                callback.on_step({"step": done, "loss": 0.0})
+                record = {"step": done, "loss": 0.0}
+                callback.secure(record)
+                callback.on_step(record)
             seconds = time.perf_counter() - began
             callback.saver.wait()
             out[name] = {"stall_share": trainer.checkpoint_stall_s / seconds, "step_s": seconds / STALL_STEPS}

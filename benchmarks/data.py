@@ -123,8 +123,8 @@ class Torchvision:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         self._calls += 1
-        box = tuple(int(edge) for edge in self._crop.window(self._calls, *image.size).box)
-        resized = image.crop(box).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        left, top, right, bottom = map(int, self._crop.window(self._calls, *image.size).box)
+        resized = image.crop((left, top, right, bottom)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
         return pixels.to(torch.float32).div(255).sub_(self._mean).div_(self._std)
 

@@ -6,7 +6,7 @@ of a network: what is measured is what a reader computes for a remote picture.
 
 import multiprocessing
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from data.reader import SampleReader
+from data.shards.listing import ShardFiles
 from data.shards.write import write_shard
 
 CLIPS, CLIP_FRAMES, FRAMES_SEEN, CLIP_WIDTH, CLIP_HEIGHT = 12, 32, 8, 320, 240
@@ -109,11 +110,20 @@ def whole_path(urls: list[str], cache: Path, make_reader: Reader, read: Reading)
     return path
 
 
+class _Ranged(ShardFiles):
+    """A request for every read."""
+
+    def __init__(self, urls: Sequence[str]):
+        import fsspec
+
+        self._urls, self._web = urls, fsspec.filesystem("http")
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        return self._web.cat_file(self._urls[shard], offset, offset + size)
+
+
 def ranged_path(urls: list[str], cache: Path, make_reader: Reader, read: Reading) -> Callable[[int], int]:
     """What the reader does not do: a ranged request for each picture and each caption, nothing kept."""
-    import fsspec
-
-    reader, web = make_reader(urls, cache_dir=str(cache)), fsspec.filesystem("http")
-    shards = reader.sources.shards
-    reader.sources.files.read = lambda shard, offset, size: web.cat_file(shards[shard], offset, offset + size)
+    reader = make_reader(urls, cache_dir=str(cache))
+    reader.sources.files = _Ranged(reader.sources.shards)
     return lambda images: read(reader, images)

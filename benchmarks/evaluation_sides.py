@@ -81,9 +81,8 @@ def ours(arguments: argparse.Namespace, mesh: Mesh, device: torch.device, config
             embed_part(embedder, source(), size, Features(folder=folder, fingerprint=""), "", "features")
 
     def bare() -> None:
-        first = _own_rows(size, mesh).start
         for ready in own:
-            embedder.images(lambda rows, r=ready: r[rows.start - first : rows.stop - first], size)
+            embedder.images(partial(_part_of, ready, _own_rows(size, mesh)), size)
 
     def read() -> None:
         for block in source().blocks(size):
@@ -100,6 +99,11 @@ def ours(arguments: argparse.Namespace, mesh: Mesh, device: torch.device, config
 def _own_rows(count: int, mesh: Mesh) -> slice:
     per_rank = count // mesh.data.size
     return slice(per_rank * mesh.data.rank, per_rank * (mesh.data.rank + 1))
+
+
+def _part_of(pixels: torch.Tensor, of: slice, rows: slice) -> torch.Tensor:
+    """Some rows of those that lie in `pixels`."""
+    return pixels[rows.start - of.start : rows.stop - of.start]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from benchmarks.layouts_rank import config_of, local_batch
 from benchmarks.step_sides import FULL, QUICK, Workload
 from engine.config.phases import first_phase
 from engine.config.read import Config, check_layout
+from engine.objectives.contrastive.step import ContrastiveStep
 from engine.parallel.launch import job
 from engine.trainer import Trainer
 
@@ -17,15 +18,16 @@ def measure(config: Config, workload: Workload) -> dict[str, float]:
     """Peak of two steps on one rank, in GB above what is resident once the model is built; k; what was promised."""
     with job(config.parallel) as (mesh, device):
         trainer = Trainer(first_phase(config), mesh, device)
-        promised = trainer.training_step.activations.micro_batch_bytes()
-        captions = trainer.training_step.activations.caption_bytes()
+        training = trainer.training_step
+        assert isinstance(training, ContrastiveStep)
+        promised = training.activations.micro_batch_bytes()
+        captions = training.activations.caption_bytes()
         before = reset_peak()
         for step in range(2):
             trainer.step(local_batch(workload, step, mesh))
-        shape = trainer.training_step.schedule.shape
         return {
-            "keep": shape.keep,
-            "micro_batches": shape.micro_batches,
+            "keep": training.keep,
+            "micro_batches": training.program.micro_batches,
             "activation_gb": promised / 1e9,
             "captions_gb": captions / 1e9,
             "built_gb": before / 1e9,

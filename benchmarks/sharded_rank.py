@@ -26,6 +26,7 @@ from benchmarks.plain_clip import PlainClip, initialise
 from benchmarks.step_sides import CLIP_NORM, FULL, QUICK, RATE, SCALE, SEED, Batch, Workload
 from engine.config.phases import first_phase
 from engine.config.read import ParallelConfig
+from engine.parallel.device import Device
 from engine.parallel.launch import job
 from engine.parallel.mesh import Mesh
 from engine.trainer import Trainer
@@ -64,7 +65,7 @@ class Side(Protocol):
 class Ours:
     """The engine, no activations kept from encoding to backward (k = 0)."""
 
-    def __init__(self, workload: Workload, options: tuple[str, ...], mesh: Mesh, device: torch.device):
+    def __init__(self, workload: Workload, options: tuple[str, ...], mesh: Mesh, device: Device):
         config = config_of(workload, [*OPTIMIZER, *COMMON, *options])
         self.workload, self.mesh = workload, mesh
         self.trainer = Trainer(first_phase(config), mesh, device)
@@ -88,7 +89,7 @@ class Fsdp:
         self.clip = PlainClip(workload.model, SCALE, checkpointing).train()
         initialise(self.clip, workload.model, SEED)
         for blocks in (self.clip.visual.blocks, self.clip.text.transformer["resblocks"]):
-            for block in blocks:  # type: ignore[union-attr]
+            for block in blocks.children():
                 fully_shard(block)
         for tower in (self.clip.visual, self.clip.text):
             fully_shard(tower)

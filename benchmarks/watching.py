@@ -158,14 +158,18 @@ def updates_by_turns(trainer: Trainer, turns: int) -> dict[str, list[float]]:
             evict.sum()
             dist.barrier(group=trainer.mesh.control.group)
             began = time.thread_time()
-            at_rest.check(update_follows=True)
-            norm, _, changed = trainer.optimizer.gradient_norm_and(loss, at_rest.count())
-            moved = trainer.optimizer.apply(norm, lambda at_rest=at_rest: not at_rest.check_the_rest())
-            assert moved and not changed
-            at_rest.begin()
+            _update(trainer, at_rest, loss)
             if measured:
                 seconds[name].append(time.thread_time() - began)
     return seconds
+
+
+def _update(trainer: Trainer, at_rest: AtRest, loss: torch.Tensor) -> None:
+    at_rest.check(update_follows=True)
+    norm, _, changed = trainer.optimizer.gradient_norm_and(loss, at_rest.count())
+    moved = trainer.optimizer.apply(norm, lambda: not at_rest.check_the_rest())
+    assert moved and not changed
+    at_rest.begin()
 
 
 def _round(trainer: Trainer, batch: LocalBatch, roll_call: RollCall | None) -> float:
@@ -175,7 +179,7 @@ def _round(trainer: Trainer, batch: LocalBatch, roll_call: RollCall | None) -> f
     trainer.audit._every_steps = [STEPS_OF_ROUND] if watched else []
     world, folder = trainer.mesh.world, Path(trainer.config.run_dir)
     began = time.process_time()
-    store = dist.distributed_c10d._get_default_store().clone()
+    store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
     with Watch(trainer.pulse, folder, world.rank, world.size, 600, store) if watched else nullcontext():
         for _ in range(STEPS_OF_ROUND):
             if roll_call is not None:
