@@ -51,6 +51,13 @@ class RankFailure(AssertionError):
     """A rank raised, died or hung; the message holds the stderr of every rank."""
 
 
+def world() -> dist.ProcessGroup:
+    """The group of all ranks, inside one."""
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
 def run_distributed(
     fn: Callable[..., Any], world_size: int, *, timeout_s: float = 180.0, forked: bool = False, **kwargs: Any
 ) -> list[Any]:
@@ -75,7 +82,7 @@ def run_distributed(
 def _start(
     fn: Callable[..., Any], world_size: int, scratch: Path, timeout_s: float, kwargs: dict[str, Any], *, method: str
 ) -> list[BaseProcess]:
-    context = mp.get_context(method)
+    context: Any = mp.get_context(method)
     if method == "forkserver":  # torch and megatron-core are imported once, not once a rank
         context.set_forkserver_preload(["tests.preload"])
     with _environment(RANK_ENVIRONMENT):

@@ -47,6 +47,13 @@ def whole_gradients(trainer: Trainer) -> dict[str, Tensor]:
     return _assemble(trainer, list(_owned(trainer)))
 
 
+def contrastive_step(trainer: Trainer) -> ContrastiveStep:
+    """The step of a trainer whose objective is contrastive."""
+    step = trainer.training_step
+    assert isinstance(step, ContrastiveStep)
+    return step
+
+
 def backward_only(step: ContrastiveStep, batch: LocalBatch, loss: Loss | None = None) -> LossResult:
     """A step that ends before the optimizer: gradients are complete on the ranks that own them. Collective."""
     result = step.gradients(batch, Phases(), loss)

@@ -49,7 +49,12 @@ def test_results_come_back_in_rank_order() -> None:
 
 def test_a_function_that_megatron_wants_compiled_is_compiled_when_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Callable[..., int]] = []
-    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+
+    def compile_(function: Callable[..., int]) -> Callable[..., int]:
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_)
     add = compiled_when_called(lambda a, *, b: a + b)
     assert not compiled
     assert [add(1, b=2), add(3, b=4)] == [3, 7]

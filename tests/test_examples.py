@@ -84,17 +84,23 @@ FROM_SCRATCH = [path for path in YAMLS if path.parent.name == "examples"]
 STAGES = [path for path in YAMLS if path.stem in CHAINS.get(path.parent.name, [])] + FROM_SCRATCH
 
 
+def _found(pattern: str, text: str) -> re.Match[str]:
+    match = re.search(pattern, text)
+    assert match is not None, pattern
+    return match
+
+
 @pytest.mark.parametrize("path", STAGES, ids=str)
 def test_a_recipe_is_what_its_header_says(path: Path) -> None:
     config, header = load_config(ROOT / path), _header(ROOT / path)
-    layout = re.search(r"TP (\d+) x PP (\d+) x DP (\d+) = (\d+) ranks", header)
+    layout = _found(r"TP (\d+) x PP (\d+) x DP (\d+) = (\d+) ranks", header)
     tensor, pipeline, data, ranks = map(int, layout.groups())
     assert (config.parallel.tensor, config.parallel.pipeline) == (tensor, pipeline)
     assert check_layout(config, ranks) == data and tensor * pipeline * data == ranks
-    micro_batches = int(re.search(r"(\d+) micro-batches a replica", header)[1])
+    micro_batches = int(_found(r"(\d+) micro-batches a replica", header)[1])
     images = config.train.global_batch_size * config.data.frames
     assert micro_batches * data * config.train.micro_batch_size == images
-    steps, batch, samples, unit = re.search(r"([\d,]+) steps x ([\d,]+) = (?:the )?([\d.]+) ([MB])", header).groups()
+    steps, batch, samples, unit = _found(r"([\d,]+) steps x ([\d,]+) = (?:the )?([\d.]+) ([MB])", header).groups()
     assert int(steps.replace(",", "")) == config.train.steps
     assert int(batch.replace(",", "")) == config.train.global_batch_size
     assert config.train.steps * config.train.global_batch_size == pytest.approx(
@@ -107,7 +113,7 @@ def test_a_recipe_is_what_its_header_says(path: Path) -> None:
 @pytest.mark.parametrize("path", [path for path in STAGES if path.stem != "1_mim"], ids=str)
 def test_what_a_recipe_expects_is_what_the_planner_says(path: Path) -> None:
     config, header = load_config(ROOT / path), _header(ROOT / path)
-    expected = re.search(r"Expected +([\d.]+) s a step, (\d+) hours on (\d+) A100-40, (\d+) GB a GPU", header)
+    expected = _found(r"Expected +([\d.]+) s a step, (\d+) hours on (\d+) A100-40, (\d+) GB a GPU", header)
     step_s, hours, gpus, gigabytes = map(float, expected.groups())
     cluster = Cluster(hardware=load_hardware("a100-40"), gpus=int(gpus), per_node=8)
     plan = estimate(config.model, layout_of(config, int(gpus)), cluster)
@@ -120,7 +126,7 @@ def test_what_a_recipe_expects_is_what_the_planner_says(path: Path) -> None:
 @pytest.mark.parametrize("folder", CHAINS)
 def test_what_distillation_expects_is_what_the_planner_says(folder: str) -> None:
     path = ROOT / "examples" / folder / "1_mim.yaml"
-    expected = re.search(r"Expected +([\d.]+) s a step, (\d+) hours on (\d+) A100-40 .* (\d+) GB a GPU", _header(path))
+    expected = _found(r"Expected +([\d.]+) s a step, (\d+) hours on (\d+) A100-40 .* (\d+) GB a GPU", _header(path))
     step_s, hours, gpus, gigabytes = map(float, expected.groups())
     config, cluster = load_config(path), Cluster(hardware=load_hardware("a100-40"), gpus=int(gpus), per_node=8)
     plan = mim_estimate(config, layout_of(config, int(gpus)), cluster)
@@ -135,7 +141,7 @@ def test_the_phases_of_one_job_are_the_stages() -> None:
     job = load_config(whole)
     assert check_layout(job, 360) == 360
     files = [folder / f"{stage}.yaml" for stage in ("2_clip", "3_clip_full", "4_video")]
-    whole_h, *stage_h = (int(re.search(r"(\d+) hours", _header(file))[1]) for file in (whole, *files))
+    whole_h, *stage_h = (int(_found(r"(\d+) hours", _header(file))[1]) for file in (whole, *files))
     assert whole_h == sum(stage_h)
     stages, plan = [load_config(file) for file in files], plan_job(job).phases
     assert [phase.config.train.steps for phase in plan] == [stage.train.steps for stage in stages]

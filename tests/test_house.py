@@ -47,7 +47,11 @@ def everything_imported(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             names.add(node.module)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
-            names |= {argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)}
+            names |= {
+                given.value
+                for given in node.args[:1]
+                if isinstance(given, ast.Constant) and isinstance(given.value, str)
+            }
     return {name.split(".")[0] for name in names}
 
 

@@ -25,8 +25,8 @@ def data(tmp_path: Path) -> Path:
     keys = [f"{identity}_{view}" for identity in IDS for view in reversed(range(VIEWS))]
     views = write_views(root, keys, np.arange(len(keys) * WIDTH, dtype=np.float64).reshape(-1, WIDTH))
     for identity in IDS:
-        cloud = draw.random((2, 40, 3))
-        write_cloud(root / "clouds" / f"{identity}.npy", *cloud, f"the {identity}", draw.random(WIDTH))
+        xyz, rgb = draw.random((2, 40, 3))
+        write_cloud(root / "clouds" / f"{identity}.npy", xyz, rgb, f"the {identity}", draw.random(WIDTH))
     write_tables(root, {identity: f"{identity}.npy" for identity in IDS}, views)
     return root
 

@@ -15,6 +15,7 @@ from engine.parallel.device import prepare
 from engine.parallel.mesh import Mesh, build_mesh
 from engine.record import RunInfo
 from engine.trainer import Trainer
+from tests.distributed import world
 from tests.golden import local_batch
 
 BATCH, CONTEXT, VOCABULARY, SIDE = 16, 8, 64, 28
@@ -46,7 +47,7 @@ def job_config(run_dir: Path | str, *overrides: str) -> Config:
 
 def world_mesh(config: Config) -> Mesh:
     """All ranks of the test at the config's layout. Collective."""
-    return build_mesh(config.parallel.tensor, config.parallel.pipeline, dist.distributed_c10d._get_default_group())
+    return build_mesh(config.parallel.tensor, config.parallel.pipeline, world())
 
 
 def build(config: Config, mesh: Mesh) -> Trainer:
@@ -69,6 +70,12 @@ def _step(trainer: Trainer) -> float:
     tokens = torch.randint(1, VOCABULARY - 1, (batch, CONTEXT), generator=draw)
     tokens[:, -1] = VOCABULARY - 1
     return float(trainer.step(local_batch(images, tokens, trainer.mesh, start_position=seen)).loss)
+
+
+def release(trainer: Trainer) -> None:
+    """Give the run folder back, as the end of a run does."""
+    assert trainer.lock is not None
+    trainer.lock.release()
 
 
 def save(trainer: Trainer) -> Path:
@@ -127,6 +134,6 @@ def alone():
     prepare()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield build_mesh(1, 1, dist.distributed_c10d._get_default_group())
+        yield build_mesh(1, 1, world())
     finally:
         dist.destroy_process_group()

@@ -60,7 +60,8 @@ pytest.importorskip("nvidia.dali", reason="the extra `dali` is not installed")
 def _photo(number: int, width: int, height: int) -> Image.Image:
     """Smooth with some noise, as photographs are."""
     rng = np.random.default_rng(number)
-    smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    smooth = coarse.resize((width, height), Image.Resampling.BICUBIC)
     noisy = np.asarray(smooth) + rng.normal(0, 12, (height, width, 3))
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
@@ -74,8 +75,8 @@ def _both(jobs: list[tuple[bytes, Window]]) -> tuple[torch.Tensor, torch.Tensor,
     pillow, dali = (make_decoder(name, max_pixels=10**7) for name in ("pillow", "dali"))
     side = jobs[0][1].size
     reference, found = (torch.zeros(len(jobs), 3, side, side, dtype=torch.uint8) for _ in range(2))
-    expected = [problem and problem.reason for problem in pillow.decode_many(jobs, reference)]
-    problems = [problem and problem.reason for problem in dali.decode_many(jobs, found)]
+    expected = [problem.reason if problem else None for problem in pillow.decode_many(jobs, reference)]
+    problems = [problem.reason if problem else None for problem in dali.decode_many(jobs, found)]
     assert problems == expected
     return reference, found, problems, dali.fallbacks  # type: ignore[attr-defined]
 

@@ -22,7 +22,7 @@ from engine.parallel.mesh import Mesh, build_mesh
 from engine.resilience.quarantine import QUARANTINE_FILE, Quarantine
 from engine.resilience.roll_call import RollCall
 from tests.data.shard_factory import encode, good_sample, picture
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, world
 
 BATCH, STEPS, SIDE, CONTEXT = 16, 4, 12, 8
 # TP, PP (the rest of four ranks is DP); the second steps of each pair run at the layout that follows
@@ -66,7 +66,7 @@ def _expected(shards: str) -> Any:
 
 def _feed_all(folder: str, run_dir: str) -> list[dict[str, Any]]:
     """Half of the steps at each layout, the other half at the next; what this rank got."""
-    meshes = [build_mesh(*layout, dist.group.WORLD) for layout in LAYOUTS]  # type: ignore[arg-type]
+    meshes = [build_mesh(*layout, world()) for layout in LAYOUTS]
     return [
         _feed_steps(folder, Path(run_dir) / f"{number}", meshes[number - offset], first=STEPS // 2 * offset)
         for number in range(1, len(LAYOUTS))
@@ -152,7 +152,7 @@ def _check_own_rows(runs: list[dict[str, Any]], what: str, expected: torch.Tenso
 @pytest.fixture(scope="module")
 def mesh() -> Any:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield build_mesh(1, 1, dist.group.WORLD)
+    yield build_mesh(1, 1, world())
     dist.destroy_process_group()
 
 
@@ -164,7 +164,8 @@ def test_readers_work_in_units_of_a_micro_batch_within_the_bound(shards: str, me
     feed = _feed(_config(shards, workers=3, prefetch_batches=2), mesh)
     assert [unit.stop - unit.start for unit in feed.units] == [2] * 8
     assert feed._units_ahead(_config(shards, workers=3, prefetch_batches=2)) == 6  # 3 x 6 units hold 2 batches of 8
-    assert next(feed).images.shape == (BATCH, 3, SIDE, SIDE)
+    images = next(feed).images
+    assert images is not None and images.shape == (BATCH, 3, SIDE, SIDE)
     feed.close()
 
 
@@ -178,6 +179,7 @@ def test_readers_ahead_change_nothing_of_a_run_that_goes_on(shards: str, mesh: M
             bad += feed.bad
             batch = feed.share()
             rows = slice(first, first + BATCH)
+            assert batch.images is not None and batch.picture_ids is not None
             assert batch.images.equal(expected.images[rows]) and batch.tokens.equal(expected.tokens[rows])
             assert batch.picture_ids.equal(expected.picture_ids[rows])
             assert batch.bad == bad[-len(batch.bad) :] if batch.bad else True
@@ -195,7 +197,8 @@ def test_pixels_beyond_the_shared_memory_are_refused(shards: str, mesh: Mesh) ->
 
 def test_clips_keep_their_frames(shards: str, mesh: Mesh) -> None:
     feed = _feed(_config(shards, frames=2, workers=0), mesh)
-    assert next(feed).images.shape == (BATCH, 2, 3, SIDE, SIDE)
+    images = next(feed).images
+    assert images is not None and images.shape == (BATCH, 2, 3, SIDE, SIDE)
 
 
 def test_a_fresh_quarantine_and_a_resumed_one(tmp_path: Path, mesh: Mesh, shards: str) -> None:

@@ -42,7 +42,8 @@ simplejpeg = pytest.importorskip("simplejpeg", reason="simplejpeg is not install
 def _photo(number: int, width: int = 100, height: int = 75) -> Image.Image:
     """Smooth with some noise, as photographs are."""
     rng = np.random.default_rng(number)
-    smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    smooth = coarse.resize((width, height), Image.Resampling.BICUBIC)
     noisy = np.asarray(smooth) + rng.normal(0, 12, (height, width, 3))
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 

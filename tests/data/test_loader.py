@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import numpy as np
@@ -235,7 +235,8 @@ def test_a_reader_that_dies_or_stalls_is_an_error(dies: bool, stall_timeout_s: f
 
 
 def _functions_of(thread: int) -> list[CodeType]:
-    frame, found = sys._current_frames()[thread], list[CodeType]()
+    frame: FrameType | None = sys._current_frames()[thread]
+    found: list[CodeType] = []
     while frame is not None:
         found.append(frame.f_code)
         frame = frame.f_back

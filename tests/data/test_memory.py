@@ -64,9 +64,9 @@ def test_two_billion_samples(tmp_path: Path) -> None:
         in_use: set[int] = set()
         for first in range(0, 2 * GROUP * SAMPLES, 7_200):  # two groups, a batch at a time
             in_use.update(order.locate(np.arange(first, first + 7_200))[0].tolist())
-        for shard in in_use:
-            _write_index(shards[shard], storage, _index(), _stamp(shards[shard], storage))
-            assert store[shard].key(5) == "000000005"
+        for number in in_use:
+            _write_index(shards[number], storage, _index(), _stamp(shards[number], storage))
+            assert store[number].key(5) == "000000005"
         full = tracemalloc.get_traced_memory()[0] / 1e6 - paths
     finally:
         tracemalloc.stop()

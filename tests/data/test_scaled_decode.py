@@ -75,7 +75,8 @@ def test_within_the_promised_distance_of_decoding_in_full(make: Callable[..., Pi
         window = Window(box=(13, 7, 313, 231), size=size, flip=bool(number))
         found, smaller = reduced(window, least=1.5)
         assert found == factor
-        same = tuple(factor * edge for edge in smaller.box)
+        left, top, right, bottom = (factor * edge for edge in smaller.box)
+        same = (left, top, right, bottom)
         apart = np.abs(scaled.decode(picture, window).astype(int) - full.decode(picture, replace(window, box=same)))
         assert 0 < apart.mean() <= MEAN_LEVELS and np.percentile(apart, 99) <= LEVELS_OF_99_PERCENT
         large = replace(window, size=75)  # 1.5 times as many pixels are not there: to the bit as in full

@@ -34,7 +34,7 @@ BF16_KERNELS: list[tuple[str, dict[str, Any], Package | None, tuple[int, int]]] 
     ("fused", {"block_kernels": "fused"}, None, (8, 0)),
 ]
 FP8_CAPABILITY = {"current": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
-WIDE = {"width": 1024, "head_width": 128, "mlp_hidden": 5120, "depth": 4}
+WIDE: dict[str, Any] = {"width": 1024, "head_width": 128, "mlp_hidden": 5120, "depth": 4}
 """Sizes whose GEMMs fp8 takes: multiples of 128."""
 
 

@@ -6,6 +6,7 @@ import math
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,7 +81,8 @@ def wrapped_in_places(module: nn.Module) -> nn.Module:
     blocks = visual.get_submodule("blocks")
     for name, block in list(blocks.named_children()):
         setattr(blocks, name, checkpoint_wrapper(block))
-    module.visual = torch.compile(visual)
+    compiled: Any = torch.compile(visual)
+    module.visual = compiled
     return module
 
 
@@ -88,13 +90,14 @@ def trainers_files() -> dict[str, object]:
     """What torch.save is given by common trainers."""
     state = weights()
     module = module_of(state)
-    compiled = torch.compile(module)
+    compiled: Any = torch.compile(module)
+    both: Any = torch.compile(nn.DataParallel(module))
     settings_of_run = argparse.Namespace(lr=1e-3, model="eva", betas=(0.9, 0.98))
     return {
         "DataParallel": nn.DataParallel(module).state_dict(),
         "torch.compile": compiled.state_dict(),
         "DataParallel of torch.compile": nn.DataParallel(compiled).state_dict(),
-        "torch.compile of DataParallel": torch.compile(nn.DataParallel(module)).state_dict(),
+        "torch.compile of DataParallel": both.state_dict(),
         "average": AveragedModel(module).state_dict(),
         "wrapped in places": wrapped_in_places(module_of(state)).state_dict(),
         "open_clip": {"epoch": 3, "name": "x", "state_dict": nn.DataParallel(module).state_dict(), "optimizer": {}},

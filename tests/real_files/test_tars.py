@@ -97,9 +97,9 @@ def test_sparse_members_are_read_with_their_zeros(tmp_path: Path, form: str) -> 
     files = [f"{name}.{suffix}" for name in ("before", "holes", "hole", "behind") for suffix in ("png", "txt")]
     _tar(*form.split(), "--sparse", "--hole-detection=raw", "-cf", shard, *files, cwd=tmp_path)
     assert os.path.getsize(shard) < 120_000  # it is sparse
-    index, file = _index(shard), shard.read_bytes()
+    index, tar = _index(shard), shard.read_bytes()
     span = index.span(1, 0)  # type: ignore[arg-type]
-    assert span is not None and index.read(span, lambda offset, size: file[offset : offset + size]) == content
+    assert span is not None and index.read(span, lambda offset, size: tar[offset : offset + size]) == content
     captions, bad = _read(shard)
     assert captions == _expected(["before", "holes", "behind"]) and bad == {"not_an_image": 1}
 

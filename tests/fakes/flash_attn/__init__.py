@@ -36,7 +36,9 @@ def flash_attn_varlen_func(
     asking, seen = (itertools.pairwise(bounds.tolist()) for bounds in (cu_seqlens_q, cu_seqlens_k))
     parts = [
         F.scaled_dot_product_attention(
-            *(t[slice(*rows)].transpose(0, 1) for t, rows in ((q, own), (k, other), (v, other))),
+            q[slice(*own)].transpose(0, 1),
+            k[slice(*other)].transpose(0, 1),
+            v[slice(*other)].transpose(0, 1),
             is_causal=causal,
             scale=softmax_scale,
         )

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def gemm(part: Part) -> None:
             deep = 512 if part.toy else 25600
             left = part.empty(count, deep, dtype=torch.bfloat16)
             right = part.empty(deep, width, dtype=torch.bfloat16)
-            seconds = part.seconds(lambda a=left, b=right: a @ b)
+            seconds = part.seconds(partial(torch.matmul, left, right))
             rates.append({"rows": count, "width": width, "flops_per_s": 2 * count * width * deep / seconds})
     part.note("products", rates)
     part.note("peak_flops_per_s", max(rate["flops_per_s"] for rate in rates))
@@ -88,7 +89,7 @@ def blocks(part: Part) -> None:
     samples = 4 if part.toy else 124
     for layers in (1, 2 if part.toy else 6):
         for name, choice, backend in _choices(part):
-            part.attempt(f"{layers} × {name}", lambda n=layers, c=choice, b=backend: _stage(part, n, samples, c, b))
+            part.attempt(f"{layers} × {name}", partial(_stage, part, layers, samples, choice, backend))
 
 
 def fp8(part: Part) -> None:
@@ -101,7 +102,7 @@ def fp8(part: Part) -> None:
             part.note(recipe, {"skipped": f"needs capability {_FP8_CAPABILITY[recipe]}"})
             continue
         # 128 samples of 129 tokens: multiples of 128 in every product.
-        part.attempt(recipe, lambda r=recipe: _stage(part, 6, 128, {**_TE, "fp8": r}, None))
+        part.attempt(recipe, partial(_stage, part, 6, 128, {**_TE, "fp8": recipe}, None))
 
 
 def _stage(part: Part, layers: int, samples: int, choice: dict[str, Any], backend: Any) -> dict[str, float]:

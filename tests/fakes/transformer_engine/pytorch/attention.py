@@ -91,7 +91,8 @@ class DotProductAttention(TransformerEngineBaseModule):
         parts = [
             F.scaled_dot_product_attention(
                 query_layer[slice(*own)].transpose(0, 1),
-                *(t[slice(*other)].transpose(0, 1) for t in (key_layer, value_layer)),
+                key_layer[slice(*other)].transpose(0, 1),
+                value_layer[slice(*other)].transpose(0, 1),
                 is_causal=causal,
                 scale=self.scale,
             )

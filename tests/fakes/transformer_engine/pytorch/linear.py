@@ -67,9 +67,9 @@ class Linear(TransformerEngineBaseModule):
         self.save_original_input = save_original_input
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=params_dtype, device=device))
         if bias:
-            self.bias = nn.Parameter(torch.zeros(out_features, dtype=params_dtype, device=device))
+            self.bias: Tensor = nn.Parameter(torch.zeros(out_features, dtype=params_dtype, device=device))
             if parallel_mode == "row":
-                self.bias.sequence_parallel = sequence_parallel
+                self.bias.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
         else:
             self.bias = torch.empty(0, dtype=params_dtype, device=device)
 

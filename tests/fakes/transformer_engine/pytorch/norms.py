@@ -21,10 +21,10 @@ class _Norm(nn.Module):
         super().__init__()
         assert (normalized_shape is None) != (hidden_size is None), "hidden_size is the old name of normalized_shape"
         assert not zero_centered_gamma
-        self.shape, self.eps = (hidden_size or normalized_shape,), eps
+        self.shape, self.eps = (hidden_size or normalized_shape or 0,), eps
         self.weight = nn.Parameter(torch.ones(self.shape, dtype=params_dtype, device=device))
         if sequence_parallel is not None:
-            self.weight.sequence_parallel = sequence_parallel
+            self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
 
 
 class RMSNorm(_Norm):
