@@ -77,6 +77,7 @@ def save_with_file_limit(pipe: Connection, run_dir: Path, limit_bytes: int) -> N
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
         drive(trainer, callback, 1)
         pipe.send("training on")
+        assert callback.saver._writing is not None
         callback.saver._writing.join()
         try:
             drive(trainer, callback, 1)

@@ -15,7 +15,7 @@ from engine.config.read import Config
 from engine.parallel.mesh import Mesh
 from engine.resilience.judge import UnhealthyStep
 from engine.trainer import Trainer
-from tests.checkpoint.jobs import alone, build, callback_of, drive, job_config, run_steps
+from tests.checkpoint.jobs import alone, build, callback_of, drive, job_config, release, run_steps
 from tests.gather import whole_weights
 
 
@@ -61,7 +61,7 @@ def test_a_state_that_is_not_finite_is_not_committed(kind: str, value: float, tm
         callback.saver.finish()
     assert "WARNING: step_00000002 was not saved: not finite" in capfd.readouterr().err
     assert "step_00000001" in names(tmp_path) and not list(checkpoints_folder(tmp_path).glob(".*"))
-    trainer.lock.release()
+    release(trainer)
     assert build(light(tmp_path), mesh).position.step in (1, 2)
 
 
@@ -107,10 +107,10 @@ def test_a_start_from_a_checkpoint_whose_next_step_is_not_sound_is_not_repeated_
     trainer.position.step += 1
     callback.secure({"step": 3, "loss": 1.0})
     callback.saver.wait()
-    trainer.lock.release()
+    release(trainer)
     for expected in (4, 2):
         trainer = build(light(tmp_path, "health.on_nonfinite=stop"), mesh)
-        trainer.lock.release()
+        release(trainer)
         assert trainer.position.step == expected
         if expected == 4:
             with pytest.raises(UnhealthyStep):
@@ -174,7 +174,7 @@ def test_what_changed_by_itself_is_found_before_a_weight_moves(kind: str, option
         run_steps(trainer, 1)
     assert all(a.equal(b) for a, b in zip(before, (flat for t in towers for flat in t.master), strict=True))
     assert trainer.optimizer.update_count == updates
-    trainer.lock.release()
+    release(trainer)
 
 
 def test_a_weight_that_forgot_is_named_where_the_step_is_not_sound_for_it(tmp_path: Path, mesh: Mesh) -> None:
@@ -184,7 +184,7 @@ def test_a_weight_that_forgot_is_named_where_the_step_is_not_sound_for_it(tmp_pa
     change_state(trainer, "weight", torch.inf)
     with pytest.raises(UnhealthyStep, match=r"^step 2: state has changed between two updates: weight of rank 0 on "):
         run_steps(trainer, 1)
-    trainer.lock.release()
+    release(trainer)
 
 
 def test_a_scale_that_is_clamped_after_an_update_has_not_changed_by_itself(tmp_path: Path, mesh: Mesh) -> None:
@@ -201,7 +201,7 @@ def test_a_scale_that_is_clamped_after_an_update_has_not_changed_by_itself(tmp_p
     change_state(trainer, "weight", 0.5, "logit_scale.log_scale")
     at_rest.check()
     assert at_rest.changed() == ["weight"]
-    trainer.lock.release()
+    release(trainer)
 
 
 def test_a_frozen_weight_that_changed_is_found_before_a_save_and_after_it(tmp_path: Path, mesh: Mesh) -> None:
@@ -217,7 +217,7 @@ def test_a_frozen_weight_that_changed_is_found_before_a_save_and_after_it(tmp_pa
     change_state(trainer, "weight", 0.25)
     with pytest.raises(UnhealthyStep, match=r"^step 6: state has changed .*: frozen weight of rank 0 on "):
         run_steps(trainer, 1)
-    trainer.lock.release()
+    release(trainer)
 
 
 def test_a_suspect_that_cannot_be_renamed_is_said_and_not_gone_back_to(
@@ -242,4 +242,4 @@ def test_a_suspect_that_cannot_be_renamed_is_said_and_not_gone_back_to(
     said = capfd.readouterr().err
     assert "step_00000004 was sound: it could not be renamed (Read-only file system)" in said
     assert "step_00000002, data goes on (1 rewinds" in said
-    trainer.lock.release()
+    release(trainer)

@@ -36,7 +36,7 @@ from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.resume import newest_good
 from engine.parallel.mesh import Mesh
 from tests.checkpoint.children import child, hear, hold_lock, save_for_ever, save_with_file_limit
-from tests.checkpoint.jobs import alone, build, callback_of, drive, job_config, run_steps, save
+from tests.checkpoint.jobs import alone, build, callback_of, drive, job_config, release, run_steps, save
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def good_run(module_path: Path, mesh: Mesh) -> Path:
     for _ in range(2):
         run_steps(trainer, 1)
         save(trainer)
-    trainer.lock.release()
+    release(trainer)
     return run_dir
 
 
@@ -229,7 +229,7 @@ def test_too_little_space_is_seen_before_anything_is_written(tmp_path: Path, mes
         needed, reserve, free = map(float, needs.groups())
         assert needed + reserve > free > needed, "the reserve is what is missing"
         assert not list(checkpoints_folder(disk / "run").iterdir())
-        trainer.lock.release()
+        release(trainer)
 
 
 @pytest.mark.parametrize("policy", ["skip", "wait"])
@@ -255,7 +255,7 @@ def test_a_disk_without_room_need_not_end_the_run(
         assert all_checkpoints(disk / "run")[-1].name == "step_00000002"
         said = capfd.readouterr().err
         assert said.count("GB are free: free some space") == 1 and "; training goes on" in said
-        trainer.lock.release()
+        release(trainer)
 
 
 def test_a_full_disk_fails_the_save_and_is_named(tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +267,7 @@ def test_a_full_disk_fails_the_save_and_is_named(tmp_path: Path, mesh: Mesh, mon
         with pytest.raises(CheckpointError, match="No space left on device"):
             save(trainer)
         assert not all_checkpoints(disk / "run")
-        trainer.lock.release()
+        release(trainer)
 
 
 @pytest.mark.parametrize("under_way", [False, True])
@@ -284,7 +284,7 @@ def test_a_stop_whose_save_fails_does_not_say_that_it_was_saved(
         said = capfd.readouterr().err
         assert "No space left on device" in said and "stopped by SIGTERM after step 1: not saved" in said
         assert callback.saver.saved == [] and not all_checkpoints(disk / "run")
-        trainer.lock.release()
+        release(trainer)
 
 
 def test_a_checkpoint_whose_record_alone_fails_is_one(
@@ -303,7 +303,7 @@ def test_a_checkpoint_whose_record_alone_fails_is_one(
     said = capfd.readouterr().err
     assert "No space left on device" in said and "stopped by SIGTERM after step 1: saved in " in said
     assert callback.saver.saved == all_checkpoints(tmp_path / "run") != []
-    trainer.lock.release()
+    release(trainer)
 
 
 def test_a_read_only_folder_is_refused_at_the_start(tmp_path: Path, mesh: Mesh) -> None:
@@ -324,7 +324,7 @@ def test_a_second_job_on_the_folder_is_refused_until_the_first_is_gone(tmp_path:
             build(job_config(tmp_path), mesh)
         process.kill()
         process.join()
-        build(job_config(tmp_path), mesh).lock.release()
+        release(build(job_config(tmp_path), mesh))
 
 
 def test_a_folder_left_on_another_machine_is_watched_then_taken_whatever_the_clocks_say(tmp_path: Path, capfd) -> None:
@@ -414,7 +414,7 @@ def test_a_pointer_that_names_no_checkpoint_is_passed_over_and_nothing_is_rename
     (checkpoints_folder(run_dir) / "latest").write_bytes(content)
     before = sorted(run_dir.parent.rglob("*"))
     trainer = build(job_config(run_dir), mesh)
-    trainer.lock.release()
+    release(trainer)
     assert trainer.position.step == 2
     assert "does not hold the name of a checkpoint" in capfd.readouterr().err
     assert sorted(run_dir.parent.rglob("*")) == before
@@ -427,7 +427,7 @@ def test_a_run_with_nothing_but_damaged_checkpoints_does_not_begin_at_0(run_dir:
     with pytest.raises(CheckpointError, match=r"nothing but checkpoints that were set aside .*step_00000001\.damaged"):
         build(job_config(run_dir), mesh)
     trainer = build(job_config(run_dir, "checkpoint.resume=none"), mesh)
-    trainer.lock.release()
+    release(trainer)
     assert trainer.position.step == 0
 
 
@@ -436,13 +436,13 @@ def test_a_rolled_back_run_does_not_count_the_attempt_that_was_given_up(run_dir:
     given_up = build(job_config(run_dir), mesh)
     run_steps(given_up, 4)
     later = save(given_up)
-    given_up.lock.release()
+    release(given_up)
     pointer.write_text(older.name)
     trainer = build(job_config(run_dir), mesh)
     assert trainer.position.step == 2
     run_steps(trainer, 1)
     newest = save(trainer)
-    trainer.lock.release()
+    release(trainer)
     assert f"{later.name}.abandoned: of an attempt" in capfd.readouterr().err
     assert all_checkpoints(run_dir)[-1] == newest and later.with_name(f"{later.name}.abandoned").is_dir()
 

@@ -28,7 +28,7 @@ def test_every_copy_is_on_another_host() -> None:
     hosts = ["a", "a", "b", "b", "c", "c"]
     partners = [partner_of(rank, hosts) for rank in range(6)]
     assert partners == [2, 3, 4, 5, 0, 1]
-    assert all(hosts[rank] != hosts[partner] for rank, partner in enumerate(partners))
+    assert all(partner is not None and hosts[rank] != hosts[partner] for rank, partner in enumerate(partners))
     assert partner_of(1, ["a", "a"]) is None
     assert [partner_of(rank, ["a", "a", "b"]) for rank in range(3)] == [2, 2, 0]
 
@@ -62,6 +62,7 @@ def _lose_a_host(folder: str) -> dict[str, list]:
     trainer = build(config, mesh)
     callback = callback_of(trainer)
     drive(trainer, callback, 3)
+    assert callback.local is not None
     callback.local.wait()
     kept = sorted(str(path.relative_to(own)) for path in own.rglob("*") if path.is_file())
     wanted = run_steps(trainer, 3)
@@ -138,6 +139,7 @@ def _one_rank(folder: str) -> dict[str, object]:
     trainer = build(config, mesh)
     callback = callback_of(trainer)
     drive(trainer, callback, 2)
+    assert callback.local is not None
     callback.local.wait()
     own = local_folder(config)
     held = sets.held_sets(own, mesh)
@@ -150,6 +152,7 @@ def _one_rank(folder: str) -> dict[str, object]:
     second = build(config, mesh)
     step, began = second.position.step, str(second.recovery.began)
     CheckpointCallback(second).open_local()
+    assert second.recovery.local is not None
     second.recovery.local.forget()
     second._release_run()
     more = _older_and_other_sets(f"{folder}/more", mesh)

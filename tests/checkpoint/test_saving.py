@@ -61,6 +61,7 @@ def test_a_checkpoint_holds_everything(tmp_path: Path, mesh: Mesh) -> None:
     callback.saver.wait()
     manifest = Checkpoint(step_folder(tmp_path, 2)).manifest
     assert manifest.content == "training" and manifest.seed == 0
+    assert manifest.position is not None
     assert (manifest.position.step, manifest.position.samples_seen) == (2, 32)
     assert manifest.config["model"]["vision"]["depth"] == 5 and manifest.config["run_dir"] == str(tmp_path)
     assert manifest.layout == {"tensor": 1, "pipeline": 1, "data": 1}
@@ -90,6 +91,7 @@ def test_saves_never_overlap_and_the_last_one_is_waited_for(tmp_path: Path, mesh
     saver.save(trainer.position, {}, {})
     first = saver._committing
     saver.save(trainer.position, {}, {})
+    assert first is not None
     assert not first._thread.is_alive() and first.error is None
     saver.wait()
     shutil.rmtree(step_folder(tmp_path, 0))

@@ -12,7 +12,7 @@ import torch
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.flat_slice import FlatSlice
 from engine.checkpoint.format.manifest import Manifest, StoredTensor, read_manifest, write_manifest
-from engine.checkpoint.format.tables import Bucket, ShardTable, TableRow, parse_table, rank_file, table_entry
+from engine.checkpoint.format.tables import Bucket, Shapes, ShardTable, TableRow, parse_table, rank_file, table_entry
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.save import merge_reports, write_rank
 from engine.checkpoint.state import SnapshotPart
@@ -99,6 +99,7 @@ def test_ranks_that_disagree_on_their_slices_make_no_checkpoint(tmp_path: Path) 
 )
 def test_a_table_that_is_none_is_refused(broken: dict) -> None:
     entry = table_entry(_tables_of(2)[0])
-    assert parse_table(entry, {f"{i}.{j}": (96, 80) for i in range(4) for j in range(3)} | {"last": (96, 80)}, 2)
+    shapes: Shapes = {f"{i}.{j}": (96, 80) for i in range(4) for j in range(3)}
+    assert parse_table(entry, shapes | {"last": (96, 80)}, 2)
     with pytest.raises(CheckpointError, match="table of shards"):
         parse_table(entry | broken, {"last": (96, 80)}, 2)

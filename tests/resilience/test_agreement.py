@@ -24,7 +24,7 @@ from engine.parallel.rendezvous import NotEveryoneCame, _agree_on_name, own_stor
 from engine.resilience import agreement
 from engine.resilience.agreement import RanksDiffer, agree, compare, content_of, facts_of
 from tests.checkpoint.jobs import job_config
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, world
 
 SOON = timedelta(seconds=300)
 
@@ -149,7 +149,7 @@ def test_all_ranks_hear_the_verdict() -> None:
 
 def fail_together() -> list[str]:
     """Kinds of errors that rank 1 meets, and what this rank raises."""
-    axis = Axis(dist.get_world_size(), dist.get_rank(), dist.group.WORLD)
+    axis = Axis(dist.get_world_size(), dist.get_rank(), world())
     found = []
     for error in (None, DataError("a bad shard"), CheckpointError("no room"), "in words", ZeroDivisionError("a bug")):
         try:

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from engine.parallel.mesh import build_mesh
 from engine.resilience.judge import UnhealthyStep
 from engine.trainer import Trainer
 from tests.checkpoint.jobs import build, job_config, run_steps, save
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, world
 
 
 def flip(trainer: Trainer, name: str, *, owned: bool) -> None:
@@ -63,7 +62,7 @@ LAYOUTS = {"dp3": (), "bf16": ("train.precision=bf16",), OWNED: ("train.precisio
 
 def audited(folder: str) -> dict[str, Any]:
     """On three replicas: what is found after a flip on rank 1, by policy."""
-    mesh, found = build_mesh(1, 1, dist.group.WORLD), {}
+    mesh, found = build_mesh(1, 1, world()), {}
     for layout, overrides in LAYOUTS.items():
         for policy in ("repair",) if layout == OWNED else ("stop", "repair", "rewind"):
             options = (f"health.on_divergence={policy}", "health.audit_every_steps=1", *SMALL)
@@ -110,7 +109,7 @@ def test_the_rank_is_named_and_the_policy_followed(tmp_path) -> None:
 
 def tensor_copies(folder: str) -> list[str]:
     """A weight that both tensor ranks hold whole, flipped on one of them: no all-gather would ever mend it."""
-    mesh = build_mesh(2, 1, dist.group.WORLD)
+    mesh = build_mesh(2, 1, world())
     options = ("parallel.tensor=2", "health.on_divergence=repair", "health.audit_every_steps=2")
     trainer = build(job_config(folder, *options), mesh)
     run_steps(trainer, 1)

@@ -25,6 +25,11 @@ def watch(store: dist.Store | None = None) -> Watch:
     return Watch(Pulse(), Path("run"), 0, 4, LIMIT_S, store)
 
 
+def verdict(judge: Watch) -> str:
+    assert judge._store is not None
+    return judge._verdict(judge._store)
+
+
 def test_a_rank_that_gives_no_sign_of_life_is_named_whatever_the_others_do() -> None:
     judge = watch()
     places = {rank: place("wait", 0.1) for rank in range(4)}
@@ -41,9 +46,9 @@ def test_a_rank_is_known_before_its_first_step_and_missed_from_there_on(tmp_path
     with Watch(Pulse(), tmp_path, 3, 4, LIMIT_S, store):
         told = json.loads(store.get("watch/3"))
     assert (told["beat"], told["part"]) == (0, "start")
-    assert judge._verdict(judge._store) == ""
+    assert verdict(judge) == ""
     judge._began_s -= 2 * LIMIT_S
-    assert judge._verdict(judge._store) == "no sign of life from rank 0; rank 1; rank 2 since the start, 60 s ago"
+    assert verdict(judge) == "no sign of life from rank 0; rank 1; rank 2 since the start, 60 s ago"
 
 
 def test_a_job_that_was_stopped_for_a_while_has_nobody_late() -> None:
@@ -56,7 +61,7 @@ def test_a_job_that_was_stopped_for_a_while_has_nobody_late() -> None:
         rank._tell(1)
     judge._seen = {rank: (1, before_s) for rank in range(2)}
     assert (
-        judge._verdict(judge._store)
+        verdict(judge)
         == "no sign of life from "
         + "; ".join(
             f"rank {rank} on {socket.gethostname()} (pid {os.getpid()}) in 'start' of step 0" for rank in range(2)
@@ -66,7 +71,7 @@ def test_a_job_that_was_stopped_for_a_while_has_nobody_late() -> None:
     for rank in (judge, other):
         rank._notice_absence(before_s)
         rank._tell(2)
-    assert judge._verdict(judge._store) == ""
+    assert verdict(judge) == ""
     began_s = judge._began_s
     judge._notice_absence(time.monotonic())
     assert judge._began_s == began_s
@@ -79,10 +84,10 @@ def test_a_rank_that_has_ended_in_order_is_not_missed(tmp_path: Path) -> None:
     judge.size = 2
     judge._tell(1)
     with Watch(Pulse(), tmp_path, 1, 2, LIMIT_S, store):
-        judge._verdict(judge._store)
+        verdict(judge)
         assert judge._seen.keys() == {0, 1}
     judge._seen[1] = (0, time.monotonic() - 2 * LIMIT_S)
-    assert judge._verdict(judge._store) == ""
+    assert verdict(judge) == ""
 
 
 def test_of_ranks_that_stand_still_those_that_wait_for_nobody_are_late() -> None:
@@ -122,7 +127,7 @@ def test_a_thread_that_works_is_movement_and_one_that_looks_around_is_none() -> 
     for number, name in enumerate(names):
         threading.Thread(target=wait_twice, args=(number,), name=name, daemon=True).start()
     there.wait()
-    idents = {thread.name: thread.ident for thread in threading.enumerate()}
+    idents = {thread.name: thread.ident for thread in threading.enumerate() if thread.ident is not None}
     before = stacks_of_threads()
     for event in go_on:
         event.set()
