@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.config.read import ParallelConfig, preset_model
@@ -23,7 +22,7 @@ from engine.parallel.mesh import Mesh, build_mesh
 from models.config import ModelConfig
 from models.tensors.naming import logical_tensors
 from models.towers.vision import VisionTower
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, world
 from tests.engine import test_step_options as step_options
 from tests.golden import ARCHITECTURES, logical, model_of, pixels
 
@@ -178,11 +177,11 @@ def curves(slow: bool) -> dict[str, list[float]]:
     for name, ((tensor, pipeline), options) in CURVES.items():
         if (name in SLOW_CURVES) != slow:
             continue
-        mesh = build_mesh(tensor, pipeline, dist.group.WORLD)
+        mesh = build_mesh(tensor, pipeline, world())
         layout = (f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", "train.micro_batch_size=8")
         config = step_options._config("18b", *layout, *options)
         out[name] = step_options._curve(config, mesh, device)["losses"]
-    mesh = build_mesh(1, 2, dist.group.WORLD)
+    mesh = build_mesh(1, 2, world())
     for name, options in BF16_CURVES.items() if not slow else ():
         config = step_options._config("18b", "parallel.pipeline=2", "train.micro_batch_size=16", *BF16, *options)
         out[name] = step_options._curve(config, mesh, device)["losses"]

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from engine.config.phases import first_phase
@@ -23,8 +22,8 @@ from engine.parallel.device import prepare
 from engine.parallel.launch import job
 from engine.parallel.mesh import Mesh, build_mesh
 from engine.trainer import Trainer
-from tests.distributed import run_distributed
-from tests.gather import backward_only, gather_objects, whole_gradients
+from tests.distributed import run_distributed, world
+from tests.gather import backward_only, contrastive_step, gather_objects, whole_gradients
 from tests.golden import (
     ARCHITECTURES,
     PATCH_DROPOUT_GRADIENTS,
@@ -142,7 +141,7 @@ def one_pass(case: Case, mesh: Mesh) -> dict[str, Any]:
     io = load_io(case.fixture)
     trainer = Trainer(first_phase(case.config()), mesh, prepare())
     load_weights(trainer.towers, noise(trainer.towers) if case.width else logical(case.fixture, "weights"))
-    step = trainer.training_step
+    step = contrastive_step(trainer)
     if case.dropout:
         _keep_patches_of_fixture(step, io["pd.keep_indices"])
     rows: list[tuple[Tensor, Tensor]] = []
@@ -171,7 +170,7 @@ def _all_rows(images: Tensor, text: Tensor, mesh: Mesh) -> dict[str, Tensor]:
 
 def run_cases(cases: list[Case]) -> list[dict[str, Any]]:
     """All cases on the ranks of this launch."""
-    mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, dist.group.WORLD))
+    mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, world()))
     return [one_pass(case, mesh(case.tensor, case.pipeline)) for case in cases]
 
 

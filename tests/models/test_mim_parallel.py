@@ -21,7 +21,7 @@ from engine.parallel.launch import job
 from engine.parallel.mesh import Mesh, build_mesh
 from models.tensors.naming import split_dim
 from models.towers.mim import StudentTower
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, world
 from tests.golden import TOLERANCE, deviation, deviations, load_tensors
 from tests.models.students import (
     DEPTH,
@@ -124,6 +124,7 @@ def one_pass(case: Case, mesh: Mesh) -> dict[str, Any]:
             neighbours.send(output, 1)
             output.backward(neighbours.receive(1))
         if not tower.is_first:
+            assert inputs.grad is not None
             neighbours.send(inputs.grad, -1)
     return {
         "loss": loss if tower.is_last else None,
@@ -133,7 +134,7 @@ def one_pass(case: Case, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def _gradients(tower: StudentTower, mesh: Mesh) -> dict[str, Tensor]:
+def _gradients(tower: StudentTower, mesh: Mesh) -> dict[str, Tensor | None]:
     """Logical name -> gradient of this rank's slice, partial sums added up as engine/objectives/update.py adds them."""
     for parameter in tower.parameters():
         if getattr(parameter, "sequence_parallel", False):
@@ -144,7 +145,7 @@ def _gradients(tower: StudentTower, mesh: Mesh) -> dict[str, Tensor]:
 def run_cases(cases: list[Case]) -> list[dict[str, Any]]:
     """All cases on the ranks of this launch."""
     prepare()
-    mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, dist.group.WORLD))
+    mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, world()))
     return [one_pass(case, mesh(case.tensor, len(case.layers))) for case in cases]
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from engine.checkpoint.foreign import ForeignWeights
@@ -39,8 +38,8 @@ from models.tensors.inventory import MIM_TENSORS, vision_shapes
 from models.tensors.naming import logical_tensors
 from models.towers.mim import StudentTower, teacher_features
 from models.towers.vision import VisionTower, patchify
-from tests.distributed import run_distributed
-from tests.gather import backward_only, gather_objects, whole_gradients
+from tests.distributed import run_distributed, world
+from tests.gather import backward_only, contrastive_step, gather_objects, whole_gradients
 from tests.golden import FOLDER, deviation, load_json, load_tensors, load_weights, local_batch
 from tools.convert import __main__ as convert
 
@@ -183,12 +182,12 @@ def test_a_model_by_open_clips_config(tmp_path: Path) -> None:
     eva = tmp_path / "eva.json"
     eva.write_text(json.dumps({"embed_dim": 512, "vision_cfg": {"timm_model_name": "eva02_base_patch16_clip_224"}}))
     assert preset_model(f"open_clip:{eva}").vision == preset_model("b16").vision
-    for given, message in (
+    for source, message in (
         ("open_clip:no.json", r"no\.json is no open_clip model config: .*No such file"),
         (f"hf:{file}", "it takes open_clip:FILE.json"),
     ):
         with pytest.raises(ConfigError, match=message):
-            resolve({"model": {"vision": {"from": given}}, "data": {"shards": ["-"]}}, [])
+            resolve({"model": {"vision": {"from": source}}, "data": {"shards": ["-"]}}, [])
 
 
 @pytest.mark.parametrize("name", ["open-clip-vit", "transformers-clip", "transformers-siglip", *IMAGE_TOWERS])
@@ -266,17 +265,19 @@ def test_student_and_teacher_of_the_mim_stage(name: str, mesh: Mesh) -> None:
     v, samples = model.vision, 2
     teacher = filled(VisionTower(model, groups=mesh.vision_groups()), name)
     student = filled(StudentTower(model, target_dim=v.width, groups=mesh.vision_groups()), name)
+    embed: Any = student.embed
+    projected: Any = teacher.get_submodule("head").projected
     images = torch.full((samples, 3, v.image_size, v.image_size), 0.7)
     masked = torch.zeros(samples, v.patches, dtype=torch.bool)
     masked[0, 3], masked[1, 5:7] = True, True
     with torch.no_grad():
-        patch = patchify(images, v.patch_size)[0, 0] @ student.embed.weight.T
-        student.embed.mask_token.copy_(patch if student.embed.bias is None else patch + student.embed.bias)
-        student.head.prediction.weight.copy_(torch.eye(v.width))
+        patch = patchify(images, v.patch_size)[0, 0] @ embed.weight.T
+        embed.mask_token.copy_(patch if embed.bias is None else patch + embed.bias)
+        student.get_parameter("head.prediction.weight").copy_(torch.eye(v.width))
         predicted = student(images, masked, samples=samples)
         features = teacher_features(teacher, images)
     assert features.shape == (samples, v.patches, model.embed_dim)
-    assert deviation(teacher.head.projected(predicted), features[masked]) < LIMIT
+    assert deviation(projected(predicted), features[masked]) < LIMIT
 
 
 @pytest.mark.parametrize("name", ["timm-pe-l", *IMAGE_TOWERS])
@@ -304,7 +305,7 @@ def test_fused_blocks_have_the_new_parts(name: str, mesh: Mesh) -> None:
 def config_of(name: str, tensor: int, pipeline: int, sequence: bool, micro_batch: int) -> Config:
     model = asdict(model_of(name))
     loss = "sigmoid" if "siglip" in name else "softmax"
-    train = {"global_batch_size": 8, "micro_batch_size": micro_batch, "patch_dropout": 0.0}
+    train: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": micro_batch, "patch_dropout": 0.0}
     train |= {"logit_scale": None, "loss": loss}
     parallel = {"tensor": tensor, "pipeline": pipeline, "sequence": sequence}
     return resolve({"model": model, "data": {"shards": ["-"]}, "train": train, "parallel": parallel}, [])
@@ -314,7 +315,7 @@ def one_pass(name: str, layout: tuple[int, int, bool, int], mesh: Mesh) -> dict[
     """Features' directions, loss and whole gradients on rank 0."""
     trainer = Trainer(first_phase(config_of(name, *layout)), mesh, prepare())
     load_weights(trainer.towers, logical(name, "weights"))
-    step, io = trainer.training_step, load_tensors(f"public-{name}/io")
+    step, io = contrastive_step(trainer), load_tensors(f"public-{name}/io")
     rows: list[tuple[Tensor, Tensor]] = []
 
     def loss(images: Tensor, text: Tensor) -> LossResult:
@@ -356,7 +357,7 @@ def _cases(launch: str, names: Sequence[str]) -> list[tuple[str, tuple[int, int,
 
 
 def run_cases(launch: str, names: Sequence[str]) -> list[dict[str, Any]]:
-    mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, dist.group.WORLD))
+    mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, world()))
     return [one_pass(name, layout, mesh(layout[0], layout[1])) for name, layout in _cases(launch, names)]
 
 
