@@ -198,7 +198,7 @@ def remuxed(clip: bytes, container: str) -> bytes:
     import av
 
     stream = BytesIO()
-    with av.open(BytesIO(clip)) as source, av.open(stream, "w", format=container) as target:
+    with av.open(BytesIO(clip), "r") as source, av.open(stream, "w", format=container) as target:
         video = target.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(source.streams.video[0]):
             if packet.dts is not None:
@@ -212,7 +212,7 @@ def reencoded(clip: bytes) -> bytes:
     import av
 
     stream = BytesIO()
-    with av.open(BytesIO(clip)) as source, av.open(stream, "w", format="mp4") as target:
+    with av.open(BytesIO(clip), "r") as source, av.open(stream, "w", format="mp4") as target:
         video = target.add_stream("mjpeg", rate=5)
         video.width, video.height, video.pix_fmt = 48, 32, "yuvj420p"
         for frame in source.decode(video=0):

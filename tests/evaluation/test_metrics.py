@@ -1,6 +1,7 @@
 """Measures against scikit-learn, and the paper's tables against their own averages."""
 
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,6 +130,7 @@ def test_a_run_that_scores_the_papers_numbers_has_the_papers_means() -> None:
     for spec in suite.sets:
         for transform, frames in product(("squash", "crop"), (1, 8, 16) if spec.is_video else (1,)):
             published = spec.reference.get(transform, spec.reference.get(str(frames)))
+            assert published is not None
             measures = {spec.metric: published / 100, "chance": 0.0}
             row = Row(name=spec.name, transform=transform, frames=frames, measures=measures, samples=1, left_out=0)
             rows.append(row)
@@ -138,7 +140,7 @@ def test_a_run_that_scores_the_papers_numbers_has_the_papers_means() -> None:
     of_frames = [means[f"4 video sets, {frames}"]["reference"] for frames in ("1 frame", "8 frames", "16 frames")]
     assert of_frames == [75.0, 79.7, 79.8]  # the best number of frames does not stand for the others
     assert all(abs(entry["difference"]) < 1e-9 for entry in results.set_table() if not entry["best"])
-    table = beside_the_papers_models(results)
+    table: list[Any] = beside_the_papers_models(results)
     assert [round(value, 1) for value in table[1][1:-1]] == table[2][1:-1] == [80.7, 87.8, 75.0, 83.6, 0.2]
     assert (table[1][-1], table[2][-1]) == (None, 88.9)
     assert table[2][0] == "EVA-CLIP-18B" and "DFN5B-CLIP-H/14 378" in render(results)

@@ -56,7 +56,7 @@ def blocks(samples: list[Sample], size: int) -> list[Block]:
             Block(
                 start,
                 start + len(part),
-                lambda rows, pixels=pixels: pixels[rows],
+                pixels.__getitem__,
                 keys=[f"k{number}" for number, _ in part],
                 captions=["\n".join(NAMES[n] for n in captions) or None for _, captions in part],
                 has_image=torch.ones(len(part), dtype=torch.bool),

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from data.errors import DataError
 from engine.callbacks.suite import SuiteEvaluation
@@ -17,7 +16,7 @@ from engine.parallel.mesh import build_mesh
 from engine.record import Callback, Record
 from engine.trainer import Trainer
 from tests.data.shard_factory import make_shards
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, world
 from tests.evaluation import sets
 from tools.evaluate.__main__ import main
 
@@ -62,7 +61,7 @@ def fit(config: Config) -> list[dict[str, float]]:
     """The evaluation's part of every record. Collective over all ranks."""
     from engine.callbacks.checkpoint import CheckpointCallback
 
-    mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, dist.distributed_c10d._get_default_group())
+    mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, world())
     trainer = Trainer(first_phase(config), mesh, prepare())
     recorder = _Records()
     trainer.resume()

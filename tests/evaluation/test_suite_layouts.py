@@ -14,7 +14,7 @@ from engine.evaluation.session import Session, load
 from engine.parallel.device import prepare
 from engine.parallel.mesh import build_mesh
 from tests.checkpoint.jobs import SIDE, alone
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, world
 from tests.evaluation import sets
 from tools.evaluate.__main__ import _parser
 from tools.evaluate.suites import score_suite
@@ -52,7 +52,7 @@ def noise(count: int) -> torch.Tensor:
 
 def _at_layouts(checkpoint: str, data: str, layouts: dict[str, dict[str, tuple[int, int, int]]]) -> None:
     """What `main` does after the process group exists (in a test it exists already); at first in two pairs of ranks."""
-    rank, whole = dist.get_rank(), dist.distributed_c10d._get_default_group()
+    rank, whole = dist.get_rank(), world()
     halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     expected = torch.load(f"{data}/answers.pt")
     for ranks, group in (("2", halves[rank // 2]), ("4", whole)):
@@ -83,7 +83,8 @@ def test_the_same_numbers_at_every_layout(
         tower = encoders.vision[0]
         with torch.no_grad():
             every = tower(noise(9), samples=9, read="tokens")
-            projected = torch.nn.functional.normalize(tower.head.projected(found["pooled pooled"]), dim=1)
+            head: Any = tower.head
+            projected = torch.nn.functional.normalize(head.projected(found["pooled pooled"]), dim=1)
     torch.save(found, data / "answers.pt")
     assert torch.equal(found["features images"], found["pooled images"])
     torch.testing.assert_close(projected, found["features images"], atol=1e-6, rtol=1e-5)

@@ -5,7 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 import yaml
 
 from engine.config.read import Config, ParallelConfig
@@ -13,7 +12,7 @@ from engine.parallel.device import prepare
 from engine.parallel.launch import job
 from engine.parallel.mesh import build_mesh
 from models.tensors.flops import embedding_flops
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, world
 from tools.benchmark.__main__ import main
 from tools.benchmark.measure import measure
 from tools.benchmark.options import TRACED_STEPS, Options, benchmark_config
@@ -50,7 +49,7 @@ def _measure_on_ranks(folder: str) -> list[dict]:
     for name, (tensor, pipeline) in LAYOUTS.items():
         out = Path(folder) / name
         layout = (f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}")
-        mesh, device = build_mesh(tensor, pipeline, dist.group.WORLD), prepare()
+        mesh, device = build_mesh(tensor, pipeline, world()), prepare()
         results.append(asdict(measure(_config(Path(folder), out, 2, *layout), mesh, device, _options(out))))
     return results
 

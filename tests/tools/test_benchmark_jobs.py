@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 import yaml
 
 from engine.parallel.device import prepare
 from engine.parallel.mesh import build_mesh
 from tests.data.shard_factory import make_shards
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, world
 from tests.engine.mim_jobs import MODEL, TEACHER
 from tools.benchmark.__main__ import main
 from tools.benchmark.measure import measure
@@ -53,7 +52,7 @@ def write_job(folder: Path, name: str) -> tuple[Path, Options]:
 
 def on_two_stages(folder: str) -> dict[str, dict[str, Any]]:
     """The results of all jobs on this rank."""
-    mesh, device = build_mesh(1, 2, dist.group.WORLD), prepare()
+    mesh, device = build_mesh(1, 2, world()), prepare()
     results = {}
     for name in JOBS:
         path, given = write_job(Path(folder), name)

@@ -137,8 +137,8 @@ def test_a_ratio_within_the_spread_says_so() -> None:
 
 
 def test_what_differs_is_listed() -> None:
-    other = {"run_dir": "runs/b", "model": {"embed_dim": 32}, "train": {**_result().config["train"], "steps": 9}}
-    other["train"]["micro_batch_size"] = 16
+    train: dict[str, Any] = {**_result().config["train"], "steps": 9, "micro_batch_size": 16}
+    other = {"run_dir": "runs/b", "model": {"embed_dim": 32}, "train": train}
     b = _result(2, config=other, machine=MACHINE | {"cpu": "b", "commit": "def", "load_1min": 9.0})
     lines = [line for line in compare(_result(), b).splitlines() if line.startswith("differs: ")]
     assert lines == [
@@ -179,5 +179,5 @@ def test_commands_on_results(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         if path.stem == "few":
             save_sweep_picture([_result(), replace(_result(), layout="TP 2 × PP 1 × DP 1")], path)
         with Image.open(path) as picture:
-            colours = {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=1 << 20)}
+            colours = {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=1 << 20) or ()}
         assert (0x00, 0x72, 0xB2) in colours

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,7 @@ def test_what_is_refused_is_one_line_and_faults_are_not(capsys: pytest.CaptureFi
         raise error
 
     errors = [CommandError("no"), FileNotFoundError(2, "No such file or directory", "x.json"), KeyboardInterrupt()]
-    assert [answer(lambda error=error: fail(error)) for error in errors] == [1, 1, 130]
+    assert [answer(partial(fail, error)) for error in errors] == [1, 1, 130]
     lines = ["error: no", "error: x.json: No such file or directory", "error: interrupted"]
     assert capsys.readouterr().err.splitlines() == lines
     assert answer(lambda: 3) == 3
@@ -204,6 +205,7 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(
 def test_a_reader_that_has_seen_enough_is_no_fault(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "tools.plan", *WRITERS["plan"][:-1], "--json"]
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 141

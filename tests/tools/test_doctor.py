@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from engine.config.read import load_config
 from engine.parallel import preflight
@@ -19,7 +18,7 @@ from engine.parallel.mesh import build_mesh
 from models.blocks import kernels as chosen
 from models.blocks.packages import Package
 from models.versions import MEGATRON_CORE
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, world
 from tools.doctor import kernels, libraries, machine
 from tools.doctor import ranks as rank_checks
 from tools.doctor.__main__ import main
@@ -28,7 +27,7 @@ from tools.doctor.rows import NOTE, OK, WRONG
 
 def _two_ranks(folder: str) -> dict[str, Any]:
     """Rows of a sound job, and of the start of one, which says what it found."""
-    device, mesh = prepare(), build_mesh(2, 1, dist.group.WORLD)
+    device, mesh = prepare(), build_mesh(2, 1, world())
     rows = rank_checks.rank_rows(mesh, device, Path(folder))
     preflight.preflight(mesh, device, Path(folder))
     return {"rows": [(row.what, row.verdict, row.found) for row in rows]}
@@ -69,7 +68,7 @@ def test_whoever_stands_out_is_named_with_its_host() -> None:
 def test_a_start_with_a_rank_that_computes_wrongly_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     bad = preflight.Finding("product", "1 TFLOP/s", wrong="rank 3 on b")
     monkeypatch.setattr(preflight, "look_over", lambda *_: [bad])
-    mesh = types.SimpleNamespace(world=types.SimpleNamespace(rank=0))
+    mesh: Any = types.SimpleNamespace(world=types.SimpleNamespace(rank=0))
     with pytest.raises(preflight.UnfitRank, match="before the first step: product: rank 3 on b"):
         preflight.preflight(mesh, prepare(), Path())
 

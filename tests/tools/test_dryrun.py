@@ -1,7 +1,7 @@
 """The dry run of small jobs: FLOPs by formula, repetitions against running everything, refusals, full size."""
 
 import json
-from collections import Counter
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -203,7 +203,7 @@ def test_traffic_is_that_of_the_planner(options: tuple[str, ...]) -> None:
     config = small(DEEP, "parallel.tensor=2", "parallel.pipeline=2", *options)
     report = dry_run(config, 8, 7)
     layout = layout_of(config, 8)
-    expected: Counter[tuple[str, str]] = Counter()
+    expected: dict[tuple[str, str], float] = defaultdict(float)
     for entry in step_traffic(config.model, layout, stages_of(config.model, layout)[1]):
         if entry.what != "data":  # the feed is not run
             expected[entry.axis, entry.kind] += entry.sent_bytes
@@ -320,7 +320,7 @@ def test_what_an_operator_gives_is_remembered_as_it_was() -> None:
     with FakeTensorMode() as fake:
         shapes, x, y, ids = Shapes(fake), torch.empty(4, 6), torch.empty(6, 3), torch.empty(4, dtype=torch.int64)
         later, across = torch.empty(5, 6)[1:], torch.empty(6, 4).t()  # of the shape of x
-        cases = [
+        cases: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
             (aten.mm.default, (x, y), {}),
             (aten.t.default, (x,), {}),
             (aten.slice.Tensor, (x, 1, 2, 5), {}),

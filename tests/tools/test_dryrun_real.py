@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from engine.config.phases import first_phase
 from engine.config.read import Config
 from engine.feed import LocalBatch
+from engine.objectives.contrastive.step import ContrastiveStep
+from engine.objectives.mim.step import MimStep
 from engine.parallel.device import prepare
 from engine.parallel.mesh import Mesh, build_mesh
 from engine.parallel.rows import own_rows
 from engine.trainer import Trainer
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, world
 from tests.engine.mim_jobs import Layout, mim_config, pictures_of_step
 from tests.tools.test_dryrun import DEEP, small
 from tools.dryrun.memory import Usage
@@ -78,13 +79,14 @@ def real_batch(config: Config, mesh: Mesh) -> LocalBatch:
 
 def real_steps(names: list[str]) -> list[dict[str, Any]]:
     """The second step of the cases on this rank: (axis, kind, bytes, puts in, count), and peak bytes of its phases."""
-    mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, dist.group.WORLD))
+    mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, world()))
     seen = []
     for name in names:
         config = config_of(name)
         trainer = Trainer(first_phase(config), mesh(config.parallel.tensor, config.parallel.pipeline), prepare())
         trainer.optimizer.rule.sums_on_a_cpu = False  # as on a GPU
         step, batch = trainer.training_step, real_batch(config, trainer.mesh)
+        assert isinstance(step, ContrastiveStep | MimStep)
         trainer.step(batch)
         recorder = record_step(step, batch, every=True)
         transfers = sum((tally.transfers for tally in recorder.phases.values()), Counter())

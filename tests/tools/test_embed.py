@@ -4,6 +4,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,7 +142,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_inputs_that_do_not_fit_are_refused(
     converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def said(checkpoint: Path = converted / "tiny-8b", *extra: str, **arrays: np.ndarray) -> str:
+    def said(checkpoint: Path = converted / "tiny-8b", *extra: str, **arrays: Any) -> str:
         np.savez(tmp_path / "in.npz", **arrays)
         out = tmp_path / "out.npz"
         return refusal(capsys, "--checkpoint", checkpoint, "--npz", tmp_path / "in.npz", "--out", out, *extra)

@@ -31,7 +31,7 @@ def test_a_run_starts_from_the_counts_without_opening_an_index(
     shards = make_shards(tmp_path, [3, 5, 2])
     status, summary, _ = _run(index_shards, capsys, tmp_path, "--workers", 2)
     assert status == 0
-    nothing = {"odd": {}, "without_samples": [], "truncated": [], "unusable": [], "not_written": []}
+    nothing: dict[str, Any] = {"odd": {}, "without_samples": [], "truncated": [], "unusable": [], "not_written": []}
     assert summary == {"shards": 3, "samples": 10, "fewest": 2, "most": 5, "counts_written": True, **nothing}
     for shard in shards:
         Path(index_name(shard)).write_bytes(b"not looked at")

@@ -53,7 +53,7 @@ def test_picture_and_trace_stand_beside_the_spans(tmp_path: Path, capsys: pytest
     png, trace = tmp_path / "timeline" / "step_000003.png", tmp_path / "timeline" / "step_000003.json"
     assert capsys.readouterr().out.splitlines()[-2:] == [str(png), str(trace)]
     with Image.open(png) as picture:
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=1 << 20)}
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=1 << 20) or ()}
     encode, loss, idle = (0x00, 0x72, 0xB2), (0x00, 0x9E, 0x73), (0xF0, 0xF2, 0xF5)
     assert {encode, loss, idle} <= colours
 

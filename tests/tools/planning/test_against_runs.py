@@ -5,7 +5,7 @@ train.activation_budget_gb does it; collectives are read where they are dispatch
 megatron-core's padding of flat buffers is added.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.config.phases import first_phase
@@ -22,7 +21,8 @@ from engine.parallel.device import prepare
 from engine.parallel.mesh import Mesh, build_mesh
 from engine.parallel.traffic import TrafficReader
 from engine.trainer import Trainer
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, world
+from tests.gather import contrastive_step
 from tests.golden import local_batch
 from tools.cost.activations import micro_batch_saved_bytes
 from tools.cost.layout import Layout, Stage, layout_of, stages_of
@@ -121,14 +121,14 @@ class _Recorder(TorchDispatchMode):
 
 def _all_cases(cases: list[Case]) -> dict[str, Any]:
     device = prepare()
-    mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, dist.group.WORLD))
+    mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, world()))
     return {case.name: _measured(case.config(), mesh(*case.layout), device) for case in cases}
 
 
 def _measured(config: Config, mesh: Mesh, device: Any) -> dict[str, Any]:
     trainer = Trainer(first_phase(config), mesh, device)
     trainer.optimizer.rule.sums_on_a_cpu = False  # as on a GPU
-    saved = trainer.training_step.activations.micro_batch_bytes()
+    saved = contrastive_step(trainer).activations.micro_batch_bytes()
     parts = trainer.towers.parts
     padding = [
         sum(buffer.numel for buffer in part.ddp.buffers) - sum(p.numel() for p in part.ddp.parameters())
@@ -187,7 +187,7 @@ def test_bytes_that_autograd_keeps(case: Case, measured: Measured) -> None:
 def test_bytes_of_every_collective(case: Case, measured: Measured) -> None:
     for rank in measured(case):
         config, layout, stage = _planned(case, rank["stage"])
-        planned = Counter[str]()
+        planned: dict[str, float] = defaultdict(float)
         for entry in step_traffic(config.model, layout, stage):
             if entry.what != "data":  # the batch was handed over, not read by the feed
                 planned[f"{entry.axis} {entry.kind}"] += entry.sent_bytes

@@ -11,6 +11,7 @@ from benchmarks.operators import count_block
 from engine.config.read import preset_model
 from engine.parallel.device import prepare
 from engine.parallel.mesh import Mesh, build_mesh
+from tests.distributed import world
 from tools.cost.kernels import Kernels, elementwise_bytes
 
 ATTENTION = 4, 8
@@ -22,7 +23,7 @@ def mesh() -> Iterator[Mesh]:
     """One rank."""
     prepare()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
-    yield build_mesh(1, 1, dist.distributed_c10d._get_default_group())
+    yield build_mesh(1, 1, world())
     dist.destroy_process_group()
 
 

@@ -6,7 +6,6 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from engine.config.phases import first_phase
 from engine.config.read import Config, resolve
@@ -16,7 +15,7 @@ from engine.parallel.mesh import build_mesh
 from engine.pipeline.clock import Phases, write_spans
 from engine.pipeline.program import UPDATE, Alone, Backward, Forward, Receive, Replay, Send, Together
 from engine.trainer import Trainer
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, world
 from tests.engine.mim_jobs import Layout, mim_config
 from tools.benchmark.synthetic import SyntheticFeed
 from tools.simulate.events import simulate
@@ -61,7 +60,7 @@ def _record(folder: str, cases: list[Case]) -> None:
     """Steps with spans on the clock that all processes of a host share."""
     for number, case in enumerate(cases):
         config, device = case.config(Path(folder) / str(number)), prepare()
-        mesh = build_mesh(case.tensor, case.pipeline, dist.group.WORLD)
+        mesh = build_mesh(case.tensor, case.pipeline, world())
         trainer = Trainer(first_phase(config), mesh, device)
         place = {"tensor": mesh.tensor.rank, "pipeline": mesh.pipeline.rank, "data": mesh.data.rank}
         for step, batch in zip(range(2), SyntheticFeed(config, mesh, device.torch_device), strict=False):
@@ -129,7 +128,10 @@ def _check_dependencies(timeline: StepTimeline) -> None:
             assert max(s.start_s for s in spans_of_all) <= min(s.stop_s for s in spans_of_all)
 
 
-def _recording(*rows: list[tuple[str, float, float, int | None]]) -> StepTimeline:
+Spans = list[tuple[str, float, float, int | None]]
+
+
+def _recording(*rows: Spans) -> StepTimeline:
     """Spans (phase, start, stop, micro-batch) of each stage."""
     return StepTimeline(
         step=0,
@@ -146,12 +148,12 @@ def _span(rank: int, phase: str, start_s: float, stop_s: float, micro_batch: int
 
 
 def test_a_recorded_collective_takes_what_it_took_the_last_to_come() -> None:
-    end = [("gather_weights", 14, 14, None)]
-    last = [("reduce", 12, 12, None), ("optimizer", 12, 14, None), *end]
-    early = [("reduce", 10, 10, None), ("optimizer", 10, 14, None), *end]  # 2 s of it wait for the norm
-    first = [("encode", 0, 1, 0), ("encode_text", 1, 2, None), ("exchange", 2, 7, None), ("loss", 7, 8, None)]
+    end: Spans = [("gather_weights", 14, 14, None)]
+    last: Spans = [("reduce", 12, 12, None), ("optimizer", 12, 14, None), *end]
+    early: Spans = [("reduce", 10, 10, None), ("optimizer", 10, 14, None), *end]  # 2 s of it wait for the norm
+    first: Spans = [("encode", 0, 1, 0), ("encode_text", 1, 2, None), ("exchange", 2, 7, None), ("loss", 7, 8, None)]
     first += [("exchange", 8, 9, None), ("backward_text", 9, 9, None), ("wait", 9, 10, None), ("backward", 10, 12, 0)]
-    second = [("encode_text", 0, 1, None), ("wait", 1, 1, None), ("encode", 1, 6, 0), ("exchange", 6, 7, None)]
+    second: Spans = [("encode_text", 0, 1, None), ("wait", 1, 1, None), ("encode", 1, 6, 0), ("exchange", 6, 7, None)]
     second += [("loss", 7, 8, None), ("exchange", 8, 9, None), ("backward", 9, 10, 0), ("backward_text", 10, 10, None)]
     timeline = _recording(first + last, second + early)
     simulation = simulate(program_of(timeline), recorded_durations(timeline))

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from tools.plan.zero3 import best_zero3
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "results" / "planning.md"
 FUSED, FP8 = Kernels(elementwise="fused", sums=True), Kernels(elementwise="compiled", fp8=True)
-LARGER = {"30 B": {"depth": 56, "width": 6144}, "50 B": {"depth": 70, "width": 7168}}
+LARGER: dict[str, dict[str, Any]] = {"30 B": {"depth": 56, "width": 6144}, "50 B": {"depth": 70, "width": 7168}}
 LAYOUT = re.compile(
     r"(?:TP (?P<tensor>\d+) × )?PP (?P<pipeline>\d+)(?: \(v (?P<virtual>\d+)\))? × DP (?P<data>\d+)"
     r"(?:, (?P<shard>weights|gradients) sharded(?: of (?P<near>\d+) ranks)?)?"
@@ -48,6 +49,7 @@ class Row:
     def cluster(self) -> Cluster:
         """The job's GPUs."""
         found = re.search(r"(\d+) (A100-40|H100|H200|B200)", self.job)
+        assert found is not None
         hardware = load_hardware(found[2].lower())
         if "100 Gb/s a node" in self.job:
             hardware = replace(hardware, nic_gb_s=1.5625)
@@ -57,9 +59,10 @@ class Row:
     def layout(self) -> Layout:
         """What the cells say, as the search lays it out."""
         name, micro, kept, captions, outputs, stash, *_ = self.cells
-        cut = {
-            key: value and (value if key == "shard" else int(value))
-            for key, value in LAYOUT.fullmatch(name).groupdict().items()
+        parts, batch = LAYOUT.fullmatch(name), re.search(r"([\d,]+) (?:pairs|clips)", self.job)
+        assert parts is not None and batch is not None
+        cut: dict[str, Any] = {
+            key: value and (value if key == "shard" else int(value)) for key, value in parts.groupdict().items()
         }
         pipeline, virtual, shard = cut["pipeline"], cut["virtual"] or 1, cut["shard"] or "optimizer"
         keep, m = map(int, kept.split(" of "))
@@ -71,7 +74,7 @@ class Row:
             pipeline=pipeline,
             virtual=virtual,
             data=cut["data"],
-            global_batch=int(re.search(r"([\d,]+) (?:pairs|clips)", self.job)[1].replace(",", "")),
+            global_batch=int(batch[1].replace(",", "")),
             micro_batch=int(micro),
             frames=8 if "8 frames" in self.job else 1,
             keep=keep,
@@ -117,7 +120,8 @@ def test_the_table_is_read() -> None:
 def test_a_row_is_what_the_planner_says(row: Row) -> None:
     planned = estimate(row.model, row.layout, row.cluster)
     gigabytes, step_s, mfu, zero3_s, ratio = row.cells[-5:]
-    assert planned.layout.micro_batches == int(row.cells[2].split(" of ")[1]) and planned.fits
+    assert planned.layout is not None and planned.fits
+    assert planned.layout.micro_batches == int(row.cells[2].split(" of ")[1])
     printed = (f"{planned.memory.total / 1e9:.1f}", f"{planned.time.total:.2f}", f"{100 * planned.mfu:.1f} %")
     assert printed == (gigabytes, step_s, mfu)
     assert zero3_s in ("", f"{row.zero3.time.total:.2f}")

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,8 +109,7 @@ def test_messages_take_their_time_on_the_way() -> None:
 
 def test_collectives_wait_for_the_last_stage() -> None:
     program = ContrastiveProgram(stages=2, micro_batches=4)
-    costs = {"loss_s": 1.0, "exchange_s": 0.5, "reduce_s": 2.0, "optimizer_s": 3.0, "gather_weights_s": 0.25}
-    step = _uniform(program, **costs)
+    step = _uniform(program, loss_s=1.0, exchange_s=0.5, reduce_s=2.0, optimizer_s=3.0, gather_weights_s=0.25)
     assert step.step_s == pytest.approx(_uniform(program).step_s + 1.0 + 2 * 0.5 + 2.0 + 3.0 + 0.25)
     starts = [[s.start_s for s in row.spans if s.phase == "loss"] for row in step.timeline.rows]
     assert starts[0] == starts[1] == pytest.approx([step.encode_s + 0.5])
@@ -162,7 +162,7 @@ def test_nothing_travels_ahead_without_overlap() -> None:
         ({"stages": 2, "micro_batches": 3, "keep": 4}, "keep 4 is not within 0 and the 3"),
     ],
 )
-def test_what_the_engine_refuses_is_refused(numbers: dict[str, int], message: str) -> None:
+def test_what_the_engine_refuses_is_refused(numbers: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ContrastiveProgram(**numbers)
 
@@ -178,7 +178,7 @@ def test_from_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "3 stages of 1 chunk, 6 micro-batches, 2 kept" in out and "= 25.00%" in out
     assert trace.stat().st_size > 0
     with Image.open(png) as picture:
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=1 << 20)}
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=1 << 20) or ()}
     encode, replay, backward, idle = (0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00), (0xD5, 0x5E, 0x00), (0xF0, 0xF2, 0xF5)
     assert {encode, replay, backward, idle} <= colours
 

@@ -76,7 +76,7 @@ def test_the_slurm_job_meets_at_the_first_of_many_nodes(folder: Path, tmp_path: 
         "SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_NODELIST": "node[7-40000]", "SLURM_JOB_ID": "40012", "SHARDS": "x",
         "SLURM_RESTART_COUNT": "1", "DRY_RUN": "on", "PATH": f"{tmp_path}:{os.environ['PATH']}",
     }  # fmt: skip
-    script = shutil.copy(folder / f"{STEM}.sbatch", tmp_path / "slurm_script")
+    script = Path(shutil.copy(folder / f"{STEM}.sbatch", tmp_path / "slurm_script"))
     done = _bash(str(script), tmp_path, "train.seed=3", **slurm)
     assert (done.returncode, done.stderr) == (0, "")
     words = shlex.split(done.stdout)
