@@ -95,4 +95,5 @@ def _divergence(logits: Tensor, wanted: Tensor) -> Tensor:
     """Mean over pairs of torch's KL divergences of rows and of columns."""
     divergence: Callable[..., Tensor] = partial(F.kl_div, reduction="batchmean", log_target=True)
     both = ((logits, wanted), (logits.t(), wanted.t()))
-    return sum(divergence(F.log_softmax(s, dim=1), F.log_softmax(t, dim=1)) for s, t in both) / 2
+    rows, columns = (divergence(F.log_softmax(s, dim=1), F.log_softmax(t, dim=1)) for s, t in both)
+    return (rows + columns) / 2

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from engine.config.phases import first_phase
@@ -11,7 +10,7 @@ from engine.parallel.device import prepare
 from engine.parallel.mesh import build_mesh
 from engine.parallel.replicas import bucket_elements
 from engine.trainer import Trainer
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, world
 from tests.engine.mim_jobs import Layout, depth_of, mim_config, pictures_of_step
 from tests.engine.test_layouts import random_pairs
 from tests.golden import local_batch
@@ -58,7 +57,7 @@ TOWERS: dict[str, tuple[str, ...]] = {
 def _train() -> list[list[float]]:
     """Losses of two steps of each."""
     torch.compiler.set_stance("force_eager")
-    mesh, curves = build_mesh(1, 1, dist.group.WORLD), []
+    mesh, curves = build_mesh(1, 1, world()), []
     for options in TOWERS.values():
         config = resolve({"data": {"shards": ["-"]}}, [*options, *SMALL, *EVERY_TENSOR])
         trainer = _trainer(config, mesh)

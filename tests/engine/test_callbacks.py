@@ -8,6 +8,7 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -38,7 +39,7 @@ def run_info(run_dir: Path, *, start_step: int = 0, total_steps: int = 100) -> R
     )
 
 
-def record(step: int, **changes: float) -> dict[str, float]:
+def record(step: int, **changes: Any) -> dict[str, Any]:
     values = {
         "step": step, "loss": 5.0 - 0.01 * step, "lr_vision": 4e-4, "lr_text": 4e-5, "grad_norm": 0.5,
         "samples_seen": 256 * (step + 1), "step_time_s": 0.5, "data_time_s": 0.05,
@@ -77,6 +78,7 @@ def test_bad_samples_are_said_with_the_steps_and_at_the_end(tmp_path: Path) -> N
 def test_a_disk_that_refuses_a_line_does_not_end_the_run_and_no_line_is_lost(tmp_path, capfd) -> None:
     metrics = MetricsFile()
     metrics.on_start(run_info(tmp_path))
+    assert metrics._file is not None
     with open("/dev/full", "ab", buffering=0) as full:
         os.dup2(full.fileno(), metrics._file.fileno())
     for step in range(2):

@@ -11,6 +11,7 @@ import types
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -186,7 +187,12 @@ def test_weights_and_biases_goes_on_in_the_run_of_the_folder(tmp_path: Path, mon
     run = types.SimpleNamespace(
         log=lambda numbers, step: calls.append(("log", step, numbers)), finish=lambda: calls.append(("finish",))
     )
-    stand_in = types.SimpleNamespace(init=lambda **settings: calls.append(("init", settings)) or run)
+
+    def init(**settings: Any) -> Any:
+        calls.append(("init", settings))
+        return run
+
+    stand_in = types.SimpleNamespace(init=init)
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     from engine.callbacks.wandb import WeightsAndBiases
 

@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -88,7 +89,7 @@ def test_a_wrong_key_says_what_was_meant(key: str, said: str, tmp_path: Path) ->
     with pytest.raises(ConfigError) as error:
         resolve(GOOD, [f"{key}=1"])
     assert said in str(error.value) and str(error.value).startswith(f"command line: {key} is not a setting")
-    tree = 1
+    tree: Any = 1
     for part in reversed(key.split(".")):
         tree = {part: tree}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from engine.evaluation.embedder import load_encoders
 from engine.optim.average import averaged_weights
 from engine.parallel.mesh import build_mesh
 from tests.checkpoint.jobs import alone, build, job_config, run_steps, save
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, world
 from tests.gather import whole_weights
 from tests.golden import deviations
 from tools.convert.__main__ import main as convert
@@ -64,15 +63,14 @@ LAYOUTS = [("parallel.tensor=2",), ("parallel.pipeline=2",), OTHERWISE]
 
 def hand_on(folder: str) -> list[float]:
     """Two steps at each of two layouts; then what bf16 weights look like inside the average. Digest of that."""
-    world = dist.group.WORLD
     path, result = "none", []
     for step, overrides in enumerate(LAYOUTS[:2], start=1):
         config = job_config(f"{folder}/{step}", EMA, f"checkpoint.resume={path}", *overrides)
-        trainer = build(config, build_mesh(config.parallel.tensor, config.parallel.pipeline, world))
+        trainer = build(config, build_mesh(config.parallel.tensor, config.parallel.pipeline, world()))
         run_steps(trainer, 2)
         path = str(save(trainer))
     config = job_config(f"{folder}/3", EMA, f"checkpoint.resume={path}", *LAYOUTS[2])
-    trainer = build(config, build_mesh(1, 1, world))
+    trainer = build(config, build_mesh(1, 1, world()))
     before = whole_weights(trainer)
     with averaged_weights(trainer.optimizer, trainer.towers):
         inside = whole_weights(trainer)

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from data.errors import DataError
 from data.shards.write import write_shard
@@ -26,7 +25,7 @@ from engine.record import Callback, Record
 from engine.trainer import Trainer
 from tests.data.http_server import serve
 from tests.data.shard_factory import encode, make_shards, picture
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, world
 from tools.evaluate.__main__ import main as evaluate
 
 pytestmark = pytest.mark.dist
@@ -65,7 +64,7 @@ class _Records(Callback):
 
 def fit(config: Config) -> list[Record]:
     """The evaluation's part of every record. Collective over all ranks."""
-    mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, dist.distributed_c10d._get_default_group())
+    mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, world())
     trainer = Trainer(first_phase(config), mesh, prepare())
     recorder = _Records()
     metrics: list[Callback] = [MetricsFile()] if mesh.world.rank == 0 else []

@@ -5,6 +5,7 @@ Layouts of several ranks are compared with one process in tests/engine/test_step
 
 from collections.abc import Callable
 from dataclasses import replace
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,8 @@ class Plain:
             group = tensor_group(name, parameter.dim(), config.model, config.optim)
             self.rates[name] = base_rate(group.tower, config.optim) * group.lr_scale
             groups.append({"params": [parameter], "weight_decay": group.weight_decay})
-        betas = tuple(config.optim.betas)
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.optim.eps)
+        first, second = config.optim.betas
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(first, second), eps=config.optim.eps)
 
     def freeze(self, is_frozen: Callable[[str], bool]) -> None:
         """From here on."""
@@ -246,7 +247,8 @@ def test_another_freeze_is_another_run(tmp_path: Path) -> None:
         assert began.keys() == {n for n in whole_weights(accepted) if n.startswith(("vision.", "text.blocks.0."))}
         assert set(began.values()) == {2}
         run_steps(accepted, 1)
-        assert Checkpoint(save(accepted)).manifest.position.began == began
+        position = Checkpoint(save(accepted)).manifest.position
+        assert position is not None and position.began == began
 
 
 # --- phases -----------------------------------------------------------------------------------------------------------
@@ -275,12 +277,12 @@ def test_phases_freeze_and_unfreeze(tmp_path: Path) -> None:
             trainer.resume()
             if plain is None:
                 plain = Plain(config, mesh, whole_weights(trainer))
-            plain.freeze(lambda name, lock=lock: name.startswith(lock))
+            plain.freeze(methodcaller("startswith", lock))
             first = 2 * number
             assert run_steps(trainer, 2) == pytest.approx([plain.step(first), plain.step(first + 1)], rel=1e-5)
             save(trainer)
         # Biases that were 0 until the second phase are sums of near-zero gradients: 1e-4 of them is rounding.
-        assert not deviations(whole_weights(trainer), plain.weights(), 5e-4)
+        assert plain is not None and not deviations(whole_weights(trainer), plain.weights(), 5e-4)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

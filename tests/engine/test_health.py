@@ -6,15 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from engine.config.read import Config
 from engine.parallel.mesh import build_mesh
 from engine.resilience.judge import UnhealthyStep
 from engine.trainer import Trainer
-from tests.checkpoint.jobs import BATCH, alone, build, job_config, run_steps, save
-from tests.distributed import run_distributed
+from tests.checkpoint.jobs import BATCH, alone, build, job_config, release, run_steps, save
+from tests.distributed import run_distributed, world
 from tests.gather import whole_weights
 from tests.golden import deviations
 
@@ -137,10 +136,10 @@ def run_layouts(folder: str) -> list[Any]:
     for action, run in SCENARIOS.items():
         for name, overrides in LAYOUTS.items():
             config = scenario(folder, action, f"{action}-{name}", *overrides)
-            mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, dist.group.WORLD)
+            mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, world())
             results.append(run(config, mesh))
     config = scenario(folder, "stop", "stop-dp2")
-    return [*results, under_way_after_a_stop(config, build_mesh(1, 1, dist.group.WORLD))]
+    return [*results, under_way_after_a_stop(config, build_mesh(1, 1, world()))]
 
 
 def test_every_rank_does_the_same(tmp_path) -> None:
@@ -175,7 +174,7 @@ def test_too_many_rewinds_stop_and_so_does_one_without_a_checkpoint(tmp_path) ->
         poison(trainer)
         with pytest.raises(UnhealthyStep, match="no checkpoint of"):
             run_steps(trainer, 1)
-        trainer.lock.release()
+        release(trainer)
         trainer = build(unaudited(tmp_path, "health.on_nonfinite=rewind", "health.max_rewinds=1"), mesh)
         run_steps(trainer, 1)
         save(trainer)
@@ -197,7 +196,7 @@ def test_a_rewind_goes_to_what_this_run_saved_or_began_with(tmp_path, capsys: py
     with alone() as mesh:
         given_up = build(unaudited(tmp_path, *rewinds), mesh)
         began, later = run_and_save(given_up, 1), run_and_save(given_up, 2)
-        given_up.lock.release()
+        release(given_up)
         trainer = build(unaudited(tmp_path, *rewinds, f"checkpoint.resume={began}"), mesh)
 
         def said_of_a_rewind() -> str:
@@ -210,6 +209,7 @@ def test_a_rewind_goes_to_what_this_run_saved_or_began_with(tmp_path, capsys: py
         assert all(value.equal(expected[name]) for name, value in whole_weights(trainer).items())
         first, second = run_and_save(trainer, 2), run_and_save(trainer, 1)
         saver = trainer.recovery.saver
+        assert saver is not None
         saver.saved, saver.certified = [first, second], [first, second]  # of one callback, as in a run
         assert f"; weights of {second}, " in said_of_a_rewind()
         (second / "rank_00000.safetensors").unlink()

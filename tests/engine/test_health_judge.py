@@ -15,7 +15,7 @@ def judge(*steps: tuple[float, float], **settings: Any) -> list[str]:
     return [health.judge(loss, norm).action for loss, norm in steps]
 
 
-SPIKES = {"on_spike": "rewind", "window_steps": 3}
+SPIKES: dict[str, Any] = {"on_spike": "rewind", "window_steps": 3}
 
 
 @pytest.mark.parametrize("bad", [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])

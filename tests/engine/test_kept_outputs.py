@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.config.phases import first_phase
 from engine.config.read import Config, ConfigError, ParallelConfig, check_layout, resolve
-from engine.objectives.contrastive.step import ContrastiveStep
 from engine.objectives.mim.step import MimStep
 from engine.parallel.launch import job
 from engine.pipeline.clock import Phases
@@ -20,7 +19,7 @@ from engine.trainer import Trainer
 from models.tensors.kept import LEVELS, choose_levels
 from tests.engine.mim_jobs import Layout, mim_config, pictures_of_step
 from tests.engine.test_layouts import random_pairs
-from tests.gather import backward_only, whole_gradients
+from tests.gather import backward_only, contrastive_step, whole_gradients
 from tests.golden import local_batch
 
 MODELS = {
@@ -50,8 +49,7 @@ def gradients(config: Config) -> tuple[dict[str, torch.Tensor], int]:
     """Whole gradients of a batch, and the bytes that were kept at the loss."""
     with job(ParallelConfig()) as (mesh, device):
         trainer = Trainer(first_phase(config), mesh, device)
-        step = trainer.training_step
-        assert isinstance(step, ContrastiveStep)
+        step = contrastive_step(trainer)
         kept = []
 
         def loss(*rows: torch.Tensor) -> Any:

@@ -27,14 +27,21 @@ def test_a_micro_batch_has_the_patches_of_its_positions(frames: int) -> None:
         local = batch(first)
         for start in (0, 2, 4):
             alone = kept_patches(3, np.arange(first + start, first + start + 2), 16, 8, frames)
-            assert torch.equal(patches.of(local, slice(start, start + 2)), torch.from_numpy(alone))
+            found = patches.of(local, slice(start, start + 2))
+            assert found is not None and torch.equal(found, torch.from_numpy(alone))
 
 
 def test_they_are_on_the_device_once_a_step() -> None:
     patches, local = kept(0.5), batch(0)
-    places = {patches.of(local, slice(i, i + 1)).untyped_storage().data_ptr() for i in (0, 5, 0)}
+
+    def place(of: LocalBatch, row: int) -> int:
+        found = patches.of(of, slice(row, row + 1))
+        assert found is not None
+        return found.untyped_storage().data_ptr()
+
+    places = {place(local, row) for row in (0, 5, 0)}
     assert len(places) == 1
-    assert patches.of(batch(0), slice(0, 1)).untyped_storage().data_ptr() not in places
+    assert place(batch(0), 0) not in places
 
 
 def test_nothing_is_drawn_where_nothing_is_dropped() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from engine.config.phases import first_phase
@@ -25,8 +24,8 @@ from engine.parallel.mesh import Mesh, build_mesh
 from engine.parallel.shards import Piece, Shard
 from engine.trainer import Trainer
 from models.formats.eva_names import logical_name, to_logical
-from tests.distributed import run_distributed
-from tests.gather import backward_only, gather_objects, whole_gradients, whole_weights
+from tests.distributed import run_distributed, world
+from tests.gather import backward_only, contrastive_step, gather_objects, whole_gradients, whole_weights
 from tests.golden import (
     config_of,
     deviations,
@@ -80,7 +79,8 @@ def train(config: Config, mesh: Mesh) -> dict[str, Any]:
     batches = load_tensors("g5-optim/batches")
     trainer = Trainer(first_phase(config), mesh, prepare())
     load_weights(trainer.towers, logical("tiny-18b", "weights"))
-    ratios = _record_ratios(trainer)
+    ratios, scale = _record_ratios(trainer), trainer.towers.text_side.logit_scale
+    assert scale is not None
     seen: dict[str, Any] = {"loss": [], "grad_norm": [], "log_scale": [], "logit_scale": [], "ratios": []}
     for i in range(STEPS):
         batch = local_batch(batches[f"batch.{i}.images_u8"], batches[f"batch.{i}.text"], mesh)
@@ -89,7 +89,7 @@ def train(config: Config, mesh: Mesh) -> dict[str, Any]:
         trainer.towers.wait_for_weights()
         seen["loss"].append(float(outcome.loss))
         seen["grad_norm"].append(outcome.gradient_norm)
-        seen["log_scale"].append(trainer.towers.text_side.logit_scale.log_scale.item())
+        seen["log_scale"].append(scale.log_scale.item())
         seen["ratios"].append(_of_all_ranks(ratios, mesh))
         if i + 1 in (1, STEPS):
             seen[f"step{i + 1}"] = whole_weights(trainer)
@@ -103,8 +103,8 @@ def _record_ratios(trainer: Trainer) -> dict[str, float]:
     assert isinstance(rule, Lamb)
     original = rule.trust_ratios
 
-    def recorded(state: OwnedState, *rest: Any) -> Tensor:
-        ratios = original(state, *rest)
+    def recorded(state: OwnedState, updates: list[Tensor], optim: OptimConfig) -> Tensor:
+        ratios = original(state, updates, optim)
         latest.update((t.name, ratio) for t, ratio in zip(state.shards.tensors, ratios.tolist(), strict=True))
         return ratios
 
@@ -124,7 +124,7 @@ def train_all(fast: bool) -> dict[str, dict[str, Any]]:
     """'layout / variant' -> what five steps gave, for the fast or the slow pairs of four ranks."""
     runs = {}
     for layout in (name for name in LAYOUTS if name != "alone"):
-        mesh = build_mesh(*LAYOUTS[layout], dist.group.WORLD)
+        mesh = build_mesh(*LAYOUTS[layout], world())
         for variant in VARIANTS:
             if ((layout, variant) in FAST) == fast:
                 runs[f"{layout} / {variant}"] = train(config_for(variant, *LAYOUTS[layout]), mesh)
@@ -267,7 +267,7 @@ def test_the_rule_with_weight_decay(rule: str, kind: type[Lamb]) -> None:
         formula = Formula(config, whole_weights(trainer))
         for i in range(3):
             batch = local_batch(batches[f"batch.{i}.images_u8"], batches[f"batch.{i}.text"], mesh)
-            backward_only(trainer.training_step, batch)
+            backward_only(contrastive_step(trainer), batch)
             formula.step(whole_gradients(trainer))
             trainer.optimizer.step()
             assert not deviations(whole_weights(trainer), formula.weights, 1e-6)
@@ -289,7 +289,7 @@ def test_adamw_equals_torch(decay: float, clip: float) -> None:
         for i in range(3):
             rates = trainer.optimizer.rates()
             batch = local_batch(batches[f"batch.{i}.images_u8"], batches[f"batch.{i}.text"], mesh)
-            backward_only(trainer.training_step, batch)
+            backward_only(contrastive_step(trainer), batch)
             gradients = whole_gradients(trainer)
             for name, entry in zip(theirs, torch_adamw.param_groups, strict=True):
                 theirs[name].grad = gradients[name]

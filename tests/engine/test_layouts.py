@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from engine.config.phases import first_phase
@@ -26,7 +25,7 @@ from engine.parallel.mesh import Mesh, build_mesh
 from engine.record import Callback, Record
 from engine.trainer import Trainer
 from tests.data.shard_factory import make_shards
-from tests.distributed import MANY_CASES_S, run_distributed
+from tests.distributed import MANY_CASES_S, run_distributed, world
 from tests.gather import whole_weights
 from tests.golden import deviation, local_batch
 
@@ -194,7 +193,7 @@ def _digest(weights: dict[str, Tensor]) -> str:
 
 def run_all(launch: str) -> list[dict[str, Any]]:
     """All cases of a launch."""
-    mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, dist.group.WORLD))
+    mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, world()))
     return [run(case, mesh(case.tensor, case.pipeline), steps_of(launch)) for case in LAUNCHES[launch]]
 
 
@@ -212,7 +211,7 @@ class Outcomes:
         if cases[0].ranks == 1:
             return {case: [self.alone(case, steps_of(launch))] for case in cases}
         results = run_distributed(run_all, cases[0].ranks, launch=launch, timeout_s=MANY_CASES_S)
-        return dict(zip(cases, zip(*results, strict=True), strict=True))
+        return dict(zip(cases, map(list, zip(*results, strict=True)), strict=True))
 
     def of(self, launch: str, case: Case) -> list[dict[str, Any]]:
         """What each rank returned."""
@@ -293,8 +292,7 @@ SHARD_CASES = [Case(2, 2, 1, 4), Case(1, 2, 2, 4), Case(4, 1, 1, 8), Case(1, 1, 
 
 def fit_all_on_shards(folder: str) -> list[list[float]]:
     """The cases with real input of four ranks."""
-    world = dist.group.WORLD
-    return [fit_on_shards(case, build_mesh(case.tensor, case.pipeline, world), folder) for case in SHARD_CASES]
+    return [fit_on_shards(case, build_mesh(case.tensor, case.pipeline, world()), folder) for case in SHARD_CASES]
 
 
 @pytest.mark.slow  # the quickstart of every CI run is such a run, too

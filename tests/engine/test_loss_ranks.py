@@ -103,8 +103,8 @@ def _compare_copies(rows: int, own: slice, case: str, common: dict[str, Any]) ->
         expected = _whole("contrastive with copies", rows)
         errors[f"contrastive with copies {case} keep {keep_bytes}"] = worst_error(result, expected, own)
     sigmoid = partial(sigmoid_loss, logit_scale=10.0, logit_bias=-5.0, **common, copies=ids[own])
-    result = nested_loss(sigmoid, image[own], text[own], [5, 24])
-    errors[f"sigmoid with copies {case}"] = worst_error(result, _whole("sigmoid with copies", rows), own)
+    of_sigmoid = nested_loss(sigmoid, image[own], text[own], [5, 24])
+    errors[f"sigmoid with copies {case}"] = worst_error(of_sigmoid, _whole("sigmoid with copies", rows), own)
     return errors
 
 

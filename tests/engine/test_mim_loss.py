@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from engine.objectives.mim.loss import distillation_loss, global_masked_count
 from engine.parallel.mesh import build_mesh
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, world
 from tests.engine.test_waits import counted
 from tests.golden import deviation, load_tensors
 
@@ -52,7 +52,7 @@ def test_a_batch_whose_masks_are_all_empty_has_no_loss() -> None:
 
 
 def _share() -> dict:
-    mesh = build_mesh(1, 1, dist.group.WORLD)
+    mesh = build_mesh(1, 1, world())
     rows = slice(*SHARES[mesh.data.rank])
     student, teacher = _fixture()
     with counted() as asked:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from data.pixels.masks import BlockMasks
 from engine.config.phases import first_phase
@@ -25,7 +24,7 @@ from engine.parallel.mesh import Mesh, build_mesh
 from engine.pipeline.clock import Phases
 from engine.trainer import Trainer
 from tests.checkpoint.jobs import build, save
-from tests.distributed import MANY_CASES_S, run_distributed
+from tests.distributed import MANY_CASES_S, run_distributed, world
 from tests.engine.mim_jobs import Layout, depth_of, mim_config, pictures_of_step, without_captions
 from tests.gather import whole_gradients, whole_weights
 from tests.golden import TOLERANCE, deviation, deviations, load_json, load_tensors, load_weights, noise
@@ -34,7 +33,7 @@ from tests.models.students import STUDENTS, masks, student_model, student_tensor
 pytestmark = pytest.mark.dist
 
 STEPS, FAST_STEPS = 3, 2
-LOSS_TOLERANCE = {"rel": 1e-5, "abs": 1e-6}
+LOSS_TOLERANCE: dict[str, Any] = {"rel": 1e-5, "abs": 1e-6}
 """A loss is a mean of cosines and passes through 0."""
 WEIGHT_TOLERANCE = 1e-4
 """|weight - reference| / |reference| of each tensor after the steps; see tests/engine/test_layouts.py."""
@@ -211,7 +210,7 @@ def resumed_curve(before: Layout, after: Layout, mesh, folder: str) -> list[floa
 
 def run_all(ranks: int, slow: bool, folder: str) -> dict[str, list[Any]]:
     """Everything fast, or everything slow, for this number of ranks."""
-    mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, dist.distributed_c10d._get_default_group()))
+    mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, world()))
     golden = [
         one_pass(case, mesh(case.layout.tensor, case.layout.pipeline))
         for case in (MORE_GOLDEN.get(ranks, []) if slow else GOLDEN[ranks])

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from engine.callbacks.checkpoint import CheckpointCallback
@@ -28,7 +27,7 @@ from engine.record import Callback, Record
 from engine.trainer import Trainer
 from tests.checkpoint.jobs import differing
 from tests.data.shard_factory import make_shards
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, world
 from tests.engine.mim_jobs import MODEL, TEACHER
 from tests.golden import deviations
 
@@ -129,7 +128,7 @@ class _Events(Callback):
 
 def run_job(config: Config, stop_at: int | None = None) -> None:
     """What is left of the job. Collective over all ranks."""
-    mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, dist.distributed_c10d._get_default_group())
+    mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, world())
     for phase in plan_job(config).phases:
         check_layout(phase.config, mesh.world.size)
 

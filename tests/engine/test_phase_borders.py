@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from engine.callbacks.checkpoint import CheckpointCallback
 from engine.callbacks.metrics import MetricsFile, read_metrics
@@ -26,7 +25,7 @@ from engine.resilience.status import read_status, write_status
 from engine.trainer import Trainer
 from models.towers.posembed import resize_pos_embed
 from tests.data.shard_factory import make_shards
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, world
 from tests.engine.test_layouts import random_pairs
 from tests.gather import whole_weights
 from tests.golden import deviation, local_batch
@@ -84,7 +83,7 @@ class _StopAt(Callback):
 def run_job(folder: str, run: str, *overrides: str, stop_at: int | None = None) -> None:
     """All phases that are left. Collective over all ranks."""
     config = config_of(folder, run, *overrides)
-    mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, dist.distributed_c10d._get_default_group())
+    mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, world())
 
     def callbacks(trainer: Trainer) -> list[Callback]:
         assert mesh.world.rank or read_status(Path(config.run_dir))["outcome"] == "starting", "behind a border, too"

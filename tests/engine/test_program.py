@@ -146,17 +146,16 @@ def test_every_unit_goes_forward_once_and_back_once(programs: list[Program]) -> 
         units = {Unit(chunk, i) for chunk in range(program.chunks) for i in range(program.micro_batches)}
         for stage in range(program.stages):
             actions = list(program.actions(stage))
-            forwards, backwards, replays = (
-                [(i, action) for i, action in enumerate(actions) if isinstance(action, kind)]
-                for kind in (Forward, Backward, Replay)
-            )
+            forwards = [(i, action) for i, action in enumerate(actions) if isinstance(action, Forward)]
+            backwards = [(i, action) for i, action in enumerate(actions) if isinstance(action, Backward)]
+            replays = [(i, action) for i, action in enumerate(actions) if isinstance(action, Replay)]
             assert {a.unit for _, a in forwards} == {a.unit for _, a in backwards} == units
             assert len(forwards) == len(backwards) == len(units)
             kept = {a.unit for _, a in forwards if a.keeps}
             assert sorted({a.unit for _, a in replays} | kept, key=str) == sorted(units, key=str)
             assert len(replays) + len(kept) == len(units), "what keeps its activations is not replayed"
             at = {a.unit: i for i, a in forwards}
-            assert all(at[a.unit] < i for i, a in (*backwards, *replays))
+            assert all(at[a.unit] < i for i, a in backwards) and all(at[a.unit] < i for i, a in replays)
             last = {a.unit.chunk: a.is_last for _, a in backwards}
             assert all(last.values()) and sum(a.is_last for _, a in backwards) == program.chunks
 

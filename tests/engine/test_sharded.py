@@ -24,7 +24,7 @@ from engine.parallel.sharded import ShardedPart
 from engine.parallel.traffic import TrafficReader
 from engine.pipeline.clock import Phases
 from engine.trainer import Trainer
-from tests.distributed import MANY_CASES_S, run_distributed
+from tests.distributed import MANY_CASES_S, run_distributed, world
 from tests.engine.test_layouts import random_pairs
 from tests.engine.test_waits import counted
 from tests.gather import whole_weights
@@ -162,7 +162,7 @@ class _Transfers(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __init__(self, mesh: Mesh):
         super().__init__()
-        self.reader, self.bytes = TrafficReader(mesh), Counter()
+        self.reader, self.bytes = TrafficReader(mesh), Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d" and (transfer := self.reader.read(func, args)) is not None:
@@ -222,9 +222,14 @@ def _resident_bytes(trainer: Trainer) -> int:
 def run_all(slow: bool = False) -> dict[str, Any]:
     """The fast or the slow cases and their references on this rank."""
     torch.compiler.set_stance("force_eager")  # fused kernels as their functions are written
-    mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, dist.group.WORLD))
+    mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, world()))
     references = cache(
-        lambda *key: run(Case("", *key[:2], options=key[2]).config("optimizer"), mesh(*key[0]), slow, key in COMPARED)
+        lambda layout, virtual, options: run(
+            Case("", layout, virtual, options=options).config("optimizer"),
+            mesh(*layout),
+            slow,
+            (layout, virtual, options) in COMPARED,
+        )
     )
     return {
         case.name: {

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from engine.config.phases import first_phase
 from engine.config.read import Config, ParallelConfig, check_layout, resolve
@@ -24,7 +23,8 @@ from engine.parallel.launch import job
 from engine.parallel.mesh import Mesh, build_mesh
 from engine.pipeline.clock import Phases, write_spans
 from engine.trainer import Trainer
-from tests.distributed import MANY_CASES_S, run_distributed
+from tests.distributed import MANY_CASES_S, run_distributed, world
+from tests.gather import contrastive_step
 from tests.golden import FOLDER, local_batch
 from tools.timeline.__main__ import main as draw_timeline
 
@@ -259,14 +259,14 @@ def _curve(
             place = {"tensor": mesh.tensor.rank, "pipeline": mesh.pipeline.rank, "data": mesh.data.rank}
             write_spans(Path(spans_to), mesh.world.rank, place, step, zero_s, phases)
     assert all(map(torch.equal, frozen, before)), "what is frozen has changed"
-    contrastive_step = trainer.training_step
-    bytes_each = contrastive_step.activations.micro_batch_bytes() if measure else 0
+    training = contrastive_step(trainer)
+    bytes_each = training.activations.micro_batch_bytes() if measure else 0
     return {
         "losses": losses,
         "norms": norms,
-        "keep": contrastive_step.keep,
+        "keep": training.keep,
         "activation_bytes": bytes_each,
-        "caption_bytes": contrastive_step.activations.caption_bytes() if measure else 0,
+        "caption_bytes": training.activations.caption_bytes() if measure else 0,
     }
 
 
@@ -285,7 +285,7 @@ def _pairs(config: Config, step: int) -> tuple[torch.Tensor, torch.Tensor]:
 def _all_cases(folder: str = "", slow: bool = False) -> dict[str, Any]:
     torch.compiler.set_stance("force_eager")
     device = prepare()
-    mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, dist.group.WORLD))
+    mesh = cache(lambda tensor, pipeline: build_mesh(tensor, pipeline, world()))
     out = {}
     for case in CASES:
         if case is not KEPT[0] and (case.name in SLOW) != slow:

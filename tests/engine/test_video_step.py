@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,9 +15,9 @@ from engine.parallel.device import prepare
 from engine.parallel.launch import job
 from engine.parallel.mesh import Mesh, build_mesh
 from engine.trainer import Trainer
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, world
 from tests.engine.test_layouts import LOSS_TOLERANCE, WEIGHT_TOLERANCE, random_pairs
-from tests.gather import backward_only, whole_gradients, whole_weights
+from tests.gather import backward_only, contrastive_step, whole_gradients, whole_weights
 from tests.golden import TOLERANCE, deviations, local_batch
 
 pytestmark = pytest.mark.dist
@@ -64,8 +63,7 @@ def run(config: Config, mesh: Mesh) -> dict[str, Any]:
 
 def run_layouts() -> list[dict[str, Any]]:
     configs = [config_of(*options) for options in LAYOUTS.values()]
-    world = dist.group.WORLD
-    return [run(c, build_mesh(c.parallel.tensor, c.parallel.pipeline, world)) for c in configs]
+    return [run(c, build_mesh(c.parallel.tensor, c.parallel.pipeline, world())) for c in configs]
 
 
 def test_every_layout_gives_the_one_process_curve() -> None:
@@ -104,7 +102,7 @@ def test_a_clip_is_the_mean_of_its_frames() -> None:
         loss = plain_loss(trainer, clips, tokens)
         loss.backward()
         expected = whole_gradients(trainer)
-        result = backward_only(trainer.training_step, local_batch(clips, tokens, mesh))
+        result = backward_only(contrastive_step(trainer), local_batch(clips, tokens, mesh))
         assert float(result.loss) == pytest.approx(loss.item(), rel=1e-5)
         assert not deviations(whole_gradients(trainer), expected, TOLERANCE)
 
