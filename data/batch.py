@@ -124,10 +124,15 @@ class EncodedBatch:
 
 
 def sum_of_bits(values: torch.Tensor) -> int:
-    """Sum of the bits of a tensor on the CPU as integers, modulo 2^64: a flipped bit changes it."""
-    raw = values.contiguous().view(-1).view(torch.uint8).numpy()
-    words, rest = np.split(raw, [raw.size - raw.size % 8])
-    return (int(words.view(np.uint64).sum()) + int.from_bytes(rest.tobytes(), "little")) % (1 << 64)
+    """Sum of the bits of a tensor on any device as integers, modulo 2^64: a flipped bit changes it by a power of two.
+    Where the tensor lies does not; waits for the device.
+    """
+    raw = values.detach().reshape(-1).view(torch.uint8)
+    if raw.storage_offset() % 8:  # words of eight bytes have to begin at a multiple of eight
+        raw = raw.clone()
+    end = raw.numel() - raw.numel() % 8
+    rest = int.from_bytes(raw[end:].tolist(), "little")
+    return (int(raw[:end].view(torch.int64).sum()) + rest) % (1 << 64)
 
 
 def join(batches: Sequence[SampleBatch], *, pinned: bool = False) -> SampleBatch:

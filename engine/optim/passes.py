@@ -1,4 +1,4 @@
-"""Passes over long vectors: by blocks that stay near a CPU core, and sums of bits.
+"""Passes over long vectors: by blocks that stay near a CPU core, and their bits as words that can be summed.
 
 A bit that memory forgets changes the sum of a vector's bits. To read a whole vector for it costs what memory costs; of
 a block that an update needs anyway, or has just written, it costs a third.
@@ -23,11 +23,6 @@ def blocks_of(flat: Tensor) -> list[slice]:
 def _is_near_a_core(flat: Tensor) -> bool:
     """Whether parts of it can be: not on a GPU, and not of what only stands for a vector of one, as in a dry run."""
     return flat.is_cpu and type(flat) is Tensor
-
-
-def sum_of_bits(values: Tensor) -> Tensor:
-    """Sum of the bits as integers, modulo 2^64, 0-d: a flipped bit changes it by a power of two."""
-    return words_of(values).sum(dtype=torch.int64)
 
 
 def words_of(values: Tensor, part: slice = slice(None)) -> Tensor:

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from data.batch import sum_of_bits
 from engine.build import Part, Towers
 from engine.optim.blocks import BlockSums
 from engine.optim.optimizer import ShardedOptimizer
-from engine.optim.passes import sum_of_bits
 from engine.optim.state import Sums
 from engine.parallel.agree import everyone
 from engine.parallel.mesh import Mesh
@@ -213,12 +213,12 @@ class Audit:
             _Copy(
                 self._name(number),
                 self._owners_of(number),
-                sum(_bits(b.param_data) for b in (*part.ddp.buffers, *part.frozen)),
+                sum(sum_of_bits(b.param_data) for b in (*part.ddp.buffers, *part.frozen)),
             )
             for number, part in self._parts
         ]
         whole = [
-            _bits(parameter)
+            sum_of_bits(parameter)
             for _, part in self._parts
             for local, parameter in part.ddp.module.named_parameters()
             if self._has_tensor_copies(part, local)
@@ -231,7 +231,7 @@ class Audit:
         for number, part in self._parts:
             for local, parameter in part.ddp.module.named_parameters():
                 tensor = part.logical[local]
-                bits = _bits(parameter)
+                bits = sum_of_bits(parameter)
                 copies.append(_Copy(tensor.name, self._owners_of(number), bits))
                 if self._has_tensor_copies(part, local):
                     copies.append(_Copy(tensor.name, self._tensor_copies(), bits))
@@ -249,7 +249,7 @@ class Audit:
         for tower in self.optimizer.towers:
             for shard, master in zip(tower.shards.shards, tower.master, strict=True):
                 if master is not shard.weight:
-                    for bits in (_bits(shard.weight), _bits(master.to(shard.weight.dtype))):
+                    for bits in (sum_of_bits(shard.weight), sum_of_bits(master.to(shard.weight.dtype))):
                         copies.append(_Copy("fp32 masters", ("own", self.mesh.world.rank, id(shard)), bits))
         return copies
 
@@ -269,10 +269,6 @@ class Audit:
 def _shown(lines: list[str]) -> str:
     more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
     return "; ".join(lines[:_SHOWN]) + more
-
-
-def _bits(values: Tensor) -> int:
-    return int(sum_of_bits(values))
 
 
 def _odd_ones(members: list[tuple[int, str, _Copy]]) -> str:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data.bad import REASONS
+from data.batch import sum_of_bits
 from data.config import DataConfig
 from data.errors import DataError
 from data.reader import SampleReader
@@ -167,3 +169,11 @@ def test_wrong_settings_are_refused_at_the_start(tmp_path: Path, config: DataCon
     config = replace(config, shards=make_shards(tmp_path, [1]))
     with pytest.raises(DataError, match=words):
         SampleReader(config, image_size=24, context_length=12, seed=0, train=True)
+
+
+def test_the_sum_of_bits_is_that_of_the_values_wherever_they_lie() -> None:
+    for values in (torch.arange(23, dtype=torch.uint8), torch.randn(21), torch.arange(-5, 5), torch.zeros(0)):
+        raw = values.numpy().tobytes()
+        words = (int.from_bytes(raw[at : at + 8], "little") for at in range(0, len(raw), 8))
+        elsewhere = torch.cat([torch.ones(1, dtype=values.dtype), values])[1:]
+        assert sum_of_bits(values) == sum_of_bits(elsewhere) == sum(words) % (1 << 64)

@@ -14,7 +14,7 @@ from engine.config.read import resolve
 from engine.optim import adamw, passes
 from engine.optim.blocks import BlockSums, cut
 from engine.optim.groups import TensorGroup
-from engine.optim.passes import blocks_of, sum_of_bits, words_of
+from engine.optim.passes import blocks_of, words_of
 from engine.optim.state import OwnedState, Sums
 from engine.parallel.shards import Piece, Shard
 
@@ -137,4 +137,3 @@ def test_the_words_of_a_part_hold_all_of_it() -> None:
     assert words_of(flat).dtype == torch.int64 and words_of(flat[:7]).dtype == torch.int32
     assert words_of(flat, slice(3, 5)).data_ptr() == flat[2:].data_ptr() and len(words_of(flat, slice(3, 5))) == 2
     assert len(words_of(flat[1:], slice(3, 5))) == 2
-    assert int(sum_of_bits(flat)) == int(words_of(flat).sum())
