@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.common import RESULTS, child_environment, machine, python_module, write_json
+from benchmarks.common import RESULTS, machine, python_module, run_ranks, write_json
 from benchmarks.evaluation_sides import GEMM
 from data.shards.write import write_shard
 from tools.cli import command_parser
@@ -165,13 +165,9 @@ def _answer(process: subprocess.Popen[str], task: str = "") -> dict[str, float]:
 
 def two_ranks(data: Path, arguments: argparse.Namespace) -> Rounds:
     """Rounds of ours on two ranks, its tasks by turns."""
-    launch = ("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2")
-    side = ("-m", "benchmarks.evaluation_sides", *_options("ours", data, "fp32", arguments))
-    command = [sys.executable, *launch, *side, "--rounds", str(arguments.rounds)]
-    finished = subprocess.run(
-        command, env=child_environment(1), cwd=RESULTS.parent.parent, stdout=subprocess.PIPE, check=True
-    )
-    return json.loads(finished.stdout.decode().strip().splitlines()[-1])
+    given = (*_options("ours", data, "fp32", arguments), "--rounds", str(arguments.rounds))
+    said = run_ranks(2, "benchmarks.evaluation_sides", *given, threads=1)
+    return json.loads(said.strip().splitlines()[-1])
 
 
 def _options(side: str, data: Path, precision: str, arguments: argparse.Namespace) -> tuple[str, ...]:

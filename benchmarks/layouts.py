@@ -9,8 +9,6 @@ those of the tensors that ranks put into collectives and messages in one step, s
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.common import RESULTS, Spread, child_environment, machine, write_json
+from benchmarks.common import RESULTS, Spread, machine, run_ranks, write_json
 from tools.cli import command_parser
 
 matplotlib.use("Agg")
@@ -67,13 +65,10 @@ def measure(layout: Layout, options: argparse.Namespace) -> dict[str, Any]:
     """A fresh set of ranks; what rank 0 wrote."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-        command.append(f"--nproc-per-node={layout.ranks}")
-        command += ["-m", "benchmarks.layouts_rank", str(output), *layout.options]
-        command += [f"train.precision={options.precision}", f"--batch={options.batch}", f"--steps={options.steps}"]
-        command += ["--quick"] if options.quick else []
+        given = [str(output), *layout.options, f"train.precision={options.precision}"]
+        given += [f"--batch={options.batch}", f"--steps={options.steps}", *(["--quick"] if options.quick else [])]
         threads = options.cores if layout.ranks == 1 else 1
-        subprocess.run(command, env=child_environment(threads), check=True, cwd=RESULTS.parent.parent)
+        run_ranks(layout.ranks, "benchmarks.layouts_rank", *given, threads=threads)
         return json.loads(output.read_text())
 
 

@@ -12,14 +12,12 @@ between steps: weights, gradients, optimizer state.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, Spread, child_environment, machine, write_json
+from benchmarks.common import RESULTS, Spread, machine, run_ranks, write_json
 from benchmarks.sharded_rank import FSDP, OURS
 from tools.cli import command_parser
 
@@ -37,10 +35,8 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
     """A fresh set of ranks; what rank 0 wrote."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-        command += [f"--nproc-per-node={RANKS}", "-m", "benchmarks.sharded_rank", side, str(output)]
-        command += [f"--batch={options.batch}", f"--steps={options.steps}", *(["--quick"] if options.quick else [])]
-        subprocess.run(command, env=child_environment(1), check=True, cwd=RESULTS.parent.parent)
+        given = [f"--batch={options.batch}", f"--steps={options.steps}", *(["--quick"] if options.quick else [])]
+        run_ranks(RANKS, "benchmarks.sharded_rank", side, str(output), *given, threads=1)
         return json.loads(output.read_text())
 
 

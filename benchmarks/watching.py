@@ -13,7 +13,6 @@ which take turns.
 import argparse
 import json
 import os
-import socket
 import statistics
 import tempfile
 import threading
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import RESULTS, Spread, machine, python_module, write_json
+from benchmarks.common import RESULTS, Spread, machine, run_ranks, write_json
 from engine.config.phases import first_phase
 from engine.config.read import Config, read_job, to_dict
 from engine.feed import LocalBatch
@@ -219,23 +218,13 @@ def summary(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def run_ranks(options: argparse.Namespace, optimizer: str) -> list[dict[str, Any]]:
-    """Start the ranks and read what each has measured."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as holder:
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store does, which alone listens there
-        holder.bind(("127.0.0.1", 0))
-        port = holder.getsockname()[1]
-        arguments = ["--folder", folder, "--optimizer", optimizer]
-        arguments += ["--rounds", str(options.rounds), "--batch", str(options.batch)]
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(RANKS))
-        processes = []
-        for rank in range(RANKS):
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-            processes.append(python_module("benchmarks.watching", "--rank", str(rank), *arguments, threads=1))
-        said = [process.communicate()[0] for process in processes]
-        if any(process.returncode for process in processes):
-            raise SystemExit("a rank failed:\n" + "".join(said))
-    return [json.loads(text.splitlines()[-1]) for text in said]
+def measured_ranks(options: argparse.Namespace, optimizer: str) -> list[dict[str, Any]]:
+    """What each rank of a fresh job has measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = ["--folder", folder, "--optimizer", optimizer]
+        given += ["--rounds", str(options.rounds), "--batch", str(options.batch)]
+        run_ranks(RANKS, "benchmarks.watching", *given, threads=1)
+        return [json.loads((Path(folder) / f"rank_{rank}.json").read_text()) for rank in range(RANKS)]
 
 
 def main() -> None:
@@ -244,20 +233,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256, help="global batch")
     parser.add_argument("--quick", action="store_true", help="two rounds of a small batch; nothing is written")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, help="one of them; otherwise one after the other")
-    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.batch = 2, 32
-    if options.rank is not None:
+    if options.folder is not None:  # a rank
         torch.set_num_threads(1)
-        config = config_of(options.folder, options.batch, options.optimizer)
-        print(json.dumps(measure(config, options.rounds)))
+        found = measure(config_of(options.folder, options.batch, options.optimizer), options.rounds)
+        (options.folder / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(found))
         return
     settings = {"recipe": RECIPE, "batch": options.batch, "rounds": options.rounds, "steps": STEPS_OF_ROUND}
     result: dict[str, Any] = {"machine": machine(), "settings": settings}
     for optimizer in [options.optimizer] if options.optimizer else OPTIMIZERS:
-        ranks = run_ranks(options, optimizer)
+        ranks = measured_ranks(options, optimizer)
         result[optimizer] = {"summary": summary(ranks), "ranks": ranks}
         print(json.dumps({optimizer: result[optimizer]["summary"]}, indent=1))
     if not options.quick:
