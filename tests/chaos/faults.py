@@ -132,7 +132,7 @@ def note_first_step(scratch: str, rank: int) -> None:
         if not path.exists():
             path.write_text(repr(time.monotonic()))
 
-    Pulse.step_done = step_done  # type: ignore[method-assign]
+    Pulse.step_done = step_done  # type: ignore[method-assign, assignment]
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -140,7 +140,12 @@ def note_first_step(scratch: str, rank: int) -> None:
 
 def to_all(number: int) -> Callable[[Place, Any], None]:
     """As torchrun or a terminal passes a signal on."""
-    return lambda place, trainer: [os.kill(pid, number) for pid in place.ranks()] and None
+
+    def signal_all(place: Place, trainer: Any) -> None:
+        for pid in place.ranks():
+            os.kill(pid, number)
+
+    return signal_all
 
 
 def to_self(number: int) -> Callable[[Place, Any], None]:
@@ -232,7 +237,7 @@ def fill_for_a_while(place: Place, trainer: Any) -> None:
             empty(place)
         begin(pulse, part, unit)
 
-    Pulse.at = at  # type: ignore[method-assign]
+    Pulse.at = at  # type: ignore[method-assign, assignment]
 
 
 def empty(place: Place) -> None:

@@ -199,10 +199,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         for outcome in dict.fromkeys((row["outcome"], row["same"]) for row in of_fault):
             same = [row for row in of_fault if (row["outcome"], row["same"]) == outcome]
             phases = [phase for phase in PARTS if any(row["phase"] == phase for row in same)]
-            cells = (fault.name, "all" if len(phases) == len(PARTS) else ", ".join(phases), _outcome(same))
+            where = "all" if len(phases) == len(PARTS) else ", ".join(phases)
             numbers = (_range(same, "known_s"), _range(same, "again_s"), _range(same, "lost"))
             off = [float(row["fewer"]) for row in same if "fewer" in row]
-            cells += (*numbers, max(row["same"] for row in same), f"within {max(off):.0e}" if off else "–")
+            alike = (max(row["same"] for row in same), f"within {max(off):.0e}" if off else "–")
+            cells = (fault.name, where, _outcome(same), *numbers, *alike)
             lines.append(f"| {' | '.join(cells)} |\n")
     return head + "".join(lines)
 

@@ -137,7 +137,7 @@ def watch_and_disturb(folder: str, disturb: bool, rank: int) -> None:
                 marker.write_text(TURNS[turn % len(turns)])
                 turns[turn % len(turns)](place, trainer[0])
 
-    Trainer.fit, Pulse.at = fitted, at  # type: ignore[method-assign]
+    Trainer.fit, Pulse.at = fitted, at  # type: ignore[method-assign, assignment]
 
 
 def _rows(samples: Path) -> list[list[int]]:

@@ -75,7 +75,7 @@ def _move(names: tuple[str, str], may_go_on: str, rank: int) -> None:
         while part == "encode" and pulse.step + 1 == CUT_AFTER and not os.path.exists(may_go_on):
             time.sleep(0.01)
 
-    Pulse.at = at  # type: ignore[method-assign]
+    Pulse.at = at  # type: ignore[method-assign, assignment]
 
 
 def _start(cable: Cable, folder: Path, *more: str) -> Start:

@@ -43,7 +43,7 @@ def _at_step(step: int, do: Callable[[Any, Any], None], rank: int) -> None:
         if part == "reduce" and pulse.step + 1 == step and running:
             do(*running[0])
 
-    Pulse.at, Trainer.fit = at, fitted  # type: ignore[method-assign]
+    Pulse.at, Trainer.fit = at, fitted  # type: ignore[method-assign, assignment]
 
 
 def _nan_and_signal_in_the_rewind(number: int, trainer: Any, wishes: Any) -> None:
@@ -86,7 +86,7 @@ def _stop_in_the_save_of_the_next_step(trainer: Any, wishes: Any) -> None:
         return orders, sums
 
     save.write_rank, save.CheckpointSaver.save = writing, saving  # type: ignore[assignment, method-assign]
-    RollCall.__call__ = calling  # type: ignore[method-assign]
+    RollCall.__call__ = calling  # type: ignore[method-assign, assignment]
 
 
 def _clock_goes_back(trainer: Any, wishes: Any) -> None:
@@ -118,7 +118,7 @@ def _settings(shards: list[str], run_dir: Path, *more: str) -> list[str]:
     return [*TINY, *own, "checkpoint.every_steps=2", *more]
 
 
-CASES: dict[str, tuple[Callable[[Any], None], tuple[str, ...], int, str]] = {
+CASES: dict[str, tuple[Callable[[Any, Any], None], tuple[str, ...], int, str]] = {
     "SIGTERM during a rewind": (
         partial(_nan_and_signal_in_the_rewind, signal.SIGTERM), REWINDS, STOPPED, "stopped by SIGTERM after step ",
     ),

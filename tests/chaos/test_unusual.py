@@ -67,7 +67,7 @@ def _at_step(step: int, of_rank: int, do: Callable[[Any], None], rank: int, part
         if trainers and begun == part and pulse.step + 1 == step:  # of each micro-batch
             do(trainers.pop())
 
-    Pulse.at, Trainer.fit = at, fitted  # type: ignore[method-assign]
+    Pulse.at, Trainer.fit = at, fitted  # type: ignore[method-assign, assignment]
 
 
 # --- all stand still -------------------------------------------------------------------------------------------------
@@ -148,6 +148,7 @@ def _forget(what: str, rank: int) -> None:
     take, asked = feed._units_of_a_step, []
 
     def taken(*arguments: Any, **named: Any) -> Any:
+        read: Any
         (read,) = take(*arguments, **named)
         asked.append(read)
         if len(asked) == AT:
