@@ -91,7 +91,7 @@ def _stop_in_the_save_of_the_next_step(trainer: Any, wishes: Any) -> None:
 
 def _clock_goes_back(trainer: Any, wishes: Any) -> None:
     true = time.time
-    time.time = lambda: true() - 3600  # type: ignore[assignment]
+    time.time = lambda: true() - 3600
 
 
 def _nan_then_killed_in_the_next_save(trainer: Any, wishes: Any) -> None:

@@ -38,7 +38,7 @@ def test_copies_do_not_repel() -> None:
 def test_without_widths_it_is_the_loss_itself() -> None:
     image, text = pairs(9)
 
-    def loss(image: torch.Tensor, text: torch.Tensor):  # type: ignore[no-untyped-def]
+    def loss(image: torch.Tensor, text: torch.Tensor):
         return contrastive_loss(image, text, 10.0)
 
     assert nested_loss(loss, image, text, []).grad_image.equal(loss(image, text).grad_image)

@@ -191,7 +191,7 @@ def _build(kind: Any, mesh: Mesh, inputs: int, outputs: int, **more: Any) -> Any
 
 def test_the_gradient_of_a_weight_goes_into_its_sum(linear: ColumnLinear) -> None:
     x = torch.randn(T, 1, C, requires_grad=True)
-    linear.weight.main_grad = torch.ones(2 * C, C)  # type: ignore[attr-defined]
+    linear.weight.main_grad = torch.ones(2 * C, C)
     out, passed = column(linear, x, linear.bias)
     gradient, around = torch.randn(T, 1, 2 * C), torch.randn(T, 1, C)
     expected = around.flatten(0, 1) + gradient.flatten(0, 1) @ linear.weight.detach()

@@ -86,10 +86,7 @@ def run(clip: Clip, kept: Tensor | None = None) -> Pass:
     seen: dict[str, Tensor] = {}
     handles = [_observe(clip.vision.embed, "vis.embed", seen)]
     for prefix, tower in (("vis", clip.vision), ("txt", clip.text)):
-        handles += [
-            _observe(layer, f"{prefix}.block.{i}", seen)
-            for i, layer in enumerate(tower.block.layers)  # type: ignore[union-attr, arg-type]
-        ]
+        handles += [_observe(layer, f"{prefix}.block.{i}", seen) for i, layer in enumerate(tower.block.layers)]
     image_features = clip.vision(pixels(clip.fixture), kept, samples=8)
     text_features = clip.text(clip.io["text"])
     for handle in handles:
