@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from engine.resilience.status import read_status
 from engine.resilience.watch import LOOKS_AROUND, Pulse, Watch, stacks_of_threads
 
 LIMIT_S = 60.0
@@ -156,3 +157,16 @@ def test_a_rank_that_computes_longer_step_after_step_is_named_once(size: int, ca
     assert judge.pulse.slow == {1: 2.0}
     judge._judge_pace({rank: place("wait", 0, step=9) for rank in range(size)})
     assert not judge.pulse.slow
+
+
+def test_the_status_says_what_stood_still_for_the_thread_that_cannot(tmp_path: Path) -> None:
+    store = dist.HashStore()
+    for rank in (1, 0):
+        judge = Watch(Pulse(), tmp_path, rank, 2, LIMIT_S, store)
+        judge.pulse.step = 6
+        assert judge._store is not None
+        judge._store.set("verdict", "nothing has moved for 60 s")
+        judge._say_why()
+        assert (read_status(tmp_path) == {}) == (rank == 1), "one rank writes it"
+    status = read_status(tmp_path)
+    assert (status["outcome"], status["step"], status["reason"]) == ("failed", 7, "nothing has moved for 60 s")
