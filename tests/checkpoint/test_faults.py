@@ -348,7 +348,8 @@ def test_a_name_alone_is_not_a_machine(tmp_path: Path, capfd) -> None:
         (again / LOCK_FILE).write_text(json.dumps(left | changes))
         RunLock(again, patience_s=0.05).release()
         said = capfd.readouterr().err
-        assert f"left by process {os.getpid()} on {socket.gethostname()} (another machine or container of this" in said
+        who = f"process {os.getpid()} on {socket.gethostname()} (before it booted, or another machine or container of"
+        assert f"was left by {who} this name)" in said
     (again / LOCK_FILE).write_text(json.dumps(left))
     RunLock(again, patience_s=3600).release()
     assert not capfd.readouterr().err, "the kernel knows that nobody holds it"

@@ -76,8 +76,9 @@ class RunLock:
 
     def _watch(self, run_dir: Path, holder: dict[str, object]) -> None:
         """Until the holder's file has stood still for long enough. Raises CheckpointError if it is touched."""
-        other = " (another machine or container of this name)" if holder["host"] == socket.gethostname() else ""
-        who = f"process {holder['pid']} on {holder['host']}{other}"
+        who = f"process {holder['pid']} on {holder['host']}"
+        if holder["host"] == socket.gethostname():
+            who += " (before it booted, or another machine or container of this name)"
         print(
             f"{self._named} {run_dir} was left by {who} without being given back: watching for "
             f"{self._patience_s:.0f} s whether it lives",
