@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from engine.callbacks.checkpoint import CheckpointCallback
+from engine.checkpoint.load import training_position
 from engine.checkpoint.local import sets
 from engine.checkpoint.local.copies import partner_of
 from engine.checkpoint.local.sets import local_folder
@@ -107,6 +108,7 @@ def _older_and_other_sets(folder: str, mesh: Mesh) -> dict[str, object]:
     trainer = build(config, mesh)
     callback, own, run = callback_of(trainer), local_folder(config), Path(config.run_dir)
     drive(trainer, callback, 3)
+    assert callback.local is not None
     callback.local.wait()
     shutil.copytree(own / "step_00000003.t1p1d1", own.parent / "kept")
     drive(trainer, callback, 2)
@@ -117,7 +119,7 @@ def _older_and_other_sets(folder: str, mesh: Mesh) -> dict[str, object]:
     def begins() -> tuple[int, str]:
         with contextlib.redirect_stderr(io.StringIO()) as said:
             checkpoint = choose(config, mesh)
-        return checkpoint.manifest.position.step if checkpoint else 0, said.getvalue()
+        return training_position(checkpoint).step if checkpoint else 0, said.getvalue()
 
     found: dict[str, object] = {"newest": begins()[0]}
     latest.write_text("step_00000002")

@@ -4,7 +4,7 @@ Losses (false negatives left out, teachers, nested widths), towers that are froz
 and kept outputs; every collective of the step is there, in bytes. The buckets are padded, hence 5 %.
 """
 
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -84,7 +84,7 @@ def test_flops_and_bytes_on_the_wire(options: tuple[str, ...], rank: int) -> Non
     counted = flops_by_part(report)
     assert counted.pop("other") == 0
     assert rank_flops(config.model, layout, stage) == pytest.approx(counted, rel=1e-9)
-    planned: Counter[tuple[str, str]] = Counter()
+    planned: dict[tuple[str, str], float] = defaultdict(float)
     for entry in step_traffic(config.model, layout, stage):
         if entry.what != "data":  # the feed is not run
             planned[entry.axis, entry.kind] += entry.sent_bytes
