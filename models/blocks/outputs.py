@@ -5,25 +5,28 @@ kept, the second pass multiplies nothing for it: the linear answers with the kep
 losses and gradients are those of the repeated product to the last bit, and where tensor parallelism adds partial sums
 up it spares that collective, too. Per token and block, in units of the width H: fc2 1, proj 1, qkv 3, fc1 the MLP's.
 
-The linears here are megatron-core's with that one thing added; nothing changes while no tape is open.
+The linears here are megatron-core's with a product of their own, whose backward leaves two passes over memory out:
+
+- The gradient of a weight is added to the step's fp32 sum inside the product, instead of being written, read and added.
+- The input of a linear is also what goes around it: the residual stream, or the input of the next linear beside it. Who
+  asks for it gets it passed through, so that the product of the backward adds to the gradient that comes back there.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    LinearWithGradAccumulationAndAsyncCommunication,
-    RowParallelLinear,
-    custom_fwd,
-)
-from megatron.core.tensor_parallel.mappings import _gather_along_first_dim, _reduce, _reduce_scatter_along_first_dim
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from models.tensors.kept import LEVELS
+from models.tensors.products import product, product_onto, shared
+from models.tensors.sums import weight_gradient
 
 Outputs = dict[nn.Module, Tensor]
 """Linear -> its output in one pass, behind the collective and in front of a bias that the caller adds."""
@@ -66,27 +69,15 @@ class ColumnLinear(ColumnParallelLinear):
     tape = _CLOSED
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **how: Any) -> Tensor:
-        multiply = super()._forward_impl
-        if not weight.requires_grad:
-            group, scatters = how["tp_group"], how["sequence_parallel"]
-            groups = (group if how["allreduce_dgrad"] else None, group if scatters else None, None)
-            product = partial(_FrozenProduct.apply, input, weight, how["bias"], *groups)
-            return self.tape.product(self, lambda: product(None), product)
-        return self.tape.product(
-            self,
-            lambda: multiply(input, weight, **how),
-            lambda output: _GivenProduct.apply(
-                input,
-                weight,
-                how["bias"],
-                how["gradient_accumulation_fusion"],
-                how["allreduce_dgrad"],
-                how["sequence_parallel"],
-                how["tp_group"],
-                None,
-                output,
-            ),
-        )
+        assert weight is self.weight, "no block of these towers has it otherwise"
+        return self.product(input, how["bias"])[0]
+
+    def product(self, x: Tensor, bias: Tensor | None = None, *, own: bool = True) -> tuple[Tensor, Tensor]:
+        """x [T or T / tp, 1, in] -> ([T, 1, out / tp], x to be used from here on). own: see `How.may_write`."""
+        group = self.tp_group if self.tp_group.size() > 1 else None
+        splits = self.sequence_parallel
+        how = How(gathered=group if splits else None, summed=None if splits else group, may_write=own)
+        return _taped(self, x, bias, how)
 
 
 class RowLinear(RowParallelLinear):
@@ -96,108 +87,123 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[T, 1, in / tp] -> ([T or T / tp, 1, out], bias that the caller adds)."""
+        return self.product(input_)
+
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same."""
         assert self.skip_bias_add and self.input_is_parallel, "no block of these towers has it otherwise"
-        forward = super().forward
-        output = self.tape.product(self, lambda: forward(input_)[0], lambda output: self._given(input_, output))
-        return output, self.bias
-
-    def _forward_impl(self, input: Tensor, weight: Tensor, **how: Any) -> Tensor:
-        if not weight.requires_grad:
-            return _FrozenProduct.apply(input, weight, None, None, None, None, None)
-        return super()._forward_impl(input, weight, **how)
-
-    def _given(self, inputs: Tensor, output: Tensor) -> Tensor:
-        gathered = self.tp_group if self.sequence_parallel else None
-        if not self.weight.requires_grad:
-            return _FrozenProduct.apply(inputs, self.weight, None, None, None, gathered, output)
-        fusion = self.gradient_accumulation_fusion
-        return _GivenProduct.apply(inputs, self.weight, None, fusion, False, False, None, gathered, output)
+        group = self.tp_group if self.tp_group.size() > 1 else None
+        how = How(reduced=group, scatters=group is not None and self.sequence_parallel)
+        return _taped(self, x, None, how)[0], self.bias
 
 
-class _GivenProduct(LinearWithGradAccumulationAndAsyncCommunication):
-    """megatron-core's linear where the output is known: its backward, and in front of it that of the row's collective.
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """What a product does beside multiplying. Groups are None where the tensor axis has one rank."""
 
-    gathered: group over which the gradient of a scattered output is gathered; None: it comes whole.
-    """
-
-    @staticmethod
-    @custom_fwd
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        gradient_accumulation_fusion: bool,
-        allreduce_dgrad: bool,
-        sequence_parallel: bool,
-        tp_group: Any,
-        gathered: Any,
-        output: Tensor,
-    ) -> Tensor:
-        """What the backward reads, as megatron-core's forward leaves it."""
-        ctx.save_for_backward(input, weight)
-        ctx.main_grad = getattr(weight, "main_grad", None) if gradient_accumulation_fusion else None
-        ctx.use_bias = bias is not None
-        ctx.gradient_accumulation_fusion = gradient_accumulation_fusion
-        ctx.allreduce_dgrad = allreduce_dgrad
-        ctx.sequence_parallel = sequence_parallel
-        ctx.wgrad_deferral_limit, ctx.grad_output_buffer = None, None
-        ctx.tp_group, ctx.gathered = tp_group, gathered
-        ctx.gtp_remat_size = 1  # asked for by the backward of 0.19
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Gradients of input, weight and bias."""
-        if ctx.gathered is not None:
-            grad_output = _gather_along_first_dim(grad_output, ctx.gathered)
-        gradients = LinearWithGradAccumulationAndAsyncCommunication.backward(ctx, grad_output)
-        return (*gradients[:3], *(None,) * 6)
+    gathered: Any = None
+    """Column, sequence parallel: group that the input is gathered over, and its gradient reduced and scattered."""
+    summed: Any = None
+    """Column otherwise: group that the gradient of the input is summed over."""
+    reduced: Any = None
+    """Row: group that the output is summed over."""
+    scatters: bool = False
+    """Row: leave each rank its part of the tokens."""
+    may_write: bool = True
+    """Whether the gradient of the passed input is the block's own, so that it may be written over."""
 
 
-class _FrozenProduct(torch.autograd.Function):
-    """x W^T + bias with a weight that is not trained: keeps no input and computes no gradient of the weight.
-
-    megatron-core's own has no gradient for a bias that is trained.
-    """
+class Product(torch.autograd.Function):
+    """x W^T + bias, and x. Keeps x, or its part of it under sequence parallelism, for a weight that is trained."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        summed: Any,
-        scattered: Any,
-        gathered: Any,
-        output: Tensor | None,
-    ) -> Tensor:
-        """summed, scattered: group over which the gradient of the input is added up and left whole, or cut as the input
-        is. gathered: group over which that of the output is gathered. output: where it is known.
-        """
-        ctx.save_for_backward(weight)
-        ctx.summed, ctx.scattered, ctx.gathered = summed, scattered, gathered
-        if output is not None:
-            return output.view_as(output)
-        whole = input if scattered is None else _gather_along_first_dim(input, scattered)
-        product = torch.matmul(whole, weight.t())
-        return product if bias is None else product + bias
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: How, output: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """output: of an earlier pass, where it was kept."""
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        ctx.how, ctx.of_one_row = how, x.shape[1:]
+        ctx.set_materialize_grads(False)
+        if output is None:
+            whole = x if how.gathered is None else _gather(x, how.gathered)[0]
+            output = _finished(F.linear(whole, weight, bias), how)
+        else:
+            output = output.view_as(output)
+        return output, x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Gradients of input and bias."""
-        (weight,) = ctx.saved_tensors
-        if ctx.gathered is not None:
-            gradient = _gather_along_first_dim(gradient, ctx.gathered)
-        of_input = None
-        if ctx.needs_input_grad[0]:
-            of_input = gradient.matmul(weight)
-            if ctx.summed is not None:
-                of_input = _reduce(of_input, ctx.summed)
-            elif ctx.scattered is not None:
-                of_input = _reduce_scatter_along_first_dim(of_input, ctx.scattered)
-        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return of_input, None, of_bias, *(None,) * 4
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None, passed: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        how: How = ctx.how
+        if gradient is None:
+            return passed, None, None, None, None
+        work = None
+        trains, trains_bias = ctx.needs_input_grad[1:3]
+        if how.gathered is not None and trains:
+            x, work = _gather(x, how.gathered, wait=False)
+        if how.scatters:
+            gradient = _gather(gradient, how.reduced)[0]
+        rows = gradient.flatten(0, -2)
+        factor = shared(rows)
+        # At the lowest block that is trained nobody reads it; megatron-core's linear has it, and so counts the planner.
+        of_x = _input_gradient(factor, weight, passed, how) if trains or ctx.needs_input_grad[0] else None
+        if work is not None:
+            work.wait()
+        work, of_own = _start_sum(of_x, how)
+        of_weight = weight_gradient(weight, factor, x.flatten(0, -2)) if trains else None
+        of_bias = rows.sum(0) if trains_bias else None
+        if work is not None and of_own is not None:
+            work.wait()
+            of_own = of_own if passed is None else passed.view_as(of_own) + of_own
+        return None if of_own is None else of_own.view(-1, *ctx.of_one_row), of_weight, of_bias, None, None
+
+
+def _finished(output: Tensor, how: How) -> Tensor:
+    if how.reduced is None:
+        return output
+    if not how.scatters:
+        dist.all_reduce(output, group=how.reduced)
+        return output
+    own = output.new_empty(output.shape[0] // how.reduced.size(), *output.shape[1:])
+    dist.reduce_scatter_tensor(own, output, group=how.reduced)
+    return own
+
+
+def _gather(own: Tensor, group: Any, *, wait: bool = True) -> tuple[Tensor, dist.Work | None]:
+    """Rows of all ranks of the tensor axis."""
+    whole = own.new_empty(own.shape[0] * group.size(), *own.shape[1:])
+    return whole, dist.all_gather_into_tensor(whole, own.contiguous(), group=group, async_op=not wait)
+
+
+def _input_gradient(rows: Tensor, weight: Tensor, passed: Tensor | None, how: How) -> Tensor:
+    """[T, in]: what goes back through the product and, where no collective comes in between, what came around it."""
+    if passed is None or how.gathered is not None or how.summed is not None:
+        return product(rows, weight)
+    return product_onto(passed.flatten(0, -2), rows, weight, may_write=how.may_write)
+
+
+def _start_sum(of_x: Tensor | None, how: How) -> tuple[dist.Work | None, Tensor | None]:
+    """Over the tensor axis, while the gradient of the weight is computed."""
+    if of_x is None:
+        return None, None
+    if how.gathered is not None:
+        own = of_x.new_empty(len(of_x) // how.gathered.size(), of_x.shape[1])
+        return dist.reduce_scatter_tensor(own, of_x, group=how.gathered, async_op=True), own
+    if how.summed is not None:
+        return dist.all_reduce(of_x, group=how.summed, async_op=True), of_x
+    return None, of_x
+
+
+def _taped(linear: ColumnLinear | RowLinear, x: Tensor, bias: Tensor | None, how: How) -> tuple[Tensor, Tensor]:
+    passed = x
+
+    def multiply(output: Tensor | None = None) -> Tensor:
+        nonlocal passed
+        answer, passed = Product.apply(x, linear.weight, bias, how, output)
+        return answer
+
+    return linear.tape.product(linear, multiply, multiply), passed
 
 
 def keep_outputs(layers: nn.ModuleList, level: str) -> OutputTape:

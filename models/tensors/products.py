@@ -60,12 +60,15 @@ class Fp32Products(TorchDispatchMode):
             return self._round(func, args, kwargs or {})
         if func in _WRITING and _is_slow(args[0]):
             rest = dict(kwargs or {})
-            return rest.pop("out", args[0]).copy_(self._round(_WRITING[func], args, rest))
+            return rest.pop("out", args[0]).copy_(self._multiply(_WRITING[func], args, rest))  # which rounds
         return func(*args, **kwargs) if kwargs else func(*args)
 
-    def _round(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _multiply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # The mask of attention is bf16, too.
-        answer = func(*map(_widened, args), **{name: _widened(value) for name, value in kwargs.items()})
+        return func(*map(_widened, args), **{name: _widened(value) for name, value in kwargs.items()})
+
+    def _round(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        answer = self._multiply(func, args, kwargs)
         if isinstance(answer, Tensor):
             return answer.bfloat16()
         count = self.rounded[func]
@@ -86,18 +89,47 @@ def fast_products(device: torch.device, *dtypes: torch.dtype) -> AbstractContext
     return Fp32Products() if slow else nullcontext()
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total [m, n] += a [m, k] b [k, n] of another dtype than the sum's, which is fp32.
+def shared(operand: Tensor) -> Tensor:
+    """A factor of several products in the dtype that these are computed in: cast once, where each would cast it.
 
-    Inside the product on CUDA and where products are computed in fp32; a bf16 product of a CPU has no fp32 output, and
-    is written and added.
+    For `product`, `product_onto` and `add_product`, which take it with factors in the model's dtype.
     """
-    if total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    elif any(isinstance(mode, Fp32Products) for mode in _get_current_dispatch_mode_stack()):
+    return operand.float() if _is_slow(operand) and _products_are_wide() else operand
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a [m, k] b [k, n] in the dtype of `b`; `a` may be `shared`."""
+    return a @ b if a.dtype == b.dtype else (a @ b.to(a.dtype)).to(b.dtype)
+
+
+def product_onto(around: Tensor, a: Tensor, b: Tensor, *, may_write: bool) -> Tensor:
+    """around [m, n] + a [m, k] b [k, n], the sum rounded once to the dtype of `b`; `a` may be `shared`.
+
+    may_write: whether `around` may hold the answer.
+    """
+    may_write = may_write and around.is_contiguous() and around.dtype == b.dtype
+    if a.dtype != b.dtype:
+        wide = around.to(a.dtype).addmm_(a, b.to(a.dtype))
+        return around.copy_(wide) if may_write else wide.to(b.dtype)
+    return around.addmm_(a, b) if may_write else torch.addmm(around, a, b)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total [m, n] += a [m, k] b [k, n], the sum in fp32; `a` may be `shared`.
+
+    Inside the product in fp32, on CUDA and where products are computed in fp32; a bf16 product of a CPU has no fp32
+    output, and is written and added.
+    """
+    if a.dtype == total.dtype or (not total.is_cuda and _products_are_wide()):
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.add_(a @ b)
+
+
+def _products_are_wide() -> bool:
+    return any(isinstance(mode, Fp32Products) for mode in _get_current_dispatch_mode_stack())
 
 
 @cache

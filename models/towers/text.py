@@ -5,7 +5,6 @@ the mesh holds a whole one and encodes its own captions.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks.norms import NORMS
@@ -14,6 +13,7 @@ from models.blocks.rope import text_rope_tables
 from models.blocks.spec import DividedTower, Groups, Span, build_block, text_layer_spec
 from models.blocks.transformer_config import text_transformer_config
 from models.config import ModelConfig
+from models.tensors.sums import looked_up
 
 
 class TextTower(DividedTower):
@@ -55,7 +55,7 @@ class TextTower(DividedTower):
 
     def _embedded(self, ids: Tensor) -> Tensor:
         """[M, L] -> [M, L, H], with the positions."""
-        hidden = F.embedding(ids, self.token_embedding)
+        hidden = looked_up(self.token_embedding, ids)
         return hidden if self.pos_embed is None else hidden + self.pos_embed[: ids.shape[1]]
 
     def _read(self, ids: Tensor) -> Tensor | int | None:

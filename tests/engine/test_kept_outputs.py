@@ -18,7 +18,7 @@ from engine.pipeline.outputs import KeptOutputs
 from engine.trainer import Trainer
 from models.tensors.kept import LEVELS, choose_levels
 from tests.engine.mim_jobs import Layout, mim_config, pictures_of_step
-from tests.engine.test_layouts import random_pairs
+from tests.engine.test_waits import clips_or_pictures
 from tests.gather import backward_only, contrastive_step, whole_gradients
 from tests.golden import local_batch
 
@@ -36,6 +36,7 @@ MODELS = {
         "model.text.pool=last",
     ),
     "b16-bf16": ("model.preset=tiny-b16", "train.precision=bf16", "model.vision.width=64"),
+    "clips-fp32": ("model.preset=tiny-18b", "data.frames=2", "train.patch_dropout=0.5"),
 }
 
 
@@ -56,7 +57,7 @@ def gradients(config: Config) -> tuple[dict[str, torch.Tensor], int]:
             kept.append(sum(outputs.kept_bytes for outputs in (*step.work.outputs, step.captions.outputs)))
             return step.loss(*rows)
 
-        batch = local_batch(*random_pairs(config, 0), mesh)
+        batch = local_batch(*clips_or_pictures(config, 0), mesh)
         end = config.model.text.vocab_size - 1
         batch.tokens.clamp_(max=end - 1)[:, -1] = end  # captions that fill the context: the formula counts whole ones
         backward_only(step, batch, loss)
@@ -95,14 +96,15 @@ def formula(config: Config, level: str) -> int:
     item = 4 if train.precision == "fp32" else 2
     gates = 2 if vision.mlp == "swiglu" else 1
     total = 0
-    tokens_of_images = 8 * vision.kept_tokens(train.patch_dropout)
+    images = 8 * config.data.frames
+    tokens_of_images = images * vision.kept_tokens(train.patch_dropout)
     for width, hidden, blocks, tokens, pooled in (
         (
             vision.width,
             gates * vision.mlp_hidden,
             vision.depth,
             tokens_of_images,
-            8 if vision.pool == "class" else tokens_of_images,
+            images if vision.pool == "class" else tokens_of_images,
         ),
         (text.width, text.hidden, text.depth, 8 * text.context_length, 8),
     ):
@@ -121,7 +123,7 @@ class _Products(TorchDispatchMode):
         self.phase = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in ("mm", "addmm"):
+        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
             self.counts[self.phase] += 1
         return func(*args, **(kwargs or {}))
 

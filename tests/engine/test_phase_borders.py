@@ -132,6 +132,13 @@ def checkpoint(folder: Path, run: str, step: int) -> Checkpoint:
     return Checkpoint(folder / run / "checkpoints" / f"step_{step:08d}")
 
 
+def test_outputs_kept_in_every_phase_do_not_show(whole: Path) -> None:
+    """Other batches, other tokens a picture, another number of passes: the formula's bytes and buffers follow."""
+    with job(ParallelConfig()):
+        run_job(str(whole), "outputs", "train.keep_outputs=all")
+    assert curve(whole, "outputs") == curve(whole, "whole")
+
+
 def test_every_border_has_a_checkpoint_that_says_where_it_is(whole: Path) -> None:
     for step, name, updates in ((3, "half", 3), (5, "whole", 5), (8, "large", 3)):
         position = checkpoint(whole, "whole", step).manifest.position

@@ -78,7 +78,7 @@ CASES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _pairs(config: Config, step: int) -> tuple[Tensor, Tensor]:
+def clips_or_pictures(config: Config, step: int) -> tuple[Tensor, Tensor]:
     """Pictures, or clips of pictures, and their captions."""
     images, ids = random_pairs(config, step)
     frames = config.data.frames
@@ -96,7 +96,7 @@ def test_a_step_waits_twice_however_many_micro_batches(case: str) -> None:
         with job(ParallelConfig()) as (mesh, device), torch.compiler.set_stance("force_eager"):
             trainer = Trainer(first_phase(config), mesh, device)
             for step in range(2):
-                batch = local_batch(*_pairs(config, step), mesh)
+                batch = local_batch(*clips_or_pictures(config, step), mesh)
                 with counted() as found:
                     trainer.step(batch, Phases()).on_host()
         counts.append(found)

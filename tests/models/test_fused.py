@@ -18,7 +18,6 @@ from engine.config.read import ConfigError, preset_model, resolve
 from engine.parallel.mesh import Mesh
 from models.blocks.fused.mlp import activated, gated
 from models.blocks.fused.norms import added, norm_of_residual, norm_of_stream, residual_of_norm
-from models.blocks.fused.products import column, row
 from models.blocks.fused.turning import turned
 from models.blocks.norms import RMSNorm
 from models.blocks.outputs import ColumnLinear, RowLinear
@@ -192,7 +191,7 @@ def _build(kind: Any, mesh: Mesh, inputs: int, outputs: int, **more: Any) -> Any
 def test_the_gradient_of_a_weight_goes_into_its_sum(linear: ColumnLinear) -> None:
     x = torch.randn(T, 1, C, requires_grad=True)
     linear.weight.main_grad = torch.ones(2 * C, C)
-    out, passed = column(linear, x, linear.bias)
+    out, passed = linear.product(x, linear.bias)
     gradient, around = torch.randn(T, 1, 2 * C), torch.randn(T, 1, C)
     expected = around.flatten(0, 1) + gradient.flatten(0, 1) @ linear.weight.detach()
     torch.autograd.backward([out, passed], [gradient, around])
@@ -209,7 +208,7 @@ def test_a_gradient_that_others_may_read_is_left_as_it_is(linear: ColumnLinear) 
     around = torch.randn(T, 1, C)
     for own in (False, True):
         given = around.clone()
-        torch.autograd.backward([*column(linear, x, own=own)], [torch.ones(T, 1, 2 * C), given])
+        torch.autograd.backward([*linear.product(x, own=own)], [torch.ones(T, 1, 2 * C), given])
         assert torch.equal(given, around) != own
 
 
@@ -228,7 +227,7 @@ def test_a_tower_leaves_the_gradient_that_it_is_given(mesh: Mesh) -> None:
 
 def test_a_product_without_a_sum_has_a_gradient(mesh: Mesh) -> None:
     last = _build(RowLinear, mesh, C, C, input_is_parallel=True)
-    out, bias = row(last, torch.ones(T, 1, C))
+    out, bias = last.product(torch.ones(T, 1, C))
     out.sum().backward()
     assert bias is last.bias
     torch.testing.assert_close(last.weight.grad, torch.full((C, C), float(T)))

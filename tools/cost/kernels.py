@@ -124,8 +124,8 @@ def _nonlinearity(block: VisionConfig, e: int, kernels: Kernels) -> Bytes:
     """Biases and nonlinearity of the MLP's hidden channels, and the norm behind a SwiGLU."""
     gated, fused = block.mlp == "swiglu", kernels.elementwise == "fused"
     normed = (2 * e, 3 * e) if block.mlp_norm and not fused else (0, 0)
-    if gated:  # two biases, silu, product; backward two products, silu, two sums
-        there, back = (3 * e, 5 * e + 2 * e) if fused else (2 * 2 * e + 2 * e + 3 * e, 2 * 3 * e + 3 * e + 2 * e)
+    if gated:  # silu, product; backward two products, silu, two sums
+        there, back = (3 * e, 5 * e + 2 * e) if fused else (2 * e + 3 * e, 2 * 3 * e + 3 * e + 2 * e)
     else:
         there, back = (2 * e, 3 * e + e) if fused else (2 * e + 2 * e, 3 * e + e)
     return there + normed[0], back + normed[1]
@@ -138,7 +138,8 @@ def _qkv(block: VisionConfig, e: int, kernels: Kernels) -> Bytes:
         return 0, biases * e + (-e if block.separate_qkv else 6 * e)
     # Of three linears outputs are put together, gradients made contiguous, and those of the inputs added up.
     apart = (6 * e, 6 * e + 6 * e) if block.separate_qkv else (0, 0)
-    return biases * 2 * e + apart[0], biases * e + 6 * e + apart[1]
+    added = 0 if block.key_bias and not block.separate_qkv else biases * 2 * e  # a product adds a bias of its own
+    return added + apart[0], biases * e + 6 * e + apart[1]
 
 
 def _rope(e: int, kernels: Kernels) -> Bytes:

@@ -1,6 +1,6 @@
 """A block of the image tower with the operators between its products fused; modules and names are the unfused one's.
 
-Per token and channel of an 18B block in bf16, 32 bytes are read and written forward and 64 backward, in 3 and 5
+Per token and channel of an 18B block in bf16, 32 bytes are read and written forward and 64 backward, in 3 and 10
 launches, where separate operators take 128 and 212 in 22 and 34 (counted: `python -m benchmarks.operators`):
 - forward, twice a norm with bias and residual 6, bias and GELU 20;
 - backward, the same norm 6, twice, GELU 30 and the sum for fc1's bias 10, dq, dk and dv into one tensor 12.
@@ -17,7 +17,6 @@ from models.blocks.activations import ACTIVATION
 from models.blocks.attention import QkvWithBias, SeparateQkv
 from models.blocks.fused.mlp import activated, gated
 from models.blocks.fused.norms import added, norm_of_residual, norm_of_stream, residual_of_norm
-from models.blocks.fused.products import column, row
 from models.blocks.last_block import LastBlock
 from models.blocks.norms import PostNormResidual, ScaledResidual, SplitChannelNorm
 from models.blocks.outputs import ColumnLinear
@@ -65,19 +64,19 @@ class FusedBlock(TransformerLayer):
             mixed = tensor_parallel.checkpoint(lambda *qkv: core(*qkv, packed_seq_params=asking), False, q, k, v)
         else:
             mixed = core(q, k, v, packed_seq_params=asking)
-        branch, bias = row(attention.linear_proj, mixed.unsqueeze(1))
+        branch, bias = attention.linear_proj.product(mixed.unsqueeze(1))
         return branch, bias, x
 
     def _mlp(self, x: Tensor, *, own: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """The same of the MLP."""
         mlp: Any = self.mlp
         if isinstance(mlp, MLP):
-            hidden, x = column(mlp.linear_fc1, x, own=own)
-            branch, bias = row(mlp.linear_fc2, activated(hidden, mlp.linear_fc1.bias, _KINDS[mlp.activation_func]))
+            hidden, x = mlp.linear_fc1.product(x, own=own)
+            branch, bias = mlp.linear_fc2.product(activated(hidden, mlp.linear_fc1.bias, _KINDS[mlp.activation_func]))
             return branch, bias, x
-        up, x = column(mlp.up, x, mlp.up.bias)
-        gate, x = column(mlp.gate, x, mlp.gate.bias, own=own)
-        branch, bias = row(mlp.down, _gated(gate, up, mlp.norm))
+        up, x = mlp.up.product(x, mlp.up.bias)
+        gate, x = mlp.gate.product(x, mlp.gate.bias, own=own)
+        branch, bias = mlp.down.product(_gated(gate, up, mlp.norm))
         return branch, bias, x
 
 
@@ -105,15 +104,15 @@ def _queries_keys_values(linear: Any, x: Tensor, width: int, own: bool) -> tuple
     """x [T or T / tp, 1, H] -> q, k, v [T, heads / tp, d], x to be used from here on."""
     if isinstance(linear, SeparateQkv):
         of_q, of_v = (None, None) if linear.bias is None else (linear.bias.q, linear.bias.v)
-        q, x = column(cast(ColumnLinear, linear.q), x, of_q)
-        k, x = column(cast(ColumnLinear, linear.k), x)
-        v, x = column(cast(ColumnLinear, linear.v), x, of_v, own=own)
+        q, x = cast(ColumnLinear, linear.q).product(x, of_q)
+        k, x = cast(ColumnLinear, linear.k).product(x)
+        v, x = cast(ColumnLinear, linear.v).product(x, of_v, own=own)
         q, k, v = (part.view(len(part), -1, width) for part in (q, k, v))
         return q, k, v, x
     if isinstance(linear, QkvWithBias):
-        mixed, x = column(cast(ColumnLinear, linear.linear), x, linear.bias(), own=own)
+        mixed, x = cast(ColumnLinear, linear.linear).product(x, linear.bias(), own=own)
     else:
-        mixed, x = column(linear, x, linear.bias, own=own)
+        mixed, x = linear.product(x, linear.bias, own=own)
     q, k, v = mixed.view(len(mixed), -1, 3, width).unbind(2)
     return q, k, v, x
 

@@ -1,0 +1,90 @@
+"""Gradients that go into their fp32 sums where they are computed: the same numbers, no pass over a weight or table."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from engine.parallel.mesh import Mesh
+from models.blocks.outputs import ColumnLinear
+from models.tensors.products import Fp32Products
+from models.tensors.sums import looked_up
+from tests.models.test_fused import C, T, _build
+
+ROWS, WIDTH = 40, 8
+IDS = torch.tensor([[3, 0, 0, 39], [3, 3, 0, 7]])
+
+
+class Passes(TorchDispatchMode):
+    """Operators that write a tensor of these shapes, views and new memory apart; and casts, by their shape."""
+
+    def __init__(self, shapes: set[tuple[int, ...]]):
+        super().__init__()
+        self.shapes, self.writes, self.casts = shapes, Counter[str](), Counter[tuple[int, ...]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if name == "_to_copy":
+            self.casts.update(tuple(t.shape) for t in made)
+        if not func.is_view and not name.startswith("empty") and any(tuple(t.shape) in self.shapes for t in made):
+            self.writes[name] += 1
+        return out
+
+
+def _table(dtype: torch.dtype) -> Any:  # DistributedDataParallel gives a parameter its sum
+    return nn.Parameter(torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0)).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_tables_gradients_are_added_to_its_sum_row_by_row(dtype: torch.dtype) -> None:
+    table, gradient = _table(dtype), torch.randn(2, 4, WIDTH).to(dtype)
+    before = torch.randn(ROWS, WIDTH)
+    table.main_grad = before.clone()
+    with Passes({(ROWS, WIDTH)}) as seen:
+        rows = looked_up(table, IDS)
+        rows.backward(gradient)
+    assert torch.equal(rows, table.detach()[IDS])
+    exact = before.double()
+    for token, of_token in zip(IDS.flatten().tolist(), gradient.flatten(0, 1).double(), strict=True):
+        exact[token] += of_token
+    assert (table.main_grad - exact).abs().max() < 1e-6
+    assert table.grad_added_to_main_grad
+    assert seen.writes == {"index_add_": 1}, seen.writes
+
+
+def test_a_row_with_many_gradients_is_not_rounded_in_between() -> None:
+    table, count = _table(torch.bfloat16), 2000
+    table.main_grad = torch.zeros(ROWS, WIDTH)
+    looked_up(table, torch.zeros(count, dtype=torch.int64)).backward(torch.ones(count, WIDTH, dtype=torch.bfloat16))
+    assert torch.equal(table.main_grad[0], torch.full((WIDTH,), float(count)))
+
+
+def test_without_a_sum_the_gradient_is_the_tables_own() -> None:
+    table = _table(torch.float32)
+    looked_up(table, IDS).sum().backward()
+    assert table.grad is not None
+    assert table.grad[:, 0].tolist() == torch.bincount(IDS.flatten(), minlength=ROWS).tolist()
+    assert looked_up(table.detach(), IDS).shape == (2, 4, WIDTH)
+
+
+def test_the_gradient_of_an_output_is_cast_once(mesh: Mesh) -> None:
+    linear: ColumnLinear = _build(ColumnLinear, mesh, C, 2 * C, gather_output=False).bfloat16()
+    linear.weight.main_grad = torch.zeros(2 * C, C)
+    x, gradient = (torch.randn(T, 1, n).bfloat16() for n in (C, 2 * C))
+    x.requires_grad_()
+    with Fp32Products():
+        out, passed = linear.product(x)
+        with Passes(set()) as seen:
+            torch.autograd.backward([out, passed], [gradient, torch.ones_like(passed)])
+    assert seen.casts[T, 2 * C] == 1 and seen.casts[2 * C, T] == 0, seen.casts
+    assert x.grad is not None and x.grad.dtype == torch.bfloat16
+    of_x = 1 + gradient.double().squeeze(1) @ linear.weight.detach().double()
+    assert (x.grad.squeeze(1).double() - of_x).abs().max() <= 2**-8 * of_x.abs().max()
+    of_weight = gradient.double().squeeze(1).t() @ x.detach().double().squeeze(1)
+    assert (linear.weight.main_grad - of_weight).abs().max() < 1e-4
