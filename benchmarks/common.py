@@ -11,7 +11,8 @@ from typing import Any
 from tools.benchmark.machine import machine as machine
 from tools.benchmark.result import Spread as Spread
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 # Waiting threads and ranks leave their core to the others; read when torch is imported, so by child processes.
 CHILD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GLOO_SOCKET_IFNAME": "lo", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
@@ -32,18 +33,20 @@ def reset_peak() -> int:
     return resident_bytes("VmRSS")
 
 
-def child_environment(threads: int, extra_path: str = "") -> dict[str, str]:
-    """Variables of a measuring process. extra_path: a folder of packages that only it may import."""
-    path = os.pathsep.join(filter(None, (str(RESULTS.parent.parent), extra_path)))
+def child_environment(threads: int, extra_path: str = "", root: Path = ROOT) -> dict[str, str]:
+    """Variables of a measuring process. extra_path: a folder of packages for it alone; root: of its build."""
+    path = os.pathsep.join(filter(None, (str(root), extra_path)))
     return os.environ | CHILD_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
 
 
-def python_module(module: str, *arguments: str, threads: int, extra_path: str = "") -> subprocess.Popen[str]:
-    """Start `python -m module arguments` with pipes, in the repository's root."""
+def python_module(
+    module: str, *arguments: str, threads: int, extra_path: str = "", root: Path = ROOT
+) -> subprocess.Popen[str]:
+    """Start `python -m module arguments` with pipes, in the repository's root, or in that of another build."""
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
-        cwd=RESULTS.parent.parent,
-        env=child_environment(threads, extra_path),
+        cwd=root,
+        env=child_environment(threads, extra_path, root),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

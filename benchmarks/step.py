@@ -6,7 +6,8 @@ activations, `ours_stash` none (k = 0, two micro-batches), `ours_stash_fc2` and 
 products (train.keep_outputs), `plain_checkpoint` computes every block again in backward;
 `ours_lamb` has the paper's optimizer where all others run AdamW; `ours_compiled` has model.norm_kernel=compiled and
 `ours_fused` model.block_kernels=fused, both of which torch.compile writes, as it does all of `plain_compiled`: the
-first steps of a side, when it compiles, are not timed. `plain` and its kin multiply bf16 as autocast has it; with
+first steps of a side, when it compiles, are not timed. With `_before` behind the name a side of ours is that of another
+checkout (--before). `plain` and its kin multiply bf16 as autocast has it; with
 `_wide` behind the name bf16 products are computed in fp32 and rounded once, as the engine does on a CPU without bf16.
 Before anything is timed, the first losses of ours and plain must agree. A share of the peak is useful operations (3
 forwards) over a large matrix product's rate.
@@ -23,7 +24,7 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.common import RESULTS, Spread, machine, python_module, write_json
+from benchmarks.common import RESULTS, ROOT, Spread, machine, python_module, write_json
 from benchmarks.step_sides import GEMM_REPEATS, GEMM_SIDE, SIDES, Workload, workload_of
 from tools.cli import command_parser
 
@@ -35,6 +36,7 @@ _EXAMPLES = (
     "python -m benchmarks.step --peers FOLDER    # with open_clip installed there (benchmarks/README.md)",
     "python -m benchmarks.step --sides ours_fused plain_compiled plain --precisions fp32 --batch 8 --captions full",
     "python -m benchmarks.step --profile ours --precisions bf16",
+    "git worktree add ../before COMMIT && python -m benchmarks.step --before ../before --sides ours ours_fused plain",
 )
 GOALS = (
     ("ours", "plain", "fp32", 1.05),
@@ -67,6 +69,8 @@ SAME_MODEL = (
 )
 WIDE = "_wide"
 """Ends the name of a side that means something in bf16 only."""
+BEFORE = "_before"
+"""Ends the name of a side of the build that --before names."""
 LOSSES_AGREE = {"fp32": 1e-4, "bf16": 3e-2}
 SHORT_CAPTIONS = ("ours", "plain")
 WARM_UP_ROUNDS = 1
@@ -84,9 +88,10 @@ class Worker:
     def __init__(self, side: str, precision: str, options: argparse.Namespace):
         self.side, self.precision = side, precision
         size = ["--batch", str(options.batch)] if options.batch else []
-        arguments = [side, precision, *(["--quick"] if options.quick else []), *size]
+        arguments = [side.removesuffix(BEFORE), precision, *(["--quick"] if options.quick else []), *size]
         peers = options.peers if side == "open_clip" else ""
-        self.process = python_module("benchmarks.step_sides", *arguments, threads=1, extra_path=peers)
+        root = options.before.resolve() if side.endswith(BEFORE) else ROOT
+        self.process = python_module("benchmarks.step_sides", *arguments, threads=1, extra_path=peers, root=root)
 
     def step(self, captions: str) -> dict[str, float]:
         """One training step."""
@@ -116,6 +121,8 @@ def workers(precision: str, options: argparse.Namespace) -> Iterator[list[Worker
     """All sides of a precision, and the matrix product."""
     with ExitStack() as stack:
         sides = [side for side in options.sides if precision == "bf16" or not side.endswith(WIDE)]
+        if options.before is not None:
+            sides += [side + BEFORE for side in sides if side.startswith("ours")]
         started = [Worker(side, precision, options) for side in (*sides, "gemm")]
         for worker in started:
             stack.callback(worker.close)
@@ -139,7 +146,7 @@ def measure(precision: str, options: argparse.Namespace) -> list[dict[str, Any]]
 
 def check_losses(rows: list[dict[str, Any]], precision: str) -> None:
     """First losses, at the same weights on the same batch, must agree where the model is the same."""
-    first = {row["side"]: row["loss"] for row in reversed(rows) if row["side"] in SAME_MODEL}
+    first = {row["side"]: row["loss"] for row in reversed(rows) if row["side"].removesuffix(BEFORE) in SAME_MODEL}
     reference = next(iter(first.values()), 0.0)
     for loss in first.values():
         if abs(loss - reference) > LOSSES_AGREE[precision] * abs(reference):
@@ -159,7 +166,7 @@ def summary(rows: list[dict[str, Any]], workload: Workload) -> list[dict[str, An
     }
     out = []
     keys = {(r["side"], r["precision"], r["captions"]) for r in timed}
-    for side, precision, captions in sorted(keys, key=lambda key: (key[1] == "bf16", [*SIDES].index(key[0]), key[2])):
+    for side, precision, captions in sorted(keys, key=_place):
         mine = [row for row in timed if _is(row, side, precision) and row["captions"] == captions]
         cpu, wall = (Spread.of([row[clock] for row in mine]) for clock in ("cpu_s", "wall_s"))
         entry = {
@@ -184,6 +191,12 @@ def summary(rows: list[dict[str, Any]], workload: Workload) -> list[dict[str, An
     return out
 
 
+def _place(key: tuple[str, str, str]) -> tuple[bool, int, str, str]:
+    """Where a row of the table stands: (side, precision, captions)."""
+    side, precision, captions = key
+    return precision == "bf16", [*SIDES].index(side.removesuffix(BEFORE)), side, captions
+
+
 def _is(row: dict[str, Any], side: str, precision: str) -> bool:
     return row["side"] == side and row["precision"] == precision
 
@@ -194,7 +207,9 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Median and range over the rounds of the two steps of a round: the machine's speed drifts from minute to minute.
     """
     out = []
-    for ours, plain, precision, goal in GOALS:
+    since = sorted({(row["side"], row["precision"]) for row in rows if row["side"].endswith(BEFORE)})
+    never_slower = [(side.removesuffix(BEFORE), side, precision, 1.0) for side, precision in since]
+    for ours, plain, precision, goal in (*GOALS, *never_slower):
         mine, theirs = ({row["round"]: row["cpu_s"] for row in _timed(rows, side, precision)} for side in (ours, plain))
         if mine and theirs:
             ratio = Spread.of([theirs[number] / mine[number] for number in mine])
@@ -270,6 +285,7 @@ def parse_options() -> argparse.Namespace:
         "--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="each measured by itself"
     )
     parser.add_argument("--peers", default="", help="folder with open_clip, put on that side's path only")
+    parser.add_argument("--before", type=Path, help="checkout of another build, whose sides of ours take turns, too")
     parser.add_argument("--batch", type=int, help="pairs of a step, another number than usual")
     parser.add_argument(
         "--captions",
@@ -288,7 +304,7 @@ def _without_absent_peers(options: argparse.Namespace) -> dict[str, str]:
     """Drop open_clip if it cannot be imported; the reasons by side."""
     if "open_clip" not in options.sides:
         return {}
-    probe = Worker("open_clip", "fp32", argparse.Namespace(quick=True, batch=None, peers=options.peers))
+    probe = Worker("open_clip", "fp32", argparse.Namespace(quick=True, batch=None, before=None, peers=options.peers))
     try:
         probe.step("full")
         return {}
