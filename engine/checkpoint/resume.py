@@ -1,5 +1,6 @@
 """What a job starts from: its newest good checkpoint, a given one, initial weights from elsewhere, or nothing."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from engine.checkpoint.format.folders import (
     strange_pointer,
 )
 from engine.checkpoint.format.lock import RunLock
-from engine.checkpoint.format.manifest import Position, step_record
+from engine.checkpoint.format.manifest import Position, read_manifest, step_record
 from engine.checkpoint.format.matching import Exceptions
 from engine.checkpoint.initial import initialise_from
 from engine.checkpoint.load import resume_training, training_position
@@ -120,7 +121,9 @@ def _check_position(position: Position, phase: Phase, folder: Path) -> None:
 def choose(config: Config, mesh: Mesh) -> Checkpoint | None:
     """The checkpoint that checkpoint.resume asks for, checked; None for a fresh run. Collective over the mesh."""
     run_dir, wish = Path(config.run_dir), config.checkpoint.resume
-    if wish == "auto":
+    if since := everyone(_made_since(run_dir, wish), mesh.control)[0]:
+        _say(f"WARNING: {run_dir} goes on with what it has made ({since}) since it began with {_begun(wish)}", mesh)
+    if wish == "auto" or since:
         shared, gone_back = everyone((all_checkpoints(run_dir)[-1:], goes_back(run_dir)), mesh.control)[0]
         newest = step_of(shared[0]) if shared else 0
         if gone_back:  # sets on the hosts are of the attempt that was given up
@@ -144,6 +147,32 @@ def choose(config: Config, mesh: Mesh) -> Checkpoint | None:
             "run_dir, delete its checkpoints folder, or set checkpoint.resume=auto to go on with it"
         )
     return None
+
+
+def _made_since(run_dir: Path, wish: str) -> str:
+    """Name of this run's newest checkpoint if the run began with the same wish, and is started again; empty otherwise.
+
+    Whoever starts a job again (torchrun, SLURM, a loop) has its first command only, which must not begin it anew. That
+    of a run from nothing is an order of the user's unless torchrun or SLURM say that they have started it again.
+    """
+    if wish == "auto" or (wish == "none" and not _is_started_again()):
+        return ""
+    for folder in latest_first(run_dir):
+        try:
+            began = read_manifest(folder).config["checkpoint"]["resume"]
+        except (CheckpointError, KeyError, TypeError):
+            continue
+        return folder.name if began == wish else ""
+    return ""
+
+
+def _is_started_again() -> bool:
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(os.environ.get(count, "0") not in ("", "0") for count in counts)
+
+
+def _begun(wish: str) -> str:
+    return f"checkpoint.resume={wish}" + ("" if wish == "none" else "; to begin there again, name another run_dir")
 
 
 def newest_good(run_dir: Path, config: Config, mesh: Mesh) -> Checkpoint | None:

@@ -210,6 +210,27 @@ def test_a_fresh_run_is_not_mixed_with_an_earlier_one(tmp_path: Path, mesh: Mesh
         build(light(tmp_path, "checkpoint.resume=none"), mesh)
 
 
+@pytest.mark.parametrize("wish", ["path", "none"])
+def test_a_job_that_is_started_again_by_its_first_command_goes_on(
+    tmp_path: Path, mesh: Mesh, wish: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun, SLURM and loops know no other command: it must not begin the run anew, or be refused."""
+    first = build(light(tmp_path / "first"), mesh)
+    run_steps(first, 1)
+    origin, run = save(first), tmp_path / "run"
+    command = light(run, f"checkpoint.resume={origin if wish == 'path' else wish}")
+    trainer = build(command, mesh)
+    began = trainer.position.step
+    run_steps(trainer, 2)
+    save(trainer)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0" if wish == "path" else "1")
+    assert build(command, mesh).position.step == began + 2
+    assert f"goes on with what it has made (step_{began + 2:08d}) since it began with" in capsys.readouterr().err
+    if wish == "path":  # gone back to, by another command: it begins there
+        other = save(first).rename(tmp_path / "step_00000001")
+        assert build(light(run, f"checkpoint.resume={other}"), mesh).position.step == 1
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
