@@ -22,18 +22,19 @@ from tools.cli import command_parser
 
 _EXAMPLES = (
     "python -m benchmarks.evaluation",
-    "python -m benchmarks.evaluation --pictures 10000 --pairs 10000",
+    "python -m benchmarks.evaluation --pictures 10000 --pairs 10000 --output few.json",
 )
 FEW, CLASSES = 1_000, 1_000
 
 
 def main() -> None:
-    """Measure every case and write benchmarks/results/evaluation.json."""
+    """Measure every case and write the numbers."""
     parser = command_parser("evaluation", __doc__, _EXAMPLES, room="benchmarks")
     parser.add_argument("--pictures", type=int, default=100_000, help="against the classes")
     parser.add_argument("--pairs", type=int, default=100_000, help="pictures and captions against each other")
     parser.add_argument("--width", type=int, default=8, help="of the features")
     parser.add_argument("--case", nargs=2, metavar=("WHAT", "N"), help="one case in this process")
+    parser.add_argument("--output", type=Path, default=RESULTS / "evaluation.json", help="the numbers")
     arguments = parser.parse_args()
     if arguments.case:
         print(json.dumps(measure(arguments.case[0], int(arguments.case[1]), arguments.width)))
@@ -45,7 +46,7 @@ def main() -> None:
             output, _ = python_module("benchmarks.evaluation", *options, threads=1).communicate()
             rows.append(json.loads(output.splitlines()[-1]))
             print(rows[-1], file=sys.stderr)
-    write_json({"machine": machine(), "width": arguments.width, "cases": rows}, RESULTS / "evaluation.json")
+    write_json({"machine": machine(), "width": arguments.width, "cases": rows}, arguments.output)
 
 
 def measure(what: str, count: int, width: int) -> dict[str, float | str]:
