@@ -2,7 +2,7 @@
 # Uni3D in miniature: a point transformer is distilled into the space of a small CLIP, and then names coloured shapes
 # in combinations that neither it nor the CLIP has seen, by the text embeddings alone. Two CPU ranks.
 #
-#   bash examples/uni3d/run.sh           the whole run, about 5 minutes on 2 cores
+#   bash examples/uni3d/run.sh           the whole run, about 2 minutes on 2 cores
 #   bash examples/uni3d/run.sh --short   a few steps of each part, to see that everything works
 #
 # Shapes, their pictures and captions are made by shapes.py; the features pass through files as Uni3D's public code reads

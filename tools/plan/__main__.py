@@ -15,7 +15,8 @@ from tools.cli import amount, answer, check_folder, command_parser, complain, po
 from tools.cost.cluster import Cluster
 from tools.cost.hardware import Hardware, load_hardware, profile_names
 from tools.cost.kernels import ELEMENTWISE, Kernels
-from tools.cost.layout import FrozenModel, PlanError
+from tools.cost.layout import FrozenModel, PlanError, layout_of
+from tools.plan.given import given_config, left_out
 from tools.plan.mim import as_json_mim, mim_config, search_mim, show_mim
 from tools.plan.search import Found, Job, search
 from tools.plan.table import as_json, new_console, show
@@ -26,6 +27,7 @@ PAPER_SAMPLES = 6e9
 _EXAMPLES = (
     "python -m tools.plan --model 18b --gpus 360 --gpu a100-40 --global-batch 108000",
     "python -m tools.plan --model 18b --teacher e14-plus --gpus 360 --gpu a100-40 --global-batch 4320",
+    "python -m tools.plan --model l14 --gpus 64 --gpu h100 --global-batch 16384 'train.freeze=[vision.*]'",
     "python -m tools.plan --model l14 --gpus 8 --gpu h100 --global-batch 8192 --samples 2e9 --write plans",
 )
 
@@ -38,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser("plan", __doc__, _EXAMPLES)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="dotted.key=value", help="settings of the job that the plan does not find"
+    )
     parser.add_argument("--model", required=True, help="a preset, such as 18b, 8b, e14-plus, l14, b16, or a YAML file")
     parser.add_argument("--gpus", type=ranks, required=True, help="GPUs of the job")
     parser.add_argument(
@@ -65,7 +70,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--top", type=positive, default=10, metavar="N", help="layouts to print")
     parser.add_argument("--write", type=Path, metavar="DIR", help="write the best layout as config and scripts")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -82,6 +87,18 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.masked is not None:
         raise PlanError(f"--masked {arguments.masked} needs --teacher: the contrastive step masks no patch")
     model = preset_model(arguments.model)
+    config = given_config(
+        arguments.model,
+        arguments.overrides,
+        global_batch=arguments.global_batch,
+        frames=arguments.frames,
+        patch_dropout=arguments.patch_dropout,
+    )
+    for line in left_out(config):
+        print(line, file=sys.stderr)
+    given = layout_of(config, 1)
+    if given.teachers and arguments.distill:
+        raise PlanError(f"--distill {arguments.distill[0]} and train.distill both name teachers: give one of them")
     job = Job(
         model=model,
         cluster=cluster,
@@ -90,10 +107,12 @@ def _plan(arguments: argparse.Namespace) -> int:
         frames=arguments.frames,
         host_gb=arguments.host_gb,
         kernels=kernels,
-        teachers=tuple(_teacher(name, model) for name in arguments.distill),
+        teachers=given.teachers or tuple(_teacher(name, model) for name in arguments.distill),
+        given=given,
     )
+    job.check()
     found = search(job)
-    zero3 = best_zero3(model, cluster, job.global_batch, job.patch_dropout, job.frames, kernels, job.teachers)
+    zero3 = best_zero3(model, cluster, job.global_batch, job.patch_dropout, job.frames, kernels, job.teachers, given)
     if arguments.tokens is not None:
         samples /= job.frames * model.vision.kept_tokens(job.patch_dropout)
     if arguments.json:
@@ -103,7 +122,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     if not found.best:
         return complain(_does_not_fit(job, found))
     if arguments.write is not None:
-        for path in write_plan(arguments.model, found.best[0], samples, arguments.write):
+        for path in write_plan(arguments.model, found.best[0], samples, arguments.write, arguments.overrides):
             print(f"wrote {path}", file=sys.stderr)
     return 0
 
@@ -130,6 +149,7 @@ def _plan_mim(arguments: argparse.Namespace, cluster: Cluster, kernels: Kernels,
         "--frames": arguments.frames > 1,
         "--fp8": arguments.fp8,
         "--distill": arguments.distill,
+        " ".join(arguments.overrides): arguments.overrides,
     }
     for option, value in idle.items():
         if value:

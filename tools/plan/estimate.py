@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from engine.model_flops import teachers_flops
 from models.config import ModelConfig
-from models.tensors.flops import vision_forward_flops
+from models.tensors.flops import TRAINING_FORWARDS, vision_forward_flops
 from tools.cost.cluster import Cluster, decoding_nodes
 from tools.cost.counts import below_executed_flops, executed_flops, training_flops, vision_executed_flops
 from tools.cost.layout import Layout, frozen_in, stages_of
@@ -73,16 +73,12 @@ def priced(model: ModelConfig, layout: Layout, cluster: Cluster, memory: Memory)
     """The same where its memory is known already."""
     time = step_time(model, layout, cluster)
     taught = flops_of_teachers(model, layout)
-    frozen, tokens = frozen_in(model, layout.freeze), model.vision.kept_tokens(layout.patch_dropout)
-    flops = executed_flops(model, layout.patch_dropout, layout.keep / layout.micro_batches, layout.frames, frozen)
+    flops = run_flops(model, layout, TRAINING_FORWARDS + 1 - layout.keep / layout.micro_batches)
     if layout.recompute == "full":
+        frozen, tokens = frozen_in(model, layout.freeze), model.vision.kept_tokens(layout.patch_dropout)
         flops += layout.frames * vision_executed_flops(model, tokens)
         flops -= below_executed_flops(model, frozen, tokens, layout.frames)[0]
     flops += taught - _spared_flops(model, layout) / layout.local_batch
-    counted = training_flops(model, layout.patch_dropout, layout.frames, frozen) + taught
-    if layout.features:  # of a locked tower, one forward
-        flops -= layout.frames * vision_executed_flops(model, tokens)
-        counted -= layout.frames * vision_forward_flops(model, tokens)
     images = layout.global_batch * layout.frames
     return Estimate(
         name=str(layout),
@@ -90,11 +86,26 @@ def priced(model: ModelConfig, layout: Layout, cluster: Cluster, memory: Memory)
         time=time,
         cluster=cluster,
         global_batch=layout.global_batch,
-        model_flops=counted,
+        model_flops=counted_flops(model, layout) + taught,
         executed_flops=flops,
         images_per_node_s=0 if layout.features else images / time.total / decoding_nodes(layout, cluster),
         layout=layout,
     )
+
+
+def counted_flops(model: ModelConfig, layout: Layout) -> float:
+    """Model FLOPs of a pair, teachers apart."""
+    once = training_flops(model, layout.patch_dropout, layout.frames, frozen_in(model, layout.freeze))
+    tokens = model.vision.kept_tokens(layout.patch_dropout)
+    return once - (layout.frames * vision_forward_flops(model, tokens) if layout.features else 0)
+
+
+def run_flops(model: ModelConfig, layout: Layout, forwards: float) -> float:
+    """FLOPs of a pair in so many forwards' worth of what is trained, and one of what lies below it; teachers apart."""
+    share, frozen = TRAINING_FORWARDS + 1 - forwards, frozen_in(model, layout.freeze)
+    once = executed_flops(model, layout.patch_dropout, share, layout.frames, frozen)
+    tokens = model.vision.kept_tokens(layout.patch_dropout)
+    return once - (layout.frames * vision_executed_flops(model, tokens) if layout.features else 0)
 
 
 def flops_of_teachers(model: ModelConfig, layout: Layout) -> float:

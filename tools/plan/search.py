@@ -5,7 +5,7 @@ or within a node) × micro-batch × sequence parallelism on or off × recomputat
 each the best of: k, the most micro-batches that fit with their activations; outputs of products as far as memory goes;
 as many of them in host memory as the copies hide, the stash there or here, with k of what is left. `selective`
 recomputation is left out: with an attention that keeps no S × S it saves the log-sum-exp alone, 0.05 % of a block of
-the 18B.
+the 18B. All else is as the job's settings say (tools/plan/given.py).
 """
 
 import math
@@ -21,7 +21,7 @@ from tools.cli import counted
 from tools.cost.activations import micro_batch_saved_bytes, text_saved_bytes, vision_temporary_bytes
 from tools.cost.cluster import Cluster
 from tools.cost.kernels import Kernels
-from tools.cost.layout import FrozenModel, Layout, PlanError, stages_of, telling_stages
+from tools.cost.layout import FrozenModel, Layout, PlanError, stages_of, telling_stages, trains_images
 from tools.cost.memory import Memory, peak_memory
 from tools.cost.time import host_bytes, step_time, unit_time
 from tools.plan.estimate import Estimate, priced
@@ -53,6 +53,8 @@ class Job:
     """Kernels of every layout."""
     teachers: tuple[FrozenModel, ...] = ()
     """Teachers of every layout."""
+    given: Layout = field(default_factory=lambda: Layout(global_batch=1, micro_batch=1))
+    """Whatever else every layout has."""
 
     @property
     def host_bytes(self) -> float:
@@ -196,7 +198,8 @@ def _cuts(job: Job) -> Iterator[Layout]:
                 counts = balanced_layers(job.model, stages=pipeline, virtual=virtual, tokens=tokens)
                 even = counts == even_layers(vision.depth, pipeline * virtual)
                 for shard, neighbours in shares:
-                    yield Layout(
+                    yield replace(
+                        job.given,
                         tensor=tensor,
                         pipeline=pipeline,
                         virtual=virtual,
@@ -264,7 +267,7 @@ def filled(job: Job, layout: Layout) -> Iterator[tuple[Layout, Memory]]:
         kept = replace(layout, outputs_budget_gb=_rounded_gb(room))
         yield kept, peak_memory(job.model, kept)
     if job.host_bytes:
-        for stashed in (False, True):
+        for stashed in (False, True) if trains_images(job.model, layout) else (False,):
             there = replace(layout, offload_stash=stashed and layout.pipeline * layout.virtual > 1)
             if stashed and not there.offload_stash:
                 break

@@ -13,7 +13,8 @@ from tools.cost.time import StepTime
 from tools.plan.estimate import Estimate
 from tools.plan.search import Found, Job
 
-WIDTH = 190
+WIDTH = 215
+"""Of the widest table, whose cells do not wrap."""
 EQUAL = 0.005
 """Step times that differ by less than this share are called equal."""
 _COLUMNS = [

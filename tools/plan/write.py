@@ -1,6 +1,7 @@
 """A plan as files that start it: the config, a torchrun script and a SLURM job."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import yaml
 
 from engine.config.read import check_layout, load_config
-from engine.config.tree import whole_model
+from engine.config.tree import given_settings, whole_model
+from engine.config.typed import merged
 from tools.cost.layout import Layout
 from tools.plan.estimate import Estimate
 
@@ -75,8 +77,11 @@ srun --kill-on-bad-exit=1 bash "$SLURM_SUBMIT_DIR/{stem}.sh" "$@"
 """
 
 
-def write_plan(model: str, entry: Estimate, samples: float, folder: Path) -> list[Path]:
-    """Write MODEL-GPUS.yaml, .sh and .sbatch for a layout. The config is loaded again and checked for its ranks."""
+def write_plan(model: str, entry: Estimate, samples: float, folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
+    """Write MODEL-GPUS.yaml, .sh and .sbatch for a layout. The config is loaded again and checked for its ranks.
+
+    overrides: `dotted.key=value` that the plan was made with.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     stem = _NO_NAME.sub("-", f"{_label(model)}-{entry.cluster.gpus}x{entry.cluster.hardware.name}")
     place = _ONE_NODE if entry.cluster.nodes == 1 else _NODES
@@ -90,7 +95,9 @@ def write_plan(model: str, entry: Estimate, samples: float, folder: Path) -> lis
         **{key: text.replace("STEM", stem) for key, text in place.items()},
     )
     config = folder / f"{stem}.yaml"
-    config.write_text(_header(model, entry) + yaml.safe_dump(settings(model, entry, samples), sort_keys=False))
+    given = given_settings({}, list(overrides), "plan").arguments
+    tree = merged(settings(model, entry, samples), given)
+    config.write_text(_header(model, entry) + yaml.safe_dump(tree, sort_keys=False))
     check_layout(load_config(config), entry.cluster.gpus)
     written = [config]
     for suffix, template in ((".sh", _LAUNCH), (".sbatch", _SLURM)):

@@ -13,30 +13,23 @@ from dataclasses import dataclass, replace
 
 from models.config import ModelConfig
 from tools.cost.activations import (
+    FP32,
     block_saved_bytes,
+    locked_forward_bytes,
     micro_batch_saved_bytes,
     text_saved_bytes,
     vision_temporary_bytes,
 )
 from tools.cost.cluster import Cluster
-from tools.cost.compute import stage_seconds, teachers_seconds, text_seconds
-from tools.cost.counts import (
-    TRAINING_FORWARDS,
-    executed_flops,
-    text_parameters,
-    training_flops,
-    vision_block_parameters,
-    vision_parameters,
-)
+from tools.cost.compute import PassSeconds, stage_seconds, teachers_seconds, text_seconds
+from tools.cost.counts import TRAINING_FORWARDS, text_parameters, vision_block_parameters, vision_parameters
 from tools.cost.kernels import Kernels
-from tools.cost.layout import FrozenModel, Layout, Stage
+from tools.cost.layout import FrozenModel, Layout, Stage, stages_of, text_above, trained_text_parameters
 from tools.cost.loss import loss_bytes
-from tools.cost.memory import Memory, teacher_bytes
+from tools.cost.memory import Memory, optimizer_bytes_per_element, stage_parameters, teacher_bytes
 from tools.cost.time import StepTime, input_seconds, loss_seconds, optimizer_seconds
-from tools.plan.estimate import Estimate, flops_of_teachers
+from tools.plan.estimate import Estimate, counted_flops, flops_of_teachers, run_flops
 
-STATE_BYTES = (2, 4, 12)
-"""bf16 weight; fp32 gradient; fp32 master, m and v: of each element, sharded over all GPUs."""
 GATHERED_BLOCKS = 2
 """The block at work and the one being gathered."""
 
@@ -73,8 +66,12 @@ class Zero3:
 
 def _whole_tower(model: ModelConfig, layout: Layout, zero3: Zero3) -> tuple[Layout, Stage]:
     """A chunk as the micro-batch of a single stage."""
-    whole = Stage(rank=0, chunks=(model.vision.depth,), has_embedding=True, has_head=True)
-    return replace(layout, micro_batch=zero3.pairs_at_once * layout.frames), whole
+    one = replace(layout, micro_batch=zero3.pairs_at_once * layout.frames)
+    return one, stages_of(model, one)[0]
+
+
+def _trained_parameters(model: ModelConfig, layout: Layout, whole: Stage) -> int:
+    return stage_parameters(model, layout, whole.above) + trained_text_parameters(model, layout.freeze)
 
 
 def zero3_memory(model: ModelConfig, layout: Layout, zero3: Zero3) -> Memory:
@@ -85,22 +82,26 @@ def zero3_memory(model: ModelConfig, layout: Layout, zero3: Zero3) -> Memory:
         live = block_saved_bytes(
             vision, one.packed_tokens(vision), element=layout.element_bytes, kernels=layout.kernels
         )
-        kept = vision.depth * one.message_bytes(vision) + live
+        kept = whole.above.blocks * one.message_bytes(vision) + live
         rows = zero3.pairs_at_once * text.context_length
         text_kept: float = text.depth * rows * text.width * layout.element_bytes
     else:
-        kept = micro_batch_saved_bytes(model, one, whole)
+        kept = micro_batch_saved_bytes(model, one, whole.above)
         text_kept = text_saved_bytes(model, zero3.pairs_at_once, layout.element_bytes)
-    weights, gradients, optimizer = (
-        (vision_parameters(model) + text_parameters(model)) * each / layout.ranks for each in STATE_BYTES
-    )
+    if not whole.above.trains:
+        kept = 0 if layout.features else locked_forward_bytes(model, one, whole)
+    if text_above(model, layout) is None:
+        text_kept = 0
+    elements, trained = vision_parameters(model) + text_parameters(model), _trained_parameters(model, layout, whole)
+    weights, gradients = elements * layout.element_bytes / layout.ranks, trained * FP32 / layout.ranks
+    optimizer = trained * optimizer_bytes_per_element(layout) / layout.ranks
     block = vision_block_parameters(vision) * 2
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         stash=0,
-        activations=kept + vision_temporary_bytes(model, one, whole),
+        activations=kept + (vision_temporary_bytes(model, one, whole) if whole.above.trains else 0),
         text=text_kept,
         loss=loss_bytes(model, layout),
         buffers=(GATHERED_BLOCKS + 1) * block + zero3.pairs * layout.frames * 3 * vision.image_size**2,
@@ -111,27 +112,31 @@ def zero3_memory(model: ModelConfig, layout: Layout, zero3: Zero3) -> Memory:
 def zero3_time(model: ModelConfig, layout: Layout, zero3: Zero3, cluster: Cluster) -> StepTime:
     """Compute of all forwards, and what the gathers and the reduce-scatter take beyond the compute they overlap."""
     one, whole = _whole_tower(model, layout, zero3)
-    vision = stage_seconds(model, one, whole, cluster.hardware)
-    forward, backward = vision.forward, vision.backward
-    text = text_seconds(model, zero3.pairs, zero3.pairs_at_once, cluster.hardware, layout.element_bytes, layout.kernels)
+    vision = PassSeconds() if layout.features else stage_seconds(model, one, whole, cluster.hardware)
+    above = stage_seconds(model, one, whole.above, cluster.hardware) if whole.above.trains else PassSeconds()
+    forward, backward = vision.forward, above.backward
+    captions = zero3.pairs, zero3.pairs_at_once, cluster.hardware, layout.element_bytes, layout.kernels
+    text, trained = text_seconds(model, *captions), text_above(model, layout)
+    text_again = PassSeconds() if trained is None else text_seconds(trained, *captions)
     again = zero3.forwards - TRAINING_FORWARDS
     forward_s, backward_s = zero3.chunks * forward, zero3.chunks * backward
     elements = vision_parameters(model) + text_parameters(model)
+    own = _trained_parameters(model, layout, whole) / layout.ranks
     blocks = model.vision.depth + model.text.depth
     gather = cluster.collective_seconds(layout, "world", elements * 2, blocks)
-    last = backward_s / zero3.chunks + (forward if zero3.checkpoints else 0)
+    last = backward_s / zero3.chunks + (above.forward if zero3.checkpoints else 0)
     exposed = (zero3.gathers - zero3.chunks) * max(0.0, gather - forward)
     exposed += zero3.chunks * max(0.0, 2 * gather - last)  # one gather, one reduce-scatter of as many bytes
     before = dict(
-        compute=(1 + again) * forward_s + backward_s,
+        compute=forward_s + again * zero3.chunks * above.forward + backward_s,
         tensor=0.0,
         p2p=0.0,
         bubble=0.0,
-        text=(1 + again) * text.forward + text.backward,
+        text=text.forward + again * text_again.forward + text_again.backward,
         teachers=teachers_seconds(layout, cluster.hardware),
         data=exposed + gather / blocks,
         loss=loss_seconds(model, layout, cluster),
-        optimizer=optimizer_seconds(elements / layout.ranks, elements / layout.ranks, layout, cluster.hardware),
+        optimizer=optimizer_seconds(own, own, layout, cluster.hardware),
     )
     return StepTime(**before, input=input_seconds(model, layout, sum(before.values()), cluster, cluster.nodes))
 
@@ -144,10 +149,14 @@ def best_zero3(
     frames: int = 1,
     kernels: Kernels | None = None,
     teachers: tuple[FrozenModel, ...] = (),
+    given: Layout | None = None,
 ) -> Estimate:
-    """The fastest form that fits, or the one that needs the least memory."""
+    """The fastest form that fits, or the one that needs the least memory. given: what else the layouts have that it is
+    compared with.
+    """
     pairs = -(-global_batch // cluster.gpus)
-    layout = Layout(
+    layout = replace(
+        given or Layout(global_batch=1, micro_batch=1),
         data=cluster.gpus,
         global_batch=global_batch,
         micro_batch=pairs * frames,
@@ -162,9 +171,8 @@ def best_zero3(
 
 
 def _forms(model: ModelConfig, cluster: Cluster, layout: Layout, pairs: int) -> Iterator[Estimate]:
-    counted = training_flops(model, layout.patch_dropout, layout.frames)
     taught = flops_of_teachers(model, layout)
-    three_forwards = executed_flops(model, layout.patch_dropout, kept_share=1, frames=layout.frames)
+    images = layout.global_batch * layout.frames
     for chunks in (n for n in range(1, pairs + 1) if pairs % n == 0):
         for checkpoints in (True, False):
             zero3 = Zero3(pairs=pairs, chunks=chunks, checkpoints=checkpoints)
@@ -175,7 +183,7 @@ def _forms(model: ModelConfig, cluster: Cluster, layout: Layout, pairs: int) -> 
                 time=time,
                 cluster=cluster,
                 global_batch=layout.global_batch,
-                model_flops=counted + taught,
-                executed_flops=three_forwards * zero3.forwards / TRAINING_FORWARDS + taught,
-                images_per_node_s=layout.global_batch * layout.frames / time.total / cluster.nodes,
+                model_flops=counted_flops(model, layout) + taught,
+                executed_flops=run_flops(model, layout, zero3.forwards) + taught,
+                images_per_node_s=0 if layout.features else images / time.total / cluster.nodes,
             )

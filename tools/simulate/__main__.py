@@ -18,6 +18,7 @@ from engine.pipeline.program import Program
 from tools.cli import CommandError, amount, answer, check_file, command_parser, positive, ranks, whole
 from tools.cost.cluster import Cluster
 from tools.cost.hardware import load_hardware, profile_names
+from tools.plan.given import left_out
 from tools.simulate.events import CollectiveCosts, Simulation, StageCosts, bubble_bound, durations_of, simulate
 from tools.simulate.stage_costs import simulate_config
 from tools.simulate.wires import Wire
@@ -121,6 +122,8 @@ def _from_config(arguments: argparse.Namespace) -> Simulation:
         print(f"phase {phase.name} of {', '.join(each.name for each in job.phases)}")
     hardware = load_hardware(arguments.gpu)
     cluster = Cluster(hardware=hardware, gpus=arguments.world_size, per_node=arguments.nodes_of)
+    for line in left_out(phase.config):
+        print(line)
     return simulate_config(phase.config, cluster)
 
 

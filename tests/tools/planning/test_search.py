@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from engine.config.read import check_layout, load_config, preset_model
 from tools.cost.cluster import Cluster
@@ -18,6 +19,7 @@ from tools.cost.memory import peak_memory
 from tools.plan.__main__ import main
 from tools.plan.estimate import estimate
 from tools.plan.search import Found, Job, candidates, search
+from tools.plan.table import WIDTH, show
 from tools.plan.write import settings
 from tools.plan.zero3 import Zero3, best_zero3, zero3_memory, zero3_time
 
@@ -159,6 +161,52 @@ def test_the_command_prints_both_sides(capsys: pytest.CaptureFixture[str]) -> No
     for word in ("ZeRO-3", "MFU", "HFU", "bubble", "stash", "GPU-hours", "checkpoint"):
         assert word in printed
     assert "not a multiple" not in printed
+
+
+def test_no_cell_is_cut_where_the_output_is_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    """The longest name of a layout and the largest numbers of the paper's job."""
+    many = job("18b", 360, 108_000)
+    layout = Layout(
+        tensor=2, pipeline=12, virtual=24, data=15, global_batch=108_000, micro_batch=600, keep=12, text_micro_batch=300
+    )
+    layout = replace(layout, shard="weights", shard_ranks=8, outputs_budget_gb=163.7, offload_outputs=True)
+    entry = replace(estimate(many.model, layout, many.cluster), layout=layout)
+    zero3 = best_zero3(many.model, many.cluster, 108_000, 0.5)
+    show(many, Found(best=[entry], tried=1, nearest=None), zero3, 6e9, 10, Console(width=WIDTH, highlight=False))
+    assert "…" not in capsys.readouterr().out
+
+
+def test_settings_of_the_job_are_those_of_every_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    features = ["train.freeze=[vision.*]", f"data.features={tmp_path / 'l.npz'}", "data.crop_scale=[1,1]"]
+    asked = [*features, "train.loss=sigmoid", "train.mask_false_negatives=captions", "optim.name=adamw"]
+    small = [*SMALL, "--patch-dropout", "0", "--host-gb", "9", "--json", "--write", str(tmp_path / "plan")]
+    assert main([*small, *asked]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for entry in found["layouts"]:
+        layout = entry["layout"]
+        assert (layout["features"], layout["loss"], layout["told_by"]) == (True, "sigmoid", ["captions"])
+        assert entry["step_s"]["compute"] == 0 and not layout["offload_stash"]
+    assert found["zero3"]["step_s"]["compute"] == 0 == found["zero3"]["memory_bytes"]["activations"]
+    written = load_config(tmp_path / "plan" / "b16-16xa100-40.yaml")
+    assert written.train.freeze == ["vision.*"] and written.data.features and written.optim.name == "adamw"
+    assert main([*SMALL, "--patch-dropout", "0"]) == 0 and "sigmoid" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("parallel.pipeline=2", "parallel.pipeline is what the plan finds"),
+        ("model.vision.depth=3", "model.vision.depth is what the plan finds"),
+        ("train.freeze=[image.*]", "train.freeze: image.* matches no parameter"),
+        ("train.losses=sigmoid", "train.losses"),
+    ],
+)
+def test_settings_that_no_plan_takes_are_one_line(
+    setting: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SMALL, setting]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 def test_tokens_are_samples_times_kept_tokens(capsys: pytest.CaptureFixture[str]) -> None:
