@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from engine.config.phases import plan_job
-from engine.config.read import check_layout, load_config, preset_model, to_dict
+from engine.config.read import check_layout, load_config, preset_model, read_job, to_dict
 from tools.cost.cluster import Cluster
 from tools.cost.hardware import load_hardware
 from tools.cost.layout import layout_of
@@ -121,6 +121,18 @@ def test_what_a_recipe_expects_is_what_the_planner_says(path: Path) -> None:
     assert plan.memory.total / 1e9 == pytest.approx(gigabytes, abs=0.6)
     assert hours == pytest.approx(step_s * config.train.steps / 3600, abs=0.6)
     assert plan.fits
+
+
+def test_what_locked_towers_expect_is_what_the_planner_says() -> None:
+    path = ROOT / "examples" / "lit" / "train.yaml"
+    header, cluster = _header(path), Cluster(hardware=load_hardware("a100-40"), gpus=64, per_node=8)
+    for phase in read_job(path, ["data.shards=x"]).phases:
+        expected = _found(rf"{phase.name} ([\d.]+) s a step, ([\d.]+) hours, (\d+) GB a GPU", header)
+        step_s, hours, gigabytes = map(float, expected.groups())
+        plan = estimate(phase.config.model, layout_of(phase.config, 64), cluster)
+        assert plan.time.total == pytest.approx(step_s, abs=0.005) and plan.fits
+        assert hours == pytest.approx(step_s * phase.config.train.steps / 3600, abs=0.06)
+        assert plan.memory.total / 1e9 == pytest.approx(gigabytes, abs=0.6)
 
 
 @pytest.mark.parametrize("folder", CHAINS)

@@ -14,7 +14,7 @@ from tools.plan.estimate import Estimate
 from tools.plan.search import Found, Job
 
 WIDTH = 215
-"""Of the widest table, whose cells do not wrap."""
+"""Columns of the widest table, whose cells do not wrap."""
 EQUAL = 0.005
 """Step times that differ by less than this share are called equal."""
 _COLUMNS = [

@@ -123,7 +123,7 @@ def _from_config(arguments: argparse.Namespace) -> Simulation:
     hardware = load_hardware(arguments.gpu)
     cluster = Cluster(hardware=hardware, gpus=arguments.world_size, per_node=arguments.nodes_of)
     for line in left_out(phase.config):
-        print(line)
+        print(line, file=sys.stderr)
     return simulate_config(phase.config, cluster)
 
 

@@ -120,6 +120,6 @@ def test_what_is_not_priced_is_said(capsys: pytest.CaptureFixture[str], tmp_path
     file.write_text("model: b16\ndata: {shards: x, workers: 3}\ncheckpoint: {every_steps: 9}\n")
     assert load_config(file).data.workers == 3
     assert main([str(file), "--world-size=4", "--gpu=h100"]) == 0
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "not priced: data.workers=3 (pictures are decoded as fast as the profile says)" in said
     assert "not priced: checkpoint.every_steps=9 (a step without saves)" in said
