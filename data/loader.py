@@ -237,7 +237,7 @@ def _init_worker(worker: int) -> None:
     """A console handler inherited by the fork may hold a lock that a thread of the parent had: use a fresh
     one.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # whoever signals all processes of a job means the training process
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # with it the readers end, however it ends
     log = logging.getLogger("data")

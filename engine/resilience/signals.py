@@ -1,9 +1,10 @@
 """Wishes from outside: a signal asks a run to stop in order, a file asks it to stop or to save.
 
-SIGTERM (a scheduler that takes the nodes, a service manager), SIGINT (Ctrl-C) and SIGUSR1 (`sbatch --signal`) are a
-wish during training: the step under way is finished, saved, the run folder given back. A second one, or one before the
-first step, ends the process at once; the run folder is given back all the same. The wish is taken down by a thread, so
-that it counts while the main thread waits for another rank, however long that takes.
+SIGTERM (a scheduler that takes the nodes, a service manager), SIGINT (Ctrl-C), SIGUSR1 (`sbatch --signal`) and SIGHUP
+(a terminal that is closed: torchrun passes it on) are a wish during training: the step under way is finished, saved,
+the run folder given back. A second one, or one before the first step, ends the process at once; the run folder is
+given back all the same. The wish is taken down by a thread, so that it counts while the main thread waits for another
+rank, however long that takes.
 
 `touch run_dir/STOP` is the same wish for whoever cannot send signals; `touch run_dir/SAVE` asks for a checkpoint.
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from engine.resilience.exit import STOPPED, leave
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 _ONE_WISH_S = 1.0
 """A scheduler signals torchrun and the ranks, and torchrun passes its own on: signals this close are one wish."""
@@ -48,12 +49,12 @@ class Wishes:
     def __enter__(self) -> "Wishes":
         self._wakeup = signal.set_wakeup_fd(self._python.fileno(), warn_on_full_buffer=False)
         # the thread is who acts
-        self._handlers = [signal.signal(number, lambda number, frame: None) for number in SIGNALS]
+        self._handlers = {number: signal.signal(number, lambda number, frame: None) for number in _heard()}
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in zip(SIGNALS, self._handlers, strict=True):
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
         self._python.close()  # ends the thread
@@ -88,6 +89,12 @@ class Wishes:
         if again or "RANK" not in os.environ:  # torchrun ends the others this way when one rank has failed
             print(f"{number.name}{' again' if again else ''}: stopped at once", file=sys.stderr, flush=True)
         leave(128 + number if again else STOPPED)
+
+
+def _heard() -> list[signal.Signals]:
+    """Without SIGHUP where nohup has it ignored, unless it comes from torchrun, which does not heed nohup and ends."""
+    outlives = "RANK" not in os.environ and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in SIGNALS if not (outlives and number is signal.SIGHUP)]
 
 
 def asked_by_file(run_dir: Path, name: str) -> bool:
