@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from data.errors import DataError
 from engine.config.phases import Job, naming
 from engine.config.read import Config, ConfigError, check_layout, check_vocabulary, read_job, to_dict
+from engine.output import lose_lines_and_no_more
 from engine.paths import check_paths
 from engine.resilience.elastic import fit_job, in_words
 from engine.resilience.exit import STOPPED, crashes_leave_stacks, leave, refuse
@@ -139,4 +140,5 @@ def _logging_callbacks(config: Config) -> list["Callback"]:
 
 
 if __name__ == "__main__":
+    lose_lines_and_no_more()
     leave(main(sys.argv[1:]))
