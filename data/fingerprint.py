@@ -6,11 +6,11 @@ group size, mixture and, for each source, how many shards and samples it has, th
 sample counts and the digests of their members. `differences` says in words what two of them do not share.
 
 What it sees: a shard added, removed, renamed, swapped or moved within the list; samples added, removed or reordered; a
-key, a caption, metadata or the size of a picture that changed in place; every setting of the order, and whether JPEGs
-are decoded at a smaller size. What it does not see: the pixels of a picture that is replaced by another of the same
-number of bytes; text beyond the first 64 KiB of a member; where the shards lie (the folder may move, and a shard may be
-packed again); and, for a remote shard, any change under the same name, because remote shards are taken as immutable and
-their index is not built again.
+key, a caption, metadata or the size of a picture that changed in place; every setting of the order, whether JPEGs are
+decoded at a smaller size, and other rows of data.features (by the archive's own checksums). What it does not see: the
+pixels of a picture that is replaced by another of the same number of bytes; text beyond the first 64 KiB of a member;
+where the shards lie (the folder may move, and a shard may be packed again); and, for a remote shard, any change under
+the same name, because remote shards are taken as immutable and their index is not built again.
 """
 
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from data.config import DataConfig
+from data.pixels.features import rows_digest
 from data.sources import Sources, called, weight_switches
 
 VERSION = 1
@@ -64,6 +65,7 @@ def fingerprint(
         "tokenizer": "clip" if config.tokenizer == "clip" else _hash(Path(config.tokenizer).read_bytes()),
         "cleaning": config.cleaning,
         "scaled_decode": config.scaled_decode,
+        "features": rows_digest(Path(config.features)) if config.features else "",
         "weights": [[start, [list(pair) for pair in weights.items()]] for start, weights in weight_switches(config)],
         "sources": {
             name: _source(sources.shards[part], sources.counts_of_shards[part], sources.digests_of_shards[part])
@@ -103,6 +105,8 @@ def differences(was: dict[str, Any], now: dict[str, Any], *, position: int) -> l
         for key, name in _SETTINGS.items()
         if was.get(key, _BEFORE.get(key, now[key])) != now[key]
     ]
+    if "" not in (rows := {print_.get("features", "") for print_ in (was, now)}) and len(rows) > 1:
+        lines.append("data.features: its rows are not those that were")
     seen = position - was["first_position"]
     before, after = (_weights_before(print_["weights"], seen) for print_ in (was, now))
     if before != after:

@@ -96,6 +96,24 @@ def test_a_checkpoint_from_before_scaled_decoding_decoded_in_full(tmp_path: Path
     assert line == "data.scaled_decode: 0.0 was, 2.0 is"
 
 
+def test_other_rows_of_features_are_other_data_and_pixels_in_their_place_are_not(tmp_path: Path) -> None:
+    shards = [str(path) for path in make_shards(tmp_path, [4])]
+    config = DataConfig(shards=shards, features=str(tmp_path / "rows.npz"))
+    rows = np.arange(8, dtype=np.float32).reshape(4, 2)
+
+    def written(rows: np.ndarray) -> dict[str, Any]:
+        np.savez(config.features, image_embeddings=rows, image_valid=np.ones(4, dtype=bool))
+        return _print_of(config)
+
+    was = written(rows)
+    assert differences(was, written(rows), position=0) == []
+    assert differences(was, written(rows[::-1]), position=0) == ["data.features: its rows are not those that were"]
+    pixels = _print_of(replace(config, features=""))
+    assert differences(pixels, was, position=0) == differences(was, pixels, position=0) == []
+    del was["features"]  # written before the fingerprint knew of them
+    assert differences(was, written(rows[::-1]), position=0) == []
+
+
 def test_a_moved_touched_or_repacked_shard_is_the_same_data(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     config = DataConfig(shards=make_shards(tmp_path / "a", [4, 2]))
