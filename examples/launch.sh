@@ -88,7 +88,7 @@ launch() {
   _run_and_forward "$(_run_dir_of "$config" "${knobs[@]}" "$@")" "${command[@]}"
 }
 
-# Run a command that is told to stop in order by TERM, INT or USR1; 75 if the run has stopped so (torchrun says 1), or
+# Run a command that is told to stop in order by TERM, INT, HUP or USR1; 75 if the run has stopped so (torchrun says 1), or
 # was told to before it began. A status that an earlier start has left says nothing about this one.
 _run_and_forward() {
   local run_dir=$1 child="" early="" status told=0 heard before after
@@ -96,7 +96,7 @@ _run_and_forward() {
   before=$(cat "$run_dir/status.json" 2>/dev/null || true)
   # Before the command starts: what comes in between would end this script and leave the command behind.
   trap 'told=$((told + 1)); if [ -n "$child" ]; then pkill -USR1 -P "$child" || true; else early=1; fi' USR1
-  trap 'told=$((told + 1)); if [ -n "$child" ]; then kill -TERM "$child" || true; else early=1; fi' TERM INT
+  trap 'told=$((told + 1)); if [ -n "$child" ]; then kill -TERM "$child" || true; else early=1; fi' TERM INT HUP
   (
     trap '' USR1  # torchrun would end by it at once and leave its ranks behind: it inherits that it is ignored
     exec "$@"
@@ -108,7 +108,7 @@ _run_and_forward() {
     wait "$child" || status=$?
     [ "$told" != "$heard" ]
   do :; done
-  trap - USR1 TERM INT
+  trap - USR1 TERM INT HUP
   after=$(cat "$run_dir/status.json" 2>/dev/null || true)
   if [ "$status" != 0 ]; then
     case $after in

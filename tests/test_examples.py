@@ -386,6 +386,7 @@ _IS_TOLD = "trap 'exit 1' TERM; kill -TERM $PPID; while :; do :; done"
         ("stopped", _SAYS.format("stopped"), 75),
         ("finished", _IS_TOLD, 75),  # before the first step: nothing is lost
         ("", _SAYS.format("starting").replace("exit 1", _IS_TOLD), 75),
+        ("finished", _IS_TOLD.replace("kill -TERM", "kill -HUP"), 75),  # the terminal was closed
         ("stopped", _SAYS.format("starting"), 1),
         ("stopped", _SAYS.format("running").replace("exit 1", _IS_TOLD), 1),
     ],
