@@ -132,6 +132,10 @@ def _older_and_other_sets(folder: str, mesh: Mesh) -> dict[str, object]:
         stream.seek(-1, os.SEEK_END)
         stream.write(b"\xff")
     found["newest damaged"] = begins()
+    shutil.rmtree(own)  # somebody clears the hosts' memory: a set is lost, and no more
+    drive(trainer, callback, 2)  # a checkpoint and a set
+    callback.local.wait()
+    found["made anew"] = [path.name for path in own.iterdir()]
     return found
 
 
@@ -174,6 +178,7 @@ def test_what_is_not_finite_is_no_set_and_a_folder_of_others_is_refused(tmp_path
     assert (found["step"], found["began"], found["left"]) == (2, "None", [])
     assert "is not a folder that only this user can write" in found["refused"]
     assert (found["newest"], found["gone back"]) == (5, 2)
+    assert found["made anew"] == ["step_00000007.t1p1d1"]
     step, said = found["other layout"]
     assert step == 4 and "WARNING: the hosts hold step_00000005 of layout t1p1d2, which a start at t1p1d1" in said
     step, said = found["newest damaged"]

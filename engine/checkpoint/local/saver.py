@@ -112,10 +112,18 @@ class LocalSaver:
             work.wait()
 
     def _lacks_room(self, own_bytes: int) -> str:
+        """Why no host can take a set now, in words; a folder that somebody has cleared away is made anew."""
         on_host = self.hosts.count(self.hosts[self.mesh.world.rank])
-        needed, free = _ROOM * own_bytes * on_host, shutil.disk_usage(self.folder).free
-        own = f"{self.folder} on {sets.host_name()} has {free / 1e9:.2f} GB free and needs {needed / 1e9:.2f}"
-        return next(filter(None, everyone(own if free < needed else "", self.mesh.control)), "")
+        needed, own = _ROOM * own_bytes * on_host, make_own(self.folder)
+        if not own:
+            try:
+                free = shutil.disk_usage(self.folder).free
+            except OSError as error:
+                own = f"{self.folder} on {sets.host_name()}: {error.strerror}"
+            else:
+                has = f"{self.folder} on {sets.host_name()} has {free / 1e9:.2f} GB free and needs {needed / 1e9:.2f}"
+                own = has if free < needed else ""
+        return next(filter(None, everyone(own, self.mesh.control)), "")
 
     def _warn(self, line: str) -> None:
         if self.mesh.world.rank == 0:
