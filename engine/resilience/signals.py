@@ -92,7 +92,7 @@ class Wishes:
 
 
 def _heard() -> list[signal.Signals]:
-    """Without SIGHUP where nohup has it ignored, unless it comes from torchrun, which does not heed nohup and ends."""
+    """All of them, but SIGHUP where nohup has it ignored; torchrun does not heed nohup, ends by it and passes it on."""
     outlives = "RANK" not in os.environ and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [number for number in SIGNALS if not (outlives and number is signal.SIGHUP)]
 
