@@ -4,6 +4,7 @@ Takes down what goes to standard error and to Python's logging, which also go wh
 the record of every step. A log that cannot be written does not end the training.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -49,7 +50,8 @@ class JsonLog(Callback):
         if isinstance(sys.stderr, _Tee):
             sys.stderr = self._stderr
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # it may have a line that the disk refuses
+                self._file.close()
             self._file = None
 
     def write(self, level: str, message: str, **more: Any) -> None:

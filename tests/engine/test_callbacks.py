@@ -188,6 +188,27 @@ def test_non_finite_numbers_stay_valid_json(tmp_path):
     assert json.loads(line)["grad_norm"] is None
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("when", ["start", "step", "end"])
+def test_a_disk_that_refuses_the_curves_does_not_end_the_run(tmp_path, capfd, when):
+    board = TensorBoard()
+    if when == "start":
+        (tmp_path / "tensorboard").write_text("a file")
+    board.on_start(run_info(tmp_path))
+    if when != "start":
+        (events,) = (tmp_path / "tensorboard").iterdir()
+        events.unlink()
+        events.symlink_to("/dev/full")
+    if when == "step":
+        worker = board._writer.file_writer.event_writer._async_writer._worker
+        worker._next_flush_time = 0
+        board.on_step(record(0))
+        worker.join()
+    board.on_step(record(1))
+    board.on_end({})
+    assert capfd.readouterr().err.count("its curves end here until the next start") == 1
+
+
 def test_tensorboard_curve_is_clean_after_resume(tmp_path):
     for start, stop, loss in ((0, 8, 1.0), (5, 10, 2.0)):
         board = TensorBoard()
