@@ -97,6 +97,13 @@ class MetricsFile(Callback):
         with a number where that is taken. Nothing of the folder is written before: a start may have been refused
         until here, for data that is not the run's, and the folder is still that of the run.
         """
+        try:
+            self._open(run)
+        except OSError as error:
+            why = f"{error.filename or run.run_dir} cannot be written: {error.strerror}"
+            raise OSError(error.errno, f"{why}; free some space or set another run_dir") from error
+
+    def _open(self, run: RunInfo) -> None:
         path = run.run_dir / METRICS_FILE
         if path.exists():
             if run.start_step == 0:
@@ -140,8 +147,16 @@ class MetricsFile(Callback):
         print(f"WARNING: {line}", file=sys.stderr, flush=True)
 
     def on_end(self, record: Record) -> None:
-        if self._file is not None:
+        """Close it; what the disk does not take even now is lost, and said."""
+        if self._file is None:
+            return
+        lost = self._pending.count(b"\n")
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
             self._file.close()
+        except OSError as error:
+            self._warn(f"{self._path} lacks the last {lost:,} steps ({error.strerror})")
 
 
 def _last_record(run: RunInfo) -> dict[str, Any]:

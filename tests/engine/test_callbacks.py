@@ -92,6 +92,21 @@ def test_a_disk_that_refuses_a_line_does_not_end_the_run_and_no_line_is_lost(tmp
     assert said.count("cannot be written (No space left on device)") == 1 and "is written again" in said
 
 
+def test_what_the_disk_never_takes_is_counted_and_a_start_on_it_names_the_file(tmp_path, capfd) -> None:
+    metrics = MetricsFile()
+    metrics.on_start(run_info(tmp_path))
+    with open("/dev/full", "ab", buffering=0) as full:
+        os.dup2(full.fileno(), metrics._file.fileno())
+    for step in range(3):
+        metrics.on_step(record(step))
+    metrics.on_end({})
+    assert "metrics.jsonl lacks the last 3 steps (No space left on device)" in capfd.readouterr().err
+    (tmp_path / "run.json").unlink()
+    (tmp_path / "run.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="cannot be written: No space left on device; free some space or set another run"):
+        MetricsFile().on_start(run_info(tmp_path))
+
+
 def test_a_folder_that_is_removed_while_the_run_writes_is_said_and_made_anew(tmp_path, capfd) -> None:
     metrics = MetricsFile()
     run_dir = tmp_path / "run"
