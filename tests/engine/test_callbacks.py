@@ -96,6 +96,7 @@ def test_what_the_disk_never_takes_is_counted_and_a_start_on_it_names_the_file(t
     metrics = MetricsFile()
     metrics.on_start(run_info(tmp_path))
     with open("/dev/full", "ab", buffering=0) as full:
+        assert metrics._file is not None
         os.dup2(full.fileno(), metrics._file.fileno())
     for step in range(3):
         metrics.on_step(record(step))
@@ -215,7 +216,8 @@ def test_a_disk_that_refuses_the_curves_does_not_end_the_run(tmp_path, capfd, wh
         events.unlink()
         events.symlink_to("/dev/full")
     if when == "step":
-        worker = board._writer.file_writer.event_writer._async_writer._worker
+        writer: Any = board._writer
+        worker = writer.file_writer.event_writer._async_writer._worker
         worker._next_flush_time = 0
         board.on_step(record(0))
         worker.join()
