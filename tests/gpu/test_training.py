@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from engine.pipeline.stash import HostStash
 from models.blocks.packages import TRANSFORMER_ENGINE
+from models.tensors.sums import looked_up
 from tests.gpu.needs import gpus
 
 pytestmark = pytest.mark.gpu
@@ -93,3 +95,18 @@ def test_the_stash_is_not_on_the_device() -> None:
         stash.push(torch.full((size // 4,), float(value), device=device))
         torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before < 8 * size
+
+
+@gpus(1)
+def test_sums_of_a_table_are_the_cpus_and_the_same_in_two_runs() -> None:
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 50, (64, 77), generator=draw)  # every row many times, as padding is
+    gradient = torch.randn(64, 77, 256, generator=draw).bfloat16()
+    found = []
+    for device in ("cpu", "cuda", "cuda"):
+        table: Any = torch.nn.Parameter(torch.zeros(1000, 256, dtype=torch.bfloat16, device=device))
+        table.main_grad = torch.ones(1000, 256, device=device)
+        looked_up(table, ids.to(device)).backward(gradient.to(device))
+        found.append(table.main_grad.cpu())
+    torch.testing.assert_close(found[1], found[0])
+    assert torch.equal(found[1], found[2])
