@@ -36,7 +36,7 @@ def train_job(job: Job, mesh: Mesh, device: Device, callbacks: Callbacks, wishes
     """
     config, plan, run_dir = job.config, job.phases, Path(job.config.run_dir)
     begin: Callable[[], Checkpoint | None] = lambda: choose(config, mesh)  # noqa: E731
-    with _alone_in(run_dir, mesh, wishes), _Status(run_dir, mesh) as status:
+    with _alone_in(run_dir, mesh, wishes), _Status(run_dir, mesh, wishes) as status:
         while True:
             phase, stopped = _run_next(plan, status, mesh, device, begin, callbacks, wishes)
             if stopped or phase is plan[-1]:
@@ -65,19 +65,31 @@ class _Status:
     nothing about this one, and whatever ends the block by an error is told. World rank 0 writes it.
     """
 
-    def __init__(self, run_dir: Path, mesh: Mesh):
-        self._run_dir, self._is_told = run_dir, mesh.world.rank == 0
+    def __init__(self, run_dir: Path, mesh: Mesh, wishes: Wishes | None):
+        self._run_dir, self._is_told, self._wishes = run_dir, mesh.world.rank == 0, wishes
+        self._outcome = STARTING
+        self.pulse: Pulse | None = None
+        """The phase under way beats there."""
         self.step: int | None = None
         """Steps done so far, where a trainer has said."""
 
     def says(self, outcome: str, why: str = "") -> None:
         """Write it down."""
+        self._outcome = outcome
         if self._is_told:
             write_status(self._run_dir, outcome, step=self.step, reason=why)
 
     def __enter__(self) -> "_Status":
         self.says(STARTING)
+        if self._wishes is not None:
+            self._wishes.before_leaving.insert(0, self._is_cut_short)  # while the folder is still held
         return self
+
+    def _is_cut_short(self) -> None:
+        """A second signal ends the process from a thread of its own, and nothing else will be said."""
+        if self._wishes is not None and self._wishes.cut_short and self._outcome == RUNNING and self.pulse is not None:
+            self.step = self.pulse.step + 1
+            self.says(FAILED, self._wishes.cut_short)
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is not None:
@@ -117,7 +129,7 @@ def _run_next(
         for callback in watching:  # what asks other ranks must not be among what one rank may fail at alone
             if isinstance(callback, CheckpointCallback):
                 callback.open_local()
-        status.step = trainer.position.step
+        status.step, status.pulse = trainer.position.step, pulse
         status.says(RUNNING)
         try:
             with wishes.wait_for_steps() if wishes is not None else nullcontext():

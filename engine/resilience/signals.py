@@ -42,6 +42,8 @@ class Wishes:
         """Run when a signal ends the process at once (giving back the run folder)."""
         self.stop = ""
         """Why this rank wants the run to stop; empty: it does not."""
+        self.cut_short = ""
+        """Why the step under way is not finished, for those who run before leaving; empty: there is none."""
         self._asked_s = 0.0
         self._ours, self._python = socket.socketpair()
         self._python.setblocking(False)
@@ -83,11 +85,13 @@ class Wishes:
             self.stop, self._asked_s = number.name, now
             return
         again = bool(self.stop)
+        at_once = f"{number.name}{' again' if again else ''}: stopped at once"
+        self.cut_short = at_once if again else ""
         for action in self.before_leaving:
             with contextlib.suppress(OSError):
                 action()
         if again or "RANK" not in os.environ:  # torchrun ends the others this way when one rank has failed
-            print(f"{number.name}{' again' if again else ''}: stopped at once", file=sys.stderr, flush=True)
+            print(at_once, file=sys.stderr, flush=True)
         leave(128 + number if again else STOPPED)
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from engine.checkpoint.format.lock import LOCK_FILE
 from engine.resilience.exit import STOPPED
+from engine.resilience.status import read_status
 from tests.chaos import faults
 from tests.chaos.faults import Place
 from tests.chaos.matrix import CONFIG, STEPS, curve
@@ -59,6 +61,18 @@ def _nan_and_signal_in_the_rewind(number: int, trainer: Any, wishes: Any) -> Non
 
     rewind.load_state = loading  # type: ignore[assignment]
     faults.nan_gradient(_nowhere(), trainer)
+
+
+def _signal_twice(trainer: Any, wishes: Any) -> None:
+    """The second one more than a second after the first, while the step does not end."""
+    from engine.resilience import signals
+
+    signals._ONE_WISH_S = 0.0
+    os.kill(os.getpid(), signal.SIGTERM)
+    while not wishes.stop:  # a thread takes it down
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+    threading.Event().wait()
 
 
 def _stop_in_the_save_of_the_next_step(trainer: Any, wishes: Any) -> None:
@@ -144,6 +158,17 @@ def test_two_at_once(name: str, shards: list[str], tmp_path: Path) -> None:
         assert again.end() == [0] and "resumed from" in again.text, again.text
     assert [row[0] for row in curve(run_dir)] == list(range(STEPS))
     assert not list((run_dir / "checkpoints").glob(".*"))
+
+
+def test_a_second_signal_ends_the_step_and_the_status_says_so(shards: list[str], tmp_path: Path) -> None:
+    """It would say for ever that the job runs."""
+    run_dir = tmp_path / "run"
+    prepare = partial(_at_step, AT, _signal_twice)
+    start = launch(CONFIG, _settings(shards, run_dir), 1, tmp_path / "log", prepare=prepare)
+    assert start.end() == [128 + signal.SIGTERM], start.text
+    status = read_status(run_dir)
+    assert (status["outcome"], status["step"], status["reason"]) == ("failed", AT, "SIGTERM again: stopped at once")
+    assert (run_dir / LOCK_FILE).read_text() == "", "the folder is given back"
 
 
 def test_a_run_behind_links_is_the_same_run(shards: list[str], tmp_path: Path) -> None:
