@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tools.dryrun.absent import Shapes
 from tools.dryrun.flops import flops
 from tools.dryrun.memory import ELSEWHERE, MemoryTracker
 from tools.dryrun.rank import RankReport, dry_run
-from tools.dryrun.report import flops_by_part, to_dict, traffic_table
+from tools.dryrun.report import flops_by_part, to_dict, to_text, traffic_table
 
 SMALL = (
     "model.preset=tiny-18b",
@@ -406,6 +407,13 @@ def test_all_stages_and_the_json(recipe: Path, tmp_path: Path, capsys: pytest.Ca
     assert {row["axis"] for row in first["traffic"]} >= {"data", "pipeline", "world"}
 
 
+def test_many_chunks_are_named_by_the_first_and_the_last() -> None:
+    report = run_small((DEEP, "parallel.virtual=4"), 1, 0)
+    assert "stage 0 (blocks 0, 1, 2, 3)" in to_text(report)
+    many = replace(report, blocks=[range(2 * i, 2 * i + 2) for i in range(24)])
+    assert "stage 0 (24 chunks: blocks 0-1, 2-3 … 46-47)" in to_text(many)
+
+
 def test_stages_that_do_the_same_run_once(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "numbers.json"
     options = ["parallel.pipeline=4", "train.global_batch_size=36", "--all-stages", "--json", str(file)]
@@ -458,3 +466,12 @@ def test_a_stage_of_the_18b_recipe() -> None:
     message = 16 * 129 // 2 * 5120 * 2
     assert kinds["pipeline", "send"]["sent_bytes"] == 2 * 450 * message
     assert report.peaks["loss"].parts["stash"] == 450 * message
+
+
+@pytest.mark.slow
+def test_the_page_shows_what_the_command_prints() -> None:
+    root = Path(__file__).parents[2]
+    config = load_config(root / "examples" / "18b" / "2_clip.yaml")
+    printed = to_text(dry_run(config, 360, 45)).splitlines()
+    shown = (root / "docs" / "dryrun.md").read_text().split("```\n")[-2].splitlines()
+    assert shown == [line for line in printed if "dry run  " not in line]

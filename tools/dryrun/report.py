@@ -22,6 +22,10 @@ _FLOP_PARTS: dict[str, dict[str, tuple[str, ...]]] = {
 """Objective -> row of the table -> phases of the step; the rest is small ("other")."""
 
 
+_CHUNKS_NAMED = 4
+"""Chunks whose blocks are named one by one."""
+
+
 def flops_by_part(report: RankReport) -> dict[str, int]:
     """FLOPs of one step on this rank; text includes its replay and backward, a backward what is recomputed in it."""
     parts = _FLOP_PARTS[report.objective]
@@ -75,11 +79,10 @@ def to_dict(report: RankReport) -> dict[str, Any]:
 
 def to_text(report: RankReport) -> str:
     """The tables of one rank."""
-    blocks = ", ".join(f"{chunk.start}-{chunk.stop - 1}" for chunk in report.blocks)
     parameters = ", ".join(f"{tower} {count / 1e6:,.1f} M" for tower, count in report.parameters.items())
     return "\n".join(
         [
-            f"rank {report.rank}: tensor {report.tensor}, data {report.data}, stage {report.stage} (blocks {blocks})",
+            f"rank {report.rank}: tensor {report.tensor}, data {report.data}, stage {report.stage} ({_blocks(report)})",
             f"  parameters        {parameters}",
             f"  micro-batches     {_micro_batches_line(report)}",
             f"  dry run           {report.seconds:.1f} s",
@@ -91,6 +94,14 @@ def to_text(report: RankReport) -> str:
             *_traffic_lines(report),
         ]
     )
+
+
+def _blocks(report: RankReport) -> str:
+    """Blocks of each chunk; of many the first two and the last."""
+    chunks = [f"{c.start}-{c.stop - 1}" if len(c) > 1 else f"{c.start}" for c in report.blocks]
+    if len(chunks) <= _CHUNKS_NAMED:
+        return f"blocks {', '.join(chunks)}"
+    return f"{len(chunks)} chunks: blocks {', '.join(chunks[:2])} … {chunks[-1]}"
 
 
 def _micro_batches_line(report: RankReport) -> str:
