@@ -12,7 +12,7 @@ from data.sources import check_shards
 from engine.callbacks.checkpoint import CheckpointCallback
 from engine.checkpoint.load import training_position
 from engine.checkpoint.reader import Checkpoint
-from engine.checkpoint.resume import choose, lock_run, newest_good
+from engine.checkpoint.resume import choose, is_started_again, lock_run, newest_good
 from engine.config.phases import Job, Phase
 from engine.parallel.agree import raise_together, together
 from engine.parallel.device import Device
@@ -20,7 +20,15 @@ from engine.parallel.mesh import Mesh
 from engine.record import Callback
 from engine.resilience.failures import reason
 from engine.resilience.signals import Wishes
-from engine.resilience.status import FAILED, FINISHED, RUNNING, STARTING, STOPPED_IN_ORDER, write_status
+from engine.resilience.status import (
+    FAILED,
+    FINISHED,
+    RUNNING,
+    STARTING,
+    STOPPED_IN_ORDER,
+    step_of_this_start,
+    write_status,
+)
 from engine.resilience.watch import Pulse, Watch
 from engine.trainer import Trainer
 
@@ -66,12 +74,13 @@ class _Status:
     """
 
     def __init__(self, run_dir: Path, mesh: Mesh, wishes: Wishes | None):
+        """Collective over the mesh."""
         self._run_dir, self._is_told, self._wishes = run_dir, mesh.world.rank == 0, wishes
         self._outcome = STARTING
         self.pulse: Pulse | None = None
         """The phase under way beats there."""
-        self.step: int | None = None
-        """Steps done so far, where a trainer has said."""
+        self.step = step_of_this_start(run_dir) if is_started_again(mesh) else None
+        """Steps done so far, where a trainer has said; before torchrun started the ranks again, too."""
 
     def says(self, outcome: str, why: str = "") -> None:
         """Write it down."""

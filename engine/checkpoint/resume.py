@@ -35,6 +35,7 @@ from engine.config.read import Config, to_dict
 from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.agree import everyone, raise_together
 from engine.parallel.mesh import Mesh
+from engine.resilience.status import step_of_this_start
 
 
 @dataclass
@@ -121,7 +122,8 @@ def _check_position(position: Position, phase: Phase, folder: Path) -> None:
 def choose(config: Config, mesh: Mesh) -> Checkpoint | None:
     """The checkpoint that checkpoint.resume asks for, checked; None for a fresh run. Collective over the mesh."""
     run_dir, wish = Path(config.run_dir), config.checkpoint.resume
-    if since := everyone(_made_since(run_dir, wish), mesh.control)[0]:
+    own = wish != "none" or (is_started_again(mesh) and _has_trained(run_dir))
+    if since := everyone(_made_since(run_dir, wish) if own else "", mesh.control)[0]:
         _say(f"WARNING: {run_dir} goes on with what it has made ({since}) since it began with {_begun(wish)}", mesh)
     if wish == "auto" or since:
         shared, gone_back = everyone((all_checkpoints(run_dir)[-1:], goes_back(run_dir)), mesh.control)[0]
@@ -150,14 +152,11 @@ def choose(config: Config, mesh: Mesh) -> Checkpoint | None:
 
 
 def _made_since(run_dir: Path, wish: str) -> str:
-    """Name of this run's newest checkpoint if the run began with the same wish, and is started again; empty otherwise.
+    """Name of this run's newest checkpoint if the run began with the same wish; empty otherwise.
 
-    Whoever starts a job again (torchrun, SLURM, a loop) has its first command only, which must not begin it anew. That
-    of a run from nothing is an order of the user's unless torchrun or SLURM say that they have started it again.
+    Whoever starts a job again (torchrun, SLURM, a loop) has its first command only, which must not begin it anew.
     """
-    if wish == "auto" or (wish == "none" and not _is_started_again()):
-        return ""
-    for folder in latest_first(run_dir):
+    for folder in latest_first(run_dir) if wish != "auto" else ():
         try:
             began = read_manifest(folder).config["checkpoint"]["resume"]
         except (CheckpointError, KeyError, TypeError):
@@ -166,9 +165,22 @@ def _made_since(run_dir: Path, wish: str) -> str:
     return ""
 
 
-def _is_started_again() -> bool:
-    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    return any(os.environ.get(count, "0") not in ("", "0") for count in counts)
+def is_started_again(mesh: Mesh) -> bool:
+    """Whether torchrun or SLURM say that they have started this job again. torchrun on a host counts the failures of
+    its own ranks alone, not that it started them again for those of another host. Collective over the mesh.
+    """
+    return any(everyone(_has_count("TORCHELASTIC_RESTART_COUNT") or _has_count("SLURM_RESTART_COUNT"), mesh.control))
+
+
+def _has_trained(run_dir: Path) -> bool:
+    """Whether what lies in the folder of a job that began with nothing is its own. torchrun starts one again, too, that
+    was refused for the checkpoints of another.
+    """
+    return _has_count("SLURM_RESTART_COUNT") or step_of_this_start(run_dir) is not None
+
+
+def _has_count(name: str) -> bool:
+    return os.environ.get(name, "0") not in ("", "0")
 
 
 def _begun(wish: str) -> str:

@@ -37,6 +37,12 @@ def stopped_in_this_start(run_dir: Path) -> bool:
     return status.get("outcome") == STOPPED_IN_ORDER and status.get("start") == _start()
 
 
+def step_of_this_start(run_dir: Path) -> int | None:
+    """Steps done when torchrun started the ranks of this start again; None where none of them had come to train."""
+    status = read_status(run_dir)
+    return status.get("step") if status.get("start") == _start() else None
+
+
 def _start() -> str:
     """Name of torchrun's start; the same in all its restarts."""
     return os.environ.get("TORCHELASTIC_RUN_ID", "")

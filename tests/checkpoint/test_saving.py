@@ -22,6 +22,7 @@ from engine.checkpoint.state import Snapshot
 from engine.config.read import Config, ConfigError, to_dict
 from engine.parallel.mesh import Mesh
 from engine.record import Callback, RunInfo
+from engine.resilience.status import FAILED, STARTING, write_status
 from engine.train import _callbacks
 from models.versions import megatron_core_version
 from tests.checkpoint.jobs import alone, build, callback_of, drive, job_config, run_steps, save
@@ -223,7 +224,13 @@ def test_a_job_that_is_started_again_by_its_first_command_goes_on(
     began = trainer.position.step
     run_steps(trainer, 2)
     save(trainer)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0" if wish == "path" else "1")
+    if wish == "none":
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another start")
+        write_status(run, STARTING)
+        with pytest.raises(CheckpointError, match="holds checkpoints of an earlier run"):
+            build(command, mesh)  # refused, and started again for that
+        write_status(run, FAILED, step=began + 2)
     assert build(command, mesh).position.step == began + 2
     assert f"goes on with what it has made (step_{began + 2:08d}) since it began with" in capsys.readouterr().err
     if wish == "path":  # gone back to, by another command: it begins there
