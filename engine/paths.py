@@ -18,14 +18,16 @@ from engine.config.schema import Config
 def check_paths(job: Job) -> None:
     """Raise ConfigError or DataError for the first path that is not there, or for a run_dir that cannot be written.
 
-    A fresh job needs the shards of all its phases and what it starts from; a job that goes on is asked for those of its
-    last phase only, and for the rest when it is known how far it is. Remote shards are left to those who read them.
+    A fresh job needs the shards of all its phases and what it starts from, which may be gone when it goes on (it may
+    have been its own, and no longer kept); a job that goes on is asked for the shards of its last phase only, and for
+    the rest when it is known how far it is. Remote shards are left to those who read them.
     """
     config = job.config
     run_dir, resume = Path(config.run_dir), config.checkpoint.resume
     _check_writable(run_dir)
-    fresh = resume == "none" or (resume == "auto" and not step_folders(run_dir))
-    if resume not in ("auto", "none"):
+    begun = bool(step_folders(run_dir))
+    fresh = resume == "none" or (resume == "auto" and not begun)
+    if resume not in ("auto", "none") and not begun:
         _check_exists("checkpoint.resume", resume)
     for phase in job.phases if fresh else job.phases[-1:]:
         _check_shards(phase.config.data, f"phase {phase.name!r}: " if phase.name else "")

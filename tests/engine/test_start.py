@@ -118,6 +118,7 @@ def test_a_job_that_goes_on_needs_its_last_phase_only(tmp_path: Path) -> None:
         of(tmp_path, **more)
     (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
     of(tmp_path, **more)
+    of(tmp_path, "checkpoint.resume=gone", **more)  # what it began with
     with pytest.raises(DataError, match="phase 'one'"):
         of(tmp_path, "checkpoint.resume=none", **more)
     with pytest.raises(DataError, match="phase 'one'"):  # it comes last now
