@@ -13,7 +13,6 @@ from models.config import ModelConfig, VisionConfig
 from models.tensors.flops import attention_flops, embedding_flops, head_flops
 from models.tensors.kept import LEVELS
 from tools.cost.activations import FP32, output_levels
-from tools.cost.counts import text_parameters
 from tools.cost.hardware import Hardware
 from tools.cost.kernels import Kernels, elementwise_bytes
 from tools.cost.layout import BYTES, Layout, Stage, bf16_blocks, kernels_of, text_blocks
@@ -149,12 +148,10 @@ def text_seconds(
     at_once: int,
     hardware: Hardware,
     element: int,
-    kernels: Kernels | None = None,
     level: str = "none",
 ) -> PassSeconds:
-    """`captions` of full length through the caption tower, `at_once` a pass; on torch's kernels, sums apart."""
-    text, kernels = model.text, kernels or Kernels()
-    passes = -(-captions // at_once)
+    """`captions` of full length through the caption tower, `at_once` a pass; on torch's kernels and our linears."""
+    text = model.text
     inner, last = (
         block_seconds(
             text_blocks(text),
@@ -169,9 +166,7 @@ def text_seconds(
         for is_last in (False, text.pool != "mean")
     )
     times = captions / at_once  # the last pass may be short
-    sums = passes * _sum_bytes(text_parameters(model), element, kernels) / hardware.memory_bytes_s
-    of_blocks = PassSeconds(backward=sums)
-    return of_blocks.plus(inner, times * (text.depth - 1)).plus(last, times) if text.depth else of_blocks
+    return PassSeconds().plus(inner, times * (text.depth - 1)).plus(last, times) if text.depth else PassSeconds()
 
 
 def teachers_seconds(layout: Layout, hardware: Hardware) -> float:

@@ -29,7 +29,9 @@ class Kernels(HashedOnce):
     elementwise: str = "eager"
     """eager | compiled | fused."""
     sums: bool = False
-    """Weight gradients are added to their fp32 sums inside the product, not by a kernel behind it."""
+    """Weight gradients are added to their fp32 sums inside the product, as by our linears (models/blocks/outputs.py),
+    not by a kernel behind it, as behind Transformer Engine's.
+    """
     fp8: bool = False
     """Products of the blocks in fp8."""
 

@@ -306,7 +306,7 @@ def kernels_of(model: ModelConfig) -> Kernels:
         return Kernels(elementwise="compiled", fp8=model.fp8 != "none")
     if model.block_kernels == "fused" or (model.block_kernels == "auto" and model.norm_kernel == "auto"):
         return Kernels(elementwise="fused", sums=True)
-    return Kernels(elementwise="compiled" if model.norm_kernel in ("compiled", "apex") else "eager")
+    return Kernels(elementwise="compiled" if model.norm_kernel in ("compiled", "apex") else "eager", sums=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -248,7 +248,6 @@ def _captions(model: ModelConfig, layout: Layout, hardware: Hardware) -> PassSec
         layout.captions_at_once,
         hardware,
         layout.element_bytes,
-        layout.kernels,
         layout.keep_outputs,
     )
 

@@ -139,7 +139,7 @@ def _kernels(arguments: argparse.Namespace, hardware: Hardware) -> Kernels:
         raise PlanError(f"--fp8: {hardware.name} has no fp8 products")
     if arguments.fp8:  # Transformer Engine's linears, and its norms
         return Kernels(elementwise="eager" if arguments.kernels == "eager" else "compiled", fp8=True)
-    return Kernels(elementwise=arguments.kernels, sums=arguments.kernels == "fused")
+    return Kernels(elementwise=arguments.kernels, sums=True)
 
 
 def _plan_mim(arguments: argparse.Namespace, cluster: Cluster, kernels: Kernels, samples: float) -> int:

@@ -115,7 +115,7 @@ def zero3_time(model: ModelConfig, layout: Layout, zero3: Zero3, cluster: Cluste
     vision = PassSeconds() if layout.features else stage_seconds(model, one, whole, cluster.hardware)
     above = stage_seconds(model, one, whole.above, cluster.hardware) if whole.above.trains else PassSeconds()
     forward, backward = vision.forward, above.backward
-    captions = zero3.pairs, zero3.pairs_at_once, cluster.hardware, layout.element_bytes, layout.kernels
+    captions = zero3.pairs, zero3.pairs_at_once, cluster.hardware, layout.element_bytes
     text, trained = text_seconds(model, *captions), text_above(model, layout)
     text_again = PassSeconds() if trained is None else text_seconds(trained, *captions)
     again = zero3.forwards - TRAINING_FORWARDS
