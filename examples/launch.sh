@@ -91,15 +91,17 @@ launch() {
 # Run a command that is told to stop in order by TERM, INT, HUP or USR1; 75 if the run has stopped so (torchrun says 1), or
 # was told to before it began. A status that an earlier start has left says nothing about this one.
 _run_and_forward() {
-  local run_dir=$1 child="" early="" status told=0 heard before after
+  local run_dir=$1 child="" early="" status told=0 heard before after apart=()
   shift
   before=$(cat "$run_dir/status.json" 2>/dev/null || true)
   # Before the command starts: what comes in between would end this script and leave the command behind.
   trap 'told=$((told + 1)); if [ -n "$child" ]; then pkill -USR1 -P "$child" || true; else early=1; fi' USR1
   trap 'told=$((told + 1)); if [ -n "$child" ]; then kill -TERM "$child" || true; else early=1; fi' TERM INT HUP
+  # nohup: torchrun would hear HUP all the same, and end. What a terminal tells its session does not reach another one.
+  if [[ $(trap -p HUP) = "trap -- '' "* ]]; then apart=(setsid); fi
   (
     trap '' USR1  # torchrun would end by it at once and leave its ranks behind: it inherits that it is ignored
-    exec "$@"
+    exec "${apart[@]}" "$@"
   ) &
   child=$!
   if [ -n "$early" ]; then kill -TERM "$child" || true; fi

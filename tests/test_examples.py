@@ -4,10 +4,12 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise, takewhile
 from pathlib import Path
 
@@ -397,7 +399,26 @@ def test_a_script_hears_75_of_a_start_that_was_stopped_and_of_no_other(
     if before:
         (tmp_path / "status.json").write_text(f'{{"outcome": "{before}", "time": 1}}\n')
     code = f"cd {ROOT}; . examples/launch.sh; cd {tmp_path}; _run_and_forward . sh -c {shlex.quote(job)}"
-    assert subprocess.run(["bash", "-c", code], capture_output=True, text=True).returncode == status
+    assert _in_a_terminal(code).returncode == status
+
+
+def _in_a_terminal(code: str) -> subprocess.CompletedProcess[str]:
+    """A script that may be told SIGHUP, also where the tests themselves run under nohup."""
+    return subprocess.run(
+        ["bash", "-c", code],
+        cwd=ROOT, capture_output=True, text=True, start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "ends"), [("trap '' HUP; ", 0), ("", 75)])
+def test_a_script_under_nohup_outlives_its_terminal(before: str, ends: int) -> None:
+    """Also where the job hears the signal whatever it inherits, as torchrun does."""
+    hears = "import os, signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.killpg(os.getpgid(os.getppid()), 1)"
+    job = f"_run_and_forward . {sys.executable} -c {shlex.quote(hears)}"
+    code = f"{before}exec bash -c {shlex.quote(f'. examples/launch.sh; {job}')}"
+    done = _in_a_terminal(code)
+    assert done.returncode == ends, done.stderr
 
 
 def test_the_recipes_from_scratch_are_of_real_sizes_and_rates_that_learn() -> None:
