@@ -58,8 +58,8 @@ def run_ranks(ranks: int, module: str, *arguments: str, threads: int) -> str:
     """Run `python -m module arguments` on so many ranks of this host, in the repository's root; what they print."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     command += [f"--nproc-per-node={ranks}", "-m", module, *arguments]
-    environment, root = child_environment(threads), RESULTS.parent.parent
-    return subprocess.run(command, env=environment, cwd=root, stdout=subprocess.PIPE, text=True, check=True).stdout
+    environment = child_environment(threads)
+    return subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def write_json(result: dict[str, Any], path: Path) -> None:
