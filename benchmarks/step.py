@@ -7,7 +7,7 @@ products (train.keep_outputs), `plain_checkpoint` computes every block again in 
 `ours_lamb` has the paper's optimizer where all others run AdamW; `ours_compiled` has model.norm_kernel=compiled and
 `ours_fused` model.block_kernels=fused, both of which torch.compile writes, as it does all of `plain_compiled`: the
 first steps of a side, when it compiles, are not timed. With `_before` behind the name a side of ours is that of another
-checkout (--before). `plain` and its kin multiply bf16 as autocast has it; with
+checkout (--before), where it has one of that name. `plain` and its kin multiply bf16 as autocast has it; with
 `_wide` behind the name bf16 products are computed in fp32 and rounded once, as the engine does on a CPU without bf16.
 Before anything is timed, the first losses of ours and plain must agree. A share of the peak is useful operations (3
 forwards) over a large matrix product's rate.
@@ -52,6 +52,10 @@ GOALS = (
     ("ours_stash_fc2", "ours_stash", "bf16", 1.05),
     ("ours_stash_all", "ours_stash", "fp32", 1.2),
     ("ours_stash_all", "ours_stash", "bf16", 1.2),
+    ("ours_stash_fc2", "ours_stash_before", "fp32", 1.05),
+    ("ours_stash_fc2", "ours_stash_before", "bf16", 1.05),
+    ("ours_stash_all", "ours_stash_before", "fp32", 1.2),
+    ("ours_stash_all", "ours_stash_before", "bf16", 1.2),
 )
 SAME_MODEL = (
     "ours",
@@ -116,13 +120,18 @@ class Worker:
             self.process.kill()
 
 
+def _is_side_of(checkout: Path, side: str) -> bool:
+    """Whether another build has a side of this name."""
+    return f'"{side}"' in (checkout / "benchmarks" / "step_sides.py").read_text(encoding="utf-8")
+
+
 @contextmanager
 def workers(precision: str, options: argparse.Namespace) -> Iterator[list[Worker]]:
     """All sides of a precision, and the matrix product."""
     with ExitStack() as stack:
         sides = [side for side in options.sides if precision == "bf16" or not side.endswith(WIDE)]
         if options.before is not None:
-            sides += [side + BEFORE for side in sides if side.startswith("ours")]
+            sides += [side + BEFORE for side in sides if side.startswith("ours") and _is_side_of(options.before, side)]
         started = [Worker(side, precision, options) for side in (*sides, "gemm")]
         for worker in started:
             stack.callback(worker.close)
