@@ -130,7 +130,9 @@ class Ours:
         optimizer: str = "adamw",
         kernels: dict[str, str] | None = None,
         outputs: str = "none",
+        watched: bool = True,
     ):
+        """watched: bits of the state at rest are summed before and behind every update, as is usual."""
         from engine.config.phases import first_phase
         from engine.config.read import ParallelConfig, resolve
         from engine.parallel.launch import job
@@ -152,7 +154,10 @@ class Ours:
         rates = {"lr_vision": RATE, "lr_text": RATE, "layer_decay_vision": 1.0, "layer_decay_text": 1.0}
         optim = rates | {"name": optimizer, "warmup_steps": 0, "clip_grad_norm": CLIP_NORM}
         model = dataclasses.asdict(workload.model) | {"block_kernels": "torch"} | (kernels or {})
-        config = resolve({"model": model, "data": {"shards": ["-"]}, "train": train, "optim": optim}, [])
+        settings = {"model": model, "data": {"shards": ["-"]}, "train": train, "optim": optim}
+        if not watched:
+            settings["health"] = {"audit_every_steps": 0}
+        config = resolve(settings, [])
         self.job = job(ParallelConfig())
         mesh, device = self.job.__enter__()
         self.trainer = Trainer(first_phase(config), mesh, device)
@@ -286,6 +291,8 @@ SIDES: dict[str, Callable[[Workload, str], Side]] = {
     "ours_stash": lambda w, p: Ours(w, p, keep_all=False),
     "ours_stash_fc2": lambda w, p: Ours(w, p, keep_all=False, outputs="fc2"),
     "ours_stash_all": lambda w, p: Ours(w, p, keep_all=False, outputs="all"),
+    "ours_unwatched": lambda w, p: Ours(w, p, keep_all=True, watched=False),
+    "ours_stash_unwatched": lambda w, p: Ours(w, p, keep_all=False, watched=False),
     "plain_checkpoint": lambda w, p: Plain(w, p, checkpointing=True),
     "plain_wide": lambda w, p: Plain(w, p, wide=True),
     "plain_compiled_wide": lambda w, p: Plain(w, p, compiled=True, wide=True),
