@@ -11,8 +11,9 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,10 @@ from engine.checkpoint.format.folders import (
     checkpoints_folder,
     clear_leftovers,
     latest_first,
+    pointed_at,
     prune,
+    put_in_place,
+    saving_folder,
     step_folder,
 )
 from engine.checkpoint.format.lock import LOCK_FILE, RunLock
@@ -453,6 +457,38 @@ def test_what_follows_a_lost_checkpoint_is_older_not_of_an_attempt_that_was_give
     given_up = shutil.copytree(two, two.with_name("step_00000009"))
     (checkpoints_folder(run_dir) / "latest").write_text(two.name)
     assert latest_first(run_dir) == [two, one, given_up]
+
+
+@pytest.mark.parametrize(
+    ("given_up", "done", "in_place"),
+    [(False, 0, False), (False, 1, True), (False, 2, True), (True, 0, False), (True, 1, False), (True, 2, True)],
+)
+def test_a_run_killed_while_a_checkpoint_takes_its_place_has_not_gone_back(
+    given_up: bool, done: int, in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """done: renames before the end. given_up: the run went back from an attempt that has a checkpoint of this step."""
+    one, two = (step_folder(tmp_path, step) for step in (1, 2))
+    there = {one: "1", saving_folder(two): "new", **({two: "given up"} if given_up else {})}
+    for folder, content in there.items():
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(content)
+    (one.parent / "latest").write_text(one.name)
+    left = iter(range(done))
+
+    def killed(rename: Callable[[Path, Path], None], old: Path, new: Path) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        rename(old, new)
+
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        for name in ("rename", "replace"):
+            patch.setattr(os, name, partial(killed, getattr(os, name)))
+        put_in_place(two)
+    clear_leftovers(tmp_path)
+    assert pointed_at(tmp_path) == (two if in_place else one)
+    assert two.is_dir() == (in_place or given_up)
+    assert not two.is_dir() or (two / "manifest.json").read_text() == ("new" if in_place else "given up")
+    assert not list(one.parent.glob(".*")) and not (one.parent / "latest.new").exists()
 
 
 @pytest.mark.parametrize("why", ["damaged", "suspect", "abandoned"])

@@ -3,6 +3,7 @@
 run_dir/checkpoints/
   step_00000100/{manifest.json, rank_*.safetensors}   a checkpoint
   latest                                              the name of the newest one written: a hint, no more
+  latest.new                                          the name that it will have when .saving_… is in its place
   .saving_step_00000200/                              being written, or left by a killed run
   .replaced_step_00000100/                            an older one of that step, until its successor is in place
   .deleting_step_00000050/                            no longer kept
@@ -22,7 +23,7 @@ from pathlib import Path
 from engine.checkpoint.format.disk import MANIFEST, sync_folder, write_synced
 from engine.checkpoint.format.errors import CheckpointError
 
-_LATEST = "latest"
+_LATEST, _NEXT = "latest", ".new"
 _STEP = re.compile(r"step_\d{8,}")
 _ASIDE = ("damaged", "suspect", "abandoned")
 _SAVING, _REPLACED, _DELETING = ".saving_", ".replaced_", ".deleting_"
@@ -81,11 +82,19 @@ def latest_first(run_dir: Path) -> list[Path]:
 
 def pointed_at(run_dir: Path) -> Path | None:
     """The folder that `latest` names; None where it names none. Nothing but the name of a checkpoint counts."""
+    return _named_in(_pointer(checkpoints_folder(run_dir)))
+
+
+def _pointer(folder: Path) -> Path:
+    return folder / _LATEST
+
+
+def _named_in(pointer: Path) -> Path | None:
     try:
-        name = (checkpoints_folder(run_dir) / _LATEST).read_bytes().decode("ascii").strip()
+        name = pointer.read_bytes().decode("ascii").strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return checkpoints_folder(run_dir) / name if _STEP.fullmatch(name) else None
+    return pointer.parent / name if _STEP.fullmatch(name) else None
 
 
 def goes_back(run_dir: Path) -> bool:
@@ -96,7 +105,7 @@ def goes_back(run_dir: Path) -> bool:
 
 def strange_pointer(run_dir: Path) -> str:
     """What is wrong with `latest`, in words; empty if nothing is."""
-    pointer = checkpoints_folder(run_dir) / _LATEST
+    pointer = _pointer(checkpoints_folder(run_dir))
     if not os.path.lexists(pointer) or pointed_at(run_dir) is not None:
         return ""
     return f"{pointer} does not hold the name of a checkpoint (step_ and eight digits): it was not used"
@@ -116,13 +125,14 @@ def set_aside_before(run_dir: Path) -> list[Path]:
 def put_in_place(final: Path) -> None:
     """Rename the finished saving folder to `final`, point `latest` at it, make both durable. Atomic at every moment."""
     saving, replaced = saving_folder(final), final.with_name(_REPLACED + final.name)
+    pointer = _pointer(final.parent)
+    # Before the renames: whoever is killed behind them has left word that `latest` was to follow.
+    write_synced(pointer.with_suffix(_NEXT), final.name.encode())
     if final.exists():
         os.rename(final, replaced)
     os.rename(saving, final)
     sync_folder(final.parent)
-    pointer = final.parent / _LATEST
-    write_synced(pointer.with_suffix(".new"), final.name.encode())
-    os.replace(pointer.with_suffix(".new"), pointer)
+    os.replace(pointer.with_suffix(_NEXT), pointer)
     sync_folder(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
@@ -130,6 +140,7 @@ def put_in_place(final: Path) -> None:
 def clear_leftovers(run_dir: Path) -> list[str]:
     """Undo what a killed run left half done; returns what was removed. For the holder of the run's lock only."""
     folder, removed = checkpoints_folder(run_dir), []
+    _finish_pointing(folder)
     for leftover in sorted(folder.glob(f"{_REPLACED}step_*")):
         final = leftover.with_name(leftover.name.removeprefix(_REPLACED))
         if final.exists():
@@ -142,6 +153,18 @@ def clear_leftovers(run_dir: Path) -> list[str]:
         shutil.rmtree(leftover)
         removed.append(leftover.name.removeprefix(_SAVING))
     return removed
+
+
+def _finish_pointing(folder: Path) -> None:
+    """Let `latest` follow a checkpoint that was put in its place just before the end of the run. Else it would name an
+    older one, as if somebody had gone back to that.
+    """
+    following = _pointer(folder).with_suffix(_NEXT)
+    final = _named_in(following)
+    if final is not None and final.is_dir() and not saving_folder(final).exists():
+        os.replace(following, _pointer(folder))
+    else:
+        following.unlink(missing_ok=True)
 
 
 def set_aside(folder: Path, why: str = "damaged") -> Path:
