@@ -14,7 +14,8 @@ from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.matching import matches
 
 _CHANGES_THE_RESULT = (
-    "objective", "train.global_batch_size", "train.patch_dropout", "train.precision", "train.logit_scale", "train.loss",
+    "objective", "model.fp8", "model.fp8_bf16_blocks",
+    "train.global_batch_size", "train.patch_dropout", "train.precision", "train.logit_scale", "train.loss",
     "train.matryoshka", "train.mask_false_negatives", "train.freeze",
     "parallel.reduce_dtype",
     "optim.*", "data.crop_scale", "data.flip", "data.frames", "mim.masked_patches", "mim.min_block", "mim.max_block",

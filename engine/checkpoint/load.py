@@ -24,11 +24,11 @@ from engine.optim.average import restart_average
 from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.agree import everyone
 from engine.parallel.mesh import Mesh
-from models.config import completed
+from models.config import LOCAL_KERNELS, completed
 from models.tensors.freezing import frozen_names
 from models.tensors.naming import LogicalTensor
 
-_NOT_THE_MODEL = ("preset", "backend")  # how it was written down, and which kernels compute it
+_NOT_THE_MODEL = ("preset", *LOCAL_KERNELS)  # how it was written down, and which kernels compute it
 
 
 class TensorSource(Protocol):

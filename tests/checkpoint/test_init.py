@@ -120,6 +120,14 @@ def test_another_model_or_seed_is_no_resume(tmp_path: Path, mesh: Mesh, trained:
         build(job_config(tmp_path, resume, "train.seed=1"), mesh)
 
 
+def test_a_run_goes_on_with_other_kernels(tmp_path: Path, mesh: Mesh, trained: Path) -> None:
+    kernels = ("model.attention=matmul", "model.norm_kernel=torch", "model.block_kernels=torch")
+    trainer = build(job_config(tmp_path, f"checkpoint.resume={trained}", *kernels), mesh)
+    assert trainer.position.step == 2
+    in_files = stored(trained)
+    assert all(torch.equal(value, in_files[name]) for name, value in weights(trainer).items())
+
+
 # --- initial weights -------------------------------------------------------------------------------------------------
 
 

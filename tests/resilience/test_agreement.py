@@ -193,6 +193,12 @@ def test_a_setting_that_changes_the_result_is_refused_or_accepted_by_name(overri
     assert RESULT_CHANGES[override] in accept_settings(changes, [name.partition(".")[0] + ".*"], "step_00000002")
 
 
+def test_kernels_may_differ_but_for_fp8_which_rounds_otherwise() -> None:
+    stored = to_dict(job_config("run"))
+    wanted = stored | {"model": stored["model"] | {"attention": "flash", "block_kernels": "fused", "fp8": "current"}}
+    assert [str(change) for change in changed_settings(stored, wanted)] == ["model.fp8 none → current"]
+
+
 def test_what_does_not_change_the_result_may_differ_and_a_longer_run_is_said() -> None:
     stored = to_dict(job_config("run"))
     assert not changed_settings(stored, to_dict(job_config("run", *NO_CHANGES)))
