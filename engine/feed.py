@@ -1,8 +1,8 @@
 """This rank's part of each global batch, from the global order of samples.
 
 Position p of the run's sample order belongs to row p mod B of its step; replica d owns rows [d b, (d + 1) b). The first
-stage's tensor ranks split the reading and decoding, then share pixels among themselves and captions with the stages
-behind them: each sample is read once per replica, and a bad sample is replaced once, for all who need it.
+stage's tensor ranks split the reading and decoding, then share pixels among themselves and captions with all ranks of
+the replica: each sample is read once per replica, and a bad sample is replaced once, for all who need it.
 
 Readers work in units of at most a micro-batch of rows, so that all of them work on the same step and the pixels in
 flight are `data.prefetch_batches` local batches whatever the number of readers. A thread puts the next step's units
@@ -13,7 +13,8 @@ before pixels.
 The whole local batch stays as uint8 (at the paper's batch 7,200 x 150 kB = 1.1 GB on a first-stage rank), since the
 replay needs every image a second time: pinned on the host, from where each pass copies its micro-batch (4.5 MB of 30
 images, behind the kernels that are queued: nothing waits for it), or, where tensor ranks share pixels through the
-device, there. Captions stay on the host, too: what they are cut to is asked for without waiting for the device.
+device, there. Captions stay on the host, and travel from host to host: what they are cut to is a shape, and asking a
+device for it would be a wait.
 """
 
 import logging
@@ -250,25 +251,31 @@ class Feed:
         """
         if not self.captions:
             return torch.empty(0, self.context, dtype=torch.int64), None
-        alone = bool(read) and self.mesh.tensor.size == 1
-        columns = torch.cat(read) if alone else None
-        if columns is None or self.mesh.pipeline.size > 1:
-            shared = self._share_captions(read)
-            columns = shared.cpu() if columns is None else columns  # the only wait: nothing else is under way yet
-        own = columns[own_rows(self.local_batch, self.mesh)]
+        own = self._shared_captions(read)[own_rows(self.local_batch, self.mesh)]
         pictures = own[:, self.context :].contiguous().view(torch.int64)[:, 0] if self._picture_ids else None
         return own[:, : self.context].long(), pictures
 
-    def _share_captions(self, read: list[Tensor]) -> Tensor:
-        """int32 [b, columns] on the device: from the first stage's tensor ranks to all ranks of the replica."""
+    def _shared_captions(self, read: list[Tensor]) -> Tensor:
+        """int32 [b, columns]: each tensor rank of the first stage gives what it has read to all ranks of the replica,
+        over the hosts: no device is waited for.
+        """
+        hosts = self.mesh.hosts
+        if hosts.size == 1:
+            return torch.cat(read)
         columns = self.context + 2 * self._picture_ids
-        tokens = torch.empty(self.local_batch, columns, dtype=torch.int32, device=self.device)
+        shared = torch.empty(self.local_batch, columns, dtype=torch.int32)
+        shares = split_rows(self.local_batch, self.mesh.tensor.size)
         if read:
-            tokens = self._gather(read)
-        if self.mesh.pipeline.size > 1:
-            first = dist.get_global_rank(self.mesh.pipeline.group, 0)
-            dist.broadcast(tokens, src=first, group=self.mesh.pipeline.group)
-        return tokens
+            torch.cat(read, out=shared[shares[self.mesh.tensor.rank]])
+        works = [
+            dist.broadcast(shared[share], group_src=reader, group=hosts.group, async_op=True)
+            for reader, share in enumerate(shares)  # the first ranks of a replica are the first stage's
+            if share.stop > share.start
+        ]
+        for work in works:
+            assert work is not None, "this rank is of the replica"
+            work.wait()
+        return shared
 
     def _pixels(self, parts: list[Tensor]) -> Tensor:
         """uint8 [b, …] of the local batch. Collective over the tensor axis."""

@@ -35,4 +35,5 @@ def lone_mesh() -> Mesh:
         alone=axis,
         links=Links(pair, pair),
         control=axis,
+        hosts=axis,
     )

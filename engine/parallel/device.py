@@ -5,9 +5,9 @@ one all-gather buffer. `prepare()` provides them where there is no GPU, so that 
 buffers run on gloo. A test asserts that each replaced name still exists (tests/engine/test_device.py).
 """
 
-import logging
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +125,13 @@ class SideStream:
             tensor.record_stream(computing)
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, from memory that a GPU reads by itself: the copy is queued, the host waits for none."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def prepare() -> Device:
     """Choose the device of this rank and make megatron-core ready for it. Idempotent; needs no process group."""
     if torch.cuda.is_available():
@@ -137,8 +144,10 @@ def prepare() -> Device:
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         # The groups are ours (mesh.py), so megatron-core's initialize_model_parallel, which would make it, never runs.
         parallel_state._set_global_memory_buffer()
-    # Nothing draws from it (no dropout inside the layers), but the sequence-parallel block forks it.
+    # Nothing draws from it (no dropout inside the layers), but the sequence-parallel block forks it in every pass: four
+    # copies of a generator's state and a comparison on the host, for nothing.
     megatron_random.model_parallel_cuda_manual_seed(0, tp_rank=0, ep_rank=0, etp_rank=0)
+    megatron_random.get_cuda_rng_tracker().fork = nullcontext
     return device
 
 
@@ -191,5 +200,3 @@ def _stand_in_for_cuda() -> None:
         setattr(torch.cuda, name, stand_in)
     megatron_random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
-    # fork() warns when the CPU generator moves inside it; without CUDA that generator is the one that must.
-    logging.getLogger(megatron_random.__name__).addFilter(lambda r: "CPU RNG state changed" not in r.getMessage())

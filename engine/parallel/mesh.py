@@ -75,6 +75,8 @@ class Mesh:
     control: Axis
     """All ranks over gloo, for what concerns the hosts: errors, wishes, agreement. Its collectives wait for no device,
     and none of them is ever under way when another starts."""
+    hosts: Axis
+    """The ranks of `replica` over gloo, for captions: what they are cut to is a shape, so hosts have to know them."""
     timeout: timedelta | None = None
     """Time-out of collectives in groups that are made later."""
     gathering: dict[tuple[str, int], GatherAxes] = field(default_factory=dict)
@@ -162,17 +164,21 @@ def build_mesh(tensor: int, pipeline: int, world: Group, *, timeout: timedelta |
 
     stages = [at(t, d, pp) for pp in range(pipeline)]
     urgent = priority_options(dist.get_backend(world))
+    by_host = {"backend": "gloo"} if dist.get_backend(world) == "nccl" else {}
     pipeline_axis = axis("pipeline", stages, options=urgent)
+    replica_ranks = [at(tt, d, pp) for pp in range(pipeline) for tt in range(tensor)]
+    replica = axis("replica", replica_ranks)
     return Mesh(
         tensor=axis("tensor", [at(tt, d, p) for tt in range(tensor)]),
         data=axis("data", [at(t, dd, p) for dd in range(data)]),
         pipeline=pipeline_axis,
-        replica=axis("replica", [at(tt, d, pp) for pp in range(pipeline) for tt in range(tensor)]),
+        replica=replica,
         stage=axis("stage", [at(tt, dd, p) for dd in range(data) for tt in range(tensor)]),
         alone=alone,
         world=Axis(len(ranks), me, world),
         links=_links(pipeline_axis, lambda: axis("link", stages, options=urgent).group),
-        control=axis("control", ranks, **({"backend": "gloo"} if dist.get_backend(world) == "nccl" else {})),
+        control=axis("control", ranks, **by_host),
+        hosts=axis("hosts", replica_ranks, **by_host) if by_host and len(replica_ranks) > 1 else replica,
         timeout=timeout,
     )
 

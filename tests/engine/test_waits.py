@@ -1,12 +1,14 @@
 """What a step asks of the host: numbers that are read from the device and arrays that travel to it, counted.
 
 Operators are counted on the CPU, where a wait costs nothing; `tolist`, `cpu`, `numpy` and `from_numpy` are where a GPU
-would be waited for or written to from pageable memory.
+would be waited for or written to from pageable memory. Captions of several ranks travel from host to host, so that
+sharing them asks no device either.
 """
 
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.config.phases import first_phase
 from engine.config.read import Config, ParallelConfig, resolve
+from engine.feed import Feed
+from engine.parallel.device import prepare
 from engine.parallel.launch import job
+from engine.parallel.mesh import build_mesh
 from engine.pipeline.clock import Phases
 from engine.trainer import Trainer
+from tests.data.shard_factory import make_shards
+from tests.distributed import run_distributed, world
 from tests.engine.test_layouts import random_pairs
 from tests.golden import FOLDER, local_batch
 
@@ -105,3 +112,56 @@ def test_a_step_waits_twice_however_many_micro_batches(case: str) -> None:
     # what its sums of the state at rest have seen, which a GPU tells with the norm.
     assert counts[0]["read"] == 2 + 3 * ("optim.name=lamb" in options)
     assert counts[0]["arrives"] <= 2, "the step's kept patches, weights by which captions are compared"
+
+
+LAYOUTS = {
+    "stages": ("parallel.pipeline=2", "parallel.virtual=2", "train.mask_false_negatives=both"),
+    "tensor ranks": ("parallel.tensor=2",),
+}
+
+
+def _waits_of_layouts(shards: list[str]) -> list[list[dict[str, int]]]:
+    """Of each layout and number of micro-batches, what this rank's step asks and makes, and what its captions ask."""
+    device, found = prepare(), []
+    for options in LAYOUTS.values():
+        of_layout = []
+        for micro_batches in (2, 8):
+            sizes = (f"train.micro_batch_size={16 // micro_batches}", f"train.text_micro_batch_size={micro_batches}")
+            base = ["model.preset=tiny-18b", "train.global_batch_size=16", "train.patch_dropout=0.5", "data.workers=0"]
+            base += ["model.vision.depth=4", "model.text.depth=1", "model.text.vocab_size=49408", "optim.name=adamw"]
+            config = resolve({"data": {"shards": shards}}, [*base, *options, *sizes])
+            mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, world())
+            trainer = Trainer(first_phase(config), mesh, device)
+            feed = Feed(config, mesh, device.torch_device, start_position=0, steps=2)
+            for _ in range(2):
+                assert feed.read() is None
+                with _counted_copies() as copies:
+                    batch = feed.share()
+                with counted() as step:
+                    trainer.step(batch, Phases()).on_host()
+            of_layout.append({**step, "of captions": copies["read"]})
+            feed.close()
+        found.append(of_layout)
+    return found
+
+
+@contextmanager
+def _counted_copies() -> Iterator[Counter[str]]:
+    """`counted`, and tensors that are brought to the host."""
+    with counted() as found, pytest.MonkeyPatch.context() as patch:
+        cpu = Tensor.cpu
+
+        def read(tensor: Tensor) -> Tensor:
+            found["read"] += 1
+            return cpu(tensor)
+
+        patch.setattr(Tensor, "cpu", read)
+        yield found
+
+
+@pytest.mark.dist
+def test_no_layout_waits_more_often(tmp_path: Path) -> None:
+    for rank in run_distributed(_waits_of_layouts, 2, shards=make_shards(tmp_path, [40])):
+        for few, many in rank:
+            assert few == many, "grows with the micro-batches"
+            assert few["read"] == 2 and few["of captions"] == 0 and few["arrives"] <= 2

@@ -25,9 +25,9 @@ class SyntheticFeed:
         self.first = mesh.data.rank * rows
         samples = range(self.first, self.first + rows)
         self.images = _images(config, samples).to(device) if mesh.is_first_stage else None
-        self.tokens = _captions(config, samples[own_rows(rows, mesh)]).to(device)
         own = samples[own_rows(rows, mesh)]
-        self.picture_ids = torch.arange(own.start, own.stop, device=device)
+        self.tokens = _captions(config, own)  # on the host, as a feed has them
+        self.picture_ids = torch.arange(own.start, own.stop)
         self.positions = np.arange(samples.start, samples.stop, dtype=np.int64)
 
     def __iter__(self) -> Iterator[LocalBatch]:

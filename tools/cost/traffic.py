@@ -290,8 +290,8 @@ def row_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Traffi
     if stage.has_embedding:
         share = -(-layout.local_batch // layout.tensor)
         found += [
-            entry(what="data", axis="tensor", kind="all-gather", count=2, sent_bytes=share * (pixels + ids)),
-            entry(what="data", axis="pipeline", kind="broadcast", count=1, sent_bytes=layout.local_batch * ids),
+            entry(what="data", axis="tensor", kind="all-gather", count=1, sent_bytes=share * pixels),
+            entry(what="data", axis="replica", kind="broadcast", count=1, sent_bytes=share * ids),
         ]
     return found
 

@@ -24,6 +24,7 @@ from engine.objectives.contrastive.tiles import scalar_beside
 from engine.objectives.contrastive.towers import KeptPatches, TextRunner, VisionRunner
 from engine.objectives.update import StepOutcome, Update
 from engine.optim.optimizer import ShardedOptimizer
+from engine.parallel.device import moved
 from engine.parallel.mesh import Mesh
 from engine.parallel.rows import own_rows, rows_of_every_rank
 from engine.pipeline.clock import Phases
@@ -86,6 +87,7 @@ class ContrastiveStep:
             offload_stash=train.offload_stash,
             beside=[DTYPES[teacher.precision or train.precision] for teacher in train.distill],
         )
+        self._batch: LocalBatch | None = None
         self.work, self.captions = self._work()
         self.teaching = self._teaching(teachers)
 
@@ -178,7 +180,8 @@ class ContrastiveStep:
 
     def _give(self, batch: LocalBatch | None) -> None:
         """Let everything that reads the batch read this one; None: its pixels do not wait for the next to come."""
-        self.text.batch = batch
+        self._batch = batch
+        self.text.give(batch)
         for runner in self.vision:
             runner.give(batch)
         if self.teaching is not None:
@@ -228,7 +231,7 @@ class ContrastiveStep:
 
     def _copies(self) -> Tensor | None:
         """Identifiers of this rank's pairs by which the loss tells false negatives."""
-        kinds, batch = self.config.train.mask_false_negatives, self.text.batch
+        kinds, batch = self.config.train.mask_false_negatives, self._batch
         if kinds == "none":
             return None
         assert batch is not None
@@ -236,7 +239,7 @@ class ContrastiveStep:
         if kinds in ("images", "both"):
             assert batch.picture_ids is not None
             ids.append(batch.picture_ids)
-        return torch.stack([column.to(self.device) for column in ids], dim=1)
+        return moved(torch.stack(ids, dim=1), self.device)
 
     def _backward_scalar(self, value: Tensor, gradient: Tensor) -> None:
         """Every rank knows the whole gradient and the text side sums over ranks: one rank adds it."""

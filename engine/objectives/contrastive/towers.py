@@ -8,6 +8,7 @@ from torch import Tensor
 from data.order.stateless import kept_patches
 from data.pixels.transforms import normalise
 from engine.feed import LocalBatch
+from engine.parallel.device import moved
 from models.blocks.spec import Span
 from models.clip import embedding
 from models.config import VisionConfig
@@ -33,7 +34,7 @@ class KeptPatches:
             return None
         if batch is not self._batch:
             kept = kept_patches(self.seed, batch.positions, self.patches, self.count, self.frames)
-            self._batch, self._kept = batch, torch.from_numpy(kept).to(self.device, non_blocking=True)
+            self._batch, self._kept = batch, moved(torch.from_numpy(kept), self.device)
         assert self._kept is not None
         return self._kept[samples.start * self.frames : samples.stop * self.frames]
 
@@ -88,7 +89,12 @@ class TextRunner:
         self.tower, self.rows, self.device = tower, rows, device
         self.trim: Callable[[Tensor], Tensor] = tower.trimmed
         """Depends on the values of the ids; a dry run, which has none, keeps whole contexts."""
-        self.batch: LocalBatch | None = None
+        self._tokens: tuple[Tensor, Tensor] | None = None
+        """The current batch's captions on the host, which says how long a part is, and on the device."""
+
+    def give(self, batch: LocalBatch | None) -> None:
+        """Run this batch from now on, whose captions move to the device once; None: let go of the last one."""
+        self._tokens = None if batch is None else (batch.tokens, moved(batch.tokens, self.device))
 
     def __call__(self, part: int, hidden: Tensor | None = None) -> Tensor:
         """Run one part of the current batch, of a divided tower from what `below` has answered."""
@@ -99,7 +105,8 @@ class TextRunner:
         return self.tower(self._ids(part), None, "below")
 
     def _ids(self, part: int) -> Tensor:
-        assert self.batch is not None
-        rows, first = self.rows[part], self.rows[0].start
-        tokens = self.trim(self.batch.tokens[rows.start - first : rows.stop - first])
-        return tokens.to(self.device, non_blocking=True)
+        assert self._tokens is not None
+        first = self.rows[0].start
+        rows = slice(self.rows[part].start - first, self.rows[part].stop - first)
+        on_host, ids = self._tokens
+        return ids[rows, : self.trim(on_host[rows]).shape[1]]

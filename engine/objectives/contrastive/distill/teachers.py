@@ -17,6 +17,7 @@ from engine.config.read import Config, TeacherConfig
 from engine.feed import LocalBatch
 from engine.objectives.contrastive.distill.losses import Taught
 from engine.objectives.frozen import FrozenSource
+from engine.parallel.device import moved
 from engine.parallel.mesh import Mesh
 from engine.parallel.rows import deal_from_first_stage
 from models.clip import embedding
@@ -47,7 +48,7 @@ class Teacher:
     def captions(self, tokens: Tensor) -> Tensor:
         """Ids int64 [n, context] on the host -> embeddings [n, E]."""
         device = self.text.token_embedding.device
-        return embedding(self.text(self.text.trimmed(tokens).to(device, non_blocking=True)))
+        return embedding(self.text(moved(self.text.trimmed(tokens), device)))
 
 
 def build_teachers(config: Config, mesh: Mesh, device: torch.device) -> list[Teacher]:
