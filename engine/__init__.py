@@ -13,7 +13,7 @@ import importlib.util
 import logging
 import os
 import sys
-import threading
+import time
 import types
 import warnings
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def _end(line: str) -> None:
     has another torch).
     """
     if os.environ.get("RANK", "0") != "0":
-        threading.Event().wait(_PATIENCE_S)
+        time.sleep(_PATIENCE_S)
     raise ImportError(line, name=__name__)
 
 

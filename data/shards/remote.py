@@ -30,6 +30,7 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 _HTTP_OK_TO_RETRY = (408, 429)  # timeout, too many requests: the only client errors that pass by themselves
 _LONGEST_WAIT_S = 60.0
 _STALE_PART_S = 24 * 3600
+_OWN_PART = re.compile(r"([0-9a-f]{2})[0-9a-f]{22}-.*\.part")
 
 _log = logging.getLogger(__name__)
 
@@ -154,13 +155,14 @@ class Remote:
 def _retry_after_s(error: Exception) -> float:
     """Seconds that the server asks to wait (RFC 9110, section 10.2.3: seconds or a date); 0 if it does not."""
     headers = getattr(error, "headers", None)
-    asked = headers.get("Retry-After") if isinstance(headers, Mapping) else None
-    if asked is None:
+    if not isinstance(headers, Mapping) or (asked := headers.get("Retry-After")) is None:
         return 0.0
     with contextlib.suppress(ValueError):
         return max(0.0, float(asked))
     with contextlib.suppress(TypeError, ValueError):
-        return max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
+        now = headers.get("Date")  # by the clock of who asks; ours may be hours off
+        now_s = parsedate_to_datetime(now).timestamp() if now else time.time()
+        return max(0.0, parsedate_to_datetime(asked).timestamp() - now_s)
     return 0.0
 
 
@@ -185,8 +187,20 @@ class ShardCache:
             except FileNotFoundError:
                 self._fetch(url, path)
                 continue  # another process may have evicted it again before it is open
-            os.utime(descriptor)  # the clock of "least recently used"
+            self._note_use(descriptor)
             return descriptor
+
+    def _note_use(self, descriptor: int) -> None:
+        """Let the copy go after all that were used before it, also where the clock was set back since."""
+        clock = self._folder / "used.lock"
+        last_ns = clock.stat().st_mtime_ns if clock.exists() else 0
+        now = (max(time.time_ns(), last_ns + 1),) * 2
+        try:
+            os.utime(descriptor, ns=now)
+            clock.touch()
+            os.utime(clock, ns=now)
+        except PermissionError:  # of another user, who lets us write to it
+            os.utime(descriptor)
 
     def _path(self, url: str) -> Path:
         return self._folder / cached_name(url)
@@ -216,7 +230,7 @@ class ShardCache:
             with contextlib.suppress(FileNotFoundError):
                 status = file.stat()
                 if file.suffix == ".part" and time.time() - status.st_mtime > _STALE_PART_S:
-                    file.unlink()
+                    self._remove_left_part(file)
                 elif file.suffix not in (".part", ".lock"):
                     copies.append((status.st_mtime_ns, status.st_size, file))
         total = size + sum(copy_size for _, copy_size, _ in copies)
@@ -225,6 +239,17 @@ class ShardCache:
                 break
             file.unlink()
             total -= copy_size
+
+    def _remove_left_part(self, file: Path) -> None:
+        """Remove what a killed process has left half fetched, unless it only looks old since the clock was set: who
+        fetches holds a lock.
+        """
+        own = _OWN_PART.fullmatch(file.name)
+        if own is None:
+            return
+        with open(self._folder / f"{own[1]}.lock", "wb") as lock, contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.unlink()
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:

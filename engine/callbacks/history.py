@@ -2,6 +2,10 @@
 
 The metrics file holds one clean curve, each step once; what it cost to get there is here: work that was done again, and
 the time in which no step was made. Read by the run report (tools/report).
+
+Times of an event are two: `time`, which people read, of a clock that may be set while the job runs and need not agree
+with another machine's; and `since_boot_s` of the machine's boot `boot`, which nobody sets. Durations are of the second
+kind wherever both ends have one machine, and of the seconds that the records themselves have counted.
 """
 
 import json
@@ -11,15 +15,19 @@ import sys
 import time
 import uuid
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from engine.callbacks.metrics import METRICS_FILE, read_metrics
+from engine.checkpoint.format.machine import boot_of_machine
 from engine.record import Callback, Record, RunInfo
 
 HISTORY_FILE = "history.jsonl"
 _DRAWN = uuid.uuid4().hex[:8]
 """Tells starts apart that have one host name and one process id, as every start of a container may."""
+_SECONDS = ("step_time_s", "checkpoint_stall_s", "eval_time_s", "eval_suite_time_s")
+"""What a record counts of the time since the one before."""
 START, PHASE, END, REWIND, SLOW = "start", "phase", "end", "rewind", "slow rank"
 
 
@@ -40,9 +48,9 @@ class History(Callback):
         events = read_history(run.run_dir)
         last: dict[str, Any] = next((event for event in reversed(events) if event["event"] == START), {})
         same = last.get("process") == process
-        reached, lost_s, alive = _given_up(run.run_dir / METRICS_FILE, run.start_step, of_this_run=bool(events))
+        reached, lost_s, ran_s = _given_up(run.run_dir / METRICS_FILE, run.start_step, last.get("step"))
         facts = {"step": run.start_step, "ranks": run.world_size, "layout": run.layout, "phase": run.phase}
-        lost = {"reached": reached, "lost_s": lost_s, "alive": alive} if not same else {}
+        lost = {"reached": reached, "lost_s": lost_s, "ran_s": ran_s} if not same else {}
         self._append({"event": PHASE if same else START, **facts, **lost, "process": process})
 
     def on_step(self, record: Record) -> None:
@@ -65,25 +73,38 @@ class History(Callback):
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"time": time.time(), **event}) + "\n")
+                file.write(json.dumps({"time": time.time(), **_since_boot(), **event}) + "\n")
         except OSError as error:  # the run does not end for it
             if not self._refused:
                 print(f"WARNING: {self._path} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
             self._refused = True
 
 
-def _given_up(metrics: Path, start_step: int, *, of_this_run: bool) -> tuple[int, float, float]:
-    """(steps that the start before had done, seconds of those that are done again, time of its last line).
+def _since_boot() -> dict[str, Any]:
+    """Seconds that nobody sets, time in which the machine slept included, and what they count from."""
+    return {"since_boot_s": time.clock_gettime(time.CLOCK_BOOTTIME), "boot": boot_of_machine()}
 
-    of_this_run: otherwise a curve that a fresh start finds is not counted.
+
+def _given_up(metrics: Path, start_step: int, last_began: int | None) -> tuple[int, float, float]:
+    """(steps that the start before had done, seconds of those that are done again, seconds that it was at work).
+
+    last_began: the step at which that start began; None without one: a curve that a fresh start finds is not counted.
     """
     try:
-        records, alive = read_metrics(metrics), metrics.stat().st_mtime
+        records = read_metrics(metrics)
     except (OSError, ValueError):
         return start_step, 0.0, 0.0
+    of_this_run = last_began is not None
     again = [record for record in records if record["step"] >= start_step] if start_step or of_this_run else []
     reached = again[-1]["step"] + 1 if again else start_step
-    return reached, sum(record.get("step_time_s") or 0.0 for record in again), alive
+    lost_s = sum(record.get("step_time_s") or 0.0 for record in again)
+    return reached, lost_s, _at_work_s(records, last_began) if last_began is not None else 0.0
+
+
+def _at_work_s(records: list[dict[str, Any]], first_step: int) -> float:
+    """Seconds that the records from a step on have counted: steps, waits for checkpoints, evaluations."""
+    counted = (record.get(name) or 0.0 for record in records if record["step"] >= first_step for name in _SECONDS)
+    return sum(counted)
 
 
 def read_history(run_dir: Path) -> list[dict[str, Any]]:
@@ -136,27 +157,32 @@ def toll(run_dir: Path, records: list[dict[str, Any]]) -> Toll | None:
     starts = [event for event in events if event["event"] == START]
     if not starts:
         return None
-    last = max(events[-1]["time"], _modified(run_dir / METRICS_FILE))
-    ends = [max(start.get("alive") or 0.0, _end_before(events, start)) for start in starts[1:]]
+    ends = [events[events.index(then) - 1] for then in starts[1:]] + events[-1:]
+    worked_s = [_alive_s(start, then) for start, then in pairwise(starts)] + [_at_work_s(records, starts[-1]["step"])]
+    up_s = [max(_between_s(*span), s) for *span, s in zip(starts, ends, worked_s, strict=True)]
+    down_s = [max(0.0, _between_s(*span) - up) for span, up in zip(pairwise(starts), up_s, strict=False)]
     return Toll(
         starts=len(starts),
         steps_again=sum(start.get("reached", start["step"]) - start["step"] for start in starts),
         lost_s=sum(start.get("lost_s", 0.0) for start in starts),
         rewinds=sum(event["event"] == REWIND for event in events),
         slow_ranks=tuple(dict.fromkeys(event["rank"] for event in events if event["event"] == SLOW)),
-        down_s=sum(max(0.0, start["time"] - end) for start, end in zip(starts[1:], ends, strict=True)),
-        wall_s=last - starts[0]["time"],
+        down_s=sum(down_s),
+        wall_s=sum(up_s) + sum(down_s),
         steps_s=sum(record.get("step_time_s") or 0.0 for record in records),
     )
 
 
-def _end_before(events: list[dict[str, Any]], start: dict[str, Any]) -> float:
-    before = events[: events.index(start)]
-    return before[-1]["time"] if before else start["time"]
+def _between_s(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Seconds from one event to a later one; of two machines, or two boots, by the clock that people read."""
+    boots = {event.get("boot") if "since_boot_s" in event else None for event in (one, other)}
+    if len(boots) == 1 and boots != {None}:
+        return float(other["since_boot_s"] - one["since_boot_s"])
+    return max(0.0, other["time"] - one["time"])
 
 
-def _modified(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
+def _alive_s(start: dict[str, Any], then: dict[str, Any]) -> float:
+    """Seconds for which a start gave signs of life, as the start after it found out."""
+    if "ran_s" in then:
+        return float(then["ran_s"])
+    return max(0.0, (then.get("alive") or 0.0) - start["time"])  # written by an earlier version

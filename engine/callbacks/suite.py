@@ -5,6 +5,7 @@ The sets are listed and checked at the start of the run. Results of every evalua
 
 import re
 import time
+import uuid
 from pathlib import Path
 
 from engine.callbacks.evaluation import embedder_of, evaluated_weights, is_due
@@ -43,7 +44,7 @@ class SuiteEvaluation(Callback):
         out = Path(self.trainer.config.run_dir) / "evaluation" / f"step_{step:08d}"
         with evaluated_weights(self.trainer):
             # Steps are done again after a rewind, with other weights: nothing of an earlier time is taken up.
-            results = self.suite.run(out, f"step {step} at {time.time_ns()}")
+            results = self.suite.run(out, f"step {step}, {uuid.uuid4().hex}")
         results.about = {"run_dir": self.trainer.config.run_dir, "step": step, "layout": self.trainer.mesh.layout}
         if self.trainer.mesh.world.rank == 0:
             results.write(out)

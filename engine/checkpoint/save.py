@@ -54,6 +54,7 @@ from engine.optim.optimizer import ShardedOptimizer
 from engine.parallel.agree import everyone, raise_together
 from engine.parallel.mesh import Mesh
 from engine.resilience.watch import LOOKS_AROUND
+from engine.waits import Flag
 
 _POLL_S = 0.02
 _WAIT_S = 10.0
@@ -79,7 +80,7 @@ class CheckpointSaver:
         self._writing: BackgroundTask | None = None
         self._committing: BackgroundTask | None = None
         self._completing: BackgroundTask | None = None
-        self._cancelled = threading.Event()
+        self._cancelled = Flag()
 
     def save(
         self,
@@ -282,6 +283,7 @@ class BackgroundTask:
 
     def __init__(self, work):
         self.error: CheckpointError | None = None
+        self._ended = Flag()
         self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
         self._thread.start()
 
@@ -292,15 +294,18 @@ class BackgroundTask:
             self.error = error
         except Exception as error:  # nothing a thread raises may be lost
             self.error = CheckpointError(f"the checkpoint writer failed: {type(error).__name__}: {error}")
+        finally:
+            self._ended.set()
 
     @property
     def done(self) -> bool:
         """Whether it has ended, well or not."""
-        return not self._thread.is_alive()
+        return self._ended.is_set()
 
     def join(self, timeout_s: float | None = None) -> str | None:
         """Wait for the end; the failure in words, if any."""
-        self._thread.join(timeout_s)
+        if timeout_s is None or self._ended.wait(timeout_s):
+            self._thread.join()
         return str(self.error) if self.error else None
 
 

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import sys
-import threading
+import time
 
 STOPPED = 75
 """Exit status of a run that was asked to stop and can go on (EX_TEMPFAIL of sysexits.h)."""
@@ -27,7 +27,7 @@ def refuse(error: Exception) -> int:
     """
     rank, host_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     if rank != 0:
-        threading.Event().wait(_PATIENCE_S + _TURN_S * host_rank)
+        time.sleep(_PATIENCE_S + _TURN_S * host_rank)
     where = "" if rank == 0 else f"rank {rank} on {socket.gethostname()}: "
     print(f"error: {where}{error}", file=sys.stderr, flush=True)
     return 1

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from engine.resilience.exit import leave
 from engine.resilience.failures import leave_collectives
 from engine.resilience.status import FAILED, write_status
+from engine.waits import Flag
 
 HUNG = 86
 """Exit status of a job that stood still."""
@@ -86,7 +87,7 @@ class Watch:
         self._slow_for: dict[int, tuple[int, int]] = {}
         self._filed_s = -_FILE_EVERY_S
         self._stacks, self._still_since_s = 0, time.monotonic()
-        self._ended = threading.Event()
+        self._ended = Flag()
 
     def __enter__(self) -> "Watch":
         with contextlib.suppress(RuntimeError):  # as below

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from engine.callbacks.history import read_history, toll
+from engine.callbacks.metrics import METRICS_FILE, read_metrics
 from engine.resilience.status import read_status
 from tests.chaos import faults
 from tests.chaos.matrix import CLOSE, CONFIG, STEPS, curve, may_mount
@@ -207,6 +209,40 @@ def test_a_suspect_is_set_aside_on_a_disk_that_is_full(policy: str, shards: list
         assert [row[0] for row in curve(run_dir)] == list(range(STEPS))
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+# --- clocks that are set ---------------------------------------------------------------------------------------------
+
+
+def _set_clocks(rank: int) -> None:
+    """The second host is three hours behind; the first one's clock is set twice, forwards and back."""
+    real, off = time.time, [-3 * 3600.0 * rank]
+    time.time = lambda: real() + off[0]  # type: ignore[assignment]
+    time.time_ns = lambda: int(1e9 * time.time())  # type: ignore[assignment]
+    steps = {2: 26 * 3600.0, 5: -40 * 3600.0}
+    from engine.resilience.watch import Pulse
+
+    begin = Pulse.at
+
+    def at(pulse: Any, begun: str, unit: Any = None) -> None:
+        begin(pulse, begun, unit)
+        if rank == 0 and begun == "encode":
+            off[0] = steps.get(pulse.step + 1, off[0])
+
+    Pulse.at = at  # type: ignore[method-assign, assignment]
+
+
+def test_clocks_that_are_set_while_a_job_runs_decide_nothing(
+    shards: list[str], undisturbed: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    settings = _settings(shards, tmp_path / "run", LIMIT, "log.json=true", "data.workers=1")
+    start = launch(CONFIG, settings, 2, tmp_path / "log", prepare=_set_clocks)
+    assert start.end() == [0, 0] and not start.own_errors(), start.text
+    assert curve(tmp_path / "run") == undisturbed
+    stamps = [event["time"] for event in read_history(tmp_path / "run")]
+    assert stamps[-1] < stamps[0] - 24 * 3600, "the clock was set"
+    cost = toll(tmp_path / "run", read_metrics(tmp_path / "run" / METRICS_FILE))
+    assert cost is not None and 0 < cost.goodput <= 1
 
 
 # --- fewer ranks behind a border of phases ---------------------------------------------------------------------------

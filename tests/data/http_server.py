@@ -44,7 +44,7 @@ class _Handler(SimpleHTTPRequestHandler):
         refusals = self.server.refusals.get(self.path)
         if refusals:
             status, headers = refusals.pop(0)
-            self.send_response(status)
+            (self.send_response_only if "Date" in headers else self.send_response)(status)
             for name, value in headers.items():
                 self.send_header(name, value)
             self.send_header("Content-Length", "0")

@@ -1,5 +1,6 @@
 """Remote shards: the same samples as local ones, through a bounded cache, over a network that fails."""
 
+import fcntl
 import logging
 import multiprocessing
 import os
@@ -144,6 +145,15 @@ def test_a_busy_store_says_how_long_to_wait(server: Server, tmp_path: Path) -> N
     assert clock.waits[2] <= 2 and clock.waits[4] <= 8
 
 
+def test_a_date_to_wait_for_is_of_the_clock_of_who_gives_it(server: Server, tmp_path: Path) -> None:
+    clock = _Clock()
+    remote = Remote(timeout_s=30, retries=2, sleep=clock.waits.append, clock=clock)
+    of_store = {"Date": "Wed, 21 Oct 2015 07:28:00 GMT", "Retry-After": "Wed, 21 Oct 2015 07:28:21 GMT"}
+    server.refusals["/00000.tar"] = [(429, of_store)]
+    remote.fetch(f"{server.url}/00000.tar", tmp_path / "copy")
+    assert clock.waits == [21]
+
+
 def test_patience_must_end_before_the_readers_are_taken_for_lost(server: Server, tmp_path: Path) -> None:
     config = _config([f"{server.url}/00000.tar"], tmp_path / "cache", stall_timeout_s=60)
     with pytest.raises(DataError, match=r"data\.remote_patience_s=600 is not below data\.stall_timeout_s=60"):
@@ -192,6 +202,34 @@ def test_the_least_recently_used_copy_goes_first(server: Server, shards: list[st
     assert _read_all(held) == Path(shards[0]).read_bytes()  # whoever has it open may go on
     assert _read_all(cache.open(urls[0])) == Path(shards[0]).read_bytes()
     assert server.gets["/00000.tar"] == 2
+
+
+def test_what_was_used_last_stays_though_the_clock_was_set_back(
+    server: Server, shards: list[str], tmp_path: Path
+) -> None:
+    room = max(sum(os.path.getsize(shard) for shard in pair) for pair in (shards[:2], shards[1:3]))
+    cache = ShardCache(tmp_path / "cache", max_bytes=room, remote=_remote())
+    urls = [f"{server.url}/{Path(shard).name}" for shard in shards]
+    os.close(cache.open(urls[0]))
+    for file in (tmp_path / "cache" / "used.lock", *(tmp_path / "cache").glob("*.tar")):
+        os.utime(file, (4e9, 4e9))
+    os.close(cache.open(urls[1]))
+    os.close(cache.open(urls[2]))
+    kept = sorted(file.name.rpartition("-")[2] for file in (tmp_path / "cache").glob("*.tar"))
+    assert kept == ["00001.tar", "00002.tar"]
+
+
+def test_a_part_that_is_being_fetched_stays_though_the_clock_was_set_forward(server: Server, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    parts = [folder / f"{start}{22 * '0'}-a.tar.whole.part" for start in ("aa", "bb")]
+    for part in parts:
+        part.touch()
+        os.utime(part, (1, 1))
+    with open(folder / "aa.lock", "wb") as fetching:
+        fcntl.flock(fetching, fcntl.LOCK_EX)
+        os.close(ShardCache(folder, max_bytes=10**9, remote=_remote()).open(f"{server.url}/00000.tar"))
+        assert [part.exists() for part in parts] == [True, False]
 
 
 def test_a_shard_beyond_the_bound_is_an_error(server: Server, tmp_path: Path) -> None:

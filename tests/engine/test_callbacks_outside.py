@@ -94,6 +94,26 @@ def test_goodput_is_of_the_time_since_the_first_start(tmp_path: Path) -> None:
     assert toll(tmp_path / "none", []) is None
 
 
+def test_durations_are_not_of_a_clock_that_is_set_while_the_job_runs(
+    tmp_path: Path, other_process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hours forwards in the first start, which was killed, and days back between it and the next one."""
+    hours = iter([0.0, *[5.0] * 2, *[-48.0] * 9])
+    monkeypatch.setattr(history.time, "time", lambda: 1e9 + 3600 * next(hours))
+    seconds = iter([100.0, 101.0, 110.0, 111.0])  # two starts and their events
+    monkeypatch.setattr(history.time, "clock_gettime", lambda _: next(seconds))
+    other_process()
+    one_start(tmp_path, 0, 4, killed=True, rewinds=1, eval_time_s=1.0)
+    os.utime(tmp_path / "metrics.jsonl", (9e9, 9e9))  # the clock of a file server
+    other_process()
+    one_start(tmp_path, 2, 4)
+    cost = toll(tmp_path, read_metrics(tmp_path / "metrics.jsonl"))
+    assert cost is not None
+    work_s = 4 * (0.5 + 1.0)
+    assert (cost.down_s, cost.wall_s) == (pytest.approx(10 - work_s), pytest.approx(10 + 1))
+    assert 0 < cost.goodput < 1
+
+
 def test_a_phase_is_no_start(tmp_path: Path) -> None:
     one_start(tmp_path, 0, 3)
     one_start(tmp_path, 3, 5)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.machine import machine_of
+from engine.waits import Flag
 
 LOCK_FILE = "run.lock"
 _TOUCH_EVERY_S = 15.0
@@ -37,7 +38,7 @@ class RunLock:
         Raises CheckpointError when the folder cannot be written or another job holds it.
         """
         self._path, self._patience_s, self._named = run_dir / LOCK_FILE, patience_s, named
-        self._released = threading.Event()
+        self._released = Flag()
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)

@@ -17,8 +17,16 @@ def machine_of(folder: Path) -> str:
     tells none, the name has to do. A folder that is not there: the machine alone.
     """
     parts = [socket.gethostname()]
-    with suppress(OSError):
-        parts.append(_BOOT_ID.read_text(encoding="ascii").strip())
+    if boot := boot_of_machine():
+        parts.append(boot)
     with suppress(OSError):
         parts.append(f"device {os.stat(folder).st_dev}")
     return " ".join(parts)
+
+
+def boot_of_machine() -> str | None:
+    """What the kernel calls the time since it booted; None where it tells nothing."""
+    try:
+        return _BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:
+        return None

@@ -1,0 +1,39 @@
+"""A flag that threads wait for, for a time that no step of the machine's clock makes longer.
+
+Python's own timed waits (`threading.Event.wait`, `Thread.join`) follow the wall clock where it was built against a C
+library without sem_clockwait (glibc before 2.30: conda's and uv's builds): a clock that is set back by an hour while a
+wait is under way makes it an hour longer, and a thread that is to speak every second is silent for so long. The
+kernel's poll counts the seconds that pass.
+"""
+
+import os
+import select
+import weakref
+
+
+class Flag:
+    """Down at first; whoever waits goes on as soon as it is up. For any number of threads of one process."""
+
+    def __init__(self) -> None:
+        self._descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def set(self) -> None:
+        """Raise it."""
+        if not self.is_set():
+            os.eventfd_write(self._descriptor, 1)
+
+    def clear(self) -> None:
+        """Take it down."""
+        if self.is_set():
+            os.eventfd_read(self._descriptor)
+
+    def is_set(self) -> bool:
+        """Whether it is up."""
+        return self.wait(0)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Return when it is up, or after so many seconds; whether it is up."""
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLIN)
+        return bool(poll.poll(1000 * timeout_s))
