@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.config.read import preset_model
+from engine.config.read import Config, ConfigError, check_vocabulary, preset_model
 from models.config import ModelConfig
 from tools.cli import amount, answer, check_folder, command_parser, complain, positive, ranks
 from tools.cost.cluster import Cluster
@@ -81,12 +81,12 @@ def _plan(arguments: argparse.Namespace) -> int:
         check_folder(arguments.write)
     hardware = load_hardware(arguments.gpu)
     cluster = Cluster(hardware=hardware, gpus=arguments.gpus, per_node=arguments.nodes_of)
-    kernels = _kernels(arguments, hardware)
+    model = preset_model(arguments.model)
+    kernels = _kernels(arguments, hardware, model)
     if arguments.teacher is not None:
         return _plan_mim(arguments, cluster, kernels, samples)
     if arguments.masked is not None:
         raise PlanError(f"--masked {arguments.masked} needs --teacher: the contrastive step masks no patch")
-    model = preset_model(arguments.model)
     config = given_config(
         arguments.model,
         arguments.overrides,
@@ -124,7 +124,16 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.write is not None:
         for path in write_plan(arguments.model, found.best[0], samples, arguments.write, arguments.overrides):
             print(f"wrote {path}", file=sys.stderr)
+        _say_what_is_missing(config)
     return 0
+
+
+def _say_what_is_missing(config: Config) -> None:
+    """What a start of the written config still refuses: the file of a tokenizer that is not here, or not named."""
+    try:
+        check_vocabulary(config)
+    except ConfigError as error:
+        print(f"before it starts: {error}", file=sys.stderr)
 
 
 def _teacher(name: str, student: ModelConfig) -> FrozenModel:
@@ -134,9 +143,14 @@ def _teacher(name: str, student: ModelConfig) -> FrozenModel:
     return FrozenModel(model, "bf16", interactive=as_wide, relational=not as_wide)
 
 
-def _kernels(arguments: argparse.Namespace, hardware: Hardware) -> Kernels:
+def _kernels(arguments: argparse.Namespace, hardware: Hardware, model: ModelConfig) -> Kernels:
     if arguments.fp8 and not hardware.fp8_tflops:
         raise PlanError(f"--fp8: {hardware.name} has no fp8 products")
+    if arguments.kernels == "compiled" and not arguments.fp8 and model.vision.norm != "rms":
+        raise PlanError(
+            f"--kernels compiled is a fused RMSNorm, but the norms of {arguments.model} are {model.vision.norm}: take "
+            "fused or eager"
+        )
     if arguments.fp8:  # Transformer Engine's linears, and its norms
         return Kernels(elementwise="eager" if arguments.kernels == "eager" else "compiled", fp8=True)
     return Kernels(elementwise=arguments.kernels, sums=True)

@@ -228,6 +228,7 @@ def test_a_model_that_fits_nowhere_says_what_would_help(capsys: pytest.CaptureFi
         (["--samples", "0.5"], "--samples 0.5 must be at least 1"),
         (["--gpu", "h101"], "--gpu h101 is neither a file nor a profile"),
         (["--write", "/dev/null/plan"], "/dev/null/plan"),
+        (["--kernels", "compiled"], "a fused RMSNorm, but the norms of b16 are layer: take fused or eager"),
     ],
 )
 def test_mistakes_are_one_clear_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,6 +99,12 @@ def test_one_node_needs_no_host_name_and_a_profile_may_be_called_anything(tmp_pa
     assert " --standalone --local-addr 127.0.0.1 " in done.stdout
 
 
+def test_a_tokenizer_that_is_still_to_be_named_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = ["--model", "siglip2-b16", "--gpus", "1", "--gpu", "h100", "--global-batch", "64", "--write", str(tmp_path)]
+    assert main(job) == 0
+    assert "before it starts: model.text.vocab_size is 256000, but the tokenizer" in capsys.readouterr().err
+
+
 def test_the_scripts_are_sound(folder: Path) -> None:
     checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if checker is None:
