@@ -1,9 +1,11 @@
 """The shards of a data config with their indices and their order: what a reader reads from."""
 
 import logging
+import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -26,6 +28,8 @@ from data.shards.subset_table import check_subset
 
 PLAIN_SOURCE = "data.shards"
 """Name of the one source of a config without data.sources, and of that source where others join it later."""
+_PLAIN_SOURCE = re.compile(r"(?<![\w./-])data\.shards(?![\w/-])")
+"""The option in an error, and no part of a path."""
 
 _log = logging.getLogger(__name__)
 
@@ -220,6 +224,15 @@ class Sources:
             for source, (name, part) in enumerate(self.parts().items())
         ]
         return orders, self._borders[:-1]
+
+
+@contextmanager
+def shards_of(option: str) -> Iterator[None]:
+    """Have a DataError name the option that the shards were given by, where that is not data.shards."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(_PLAIN_SOURCE.sub(option, str(error))) from error
 
 
 def called(name: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from data.config import DataConfig
 from data.errors import DataError
 from data.shards.remote import is_remote
-from data.sources import check_shards
+from data.sources import check_shards, shards_of
 from engine.checkpoint.format.folders import step_folders
 from engine.config.errors import ConfigError
 from engine.config.phases import Job
@@ -63,7 +63,8 @@ def _local(shards: Sequence[str]) -> list[str]:
 def _check_evaluation(config: Config) -> None:
     if not config.evaluate.every_steps:
         return
-    _check_shards(DataConfig(shards=config.evaluate.shards), "evaluate.shards: ")
+    with shards_of("evaluate.shards"):
+        _check_shards(DataConfig(shards=config.evaluate.shards), "")
     _check_exists("evaluate.classes", config.evaluate.classes)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data.errors import DataError
+from data.sources import shards_of
 from engine.evaluation.embedder import Embedder, Encoders
 from engine.evaluation.inputs import ShardInput, agree
 from engine.evaluation.scores import ClassPrompts, score_captions, score_classes
@@ -59,7 +60,8 @@ class Evaluation(Callback):
         mesh, device = trainer.mesh, trainer.device.torch_device
         self.embedder = embedder_of(trainer)
         dtype = trainer.towers.vision[0].config.params_dtype
-        self.source = ShardInput(self.settings.shards, config, mesh, dtype, device, self.settings.max_samples)
+        with shards_of("evaluate.shards"):
+            self.source = ShardInput(self.settings.shards, config, mesh, dtype, device, self.settings.max_samples)
         self.block_size = self.embedder.micro_batch * mesh.data.size * 4 * mesh.pipeline.size
         self.prompts = self._prompts() if self.settings.classes else None
         self._check_samples()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from data.sources import shards_of
 from engine.build import DTYPES
 from engine.checkpoint.format.folders import resolve_checkpoint
 from engine.checkpoint.format.manifest import AVERAGE, WEIGHT
@@ -88,9 +89,10 @@ def load(
 def shard_input(shards: list[str], session: Session, readers: int = READERS) -> ShardInput:
     """Tar shards as input of the session's model; data.frames=… of the overrides reads clips."""
     frames = session.config.data.frames
-    return ShardInput(
-        shards, session.config, session.mesh, session.dtype, session.device, frames=frames, readers=readers
-    )
+    with shards_of("SHARDS"):
+        return ShardInput(
+            shards, session.config, session.mesh, session.dtype, session.device, frames=frames, readers=readers
+        )
 
 
 def block_size(session: Session) -> int:

@@ -163,11 +163,14 @@ def test_mistakes_in_evaluation_data_are_found_at_the_start(folder: Path, tmp_pa
     write_shard(str(tmp_path / "blank.tar"), [(f"b{n}", {"png": encode(picture(n))}) for n in range(3)])
     write_shard(str(tmp_path / "broken.tar"), [(f"b{n}", {"png": b"no picture", "txt": b"words"}) for n in range(3)])
     (tmp_path / "few.txt").write_text("picture number 20\n")
+    (tmp_path / "empty.tar").touch()
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     cases = {
         f"evaluate.classes={tmp_path}/few.txt": "'picture number 21' of an evaluation sample is none of the 1 classes",
         f"evaluate.classes={tmp_path}/latin.txt": r"latin\.txt is not UTF-8",
         f"evaluate.classes={tmp_path}/none.txt": r"none\.txt does not exist",
+        f"evaluate.shards={tmp_path}/gone.tar": r"gone\.tar \(from evaluate\.shards entry '.*'\) does not exist",
+        f"evaluate.shards={tmp_path}/empty.tar": r"empty\.tar is empty \(0 bytes\): .*leave it out of evaluate\.shards",
         f"evaluate.shards={tmp_path}/blank.tar": "of 3 samples 0 have a caption",
         f"evaluate.shards={tmp_path}/broken.tar": r"no picture of 3 can be read \(b0: not_an_image\)",
     }

@@ -98,7 +98,14 @@ def test_every_path_is_looked_at(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for overrides, said in (
         (["data.shards=[https://example.org/0.tar,gone.tar]"], "shard gone.tar"),
-        ([evaluated[0], "evaluate.shards=gone.tar"], "evaluate.shards: shard gone.tar"),
+        (
+            [evaluated[0], "evaluate.shards=gone.tar"],
+            "gone.tar .from evaluate.shards entry 'gone.tar'",
+        ),
+        (
+            [evaluated[0], "evaluate.shards=none/data.shards/*.tar"],
+            "evaluate.shards entry 'none/data.shards/",
+        ),
         ([*evaluated, "evaluate.classes=gone.txt"], "evaluate.classes gone.txt does not exist"),
         (["init.vision=gone"], "init.vision gone does not exist"),
         (["init.text=gone.pt"], "init.text gone.pt does not exist"),
