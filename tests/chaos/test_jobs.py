@@ -240,6 +240,23 @@ def test_a_job_goes_on_while_torchrun_is_stopped(
 
 
 @pytest.mark.slow
+def test_a_bare_torchrun_outlives_its_terminal_under_nohup_when_it_is_told_to(
+    shards: list[str], undisturbed: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    """It would hear SIGHUP all the same, whatever it has inherited."""
+    run_dir, before = tmp_path / "run", signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        torchrun = ("--signals-to-handle", "SIGTERM,SIGINT,SIGQUIT")
+        job = Job(start(shards, run_dir, *OPTIONS, torchrun=torchrun), run_dir)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    job.until(f"step {AFTER}/")
+    signal_to(signal.SIGHUP)(job)
+    assert job.end() == 0, "".join(job.lines)
+    assert curve(run_dir) == undisturbed
+
+
+@pytest.mark.slow
 def test_a_bad_shard_on_the_first_stage_is_one_line(shards: list[str], tmp_path: Path) -> None:
     """The second stage reads nothing; it must not bury the line under its own traceback."""
     broken = tmp_path / "broken.tar"
