@@ -12,7 +12,7 @@ from data.sources import check_shards
 from engine.callbacks.checkpoint import CheckpointCallback
 from engine.checkpoint.load import training_position
 from engine.checkpoint.reader import Checkpoint
-from engine.checkpoint.resume import choose, is_started_again, lock_run, newest_good
+from engine.checkpoint.resume import choose, clear_run, is_started_again, lock_run, newest_good
 from engine.config.phases import Job, Phase
 from engine.parallel.agree import raise_together, together
 from engine.parallel.device import Device
@@ -45,6 +45,7 @@ def train_job(job: Job, mesh: Mesh, device: Device, callbacks: Callbacks, wishes
     config, plan, run_dir = job.config, job.phases, Path(job.config.run_dir)
     begin: Callable[[], Checkpoint | None] = lambda: choose(config, mesh)  # noqa: E731
     with _alone_in(run_dir, mesh, wishes), _Status(run_dir, mesh, wishes) as status:
+        clear_run(run_dir, mesh)
         while True:
             phase, stopped = _run_next(plan, status, mesh, device, begin, callbacks, wishes)
             if stopped or phase is plan[-1]:

@@ -17,7 +17,7 @@ from engine.checkpoint.continuity import accept_data
 from engine.checkpoint.format.lock import RunLock
 from engine.checkpoint.format.manifest import Position
 from engine.checkpoint.reader import Checkpoint
-from engine.checkpoint.resume import Start, choose, lock_run, start
+from engine.checkpoint.resume import Start, choose, clear_run, lock_run, start
 from engine.config.origin import model_in_words
 from engine.config.phases import Phase
 from engine.config.read import to_dict
@@ -275,6 +275,7 @@ class Trainer:
     def resume(self) -> None:
         """Take the run folder for this job and load what checkpoint.resume and init ask for. Collective."""
         lock = lock_run(Path(self.config.run_dir), self.mesh)
+        clear_run(Path(self.config.run_dir), self.mesh)
         self.begin(choose(self.config, self.mesh), lock)
 
     def begin(self, checkpoint: Checkpoint | None, lock: RunLock | None) -> None:

@@ -56,17 +56,30 @@ class Start:
 
 
 def lock_run(run_dir: Path, mesh: Mesh) -> RunLock | None:
-    """Take the run folder (rank 0) and undo what a killed job left in it. Collective; raises on every rank."""
+    """Take the run folder (rank 0). Collective; raises on every rank."""
     lock, error = None, None
     if mesh.world.rank == 0:
         try:
             lock = RunLock(run_dir)
-            for name in clear_leftovers(run_dir):
-                _say(f"removed the unfinished checkpoint {name} of a run that was stopped while saving", mesh)
         except (CheckpointError, OSError) as problem:
             error = str(problem)
     raise_together(error, mesh.world)
     return lock
+
+
+def clear_run(run_dir: Path, mesh: Mesh) -> None:
+    """Undo what a killed job left in the run folder, which this one holds. Collective; raises on every rank."""
+    error = None
+    if mesh.world.rank == 0:
+        try:
+            for name in clear_leftovers(run_dir):
+                _say(f"removed the unfinished checkpoint {name} of a run that was stopped while saving", mesh)
+        except OSError as problem:
+            error = f"{problem.filename or run_dir} was left by a killed run and cannot be removed ({problem.strerror})"
+            error += ": remove it, or name another run_dir"
+        except CheckpointError as problem:
+            error = str(problem)
+    raise_together(error, mesh.world)
 
 
 def start(

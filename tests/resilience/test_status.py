@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from engine.callbacks.checkpoint import CheckpointCallback
+from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.lock import LOCK_FILE
 from engine.config.phases import plan_job
 from engine.config.read import Config, ParallelConfig, resolve
 from engine.job import train_job
 from engine.parallel.launch import job
 from engine.resilience.signals import SAVE_FILE, STOP_FILE, Wishes, asked_by_file
-from engine.resilience.status import read_status
+from engine.resilience.status import FAILED, FINISHED, RUNNING, read_status, write_status
 from tests.data.shard_factory import make_shards
 
 STEPS = 4
@@ -70,6 +71,38 @@ def test_a_start_that_fails_before_its_first_step_says_so(
     status = read_status(tmp_path / "run")
     assert (status["outcome"], status["reason"]) == ("failed", "can't start new thread")
     assert (tmp_path / "run" / LOCK_FILE).read_text() == "", "the folder is given back"
+
+
+def test_a_start_that_cannot_clear_what_a_killed_one_left_says_so(shards: list[str], tmp_path: Path) -> None:
+    left = tmp_path / "run" / "checkpoints" / ".saving_step_00000002"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    write_status(tmp_path / "run", FINISHED, step=2)
+    with pytest.raises(CheckpointError, match="was left by a killed run and cannot be removed"):
+        train(config_of(shards, tmp_path / "run"))
+    status = read_status(tmp_path / "run")
+    assert status["outcome"] == "failed" and f"{left} was left by a killed run" in status["reason"]
+    assert (tmp_path / "run" / LOCK_FILE).read_text() == "", "the folder is given back"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_disk_without_room_for_another_file_takes_the_status_all_the_same(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    if there:
+        write_status(tmp_path, RUNNING, step=2, reason="a reason that is longer than the one that comes after it")
+    write_text = Path.write_text
+
+    def full(path: Path, text: str, encoding: str) -> int:
+        write_text(path, "", encoding=encoding)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    write_status(tmp_path, FAILED, step=3, reason="short")
+    status = read_status(tmp_path)
+    assert (status.get("outcome"), status.get("reason")) == (("failed", "short") if there else (None, None))
+    assert ("could not be written" in capfd.readouterr().err) == (not there)
+    assert len(list(tmp_path.iterdir())) == there
 
 
 def test_the_last_word_is_said_while_the_folder_is_still_held(
