@@ -146,7 +146,8 @@ def _run_next(
                 stopped = trainer.fit(watching, wishes)
         finally:
             status.step = trainer.position.step
-        status.says(STOPPED_IN_ORDER if stopped else FINISHED if phase is plan[-1] else STARTING, stopped)
+        why = "; ".join(filter(None, (stopped, trainer.unsaved)))
+        status.says(STOPPED_IN_ORDER if stopped else FINISHED if phase is plan[-1] else STARTING, why)
         return phase, stopped
 
 

@@ -80,6 +80,11 @@ class Trainer:
         self.pulse = pulse or Pulse()
         self.checkpoint_stall_s = 0.0
         """Seconds that training has waited for checkpoints since the last record."""
+        self.stopped = ""
+        """Why the run stopped without another step to come: its last state could not be saved in time."""
+        self.unsaved = ""
+        """Which state a run that was stopped has not saved, in words; known to world rank 0."""
+        self._roll_call: RollCall | None = None
         self._resumed_states: dict[str, Any] = {}
         self._begin = Start(self.position)
         self.data_fingerprint: dict[str, Any] = {}
@@ -94,7 +99,7 @@ class Trainer:
         """
         feed = self._open_feed()
         orders, record = CARRY_ON, dict[str, Any]()
-        roll_call = RollCall(Path(self.config.run_dir), self.mesh, wishes)
+        self._roll_call = roll_call = RollCall(Path(self.config.run_dir), self.mesh, wishes)
         self._give_back_states(callbacks)
         run = self._run_info(feed)
         try:
@@ -128,7 +133,12 @@ class Trainer:
             for callback in callbacks:
                 callback.on_end(record)
             self._release_run()
-        return orders.stop
+        return orders.stop or self.stopped
+
+    def stop_wish(self) -> str:
+        """Why this rank is asked to stop while it waits, which it shows to the watch; empty: it is not. Local."""
+        self.pulse.at(self.pulse.part)
+        return self._roll_call.stop_wish() if self._roll_call is not None else ""
 
     def _call_the_roll(self, roll_call: RollCall, feed: Feed) -> Orders:
         """Read this rank's part of the next step and hear what the others met. Collective; raises on every rank."""

@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.checkpoint.format.errors import CheckpointError
-from engine.checkpoint.format.folders import Retention, step_folder
+from engine.checkpoint.format.folders import Retention, all_checkpoints, step_folder
 from engine.checkpoint.local.saver import LocalSaver
 from engine.checkpoint.save import CheckpointSaver
 from engine.record import Callback, Record
 from engine.resilience.judge import UnhealthyStep
 from engine.trainer import Trainer
+
+_NOT_SAVED = "not saved"
 
 
 class CheckpointCallback(Callback):
@@ -35,6 +37,7 @@ class CheckpointCallback(Callback):
         self._saved_now = False
         self.run_dir = Path(trainer.config.run_dir)
         self.saver = CheckpointSaver(self.run_dir, trainer.optimizer, trainer.config, trainer.mesh, retention)
+        self.saver.stop_wish = trainer.stop_wish
         trainer.recovery.saver = self.saver
         self.local: LocalSaver | None = None
         """Made by `open_local`, which is collective."""
@@ -70,35 +73,63 @@ class CheckpointCallback(Callback):
         if int(record["step"]) + 1 == self.trainer.phase.last_step:
             with self._stall():
                 self._finish()
+            self._require_last_state()
 
     def save_now(self, record: Record, stop: str) -> None:
         """Save the state between two steps, unless it is the one that was saved or begun with."""
-        done = self.trainer.position.step
         if not record:
             where = "no step was made since the start"
         elif stop and not self.settings.every_steps:
-            where = "not saved: checkpoint.every_steps is 0"
+            where = f"{_NOT_SAVED}: checkpoint.every_steps is 0"
+        elif stop and self.saver.given_up:  # on this state, just now
+            where = _NOT_SAVED
         else:
             where = self._save_audited(record, wait=bool(stop))
         if stop and self.saver.saved:
             self._finish()
-        if self.trainer.mesh.world.rank == 0:
-            why = f"stopped by {stop}" if stop else "asked to save"
-            print(f"{why} after step {done}: {where}", file=sys.stderr, flush=True)
+        self._say_what_came(stop, where)
+
+    def _say_what_came(self, stop: str, where: str) -> None:
+        """One line; of a state that is lost with the run, from where the next start goes on."""
+        if self.trainer.mesh.world.rank != 0:
+            return
+        done = self.trainer.position.step
+        if stop and where.startswith(_NOT_SAVED) and self.settings.every_steps:
+            self.trainer.unsaved = f"the state after step {done} was not saved, {_last_in_words(self.run_dir)}"
+            where = f"{where}; {_last_in_words(self.run_dir)}"
+        why = f"stopped by {stop}" if stop else "asked to save"
+        print(f"{why} after step {done}: {where}", file=sys.stderr, flush=True)
+
+    def _require_last_state(self) -> None:
+        """No save comes after the last one of a phase that could make up for it."""
+        done = self.trainer.position.step
+        if self._has_begun(step_folder(self.run_dir, done)):
+            return
+        if self.saver.given_up:
+            self.trainer.stopped = self.saver.given_up
+            self._say_what_came(self.saver.given_up, _NOT_SAVED)
+            return
+        raise CheckpointError(
+            f"the state after the last step, {done}, was not saved, {_last_in_words(self.run_dir)}: free some space "
+            "and start again"
+        )
 
     def _save_audited(self, record: Record, wait: bool) -> str:
         """Save between two steps, unless memory is found not to be sound; what came of it, in words."""
         final = step_folder(self.run_dir, self.trainer.position.step)
-        if not self.saver.saved or self.saver.saved[-1] != final:
+        if not self._has_begun(final):
             problem = self._audit()
             if problem:
-                return f"not saved: {problem}"
+                return f"{_NOT_SAVED}: {problem}"
             self._save(record, wait)
         elif wait:
             with self._stall():
                 self.saver.wait()
-        begun = bool(self.saver.saved) and self.saver.saved[-1] == final
-        return f"{'saved' if wait else 'being saved'} in {final}" if begun else "not saved"
+        return f"{'saved' if wait else 'being saved'} in {final}" if self._has_begun(final) else _NOT_SAVED
+
+    def _has_begun(self, final: Path) -> bool:
+        """Whether this run has saved it, or is about to."""
+        return self.saver.saved[-1:] == [final]
 
     def _require_sound_memory(self, done: int) -> None:
         """No update comes after the last save of a phase that would find what has changed before it."""
@@ -121,9 +152,9 @@ class CheckpointCallback(Callback):
                 self.saver.wait()
 
     def _finish(self) -> None:
-        """Wait for the last save; what is in the hosts' memory is of no use any more."""
+        """Wait for the last save; if it is of the state as it is now, what is in the hosts' memory is of no use."""
         self.saver.finish()
-        if self.local is not None:
+        if self.local is not None and self._has_begun(step_folder(self.run_dir, self.trainer.position.step)):
             self.local.forget()
 
     def _save_local(self, record: Record) -> None:
@@ -146,6 +177,11 @@ class CheckpointCallback(Callback):
         problem = self.saver.abandon()
         if problem:
             print(f"WARNING: the last checkpoint was not completed: {problem}", file=sys.stderr, flush=True)
+
+
+def _last_in_words(run_dir: Path) -> str:
+    there = all_checkpoints(run_dir)
+    return f"the last checkpoint is {there[-1].name}" if there else "there is no checkpoint yet"
 
 
 def _numbers(record: Record) -> dict[str, float]:

@@ -21,6 +21,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ from engine.resilience.watch import LOOKS_AROUND
 from engine.waits import Flag
 
 _POLL_S = 0.02
-_WAIT_S = 10.0
+_WAIT_S = 1.0
 """Between two looks for room (checkpoint.on_full=wait)."""
 _MARGIN_BYTES = 64 * 2**20
 """Left free for the manifest, the metrics and whatever else the run writes."""
@@ -74,6 +75,10 @@ class CheckpointSaver:
         """Those of them after which a step was sound: what a rewind goes to."""
         self.rejected = ""
         """Why the last save is no checkpoint although nothing failed: its state is not finite. Known after `wait`."""
+        self.stop_wish: Callable[[], str] = str
+        """Asked while there is no room: why this rank is to stop; empty: it is not."""
+        self.given_up = ""
+        """Why the last save no longer waited for room: the run is to stop. The same on all ranks."""
         self._sound: Path | None = None
         """A save under way after which a step was sound already."""
         self._snapshot = Snapshot(optimizer, mesh)
@@ -198,20 +203,27 @@ class CheckpointSaver:
         self._writing = self._committing = self._completing = None
         return problem
 
-    def _settle(self, error: str | None) -> bool:
-        """Whether all ranks are well; where they are not, raise or warn, as checkpoint.on_full says. Collective."""
+    def _settle(self, error: str | None, then: str = "training goes on") -> bool:
+        """Whether all ranks are well; where they are not, raise or warn, as checkpoint.on_full says. Collective.
+
+        then: what comes after a warning; empty: it was given before.
+        """
         if self.config.checkpoint.on_full == "stop":
             raise_together(error, self.mesh.control)
             return True
         found = next((e for e in everyone(error, self.mesh.control) if e), None)
-        if found is not None and self.mesh.world.rank == 0:
-            print(f"WARNING: {found}; training goes on", file=sys.stderr, flush=True)
+        if found is not None and then and self.mesh.world.rank == 0:
+            print(f"WARNING: {found}; {then}", file=sys.stderr, flush=True)
         self._cancelled.clear()
         return found is None
 
     def _make_room(self, final: Path, own_bytes: int) -> bool:
-        """An empty saving folder on a disk that can hold all ranks' parts; whether there is one. Collective."""
-        total = sum(everyone(own_bytes, self.mesh.control))
+        """An empty saving folder on a disk that can hold all ranks' parts; whether there is one. Collective.
+
+        With checkpoint.on_full=wait until there is, or the run is asked to stop: whoever asks ends it sooner or later.
+        """
+        total, self.given_up = sum(everyone(own_bytes, self.mesh.control)), ""
+        waits, told = self.config.checkpoint.on_full == "wait", False
         while True:
             error = None
             if self.mesh.world.rank == 0:
@@ -219,8 +231,14 @@ class CheckpointSaver:
                     _prepare(saving_folder(final), total)
                 except (CheckpointError, OSError) as problem:
                     error = f"cannot save {final}: {problem}"
-            if self._settle(error) or self.config.checkpoint.on_full != "wait":
-                return not everyone(error, self.mesh.control)[0]
+            stop = next(filter(None, everyone(self.stop_wish(), self.mesh.control)), "") if waits else ""
+            then = "training waits for room" if waits else "training goes on"
+            if self._settle(error, "" if told else "a stop does not wait for room" if stop else then):
+                return True
+            if stop or not waits:
+                self.given_up = stop
+                return False
+            told = True
             time.sleep(_WAIT_S)
 
     def head(

@@ -34,17 +34,22 @@ class RollCall:
 
     def __init__(self, run_dir: Path, mesh: Mesh, wishes: Wishes | None):
         self.run_dir, self.mesh, self.wishes = run_dir, mesh, wishes
+        self._by_file = ""
+        """The file by which world rank 0 was asked to stop."""
+
+    def stop_wish(self) -> str:
+        """Why this rank is asked to stop; empty: it is not. Local, for who waits for something that may never come."""
+        if self.mesh.world.rank == 0 and not self._by_file and asked_by_file(self.run_dir, STOP_FILE):
+            self._by_file = f"{self.run_dir / STOP_FILE}"
+        return (self.wishes.stop if self.wishes is not None else "") or self._by_file
 
     def __call__(self, error: Exception | None, counts: Sequence[int] = ()) -> tuple[Orders, list[int]]:
         """error: what this rank ran into. counts: integers to be summed over all ranks.
 
         Raises, on every rank, the first rank's error.
         """
-        first = self.mesh.world.rank == 0
-        stop = self.wishes.stop if self.wishes is not None else ""
-        if first and asked_by_file(self.run_dir, STOP_FILE):
-            stop = stop or f"{self.run_dir / STOP_FILE}"
-        save = first and asked_by_file(self.run_dir, SAVE_FILE)
+        stop = self.stop_wish()
+        save = self.mesh.world.rank == 0 and asked_by_file(self.run_dir, SAVE_FILE)
         row = torch.tensor([error is not None, bool(stop), save, *counts], dtype=torch.int64)
         dist.all_reduce(row, group=self.mesh.control.group)
         failed, stopping, saving, *sums = row.tolist()

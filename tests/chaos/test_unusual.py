@@ -6,7 +6,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 from engine.callbacks.history import read_history, toll
 from engine.callbacks.metrics import METRICS_FILE, read_metrics
+from engine.resilience.exit import STOPPED
 from engine.resilience.status import read_status
 from tests.chaos import faults
 from tests.chaos.matrix import CLOSE, CONFIG, STEPS, curve, may_mount
@@ -178,23 +180,57 @@ def test_a_batch_that_memory_forgets_before_its_step_is_one_line(
     assert again.end() == [0, 0] and curve(tmp_path / "run") == undisturbed, again.text
 
 
-# --- a suspect on a full disk ----------------------------------------------------------------------------------------
+# --- a full disk -----------------------------------------------------------------------------------------------------
 
 
-def _fill_and_flip(run_dir: Path, trainer: Any) -> None:
-    place = faults.Place(1, AT, "encode", run_dir, Path(), Path())
-    faults.fill(place, trainer)
-    faults.flipped_moment(place, trainer)
-
-
-@pytest.mark.parametrize("policy", ["stop", "rewind"])
-def test_a_suspect_is_set_aside_on_a_disk_that_is_full(policy: str, shards: list[str], tmp_path: Path) -> None:
+@contextmanager
+def _small_disk(tmp_path: Path) -> Iterator[Path]:
     if not may_mount():
         pytest.skip("no right to mount a tmpfs")
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(disk)], check=True)
     try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def _fill(run_dir: Path, trainer: Any) -> None:
+    faults.fill(faults.Place(1, AT, "encode", run_dir, Path(), Path()), trainer)
+
+
+def test_a_job_that_waits_for_room_is_stopped_in_time(
+    shards: list[str], undisturbed: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    with _small_disk(tmp_path) as disk:
+        run_dir = disk / "run"
+        settings = _settings(shards, run_dir, "checkpoint.on_full=wait")
+        start = launch(CONFIG, settings, 2, tmp_path / "log", prepare=partial(_at_step, AT, 1, partial(_fill, run_dir)))
+        while "training waits for room" not in start.text:
+            assert all(rank.is_alive() for rank in start.ranks), start.text
+            time.sleep(0.01)
+        pid = start.ranks[1].pid
+        assert pid is not None
+        send(pid, signal.SIGTERM)
+        assert start.end() == [STOPPED, STOPPED], start.text
+        last = f"the last checkpoint is step_{AT:08d}"
+        assert start.own_errors() == [f"stopped by SIGTERM after step {AT + 2}: not saved; {last}"], start.text
+        status, unsaved = read_status(run_dir), f"the state after step {AT + 2} was not saved"
+        assert (status["outcome"], status["reason"]) == ("stopped", f"SIGTERM; {unsaved}, {last}")
+        (disk / "filler").unlink()
+        again = launch(CONFIG, settings, 2, tmp_path / "again")
+        assert again.end() == [0, 0] and curve(run_dir) == undisturbed, again.text
+
+
+def _fill_and_flip(run_dir: Path, trainer: Any) -> None:
+    _fill(run_dir, trainer)
+    faults.flipped_moment(faults.Place(1, AT, "encode", run_dir, Path(), Path()), trainer)
+
+
+@pytest.mark.parametrize("policy", ["stop", "rewind"])
+def test_a_suspect_is_set_aside_on_a_disk_that_is_full(policy: str, shards: list[str], tmp_path: Path) -> None:
+    with _small_disk(tmp_path) as disk:
         run_dir = disk / "run"
         settings = _settings(shards, run_dir, f"health.on_divergence={policy}")
         prepare = partial(_at_step, AT, 1, partial(_fill_and_flip, run_dir))
@@ -207,8 +243,6 @@ def test_a_suspect_is_set_aside_on_a_disk_that_is_full(policy: str, shards: list
         again = launch(CONFIG, settings, 2, tmp_path / "again")
         assert again.end() == [0, 0] and f"step_{AT - 2:08d} (step {AT - 2})" in again.text, again.text
         assert [row[0] for row in curve(run_dir)] == list(range(STEPS))
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 # --- clocks that are set ---------------------------------------------------------------------------------------------

@@ -39,6 +39,8 @@ from engine.checkpoint.format.manifest import RECORD
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.resume import newest_good
 from engine.parallel.mesh import Mesh
+from engine.resilience.roll_call import RollCall
+from engine.resilience.signals import STOP_FILE
 from tests.checkpoint.children import child, hear, hold_lock, save_for_ever, save_with_file_limit
 from tests.checkpoint.jobs import alone, build, callback_of, drive, job_config, release, run_steps, save
 
@@ -258,7 +260,54 @@ def test_a_disk_without_room_need_not_end_the_run(
         callback.saver.wait()
         assert all_checkpoints(disk / "run")[-1].name == "step_00000002"
         said = capfd.readouterr().err
-        assert said.count("GB are free: free some space") == 1 and "; training goes on" in said
+        then = "training waits for room" if policy == "wait" else "training goes on"
+        assert said.count("GB are free: free some space") == said.count(f"; {then}") == 1
+        release(trainer)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_stop_ends_the_wait_for_room_and_says_what_is_lost(
+    last: bool, tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    with tmpfs(tmp_path / "disk", "size=200m") as disk:
+        run_dir, looks = disk / "run", list[float]()
+        settings = ("checkpoint.on_full=wait", "checkpoint.every_steps=1", f"train.steps={2 if last else 3}")
+        trainer = build(job_config(run_dir, *settings), mesh)
+        trainer._roll_call = roll_call = RollCall(run_dir, mesh, None)
+        callback = callback_of(trainer)
+        drive(trainer, callback, 1)
+        callback.saver.wait()
+        subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
+
+        def look_again(seconds: float) -> None:
+            looks.append(trainer.pulse.since_s)
+            if len(looks) == 3:
+                (run_dir / STOP_FILE).touch()
+
+        monkeypatch.setattr("engine.checkpoint.save.time", SimpleNamespace(sleep=look_again))
+        drive(trainer, callback, 1)
+        assert len(looks) == 3 and looks == sorted(set(looks)), "the watch sees that it lives"
+        orders, _ = roll_call(None)
+        assert orders.stop == str(run_dir / STOP_FILE)
+        if last:
+            assert trainer.stopped == orders.stop
+        else:
+            callback.save_now({"step": 1, "loss": 1.0}, orders.stop)
+        said = capfd.readouterr().err
+        assert said.count("GB are free: free some space") == said.count("; training waits for room") == 1
+        line = f"stopped by {run_dir / STOP_FILE} after step 2: not saved; the last checkpoint is step_00000001"
+        assert line in said.splitlines()
+        assert trainer.unsaved == "the state after step 2 was not saved, the last checkpoint is step_00000001"
+        assert [folder.name for folder in all_checkpoints(run_dir)] == ["step_00000001"]
+        release(trainer)
+
+
+def test_the_state_after_the_last_step_is_not_skipped(tmp_path: Path, mesh: Mesh) -> None:
+    with tmpfs(tmp_path / "disk", "size=1m") as disk:
+        settings = ("checkpoint.on_full=skip", "checkpoint.every_steps=1", "train.steps=1")
+        trainer = build(job_config(disk / "run", *settings), mesh)
+        with pytest.raises(CheckpointError, match="after the last step, 1, was not saved, there is no checkpoint yet"):
+            drive(trainer, callback_of(trainer), 1)
         release(trainer)
 
 
