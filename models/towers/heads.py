@@ -11,6 +11,7 @@ from models.blocks.last_block import own_rows
 from models.blocks.norms import NORMS
 from models.blocks.packed import PackedTokens, sum_over_ranks, whole_tokens
 from models.config import ModelConfig, VisionConfig
+from models.tensors.sums import SummedLinear, multiplied_apart
 
 Read = Literal["features", "pooled", "tokens"]
 """What is asked of an image tower: its features, what they are projected from, or the normed tokens."""
@@ -47,10 +48,8 @@ class VisionHead(TowerHead):
         vision, dtype = model.vision, config.params_dtype
         self.pools, self.prefix_tokens = vision.pool, vision.prefix_tokens
         self.pool = AttentionPool(vision, dtype) if vision.pool == "attention" else None
-        linear = (
-            nn.Linear(vision.width, model.embed_dim, bias=vision.head_bias, dtype=dtype) if vision.projection else None
-        )
-        self.projection = linear
+        sizes = vision.width, model.embed_dim
+        self.projection = SummedLinear(*sizes, bias=vision.head_bias, dtype=dtype) if vision.projection else None
 
     def forward(self, hidden: Tensor, tokens: PackedTokens, read: Read = "features") -> Tensor:
         """hidden: [R or R / tp, 1, H], what the last block answers with: class tokens and padding, or all T tokens.
@@ -90,16 +89,16 @@ class AttentionPool(nn.Module):
         h, hidden = vision.width, vision.pool_hidden
         self.heads, self.activation = vision.pool_heads or vision.heads, ACTIVATION[vision.mlp]
         self.probe = nn.Parameter(torch.empty(h, dtype=dtype))
-        self.qkv, self.proj = nn.Linear(h, 3 * h, dtype=dtype), nn.Linear(h, h, dtype=dtype)
+        self.qkv, self.proj = SummedLinear(h, 3 * h, dtype=dtype), SummedLinear(h, h, dtype=dtype)
         self.norm = nn.LayerNorm(h, eps=vision.norm_eps, dtype=dtype)
-        self.fc1, self.fc2 = nn.Linear(h, hidden, dtype=dtype), nn.Linear(hidden, h, dtype=dtype)
+        self.fc1, self.fc2 = SummedLinear(h, hidden, dtype=dtype), SummedLinear(hidden, h, dtype=dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[M, S, H] -> [M, H]."""
         width = len(self.probe)
-        weight, bias = self.qkv.weight, self.qkv.bias  # rows [q; k; v]
-        q = F.linear(self.probe, weight[:width], bias[:width]).unflatten(-1, (self.heads, -1))  # [heads, d]
-        keys_values = F.linear(tokens, weight[width:], bias[width:])
+        of_probe, of_tokens = (self.probe, slice(0, width)), (tokens, slice(width, None))  # rows [q; k; v]
+        q, keys_values = multiplied_apart(self.qkv.weight, self.qkv.bias, of_probe, of_tokens)
+        q = q.unflatten(-1, (self.heads, -1))  # [heads, d]
         k, v = keys_values.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [M, heads, S, d]
         q = q[None, :, None].expand(len(tokens), -1, -1, -1)
         x = self.proj(F.scaled_dot_product_attention(q, k, v).flatten(1))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.blocks.norms import mark_sequence_parallel
 from models.config import ModelConfig, ModelConfigError, VisionConfig
+from models.tensors.sums import SummedLinear, multiplied
 from models.towers.heads import TowerHead, VisionHead
 from models.towers.vision import PatchEmbedding, VisionTower, chosen_patches, patchify
 
@@ -45,7 +46,7 @@ class MaskedPatchEmbedding(PatchEmbedding):
         prefix, positions = self.prefix_and_positions(n)
         table = torch.cat([prefix, positions if bias is None else positions + bias, positions + self.mask_token])
         place = slot + self.prefix_tokens + n * is_masked
-        return self.normed(F.linear(pixels, weight) + F.embedding(place, table))
+        return self.normed(multiplied(pixels, weight) + F.embedding(place, table))
 
 
 def _with_gradient_times(scale: float, value: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ class PredictionHead(TowerHead):
     def __init__(self, model: ModelConfig, config, tp_group, *, target_dim: int):
         super().__init__(model.vision, config, tp_group)
         self.prefix_tokens = model.vision.prefix_tokens
-        self.prediction = nn.Linear(model.vision.width, target_dim, bias=True, dtype=config.params_dtype)
+        self.prediction = SummedLinear(model.vision.width, target_dim, bias=True, dtype=config.params_dtype)
 
     def forward(self, hidden: Tensor, masked: Tensor) -> Tensor:
         """[T or T / tp, 1, H], bool [M, n] -> [N, D] of the N masked patches; only these rows are normalised."""

@@ -13,7 +13,7 @@ from models.blocks.rope import text_rope_tables
 from models.blocks.spec import DividedTower, Groups, Span, build_block, text_layer_spec
 from models.blocks.transformer_config import text_transformer_config
 from models.config import ModelConfig
-from models.tensors.sums import looked_up
+from models.tensors.sums import SummedLinear, looked_up
 
 
 class TextTower(DividedTower):
@@ -31,7 +31,7 @@ class TextTower(DividedTower):
         self.block = build_block(spec, text.depth, self.config, groups, ends_tower=True)
         self.divide(0)
         self.norm = NORMS[text.norm](config=self.config, hidden_size=text.width, eps=text.norm_eps)
-        self.projection = nn.Linear(text.width, model.embed_dim, bias=text.head_bias, dtype=dtype)
+        self.projection = SummedLinear(text.width, model.embed_dim, bias=text.head_bias, dtype=dtype)
 
     def forward(self, ids: Tensor, hidden: Tensor | None = None, span: Span = "whole") -> Tensor:
         """int64 [M, L], L <= context_length -> features [M, D]: of the token that is pooled, or of their mean.

@@ -18,6 +18,7 @@ from models.blocks.rope import rope_tables
 from models.blocks.spec import DividedTower, Groups, Span, build_block, vision_layer_spec
 from models.blocks.transformer_config import vision_transformer_config
 from models.config import ModelConfig, VisionConfig
+from models.tensors.sums import multiplied
 from models.towers.heads import Read, VisionHead
 
 FP8_ROWS = 128
@@ -65,7 +66,7 @@ class PatchEmbedding(nn.Module):
         prefix, positions = self.prefix_and_positions(n)
         table = torch.cat([prefix, positions if self.bias is None else positions + self.bias])
         place = torch.where(slot >= 0, grid_cell, slot) + self.prefix_tokens
-        return self.normed(F.linear(pixels, self.weight) + F.embedding(place, table))
+        return self.normed(multiplied(pixels, self.weight) + F.embedding(place, table))
 
     def prefix_and_positions(self, patches: int) -> tuple[Tensor, Tensor]:
         """Prefix tokens with their positions [prefix, H], positions of the patches [n, H] (zeros without a table)."""

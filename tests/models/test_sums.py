@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from engine.parallel.mesh import Mesh
 from models.blocks.outputs import ColumnLinear
 from models.tensors.products import Fp32Products
-from models.tensors.sums import looked_up
+from models.tensors.sums import SummedLinear, looked_up, multiplied_apart
 from tests.models.test_fused import C, T, _build
 
 ROWS, WIDTH = 40, 8
@@ -71,6 +71,43 @@ def test_without_a_sum_the_gradient_is_the_tables_own() -> None:
     assert table.grad is not None
     assert table.grad[:, 0].tolist() == torch.bincount(IDS.flatten(), minlength=ROWS).tolist()
     assert looked_up(table.detach(), IDS).shape == (2, 4, WIDTH)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_linear_adds_its_gradients_to_the_sum_of_its_weight(dtype: torch.dtype) -> None:
+    """Also of two inputs that have rows of the weight each, as a probe's query and the tokens' keys have."""
+    torch.manual_seed(0)
+    plain, own = nn.Linear(5, 9, dtype=dtype), SummedLinear(5, 9, dtype=dtype)
+    own.load_state_dict(plain.state_dict())
+    weight: Any = own.weight
+    probe, tokens = torch.randn(5).to(dtype), torch.randn(2, 7, 5).to(dtype)
+    gradients = [torch.randn(*shape).to(dtype) for shape in ((3,), (2, 7, 6), (2, 7, 9))]
+    found = []
+    for linear in (plain, own):
+        xs = [x.clone().requires_grad_() for x in (probe, tokens)]
+        if linear is own:
+            weight.main_grad = torch.ones(9, 5)
+        parts = multiplied_apart(linear.weight, linear.bias, (xs[0], slice(0, 3)), (xs[1], slice(3, None)))
+        whole = linear(xs[1])
+        with Passes({(9, 5)}) as seen:
+            torch.autograd.backward([*parts, whole], gradients)
+        assert linear.bias.grad is not None
+        found.append(([*parts, whole], [x.grad for x in xs], linear.bias.grad))
+    (outputs, of_xs, of_bias), (own_outputs, own_of_xs, own_of_bias) = found
+    assert all(map(torch.equal, outputs, own_outputs)) and torch.equal(of_bias, own_of_bias)
+    assert all(one is not None and other is not None and one.equal(other) for one, other in zip(of_xs, own_of_xs))
+    rows, of_rows = tokens.double().flatten(0, 1), [g.double().reshape(-1, g.shape[-1]) for g in gradients]
+    exact = 1 + torch.cat([of_rows[0].t() @ probe.double()[None], of_rows[1].t() @ rows]) + of_rows[2].t() @ rows
+    assert (weight.main_grad - exact).abs().max() <= (1e-5 if dtype == torch.float32 else 2**-8) * exact.abs().max()
+    assert weight.grad_added_to_main_grad and ("mm" not in seen.writes) == (dtype == torch.float32)
+
+
+def test_a_linear_that_has_no_sum_or_is_not_trained_is_torchs() -> None:
+    linear = SummedLinear(4, 3)
+    linear(torch.randn(2, 4)).sum().backward()
+    assert linear.weight.grad is not None and linear.weight.grad.any()
+    linear.requires_grad_(False).weight.main_grad = torch.zeros(3, 4)  # type: ignore[assignment]
+    assert not linear(torch.randn(2, 4)).requires_grad
 
 
 def test_the_gradient_of_an_output_is_cast_once(mesh: Mesh) -> None:
