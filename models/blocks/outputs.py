@@ -146,8 +146,8 @@ class Product(torch.autograd.Function):
             gradient = _gather(gradient, how.reduced)[0]
         rows = gradient.flatten(0, -2)
         factor = shared(rows)
-        # At the lowest block that is trained nobody reads it; megatron-core's linear has it, and so counts the planner.
-        of_x = _input_gradient(factor, weight, passed, how) if trains or ctx.needs_input_grad[0] else None
+        # Nobody reads it at the lowest block that is trained, where no norm comes before the product.
+        of_x = _input_gradient(factor, weight, passed, how) if ctx.needs_input_grad[0] else None
         if work is not None:
             work.wait()
         work, of_own = _start_sum(of_x, how)

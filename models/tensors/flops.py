@@ -26,7 +26,12 @@ def _block_flops(vision: VisionConfig, tokens: int, asking: int) -> int:
     h = vision.width
     products = 3 if vision.mlp == "swiglu" else 2
     behind = h * h + products * h * vision.mlp_hidden
-    return 2 * (tokens * 3 * h * h + asking * behind) + attention_flops(tokens, h, queries=asking)
+    return tokens * qkv_flops(vision) + 2 * asking * behind + attention_flops(tokens, h, queries=asking)
+
+
+def qkv_flops(vision: VisionConfig) -> int:
+    """q, k and v of one token."""
+    return 2 * 3 * vision.width**2
 
 
 def embedding_flops(vision: VisionConfig, tokens: int) -> int:

@@ -1,6 +1,8 @@
 """Gradients that go into their fp32 sums where they are computed: the same numbers, no pass over a weight or table."""
 
+import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +11,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from engine.config.read import preset_model
 from engine.parallel.mesh import Mesh
 from models.blocks.outputs import ColumnLinear
 from models.tensors.products import Fp32Products
 from models.tensors.sums import SummedLinear, looked_up, multiplied_apart
+from models.towers.vision import VisionTower
 from tests.models.test_fused import C, T, _build
 
 ROWS, WIDTH = 40, 8
@@ -95,7 +99,9 @@ def test_a_linear_adds_its_gradients_to_the_sum_of_its_weight(dtype: torch.dtype
         found.append(([*parts, whole], [x.grad for x in xs], linear.bias.grad))
     (outputs, of_xs, of_bias), (own_outputs, own_of_xs, own_of_bias) = found
     assert all(map(torch.equal, outputs, own_outputs)) and torch.equal(of_bias, own_of_bias)
-    assert all(one is not None and other is not None and one.equal(other) for one, other in zip(of_xs, own_of_xs))
+    assert all(
+        one is not None and other is not None and one.equal(other) for one, other in zip(of_xs, own_of_xs, strict=True)
+    )
     rows, of_rows = tokens.double().flatten(0, 1), [g.double().reshape(-1, g.shape[-1]) for g in gradients]
     exact = 1 + torch.cat([of_rows[0].t() @ probe.double()[None], of_rows[1].t() @ rows]) + of_rows[2].t() @ rows
     assert (weight.main_grad - exact).abs().max() <= (1e-5 if dtype == torch.float32 else 2**-8) * exact.abs().max()
@@ -125,3 +131,40 @@ def test_the_gradient_of_an_output_is_cast_once(mesh: Mesh) -> None:
     assert (x.grad.squeeze(1).double() - of_x).abs().max() <= 2**-8 * of_x.abs().max()
     of_weight = gradient.double().squeeze(1).t() @ x.detach().double().squeeze(1)
     assert (linear.weight.main_grad - of_weight).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kernels", ["torch", "fused"])
+@pytest.mark.parametrize("preset", ["tiny-18b", "tiny-8b"])
+def test_the_lowest_trained_block_has_no_gradient_for_what_is_frozen(preset: str, kernels: str, mesh: Mesh) -> None:
+    """Post-norm blocks multiply their input as it is; in pre-norm ones a norm that is trained stands before it."""
+    model = replace(preset_model(preset), block_kernels=kernels)
+    tower = VisionTower(model, groups=mesh.vision_groups(), layers=range(1, 2))
+    for parameter in tower.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    tokens, found = tower._tokens(2, None, torch.device("cpu")), []
+    for wants_gradient in (True, False):
+        shape = (2 * model.vision.tokens, 1, model.vision.width)
+        x = torch.linspace(-1, 1, math.prod(shape)).view(shape).requires_grad_(wants_gradient)
+        with torch.compiler.set_stance("force_eager"):
+            tower.zero_grad()
+            with _Products() as seen:
+                tower.run_blocks(x, tokens).square().sum().backward()
+        found.append((seen.rows, {name: p.grad for name, p in tower.named_parameters()}))
+    (whole, gradients), (less, same) = found
+    one = [(2 * model.vision.tokens, 3 * model.vision.width, model.vision.width)]
+    assert whole - less == Counter(one if model.vision.post_norm else []) and not less - whole
+    assert all(g is not None and torch.equal(g, same[name]) for name, g in gradients.items())  # type: ignore[arg-type]
+
+
+class _Products(TorchDispatchMode):
+    """Matrix products, by their three sides (rows, summed over, columns)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: Counter[tuple[int, ...]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
+            a, b = args[-2:]
+            self.rows[a.shape[0], a.shape[1], b.shape[1]] += 1
+        return func(*args, **(kwargs or {}))

@@ -327,6 +327,8 @@ class Stage(HashedOnce):
     """Chunks whose inputs wait for a replay; below 0: all but the one that takes images."""
     returned: int = -1
     """Chunks that send a gradient to the stage before them; below 0: all but the one that takes images."""
+    reads_no_gradient: bool = False
+    """Whether the lowest block with a backward is here, and its first product has an input without a gradient."""
 
     @property
     def above(self) -> "Stage":
@@ -371,10 +373,12 @@ def stages_of(model: ModelConfig, layout: Layout) -> list[Stage]:
         return stages
     frozen = frozen_in(model, layout.freeze)
     layers = stage_layers(model.vision.depth, layout.pipeline * layout.virtual, layout.layers)
-    return [_with_frozen(stage, frozen, layers, layout.pipeline) for stage in stages]
+    # A norm in front of the product is trained, and a recomputed block asks for a gradient at its input.
+    bare = model.vision.post_norm and layout.recompute != "full" and 1 <= frozen.vision <= model.vision.depth
+    return [_with_frozen(stage, frozen, layers, layout.pipeline, bare) for stage in stages]
 
 
-def _with_frozen(stage: Stage, frozen: Frozen, layers: list[range], stages: int) -> Stage:
+def _with_frozen(stage: Stage, frozen: Frozen, layers: list[range], stages: int, bare: bool) -> Stage:
     first, own = frozen.first_chunk(layers), range(stage.rank, len(layers), stages)
     left = [number for number in own if number >= first]
     below = {number: frozen.vision_blocks_below(layers[number]) for number in left}
@@ -386,6 +390,7 @@ def _with_frozen(stage: Stage, frozen: Frozen, layers: list[range], stages: int)
         has_head=stage.has_head and not frozen.locks_vision,
         inputs=len(left) - has_embedding,
         returned=sum(number > first for number in own),
+        reads_no_gradient=bare and first in own,
     )
     return replace(stage, repeated=above)
 

@@ -102,6 +102,7 @@ def tensor_traffic(model: ModelConfig, layout: Layout, stage: Stage) -> list[Tra
         ("tensor forward", again, stage_collectives(block_forward_collectives, vision, layout, above)),
         ("tensor forward", -again, spared_collectives(model, layout, above)),
         ("tensor backward", m, stage_collectives(block_backward_collectives, vision, layout, above)),
+        ("tensor backward", -m * above.reads_no_gradient, _input_gradient_collectives(vision, layout)),
     ):
         for kind, (count, sent) in of_blocks.items():
             found.append(Traffic(what=what, axis="tensor", kind=kind, count=count * passes, sent_bytes=sent * passes))
@@ -190,6 +191,12 @@ def block_backward_collectives(vision: VisionConfig, layout: Layout, is_last: bo
         "reduce-scatter": (qkv + mlp, of_inputs),
         "all-reduce": (sums, summed),
     }
+
+
+def _input_gradient_collectives(vision: VisionConfig, layout: Layout) -> Collectives:
+    """Those that bring the gradient of a block's input together."""
+    (qkv, _), (before, _) = column_linears(vision), _stream_bytes(vision, layout, is_last=False)
+    return {"reduce-scatter" if layout.splits_tokens else "all-reduce": (qkv, qkv * before)}
 
 
 def _stream_bytes(vision: VisionConfig, layout: Layout, is_last: bool) -> tuple[float, float]:

@@ -1,7 +1,8 @@
 """FLOPs of a sample as MFU and HFU count them, and of one rank's step by span; convention of models/tensors/flops.py.
 
 A backward has two forwards'. What an attention kernel computes again in its backward is not counted; the patch
-projection's backward has the weight gradient only, since pixels want none. Captions are taken at full length.
+projection's backward has the weight gradient only, since pixels want none, and so have q, k and v of a post-norm block
+above frozen ones. Captions are taken at full length.
 """
 
 from collections import Counter
@@ -21,6 +22,7 @@ from models.tensors.flops import (
     embedding_flops,
     head_flops,
     last_block_flops,
+    qkv_flops,
 )
 from models.tensors.kept import spared_flops
 from tools.cost.activations import output_levels, pooled_captions
@@ -76,6 +78,9 @@ def rank_flops(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, fl
     backward = 2 * again + _recomputed_flops(model, layout, above)
     if above.has_embedding:
         backward -= _embedding_flops(model, layout)
+    if above.reads_no_gradient:
+        rows = layout.micro_batch * _tokens(model, layout)
+        backward -= rows * qkv_flops(model.vision) / layout.tensor
     return {
         "encode": passes["encode"] * forward,
         "replay": passes["replay"] * (again - spared_in_pass(model, layout, above)),

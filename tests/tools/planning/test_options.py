@@ -59,6 +59,7 @@ SLOW = [
     (TENSOR, "parallel.sequence=false", "train.keep_outputs=fc2+proj", "train.recompute=full"),
     (TENSOR, CHUNKS, "train.outputs_budget_gb=0.0005", "train.recompute=selective"),
     (TENSOR, "train.freeze=[vision.embed.*,vision.blocks.0-2.*,text.*]"),
+    ("train.freeze=[vision.embed.*,vision.blocks.0-2.*]", "train.recompute=full"),
     (TENSOR, *FEATURES),
     (*WEIGHTS, LOCKED),
     (CHUNKS, "parallel.shard=gradients"),
