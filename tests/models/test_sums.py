@@ -112,7 +112,8 @@ def test_a_linear_that_has_no_sum_or_is_not_trained_is_torchs() -> None:
     linear = SummedLinear(4, 3)
     linear(torch.randn(2, 4)).sum().backward()
     assert linear.weight.grad is not None and linear.weight.grad.any()
-    linear.requires_grad_(False).weight.main_grad = torch.zeros(3, 4)  # type: ignore[assignment]
+    weight: Any = linear.requires_grad_(False).weight
+    weight.main_grad = torch.zeros(3, 4)
     assert not linear(torch.randn(2, 4)).requires_grad
 
 
