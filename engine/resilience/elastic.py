@@ -95,9 +95,11 @@ def _candidates(config: Config, local: int) -> Iterator[Config]:
 
 
 def _round(config: Config, micro_batches: int) -> int | None:
-    """The smallest round that has work for every stage and divides the micro-batches; null where there are none."""
+    """The smallest round that has work for every stage and divides the micro-batches; null where there are none, and
+    where weights or gradients are sharded, which makes all of them one round.
+    """
     stages, wanted = config.parallel.pipeline, config.parallel.round_size or 0
-    if config.parallel.virtual == 1:
+    if config.parallel.virtual == 1 or config.parallel.shard != "optimizer":
         return None
     sizes = [size for size in range(max(stages, wanted), micro_batches + 1) if micro_batches % size == 0]
     return sizes[0] if sizes else None

@@ -45,6 +45,14 @@ def test_one_dead_node_of_45_costs_five(recipe: Job) -> None:
         assert check_layout(fit.configs[0], fit.ranks) == fit.ranks // 8
 
 
+def test_sharded_weights_work_all_micro_batches_in_one_round_on_any_number_of_ranks(path: str) -> None:
+    sharded = ("parallel.pipeline=1", "parallel.virtual=48", "parallel.shard=weights", "parallel.round_size=6")
+    config = read_job(path, [*sharded]).phases[0].config
+    assert check_layout(config, 360) == 360
+    fit = most_ranks([config], 352)
+    assert fit.ranks == 300 and fit.changed["parallel.round_size"] is None
+
+
 def test_what_changes_leaves_the_batch_and_never_needs_more_memory(recipe: Job) -> None:
     before = recipe.phases[0].config
     for came in range(8, 361, 8):
