@@ -39,13 +39,16 @@ class Change:
         return f"{self.name} {self.was} → {self.now}"
 
 
-def changed_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[Change]:
+def changed_settings(
+    stored: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    watched: Sequence[str] = (*_CHANGES_THE_RESULT, *_ONLY_SAID),
+) -> list[Change]:
     """Settings that matter to what is computed and differ. stored, wanted: nested, as a checkpoint holds a config.
 
-    A setting that the checkpoint does not know (written before there was one) is no change.
+    A setting that the checkpoint does not know (written before there was one) is no change. watched: patterns.
     """
     was, now = _flat(stored), _flat(wanted)
-    watched = (*_CHANGES_THE_RESULT, *_ONLY_SAID)
     return [
         Change(name, was[name], now[name])
         for name in sorted(was.keys() & now.keys())

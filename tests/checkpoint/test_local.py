@@ -69,9 +69,11 @@ def _lose_a_host(folder: str) -> dict[str, list]:
     wanted = run_steps(trainer, 3)
     trainer._release_run()
 
-    def again() -> tuple[int, list[float]]:
+    def again(*overrides: str) -> tuple[int, list[float]]:
         everyone(None, mesh.control)
-        second = build(config, mesh)
+        second = build(
+            job_config(root / "run", *LOCAL, f"checkpoint.local_dir={root / f'disk{rank}'}", *overrides), mesh
+        )
         step, losses = second.position.step, run_steps(second, 6 - second.position.step)
         second._release_run()
         return step, losses
@@ -79,6 +81,7 @@ def _lose_a_host(folder: str) -> dict[str, list]:
     if rank == 1:
         shutil.rmtree(own)  # a new host has nothing
     lost = again()
+    cut_otherwise = again("parallel.virtual=5")  # the new host has no more than its own rank's file
     if rank == 0:
         file = next(own.glob("step_00000003*/rank_00000.safetensors"))
         with file.open("r+b") as stream:
@@ -87,6 +90,7 @@ def _lose_a_host(folder: str) -> dict[str, list]:
     damaged = again()
     return {
         "kept": kept, "wanted": wanted, "lost": [lost[0], lost[1]], "damaged": [damaged[0], len(damaged[1])],
+        "cut otherwise": [cut_otherwise[0], len(cut_otherwise[1])],
     }  # fmt: skip
 
 
@@ -99,6 +103,7 @@ def test_a_run_goes_on_when_one_of_two_hosts_is_lost(tmp_path: Path) -> None:
         assert sets == {"step_00000003.t1p1d2"}, "older sets go"
         assert [name.split("/", 1)[1] for name in found["kept"]] == ["head/manifest.json", *both]
         assert found["lost"] == [3, found["wanted"]]
+        assert found["cut otherwise"] == [0, 6]
         assert found["damaged"] == [0, 6]  # the run folder holds none yet
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from engine.checkpoint.continuity import changed_settings
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.machine import machine_of
 from engine.checkpoint.format.manifest import MANIFEST, RECORD, read_manifest, write_manifest, write_synced
@@ -22,9 +23,13 @@ from engine.checkpoint.format.tensor_file import FileRecord, hash_file
 from engine.checkpoint.local.copies import HEAD, bring
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.save import merge_reports
-from engine.config.read import Config
+from engine.config.read import Config, to_dict
 from engine.parallel.agree import everyone
 from engine.parallel.mesh import Mesh
+
+_CUTS = ("parallel.virtual", "parallel.layers", "parallel.overlap", "parallel.bucket_size")
+_CUTS_OF_A_PHASE = ("train.freeze", "train.precision")
+"""Settings beside TP, PP and DP that decide which elements a rank owns."""
 
 
 def host_name() -> str:
@@ -62,6 +67,9 @@ def newest_local(config: Config, mesh: Mesh, *, newer_than: int) -> Checkpoint |
             continue
         place = folder / set_name(step, mesh)
         brought = bring(place, holders, leads, mesh)
+        if useless := _useless(place, config, leads, mesh):
+            _say(f"WARNING: {place.name} on the hosts was not used: {useless}", mesh)
+            continue
         problems = [problem for problem in everyone(_problem(place, rank), mesh.control) if problem]
         if problems:
             _say(f"WARNING: {place.name} on the hosts is damaged and was not used: {problems[0]}", mesh)
@@ -73,6 +81,28 @@ def newest_local(config: Config, mesh: Mesh, *, newer_than: int) -> Checkpoint |
         return checkpoint
     _tell_of_other_layouts(folder, mesh, newer_than)
     return None
+
+
+def _useless(place: Path, config: Config, leads: list[int], mesh: Mesh) -> str:
+    """Why no start can use the set: a manifest that cannot be read, or settings by which ranks own other elements than
+    they did, which lie on hosts that they do not see. Collective.
+    """
+    found, rank = "", mesh.world.rank
+    if rank == leads[rank]:
+        try:
+            was = read_manifest(place / HEAD).config
+        except CheckpointError as error:
+            found = f"{error} ({host_name()})"
+        else:
+            is_whole = all((place / rank_file(other)).is_file() for other in range(len(leads)))
+            cuts = _CUTS if config.phases else (*_CUTS, *_CUTS_OF_A_PHASE)
+            changes = [] if is_whole else changed_settings(was, to_dict(config), cuts)
+            if changes:
+                found = (
+                    f"it is cut otherwise, {'; '.join(map(str, changes))}, and {host_name()} has not all of its files; "
+                    "start with the settings that were until the next checkpoint to keep its steps"
+                )
+    return next(filter(None, everyone(found, mesh.control)), "")
 
 
 def _tell_of_other_layouts(folder: Path, mesh: Mesh, newer_than: int) -> None:
