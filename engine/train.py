@@ -84,7 +84,7 @@ def _train(job: Job, working: int) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
     facts = facts_of(to_dict(config))
-    ours = (LayoutError, NotEveryoneCame, RanksDiffer, UnfitRank)
+    ours = (ConfigError, LayoutError, NotEveryoneCame, RanksDiffer, UnfitRank)  # the first, of what a machine decides
     with Wishes() as wishes:  # until the last word is said
         try:
             with launch.job(config.parallel, facts, working) as (mesh, device):

@@ -61,10 +61,15 @@ def check_layout(config: Config, world_size: int) -> int:
     repeats = keep < local or config.train.recompute == "full"
     require(
         repeats or (config.train.keep_outputs == "none" and config.train.outputs_budget_gb is None),
-        f"train.keep_outputs has nothing to keep with train.keep_activations {keep}, all {local} micro-batches of a "
+        f"{_asked(config)} has nothing to keep with train.keep_activations {keep}, all {local} micro-batches of a "
         "replica: lower it",
     )
     return data
+
+
+def _asked(config: Config) -> str:
+    budget = config.train.outputs_budget_gb
+    return f"train.keep_outputs={config.train.keep_outputs}" if budget is None else f"train.outputs_budget_gb={budget}"
 
 
 def check_vocabulary(config: Config) -> None:

@@ -130,8 +130,8 @@ def _in_words(error: Exception) -> str:
         return f"error: {rank} {reason(error)}: torchrun's summary names the rank that ended first"
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            f"error: {rank} is out of memory ({' '.join(str(error).split())}): lower train.micro_batch_size or "
-            "train.keep_activations, set train.recompute, or cut the model further (tools.plan)"
+            f"error: {rank} is out of memory ({' '.join(str(error).split())}): lower train.micro_batch_size, "
+            "train.keep_activations or train.keep_outputs, set train.recompute, or cut the model further (tools.plan)"
         )
     if isinstance(error, RuntimeError) and _READER.search(str(error)):
         return (

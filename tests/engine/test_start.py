@@ -12,6 +12,8 @@ from data.errors import DataError
 from engine.config.phases import plan_job
 from engine.config.read import ConfigError, resolve
 from engine.paths import check_paths
+from engine.pipeline import outputs
+from engine.train import main
 from tests.data.shard_factory import make_shards
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,3 +145,15 @@ def test_the_other_ranks_leave_the_word_to_the_first() -> None:
     assert waiting.stdout is not None and waiting.stdout.readline() == "waits\n"
     waiting.terminate()
     assert waiting.communicate(timeout=300)[1] == ""
+
+
+def test_what_only_a_machine_can_refuse_is_one_line_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """model.backend=auto looks at the machine when the job has begun; here no linear is one that keeps its output."""
+    monkeypatch.setattr(outputs, "can_keep", lambda _: False)
+    shards = f"data.shards={make_shards(tmp_path, [8])[0]}"
+    small = [*SMALL, "train.global_batch_size=8", "train.steps=1", "data.workers=0", "train.keep_outputs=fc2"]
+    assert main([str(ROOT / "examples" / "b16.yaml"), shards, f"run_dir={tmp_path}/run", *small]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: model.backend=auto has chosen Transformer Engine") and error.count("\n") == 1

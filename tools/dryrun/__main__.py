@@ -27,7 +27,8 @@ _EXAMPLES = (
     "python -m tools.dryrun examples/18b/2_3_4_phases.yaml --world-size 360 --phase video --json video.json",
 )
 _LESS = {
-    "contrastive": "or lower train.micro_batch_size, train.keep_activations or train.text_micro_batch_size",
+    "contrastive": "share weights (parallel.shard), or lower train.micro_batch_size, train.keep_activations, "
+    "train.keep_outputs or train.text_micro_batch_size",
     "mim": "lower train.micro_batch_size or parallel.virtual, or set train.recompute=full",
 }
 """Objective -> what else takes less memory."""
