@@ -23,7 +23,10 @@ from torch.utils._pytree import tree_leaves
 from engine.config.read import preset_model
 from engine.parallel.device import prepare
 from engine.parallel.mesh import Mesh, build_mesh
+from models.blocks.packed import PackedTokens
+from models.blocks.rope import text_rope_tables
 from models.config import ModelConfig
+from models.towers.text import TextTower
 from models.towers.vision import VisionTower
 from tools.cli import command_parser
 from tools.dryrun.absent import Absent
@@ -113,22 +116,36 @@ def count_block(model: ModelConfig, mesh: Mesh) -> BlockCounts:
     tokens = vision.kept_tokens(DROPOUT)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, Absent(fake):
         tower = VisionTower(model, groups=mesh.vision_groups(), layers=range(1, 2), dtype=torch.bfloat16)
-        how = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-        DistributedDataParallel(tower.config, how, tower, pg_collection=mesh.vision_groups())
-        x = torch.zeros(SAMPLES * tokens, 1, vision.width, dtype=torch.bfloat16, requires_grad=True)
-        packed = tower._tokens(
-            SAMPLES, torch.zeros(SAMPLES, tokens - vision.prefix_tokens, dtype=torch.int64), x.device
-        )
-        weights = {p.shape for p in tower.parameters() if p.dim() > 1}
-        with _Counting(weights) as forward:
-            y = tower.run_blocks(x, packed)
-        gradient = torch.zeros_like(y)
-        with _Counting(weights) as backward:
-            y.backward(gradient)
-        elements = sum(p.numel() for p in tower.parameters())
-    return BlockCounts(
-        forward=forward.counts, backward=backward.counts, channels=SAMPLES * tokens * vision.width, elements=elements
-    )
+        kept = torch.zeros(SAMPLES, tokens - vision.prefix_tokens, dtype=torch.int64)
+        return _count_first(tower, tower._tokens(SAMPLES, kept, kept.device), vision.width, mesh)
+
+
+def count_caption_block(model: ModelConfig, mesh: Mesh) -> BlockCounts:
+    """The same of the model's caption tower, at whole captions."""
+    text = replace(model.text, depth=2)  # the last one works for the pooled token alone
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, Absent(fake):
+        tower = TextTower(replace(model, text=text), groups=mesh.text_groups(), dtype=torch.bfloat16)
+        device, length = torch.device("cpu"), text.context_length
+        rope = text_rope_tables(length, text.width // text.heads, device) if text.rope else None
+        return _count_first(tower, PackedTokens.of(SAMPLES, length, device, rope), text.width, mesh)
+
+
+def _count_first(tower: VisionTower | TextTower, tokens: PackedTokens, width: int, mesh: Mesh) -> BlockCounts:
+    """Count the first block of a tower."""
+    how = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    buckets = DistributedDataParallel(tower.config, how, tower, pg_collection=mesh.vision_groups())
+    block, rows = tower.block.layers[0], SAMPLES * tokens.tokens_per_sample
+    x = torch.zeros(rows, 1, width, dtype=torch.bfloat16, requires_grad=True)
+    weights = {p.shape for p in block.parameters() if p.dim() > 1}
+    tower.divide(1)
+    with _Counting(weights) as forward:
+        y = tower._divided(x, tokens, "below")
+    gradient = torch.zeros_like(y)
+    with _Counting(weights) as backward:
+        y.backward(gradient)
+    del buckets  # its hooks add gradients for as long as somebody has it
+    elements = sum(p.numel() for p in block.parameters())
+    return BlockCounts(forward=forward.counts, backward=backward.counts, channels=rows * width, elements=elements)
 
 
 def main() -> None:
@@ -140,14 +157,15 @@ def main() -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     mesh = build_mesh(1, 1, dist.distributed_c10d._get_default_group())
     columns = f"{'products':>9}{'others':>8}{'B a token, channel':>20}{'sums, B an element':>20}"
-    print(f"{'model':<10}{'kernels':<9}{'pass':<10}{columns}")
-    for name in options.models:
+    print(f"{'block':<18}{'kernels':<9}{'pass':<10}{columns}")
+    for name, count in ((name, count) for name in options.models for count in (count_block, count_caption_block)):
+        block = name if count is count_block else f"{name}, text"
         for kernels in ("torch", "fused"):
-            found = count_block(replace(preset_model(name), block_kernels=kernels), mesh)
+            found = count(replace(preset_model(name), block_kernels=kernels), mesh)
             for which, counts in (("forward", found.forward), ("backward", found.backward)):
                 products, others = counts.launches["product"], counts.launches["other"]
                 sums, moved = counts.sum_bytes / found.elements, counts.other_bytes / found.channels
-                print(f"{name:<10}{kernels:<9}{which:<10}{products:>9}{others:>8}{moved:>20.1f}{sums:>20.1f}")
+                print(f"{block:<18}{kernels:<9}{which:<10}{products:>9}{others:>8}{moved:>20.1f}{sums:>20.1f}")
                 for row, size in counts.rows.most_common() if options.rows else ():
                     print(f"    {size / found.channels:8.2f} {row}")
     dist.destroy_process_group()

@@ -238,9 +238,9 @@ class ModelConfig(HashedOnce):
     """Norms of its blocks: auto (the backend's own) | torch | compiled (RMSNorm fused by torch.compile) | apex (fused
     RMSNorm) | te."""
     block_kernels: str = "auto"
-    """Everything between the matrix products of its blocks, and the sums of weight gradients: torch (an operator after
-    the other) | fused (norm with bias and residual, bias with GELU, SwiGLU with its norm, rope: one kernel each way,
-    written by torch.compile; sums inside the products) | auto (fused on a CUDA device with the local backend)."""
+    """Everything between the matrix products of its blocks, and of the caption tower's: torch (an operator after the
+    other) | fused (norm with bias and residual, bias with GELU, SwiGLU with its norm, rope: one kernel each way,
+    written by torch.compile) | auto (fused on a CUDA device with the local backend)."""
     fp8: str = "none"
     """GEMMs of the image tower's blocks: none | current (scaled per tensor; Ada, Hopper) | blockwise (128 x 128
     blocks; Hopper) | mxfp8 (32 elements; Blackwell). models/blocks/te.py says what stays bf16, and why no delayed

@@ -46,7 +46,11 @@ def _check_backend(model: ModelConfig) -> None:
         if value in from_te
     ]
     if asked and model.backend != "transformer_engine":
-        raise ModelConfigError(f"{asked[0]} needs model.backend=transformer_engine, not {model.backend}")
+        fused = " and model.block_kernels=torch" if model.block_kernels == "fused" else ""
+        raise ModelConfigError(
+            f"{asked[0]} needs model.backend=transformer_engine, not {model.backend}: set it{fused}, or leave "
+            f"{asked[0].split('=')[0]} out"
+        )
     if model.norm_kernel in ("apex", "compiled") and model.vision.norm != "rms":
         raise ModelConfigError(
             f"model.norm_kernel={model.norm_kernel} is a fused RMSNorm, but model.vision.norm is {model.vision.norm}: "
@@ -58,9 +62,11 @@ def _check_fused(model: ModelConfig) -> None:
     if model.block_kernels != "fused":
         return
     if model.backend != "local":
+        fp8 = "" if model.fp8 == "none" else " and model.fp8=none"
+        whose = "has kernels of its own" if model.backend == "transformer_engine" else "may choose others"
         raise ModelConfigError(
-            f"model.block_kernels=fused works on the linears of model.backend=local, not {model.backend}, which has "
-            "kernels of its own: set model.block_kernels=torch"
+            f"model.block_kernels=fused works on the linears of model.backend=local, not {model.backend}, which "
+            f"{whose}: set model.block_kernels=torch, or model.backend=local{fp8}"
         )
     if model.norm_kernel != "auto":
         raise ModelConfigError(

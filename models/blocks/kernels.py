@@ -1,11 +1,11 @@
-"""Which kernels the blocks of the image tower run on: chosen by the config, once, and the same on every rank.
+"""Which kernels the blocks of both towers run on: chosen by the config, once, and the same on every rank.
 
 The choice: model.backend names whose linears they are, model.attention and model.norm_kernel replace one kernel each,
 and model.block_kernels=fused all that stands between products (models/blocks/fused; `auto` on a CUDA device with the
 local backend). `auto` of attention and norm_kernel is what belongs to the backend; only model.backend=auto looks at the
 machine, and the local backend's attention, which is faster as plain matrix products on a CPU that multiplies bf16. The
-caption tower (2 % of the FLOPs), the patch embedding, the head and the norm in front of it always run on torch's
-kernels.
+blocks of the caption tower (2 % of the FLOPs) are fused where the image tower's are, and have our linears and torch's
+kernels otherwise, as the patch embedding, the head and the norm in front of it always do.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class Kernels:
     norm: Callable[..., nn.Module]
     attention: Kernel
     fused: bool = False
-    """Whether the operators between products are fused (models/blocks/fused), and sums of weight gradients."""
+    """Whether the operators between products are fused (models/blocks/fused)."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What the kernels need of megatron-core's TransformerConfig."""
 
@@ -138,6 +138,14 @@ def require_kernels(model: ModelConfig, dtype: torch.dtype) -> Choice:
     if choice.attention == "flash4" and torch.cuda.is_available() and torch.cuda.get_device_capability() < HOPPER:
         raise ModelConfigError("model.attention=flash4 has gradients from Hopper on only: set model.attention=flash")
     return choice
+
+
+def captions_are_fused(model: ModelConfig, dtype: torch.dtype) -> bool:
+    """Whether the caption tower's blocks are; ModelConfigError if there is no compiler for them."""
+    fused = choose(model, dtype).block_kernels == "fused"
+    if fused:
+        require_compiler("model.block_kernels=fused")
+    return fused
 
 
 def vision_kernels(model: ModelConfig, layers: range, dtype: torch.dtype) -> Kernels:

@@ -156,16 +156,16 @@ def _linear_qkv(vision: VisionConfig, kernels: Kernels) -> Callable[..., nn.Modu
     return build
 
 
-def text_layer_spec(text: TextConfig, config: TransformerConfig, groups: Groups) -> ModuleSpec:
-    """One block of the caption tower on torch's kernels: pre-norm."""
-    kernels = Kernels(column=ColumnLinear, row=RowLinear, norm=NORMS[text.norm], attention=SdpaAttention)
+def text_layer_spec(text: TextConfig, config: TransformerConfig, groups: Groups, *, fused: bool) -> ModuleSpec:
+    """One block of the caption tower, pre-norm, on our linears and torch's attention and norms, fused or not."""
+    kernels = Kernels(column=ColumnLinear, row=RowLinear, norm=NORMS[text.norm], attention=SdpaAttention, fused=fused)
     return _layer_spec(
         config=config,
         kernels=kernels,
         post_norm=False,
         mask=AttnMaskType.causal if text.causal else AttnMaskType.no_mask,
         linear_qkv=ColumnLinear,
-        core_attention=partial(CoreAttention, kernel=SdpaAttention),
+        core_attention=partial(CoreAttention, kernel=SdpaAttention, turn=turned if fused else rotate_both),
         mlp=_swiglu_mlp(groups, kernels, norm=False) if text.mlp == "swiglu" else _gelu_mlp(config, kernels),
     )
 

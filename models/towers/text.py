@@ -7,6 +7,7 @@ the mesh holds a whole one and encodes its own captions.
 import torch
 from torch import Tensor, nn
 
+from models.blocks.kernels import captions_are_fused
 from models.blocks.norms import NORMS
 from models.blocks.packed import PackedTokens
 from models.blocks.rope import text_rope_tables
@@ -27,7 +28,7 @@ class TextTower(DividedTower):
         self.token_embedding = nn.Parameter(torch.empty(text.vocab_size, text.width, dtype=dtype))
         table = torch.empty(text.context_length, text.width, dtype=dtype) if text.pos_embed else None
         self.pos_embed = None if table is None else nn.Parameter(table)
-        spec = text_layer_spec(text, self.config, groups)
+        spec = text_layer_spec(text, self.config, groups, fused=captions_are_fused(model, dtype))
         self.block = build_block(spec, text.depth, self.config, groups, ends_tower=True)
         self.divide(0)
         self.norm = NORMS[text.norm](config=self.config, hidden_size=text.width, eps=text.norm_eps)

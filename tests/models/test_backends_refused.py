@@ -87,6 +87,36 @@ def test_a_config_is_refused(options: list[str], message: str) -> None:
     assert "\n" not in str(refusal.value)
 
 
+FP8, LOCAL, FUSED, TORCH = (
+    "model.fp8=current",
+    "model.backend=local",
+    "model.block_kernels=fused",
+    "model.block_kernels=torch",
+)
+KEPT, NO_FP8 = "train.keep_outputs=fc2", "model.fp8=none"
+
+
+@pytest.mark.parametrize(
+    ("options", "fixes"),
+    [
+        ([TE, KEPT], [LOCAL]),
+        ([TE, FP8, KEPT], [LOCAL, NO_FP8]),
+        ([TE, FUSED], [TORCH]),
+        ([TE, FUSED], [LOCAL]),
+        ([TE, FUSED, FP8], [LOCAL, NO_FP8]),
+        ([FUSED, "model.backend=auto"], [LOCAL]),
+        ([FUSED, FP8], [TE, TORCH]),
+    ],
+    ids=str,
+)
+def test_a_refusal_says_all_that_is_to_be_set(options: list[str], fixes: list[str]) -> None:
+    given = dict(option.split("=", 1) for option in (BF16, FITTING, *options))
+    with pytest.raises(ConfigError) as refusal:
+        _resolve(*map("=".join, given.items()))
+    assert all(fix in str(refusal.value) for fix in fixes)
+    _resolve(*map("=".join, (given | dict(fix.split("=", 1) for fix in fixes)).items()))
+
+
 @pytest.mark.parametrize(
     "options",
     [

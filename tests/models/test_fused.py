@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.operators import count_block
+from benchmarks.operators import count_block, count_caption_block
 from engine.config.read import ConfigError, preset_model, resolve
 from engine.parallel.mesh import Mesh
 from models.blocks.fused.mlp import activated, gated
@@ -246,6 +246,16 @@ def test_launches_and_bytes_between_products(preset: str, mesh: Mesh) -> None:
     counted = (*launches, *found.per_channel())
     assert all(number <= limit for number, limit in zip(counted, LIMITS[preset], strict=True)), counted
     assert min(counted) > 1
+
+
+def test_launches_and_bytes_of_a_captions_block(mesh: Mesh) -> None:
+    """The counter's 60 and 79 bytes of separate operators, with torch's LayerNorm in one, are 34 and 69."""
+    found = {}
+    for kernels in ("torch", "fused"):
+        counts = count_caption_block(replace(preset_model("18b"), block_kernels=kernels), mesh)
+        launches = [one.launches["other"] for one in (counts.forward, counts.backward)]
+        found[kernels] = *launches, *(round(size) for size in counts.per_channel())
+    assert found == {"torch": (8, 18, 60, 79), "fused": (4, 15, 34, 69)}
 
 
 def test_the_count_of_separate_operators_is_known(mesh: Mesh) -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.parallel.mesh import Mesh
+from models.blocks.fused.block import FusedBlock
 from models.config import ModelConfig, ModelConfigError, TextConfig
 from models.formats import layout_of
 from models.tensors.init import initialise
@@ -25,10 +26,12 @@ MODERN = TextConfig(
 IDS = torch.tensor([[7, 3, 9, 4, 0, 0], [5, 5, 2, 8, 6, 1]])
 
 
-def build(text: TextConfig, mesh: Mesh) -> tuple[TextTower, dict[str, Tensor]]:
+def build(
+    text: TextConfig, mesh: Mesh, kernels: str = "torch", dtype: torch.dtype = torch.float32
+) -> tuple[TextTower, dict[str, Tensor]]:
     """The tower and its weights by logical name."""
-    model = ModelConfig(embed_dim=16, text=text)
-    tower = TextTower(model, groups=mesh.text_groups())
+    model = ModelConfig(embed_dim=16, text=text, block_kernels=kernels)
+    tower = TextTower(model, groups=mesh.text_groups(), dtype=dtype)
     names = logical_tensors(tower, "text", 0, 1)
     initialise(tower, names, model, seed=0, tensor_rank=0, tensor_size=1)
     with torch.no_grad():
@@ -69,6 +72,33 @@ def written_out(text: TextConfig, w: dict[str, Tensor], ids: Tensor) -> Tensor:
     else:
         x = x[torch.arange(len(ids)), {"first": 0, "last": -1, "end": ids.argmax(-1)}[text.pool]]
     return x @ w["text.projection.weight"].T
+
+
+CLIP = TextConfig(context_length=12, vocab_size=50, width=24, depth=3, heads=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "text",
+    [CLIP, replace(CLIP, mlp="quick_gelu"), replace(CLIP, mlp="gelu_tanh", causal=False, pool="last"), MODERN],
+    ids=["clip", "openai", "siglip", "modern"],
+)
+def test_fused_blocks_have_the_same_features_and_gradients(text: TextConfig, dtype: torch.dtype, mesh: Mesh) -> None:
+    found = []
+    for kernels in ("torch", "fused"):
+        tower, _ = build(text, mesh, kernels, dtype)
+        assert isinstance(tower.block.layers[0], FusedBlock) == (kernels == "fused")
+        with torch.compiler.set_stance("force_eager"):
+            features = tower(IDS)
+            features.backward(torch.linspace(-1, 1, features.numel()).view_as(features).to(dtype))
+        gradients = {name: parameter.grad for name, parameter in tower.named_parameters()}
+        found.append({"features": features, **gradients})
+    limit = 1e-5 if dtype == torch.float32 else 5e-2  # as many roundings to 8 bits as operators
+    plain, fused = found
+    assert plain.keys() == fused.keys()
+    for name, value in plain.items():
+        other = fused[name]
+        assert value is not None and other is not None and deviation(other.double(), value.double()) < limit, name
 
 
 @pytest.mark.parametrize("pool", ["mean", "first", "last", "end"])

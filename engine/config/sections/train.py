@@ -174,10 +174,11 @@ def _check_outputs(config: "Config") -> None:
         )
         return
     asked = f"train.keep_outputs={level}" if budget is None else f"train.outputs_budget_gb={budget}"
+    fp8 = "" if model.fp8 == "none" else " and model.fp8=none"
     require(
         model.backend != "transformer_engine",
-        f"{asked} needs model.backend=local: Transformer Engine's linears quantise and multiply in one call and cannot "
-        "answer with a kept output",
+        f"{asked} needs model.backend=local, not transformer_engine, whose linears quantise and multiply in one call "
+        f"and cannot answer with a kept output: set model.backend=local{fp8}, or leave {asked.split('=')[0]} out",
     )
     require(
         train.recompute == "full" or train.keep_activations != -1,

@@ -1,4 +1,4 @@
-"""A block of the image tower with the operators between its products fused; modules and names are the unfused one's.
+"""A block of either tower with the operators between its products fused; modules and names are the unfused one's.
 
 Per token and channel of an 18B block in bf16, 32 bytes are read and written forward and 64 backward, in 3 and 10
 launches, where separate operators take 128 and 212 in 22 and 34 (counted: `python -m benchmarks.operators`):
