@@ -10,6 +10,7 @@ import torch.distributed as dist
 from data.errors import DataError
 from data.sources import check_shards
 from engine.callbacks.checkpoint import CheckpointCallback
+from engine.checkpoint.format.lock import RunLock
 from engine.checkpoint.load import training_position
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.resume import choose, clear_run, is_started_again, lock_run, newest_good
@@ -44,7 +45,7 @@ def train_job(job: Job, mesh: Mesh, device: Device, callbacks: Callbacks, wishes
     """
     config, plan, run_dir = job.config, job.phases, Path(job.config.run_dir)
     begin: Callable[[], Checkpoint | None] = lambda: choose(config, mesh)  # noqa: E731
-    with _alone_in(run_dir, mesh, wishes), _Status(run_dir, mesh, wishes) as status:
+    with _alone_in(run_dir, mesh, wishes) as lock, _Status(run_dir, mesh, wishes, lock) as status:
         clear_run(run_dir, mesh)
         while True:
             phase, stopped = _run_next(plan, status, mesh, device, begin, callbacks, wishes)
@@ -55,28 +56,31 @@ def train_job(job: Job, mesh: Mesh, device: Device, callbacks: Callbacks, wishes
 
 
 @contextmanager
-def _alone_in(run_dir: Path, mesh: Mesh, wishes: Wishes | None) -> Iterator[None]:
-    """The run folder is this job's inside the block, from the first phase to the last word. Collective."""
+def _alone_in(run_dir: Path, mesh: Mesh, wishes: Wishes | None) -> Iterator[RunLock | None]:
+    """The run folder is this job's inside the block, from the first phase to the last word. World rank 0 has the lock.
+    Collective.
+    """
     lock = lock_run(run_dir, mesh)
     if lock is None:
-        yield
+        yield None
         return
     if wishes is not None:
         wishes.before_leaving.append(lock.release)
     try:
-        yield
+        yield lock
     finally:
         lock.release()
 
 
 class _Status:
     """How this start is doing, in run_dir/status.json, and how it ended: what an earlier one has left there says
-    nothing about this one, and whatever ends the block by an error is told. World rank 0 writes it.
+    nothing about this one, and whatever ends the block by an error is told. World rank 0 writes it, while it holds the
+    folder: one that stood still until another job took it says nothing there.
     """
 
-    def __init__(self, run_dir: Path, mesh: Mesh, wishes: Wishes | None):
-        """Collective over the mesh."""
-        self._run_dir, self._is_told, self._wishes = run_dir, mesh.world.rank == 0, wishes
+    def __init__(self, run_dir: Path, mesh: Mesh, wishes: Wishes | None, lock: RunLock | None):
+        """lock: of world rank 0. Collective over the mesh."""
+        self._run_dir, self._lock, self._wishes = run_dir, lock, wishes
         self._outcome = STARTING
         self.pulse: Pulse | None = None
         """The phase under way beats there."""
@@ -86,7 +90,7 @@ class _Status:
     def says(self, outcome: str, why: str = "") -> None:
         """Write it down."""
         self._outcome = outcome
-        if self._is_told:
+        if self._lock is not None and not self._lock.taken_by():
             write_status(self._run_dir, outcome, step=self.step, reason=why)
 
     def __enter__(self) -> "_Status":

@@ -6,10 +6,13 @@ A child talks to the test over a pipe.
 import multiprocessing as mp
 import resource
 import signal
+import sys
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
+from engine.checkpoint.format import lock
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.lock import RunLock
 from tests.checkpoint.jobs import alone, build, callback_of, drive, job_config, run_steps, save
@@ -83,3 +86,10 @@ def save_with_file_limit(pipe: Connection, run_dir: Path, limit_bytes: int) -> N
             drive(trainer, callback, 1)
         except CheckpointError as error:
             pipe.send(str(error))
+
+
+def hold_lock_and_look_often(pipe: Connection, run_dir: Path) -> None:
+    """Take the lock and look every moment who holds it. Says "locked", then what it has to say at its end."""
+    lock._TOUCH_EVERY_S = 0.01
+    sys.stderr = SimpleNamespace(write=lambda text: text.strip() and pipe.send(text), flush=lambda: None)  # type: ignore
+    hold_lock(pipe, run_dir)

@@ -41,7 +41,14 @@ from engine.checkpoint.resume import newest_good
 from engine.parallel.mesh import Mesh
 from engine.resilience.roll_call import RollCall
 from engine.resilience.signals import STOP_FILE
-from tests.checkpoint.children import child, hear, hold_lock, save_for_ever, save_with_file_limit
+from tests.checkpoint.children import (
+    child,
+    hear,
+    hold_lock,
+    hold_lock_and_look_often,
+    save_for_ever,
+    save_with_file_limit,
+)
 from tests.checkpoint.jobs import alone, build, callback_of, drive, job_config, release, run_steps, save
 
 
@@ -432,6 +439,24 @@ def test_a_job_of_another_machine_that_lives_is_not_disturbed(tmp_path: Path) ->
     finally:
         ended.set()
         alive.join()
+
+
+def test_a_holder_that_was_taken_for_gone_ends_and_leaves_the_folder_to_the_next_one(tmp_path: Path) -> None:
+    """A host that was stopped, or cut off from its files, for longer than it is watched."""
+    mark, other = tmp_path / LOCK_FILE, '{"host": "elsewhere", "pid": 7}'
+    held = RunLock(tmp_path)
+    assert held.taken_by() == ""
+    mark.write_text(other)
+    assert held.taken_by() == "process 7 on elsewhere"
+    held.release()
+    assert mark.read_text() == other
+    with child(hold_lock_and_look_often, tmp_path / "run") as (process, pipe):
+        assert hear(pipe) == "locked"
+        (tmp_path / "run" / LOCK_FILE).write_text(other)
+        process.join()
+        assert process.exitcode == 1
+        assert "was taken by process 7 on elsewhere while this process stood still" in hear(pipe)
+    assert (tmp_path / "run" / LOCK_FILE).read_text() == other
 
 
 def test_a_lock_that_somebody_removes_while_it_is_watched_is_one_line(

@@ -17,6 +17,7 @@ from engine.config.phases import plan_job
 from engine.config.read import Config, ParallelConfig, resolve
 from engine.job import train_job
 from engine.parallel.launch import job
+from engine.record import Callback, Record
 from engine.resilience.signals import SAVE_FILE, STOP_FILE, Wishes, asked_by_file
 from engine.resilience.status import FAILED, FINISHED, RUNNING, read_status, write_status
 from tests.data.shard_factory import make_shards
@@ -121,6 +122,22 @@ def test_the_last_word_is_said_while_the_folder_is_still_held(
     assert train(config_of(shards, run_dir))
     assert given_back == ["finished"]
     assert read_status(run_dir)["step"] == STEPS
+
+
+def test_a_job_that_was_taken_for_gone_says_nothing_where_another_one_is(shards: list[str], tmp_path: Path) -> None:
+    run_dir, other = tmp_path / "run", '{"host": "elsewhere", "pid": 7}'
+
+    class StoodStill(Callback):
+        """Another host's job has come meanwhile; its ranks have lost this one."""
+
+        def on_step(self, record: Record) -> None:
+            (run_dir / LOCK_FILE).write_text(other)
+            write_status(run_dir, RUNNING, step=9, reason="of the other one")
+            raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(RuntimeError), Wishes() as wishes, job(ParallelConfig()) as (mesh, device):
+        train_job(plan_job(config_of(shards, run_dir)), mesh, device, lambda trainer: [StoodStill()], wishes)
+    assert read_status(run_dir)["reason"] == "of the other one" and (run_dir / LOCK_FILE).read_text() == other
 
 
 def test_a_lock_that_cannot_be_emptied_says_nothing_about_the_job(

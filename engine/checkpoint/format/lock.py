@@ -5,7 +5,8 @@ processes do not inherit it, so a lock left by a killed job never has to be clea
 does not carry locks between machines, the file tells of a job on another one (engine/checkpoint/format/machine.py; one
 that has booted since is another one). Whether that one lives is watched, not computed: its file is touched all the
 time, and clocks of two machines need not agree. A job that its scheduler starts again on other machines takes the
-folder at once: the scheduler has ended the start before.
+folder at once: the scheduler has ended the start before. A holder that was only stopped for so long (its host, or the
+network to the files), and lives again, finds another name in the file: it ends without another word to the folder.
 """
 
 import fcntl
@@ -15,11 +16,13 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from contextlib import suppress
 from pathlib import Path
 
 from engine.checkpoint.format.errors import CheckpointError
 from engine.checkpoint.format.machine import machine_of
+from engine.resilience.exit import leave
 from engine.waits import Flag
 
 LOCK_FILE = "run.lock"
@@ -61,19 +64,27 @@ class RunLock:
                 f"would overwrite each other's files; end that job or give another {self._named}"
             ) from None
         machine = machine_of(run_dir)
+        self._taken_by = ""
         if holder and holder.get("machine") != machine and not _same_job(holder):
             self._watch(run_dir, holder)
         held_by = {"host": socket.gethostname(), "pid": os.getpid(), "machine": machine, "job": _job()}
-        content = json.dumps(held_by).encode()
+        self._held_by = held_by | {"start": uuid.uuid4().hex}
         os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, content, 0)
+        os.pwrite(self._descriptor, json.dumps(self._held_by).encode(), 0)
 
     def _holder(self) -> dict[str, object]:
-        try:
-            holder = json.loads(os.pread(self._descriptor, 4096, 0))
-        except ValueError:
-            return {}  # empty: released in order, or never held
-        return holder if isinstance(holder, dict) and {"host", "pid"} <= holder.keys() else {}
+        return _holder_in(os.pread(self._descriptor, 4096, 0))
+
+    def taken_by(self) -> str:
+        """Who has taken the folder from this holder, which was thought to be gone; empty: nobody."""
+        if not self._taken_by:
+            try:
+                holder = _holder_in(self._path.read_bytes())  # by name, as above
+            except OSError:  # removed with the folder, which is no reason to end, or the file system is away
+                return ""
+            if holder and holder != self._held_by:
+                self._taken_by = f"process {holder['pid']} on {holder['host']}"
+        return self._taken_by
 
     def _watch(self, run_dir: Path, holder: dict[str, object]) -> None:
         """Until the holder's file has stood still for long enough. Raises CheckpointError if it is touched."""
@@ -104,10 +115,18 @@ class RunLock:
 
     def _keep_fresh(self) -> None:
         while not self._released.wait(_TOUCH_EVERY_S):
+            if who := self.taken_by():
+                self._end(who)
             try:
                 os.utime(self._descriptor)
             except OSError:  # released meanwhile, or the file system is away: the next touch tells
                 continue
+
+    def _end(self, who: str) -> None:
+        folder = f"{self._named} {self._path.parent}"
+        line = f"error: {folder} was taken by {who} while this process stood still, or could not be seen: it ends"
+        print(line, file=sys.stderr, flush=True)
+        leave(1)
 
     def release(self) -> None:
         """Give the folder back; a second time does nothing. Where the file cannot be emptied any more, that is left to
@@ -116,8 +135,17 @@ class RunLock:
         if not self._released.is_set():
             self._released.set()
             with suppress(OSError):
-                os.ftruncate(self._descriptor, 0)
+                if not self.taken_by():
+                    os.ftruncate(self._descriptor, 0)
             os.close(self._descriptor)  # closing drops the lock
+
+
+def _holder_in(content: bytes) -> dict[str, object]:
+    try:
+        holder = json.loads(content)
+    except ValueError:
+        return {}  # empty: released in order, or never held
+    return holder if isinstance(holder, dict) and {"host", "pid"} <= holder.keys() else {}
 
 
 def _same_job(holder: dict[str, object]) -> bool:
