@@ -82,16 +82,22 @@ def reason(error: Exception) -> str:
 def tell(error: Exception, run_dir: Path | None = None) -> int:
     """Print what this rank has to say about the error that ends it; returns the exit status.
 
-    A rank that has lost another leaves its last collectives in run_dir/hang: the lost one may have died in them.
+    A rank that has lost another leaves its last collectives in run_dir/hang: the lost one may have died in them. The
+    one that tells of it names those that have fallen silent, since nobody else does where a whole host is gone.
     """
+    silent = ""
     if lost_peer(error):
         if run_dir is not None:
             leave_collectives(run_dir / "hang")
-        time.sleep(_LATER_S)
+        silence: Callable[[float], str] | None = getattr(error, "silence", None)
+        if silence is not None and not getattr(error, "told_elsewhere", False):
+            silent = silence(_LATER_S)
+        else:
+            time.sleep(_LATER_S)
         if _asked(getattr(error, "at_fault_has_told", None)):
             return 1
     if not getattr(error, "told_elsewhere", False):
-        _say(_in_words(error))
+        _say(_in_words(error, silent))
     _stay_for_the_others(error)
     return 1
 
@@ -119,15 +125,17 @@ def _in_groups(entries: list[dict[str, Any]]) -> list[str]:
     return [line for lines in groups.values() for line in lines[-_KEPT:]]
 
 
-def _in_words(error: Exception) -> str:
+def _in_words(error: Exception, silent: str) -> str:
+    """silent: ranks that have stopped to give signs of life, in words; known where one was lost."""
     rank = f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
     if lost_peer(error):
-        if _TOO_LATE.search(str(error)):
+        if not silent and _TOO_LATE.search(str(error)):
             return (
                 f"error: {rank} {reason(error)}: none answered within parallel.timeout_minutes, or the whole job was "
                 "stopped for longer; a new start goes on from the newest checkpoint"
             )
-        return f"error: {rank} {reason(error)}: torchrun's summary names the rank that ended first"
+        who = silent or "torchrun's summary, on the host of the rank that ended first, names it"
+        return f"error: {rank} {reason(error)}: {who}"
     if isinstance(error, torch.OutOfMemoryError):
         return (
             f"error: {rank} is out of memory ({' '.join(str(error).split())}): lower train.micro_batch_size, "

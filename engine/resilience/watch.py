@@ -26,7 +26,7 @@ from typing import Any
 import torch.distributed as dist
 
 from engine.resilience.exit import leave
-from engine.resilience.failures import leave_collectives
+from engine.resilience.failures import leave_collectives, lost_peer
 from engine.resilience.status import FAILED, write_status
 from engine.waits import Flag
 
@@ -96,10 +96,12 @@ class Watch:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._ended.set()
         self._thread.join()
         if self._store is not None:
+            if isinstance(error, Exception) and lost_peer(error):
+                error.silence = self.silence  # type: ignore[attr-defined]
             with contextlib.suppress(RuntimeError):  # others may be at work for long yet, and would miss this one
                 self._store.set(f"{self.rank}", json.dumps(_GONE))
 
@@ -179,6 +181,24 @@ class Watch:
             return ""
         never = [f"rank {rank}" for rank, key in enumerate(keys) if not store.check([key])]
         return f"no sign of life from {_listed(never)} since the start, {self.limit_s:.0f} s ago" if never else ""
+
+    def silence(self, seconds: float) -> str:
+        """Name the ranks that give no sign of life for so long from now on and have not ended in order; empty: there is
+        none, or the store went with its host.
+        """
+        before = self._places_told()
+        time.sleep(seconds)
+        after = self._places_told()
+        silent = [rank for rank, place in after.items() if place != _GONE and place == before.get(rank)]
+        return f"no sign of life from {_named(silent, after)}" if silent else ""
+
+    def _places_told(self) -> dict[int, dict[str, Any]]:
+        try:
+            store = self._store
+            told = [rank for rank in range(self.size) if store is not None and store.check([str(rank)])]
+            return {rank: json.loads(store.get(str(rank))) for rank in told} if store is not None else {}
+        except RuntimeError:
+            return {}
 
     def _judge(self, places: dict[int, dict[str, Any]]) -> str:
         now = time.monotonic()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from engine.resilience.failures import tell
 from engine.resilience.status import read_status
 from engine.resilience.watch import LOOKS_AROUND, Pulse, Watch, stacks_of_threads
 
@@ -89,6 +90,26 @@ def test_a_rank_that_has_ended_in_order_is_not_missed(tmp_path: Path) -> None:
         assert judge._seen.keys() == {0, 1}
     judge._seen[1] = (0, time.monotonic() - 2 * LIMIT_S)
     assert verdict(judge) == ""
+
+
+def test_a_rank_that_lost_others_names_those_that_have_fallen_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a host that is gone nobody else says a word."""
+    store, lost = dist.HashStore(), RuntimeError("Read error [127.0.0.1]:1: Connection reset by peer")
+    others = [Watch(Pulse(part="encode"), tmp_path, rank, 4, LIMIT_S, store) for rank in (1, 2, 3)]
+    for other in others:
+        other._tell(7)
+    with pytest.raises(RuntimeError), Watch(Pulse(), tmp_path, 0, 4, LIMIT_S, store):
+        raise lost
+    with Watch(Pulse(), tmp_path, 3, 4, LIMIT_S, store):
+        pass  # it has ended in order
+    monkeypatch.setattr("engine.resilience.watch.time.sleep", lambda seconds: others[1]._tell(8))
+    assert tell(lost) == 1
+    who = f"no sign of life from rank 1 on {socket.gethostname()} (pid {os.getpid()}) in 'encode' of step 0"
+    assert capsys.readouterr().err.endswith(f"Connection reset by peer): {who}\n")
+    lost.told_elsewhere = True  # type: ignore[attr-defined]
+    assert tell(lost) == 1 and not capsys.readouterr().err
 
 
 def test_of_ranks_that_stand_still_those_that_wait_for_nobody_are_late() -> None:
