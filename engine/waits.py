@@ -1,4 +1,5 @@
-"""A flag that threads wait for, for a time that no step of the machine's clock makes longer.
+"""A flag that threads wait for, for a time that no step of the machine's clock makes longer, and questions that may
+never be answered.
 
 Python's own timed waits (`threading.Event.wait`, `Thread.join`) follow the wall clock where it was built against a C
 library without sem_clockwait (glibc before 2.30: conda's and uv's builds): a clock that is set back by an hour while a
@@ -6,9 +7,17 @@ wait is under way makes it an hour longer, and a thread that is to speak every s
 kernel's poll counts the seconds that pass.
 """
 
+import contextlib
 import os
 import select
+import threading
 import weakref
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+ANSWER_S = 5.0
+"""What a store that somebody still runs takes at the most, all ranks asking at once."""
 
 
 class Flag:
@@ -37,3 +46,19 @@ class Flag:
         poll = select.poll()
         poll.register(self._descriptor, select.POLLIN)
         return bool(poll.poll(1000 * timeout_s))
+
+
+def answer_of(question: Callable[[], T], otherwise: T) -> T:
+    """What a store answers. One whose host has gone raises RuntimeError, one whose host stands still or cannot be
+    reached says nothing, for minutes or for ever: `otherwise`, then.
+    """
+    answers, over = list[T](), Flag()
+
+    def ask() -> None:
+        with contextlib.suppress(RuntimeError):
+            answers.append(question())
+        over.set()
+
+    threading.Thread(target=ask, name="asks the store", daemon=True).start()
+    over.wait(ANSWER_S)
+    return answers[0] if answers else otherwise

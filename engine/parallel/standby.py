@@ -5,6 +5,8 @@ import time
 
 import torch.distributed as dist
 
+from engine.waits import answer_of
+
 _LEFT = "the job has ended"
 _POLL_S = 1.0
 
@@ -22,5 +24,4 @@ def stand_by(store: dist.Store) -> None:
 
 def let_go(store: dist.Store) -> None:
     """Tell the ranks that stand by. Rank 0 only, at its end."""
-    with contextlib.suppress(RuntimeError):
-        store.set(_LEFT, "")
+    answer_of(lambda: store.set(_LEFT, ""), None)

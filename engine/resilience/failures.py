@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from engine.parallel.agree import PeerFailed
+from engine.waits import answer_of
 
 _POLL_S = 0.02
 _LOST = re.compile(
@@ -43,7 +44,8 @@ def note(error: Exception, store: dist.Store) -> None:
     lost = lost_peer(error)
     text = "lost" if lost else f"{type(error).__name__} {error}"
     at_fault_has_told: Callable[[], bool] = lambda: store.check([_AT_FAULT])  # noqa: E731
-    try:
+
+    def noted() -> bool:
         if isinstance(error, PeerFailed) or (lost and at_fault_has_told()):
             told = True
         else:
@@ -51,9 +53,10 @@ def note(error: Exception, store: dist.Store) -> None:
                 store.set(_AT_FAULT, "")
             told = store.add(f"told/{hashlib.sha256(text.encode()).hexdigest()}", 1) > 1
         store.add(_NOTED, 1)
-    except RuntimeError:  # the store went with its host: better told twice than never
-        told = isinstance(error, PeerFailed)
-    error.told_elsewhere = told  # type: ignore[attr-defined]
+        return told
+
+    # where the store does not answer: better told twice than never
+    error.told_elsewhere = answer_of(noted, isinstance(error, PeerFailed))  # type: ignore[attr-defined]
     if lost:
         error.at_fault_has_told = at_fault_has_told  # type: ignore[attr-defined]
     elif _holds_the_store():
@@ -167,11 +170,8 @@ def _stay_for_the_others(error: Exception) -> None:
 
 
 def _asked(question: Callable[[], bool] | None) -> bool:
-    """An answer from the store, which may be gone with its host."""
-    try:
-        return question is not None and question()
-    except RuntimeError:
-        return False
+    """An answer from the store, which may be gone with its host, or stand still with it."""
+    return question is not None and answer_of(question, False)
 
 
 def _say(text: str) -> None:

@@ -7,7 +7,9 @@ tensor partners cannot be told from one that computes: both are named. Loading, 
 they take: there a rank stands still if no thread of it has moved in its Python code. The judge's line goes to standard
 error, the stacks to run_dir/hang/, the place of each rank to run_dir/heartbeats/ for watchers outside.
 
-The same thread notices when torchrun is gone, and which ranks take longer than most to compute a step.
+The same thread notices which ranks take longer than most to compute a step. A second one, which asks nobody, notices
+when torchrun is gone, and when the store does not answer: its host stands still or cannot be reached. A rank that
+stands still, too, ends then without a judge; one whose steps go on does not need the store.
 """
 
 import contextlib
@@ -28,7 +30,7 @@ import torch.distributed as dist
 from engine.resilience.exit import leave
 from engine.resilience.failures import leave_collectives, lost_peer
 from engine.resilience.status import FAILED, write_status
-from engine.waits import Flag
+from engine.waits import ANSWER_S, Flag, answer_of
 
 HUNG = 86
 """Exit status of a job that stood still."""
@@ -83,45 +85,77 @@ class Watch:
         self._began_s = time.monotonic()
         """Since when this rank watches without having been away."""
         self._parent, self._orphan_s = os.getppid(), 0.0
+        self._asked_s: float | None = None
+        """Since when the store has not answered."""
         self._seen: dict[int, tuple[int, float]] = {}
         self._slow_for: dict[int, tuple[int, int]] = {}
         self._filed_s = -_FILE_EVERY_S
         self._stacks, self._still_since_s = 0, time.monotonic()
-        self._ended = Flag()
+        self._ended, self._talked, self._looked = Flag(), Flag(), Flag()
 
     def __enter__(self) -> "Watch":
         with contextlib.suppress(RuntimeError):  # as below
             self._tell(beat=0)  # before the first step: a rank that stops in its first second must be missed, too
-        self._thread = threading.Thread(target=self._run, name=f"watch {LOOKS_AROUND}", daemon=True)
-        self._thread.start()
+        for work in (self._talk, self._look):
+            threading.Thread(target=work, name=f"watch {LOOKS_AROUND}", daemon=True).start()
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._ended.set()
-        self._thread.join()
-        if self._store is not None:
-            if isinstance(error, Exception) and lost_peer(error):
-                error.silence = self.silence  # type: ignore[attr-defined]
-            with contextlib.suppress(RuntimeError):  # others may be at work for long yet, and would miss this one
-                self._store.set(f"{self.rank}", json.dumps(_GONE))
+        store, answers = self._store, self._talked.wait(ANSWER_S)
+        self._looked.wait(ANSWER_S)
+        if store is None or not answers:
+            return
+        if isinstance(error, Exception) and lost_peer(error):
+            error.silence = self.silence  # type: ignore[attr-defined]
+        # others may be at work for long yet, and would miss this one
+        answer_of(lambda: store.set(f"{self.rank}", json.dumps(_GONE)), None)
 
-    def _run(self) -> None:
+    def _talk(self) -> None:
+        """Beat, and hear the others."""
         beat, last_s = 0, time.monotonic()
         while not self._ended.wait(_BEAT_S):
             beat += 1
             self._notice_absence(last_s)
-            last_s = time.monotonic()
-            self._notice_lost_parent()
-            try:
-                self._file()
+            self._asked_s = last_s = time.monotonic()
+            with contextlib.suppress(RuntimeError):  # as collectives will fail, too, or the parent goes
                 self._tell(beat)
                 self._hear()
-            except RuntimeError:  # the store went with its host: collectives will fail, too, or the parent goes
-                continue
+            self._asked_s = None
+        self._talked.set()
+
+    def _look(self) -> None:
+        """Notice what needs no other rank."""
+        last_s = time.monotonic()
+        while not self._ended.wait(_BEAT_S):
+            if self._was_away(last_s) and self._asked_s is not None:
+                self._asked_s = self._began_s = self._still_since_s = time.monotonic()
+            last_s = time.monotonic()
+            self._notice_lost_parent()
+            self._file()
+            self._notice_mute_store()
+        self._looked.set()
+
+    def _was_away(self, last_s: float) -> bool:
+        return time.monotonic() - last_s > self.limit_s / 2
+
+    def _notice_mute_store(self) -> None:
+        asked_s = self._asked_s
+        if asked_s is None or time.monotonic() - asked_s < self.limit_s:
+            return
+        place = self._place()
+        if min(place["for_s"], place.get("still_s", self.limit_s)) < self.limit_s:
+            return
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        why = f"nothing has moved for {self.limit_s:.0f} s and torchrun's store at {where} does not answer"
+        if self._is_first_of_host():  # the hosts cannot agree on one
+            who = f"rank {self.rank} on {socket.gethostname()}"
+            print(f"error: {who}: {why}: its host stands still or cannot be reached", file=sys.stderr, flush=True)
+        self._end(why)
 
     def _notice_absence(self, last_s: float) -> None:
         """A job that a scheduler has stopped for a while, and torchrun with its store: nobody spoke, nobody is late."""
-        if time.monotonic() - last_s > self.limit_s / 2:
+        if self._was_away(last_s):
             self._began_s = self._still_since_s = time.monotonic()
             self._seen.clear()
 
@@ -144,6 +178,15 @@ class Watch:
         waits = f"{os.sep}torch{os.sep}distributed{os.sep}" in innermost.co_filename
         return {"still_s": round(time.monotonic() - self._still_since_s, 1), "waits": waits}
 
+    def _is_first_of_host(self) -> bool:
+        """Whether no other rank that this torchrun has started has asked before, and is still there."""
+        self._word = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            self._word.bind(f"\0eva-megatron {os.getppid()}")  # a name in the kernel, which goes with the process
+        except OSError:
+            return False
+        return True
+
     def _file(self) -> None:
         if time.monotonic() - self._filed_s < _FILE_EVERY_S:
             return
@@ -160,7 +203,7 @@ class Watch:
             return
         self._store.set(f"{self.rank}", json.dumps({"beat": beat, **self._place()}))
         if self._store.check(["verdict"]):
-            self._end()
+            self._end(self._store.get("verdict").decode())
 
     def _hear(self) -> None:
         if self._store is None or self.rank > 1:
@@ -193,12 +236,14 @@ class Watch:
         return f"no sign of life from {_named(silent, after)}" if silent else ""
 
     def _places_told(self) -> dict[int, dict[str, Any]]:
-        try:
-            store = self._store
-            told = [rank for rank in range(self.size) if store is not None and store.check([str(rank)])]
-            return {rank: json.loads(store.get(str(rank))) for rank in told} if store is not None else {}
-        except RuntimeError:
-            return {}
+        store, nobody = self._store, dict[int, dict[str, Any]]()
+
+        def places() -> dict[int, dict[str, Any]]:
+            assert store is not None
+            told = [rank for rank in range(self.size) if store.check([str(rank)])]
+            return {rank: json.loads(store.get(str(rank))) for rank in told}
+
+        return answer_of(places, nobody)
 
     def _judge(self, places: dict[int, dict[str, Any]]) -> str:
         now = time.monotonic()
@@ -237,7 +282,7 @@ class Watch:
                         flush=True,
                     )
 
-    def _end(self) -> None:
+    def _end(self, why: str) -> None:
         folder = self.run_dir / "hang"
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -246,16 +291,14 @@ class Watch:
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         leave_collectives(folder)
-        self._say_why()
+        self._say_why(why)
         time.sleep(2 * _BEAT_S)  # the others hear of it as well before the store may go
         leave(HUNG)
 
-    def _say_why(self) -> None:
+    def _say_why(self, why: str) -> None:
         """The job's status; the training thread, which would write it, stands still."""
-        if self.rank == 0 and self._store is not None:
-            with contextlib.suppress(RuntimeError):
-                reason = self._store.get("verdict").decode()
-                write_status(self.run_dir, FAILED, step=self.pulse.step + 1, reason=reason)
+        if self.rank == 0:
+            write_status(self.run_dir, FAILED, step=self.pulse.step + 1, reason=why)
 
     def _notice_lost_parent(self) -> None:
         """End a rank that torchrun's end has not ended: its step will never be whole."""

@@ -19,6 +19,7 @@ from engine.callbacks.history import read_history, toll
 from engine.callbacks.metrics import METRICS_FILE, read_metrics
 from engine.resilience.exit import STOPPED
 from engine.resilience.status import read_status
+from engine.resilience.watch import HUNG
 from tests.chaos import faults
 from tests.chaos.matrix import CLOSE, CONFIG, STEPS, curve, may_mount
 from tests.chaos.ranks import TINY, children_of, launch, send, wait_until_stopped
@@ -109,6 +110,24 @@ def test_a_job_that_a_scheduler_stops_for_a_while_goes_on(
     start = launch(CONFIG, settings, 2, tmp_path / "log", prepare=partial(_note_and_stop_all, tmp_path))
     assert start.end() == [0, 0] and not start.own_errors(), start.text
     assert curve(tmp_path / "run") == undisturbed
+
+
+def _stop_itself(trainer: Any) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_a_rank_ends_where_the_store_stands_still_with_the_first_host(
+    shards: list[str], undisturbed: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    """Nobody is left who could judge."""
+    settings = _settings(shards, tmp_path / "run", LIMIT)
+    start = launch(CONFIG, settings, 2, tmp_path / "log", prepare=partial(_at_step, AT, 0, _stop_itself))
+    assert start.end() == [-signal.SIGKILL, HUNG], start.text
+    (said,) = start.own_errors()
+    assert said.startswith("error: rank 1 on ") and "torchrun's store at 127.0.0.1:" in said, start.text
+    assert (tmp_path / "run" / "hang" / "rank_00001.txt").is_file()
+    again = launch(CONFIG, settings, 2, tmp_path / "again")
+    assert again.end() == [0, 0] and curve(tmp_path / "run") == undisturbed, again.text
 
 
 def _stop_all_while_the_other_waits(scratch: Path, trainer: Any) -> None:

@@ -1,15 +1,19 @@
 """Who tells what when a rank ends: the one at fault, once, in one line where the cause is known."""
 
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
 import threading
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from engine import waits
 from engine.config.read import ParallelConfig
 from engine.parallel.launch import job
 from engine.resilience import failures
@@ -28,6 +32,30 @@ def said(error: Exception, store: dist.Store, capsys: pytest.CaptureFixture[str]
     note(error, store)
     assert tell(error) == 1
     return capsys.readouterr().err
+
+
+def _hold_a_store(pipe: Connection) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipe.send(store.port)
+    pipe.recv()
+
+
+def test_a_store_that_stands_still_with_its_host_is_not_waited_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waits, "ANSWER_S", 0.2)
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    holder = context.Process(target=_hold_a_store, args=(theirs,), daemon=True)
+    holder.start()
+    try:
+        store = dist.TCPStore("127.0.0.1", ours.recv(), is_master=False, wait_for_workers=False)
+        assert holder.pid is not None
+        os.kill(holder.pid, signal.SIGSTOP)
+        assert "lost another rank (Read error" in said(RuntimeError(LOST), store, capsys)
+    finally:
+        holder.kill()
+        holder.join()
 
 
 def test_a_rank_that_only_lost_another_is_silent_once_the_cause_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -185,9 +185,7 @@ def test_the_status_says_what_stood_still_for_the_thread_that_cannot(tmp_path: P
     for rank in (1, 0):
         judge = Watch(Pulse(), tmp_path, rank, 2, LIMIT_S, store)
         judge.pulse.step = 6
-        assert judge._store is not None
-        judge._store.set("verdict", "nothing has moved for 60 s")
-        judge._say_why()
+        judge._say_why("nothing has moved for 60 s")
         assert (read_status(tmp_path) == {}) == (rank == 1), "one rank writes it"
     status = read_status(tmp_path)
     assert (status["outcome"], status["step"], status["reason"]) == ("failed", 7, "nothing has moved for 60 s")
