@@ -52,7 +52,8 @@ class Update:
         self._audit_was_due = False
 
     def __call__(self, phases: Phases, clamps: Mapping[str, tuple[float, float]], loss: Tensor) -> float:
-        """Reduce, update, gather -> gradient norm before clipping. A step that is not sound changes nothing.
+        """Reduce, update, gather -> gradient norm before clipping. A step that is not sound changes nothing, but for
+        state that turns out in the update to be at fault: it is loaded anew, or the job ends.
 
         clamps: bounds of learned scalars by name. loss: 0-d, global, the same on every rank.
         """
@@ -74,7 +75,7 @@ class Update:
             if verdict.action != "apply":
                 self.optimizer.skip()
             elif not self._apply(gradient_norm, clamps):
-                self.health.diverged(self._differences(), state_at_fault=True)
+                self.health.diverged(self.audit.state() if self.audit is not None else "", state_at_fault=True)
         with phases.time("gather_weights"):
             self.towers.gather_weights()
         return gradient_norm
@@ -84,7 +85,7 @@ class Update:
         return self.audit.compare() if self.audit is not None else ""
 
     def _apply(self, gradient_norm: float, clamps: Mapping[str, tuple[float, float]]) -> bool:
-        """Whether weights have moved: they do not where the state turns out to have changed by itself."""
+        """Whether the update counts: it does not where the state turns out to have changed by itself."""
         if not self.optimizer.apply(gradient_norm, lambda: not self.at_rest.check_the_rest()):
             return False
         for name, (lowest, highest) in clamps.items():  # on the master weight, before the all-gather

@@ -3,14 +3,20 @@
 To cut a dozen vectors anew costs an update on a CPU as much as summing megabytes of them.
 """
 
+from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from engine.optim.passes import blocks_of, words_of
-from engine.parallel.shards import Piece, Shard
+from engine.optim.passes import BLOCK_ELEMENTS, is_near_a_core, words_of
+from engine.parallel.shards import Shard
+
+_WHOLE_VECTORS = 1 << 10
+"""A kernel takes a tensor by vectors of a core's width, and what is left at its end with another rounding (torch 2.13):
+where a multiple of them ends, cutting a tensor changes no bit.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +78,6 @@ class BlockSums:
         self.taken.add(kind)
         torch.sum(block.words[kind], 0, out=self._cells[kind][block.number])
 
-    def take_parts(self, block: Block, parts: Tensor) -> None:
-        """The first kinds of a block were summed part by part: int64 [those kinds, parts]."""
-        self.taken.update(self.kinds[: len(parts)])
-        torch.sum(parts, 1, out=self._sums[: len(parts), block.number])
-
     def take_the_rest(self, but: Collection[str] = ()) -> "BlockSums":
         """Sum all kinds of state that nobody has. but: without these."""
         for kind in [kind for kind in self._cells if kind not in self.taken and kind not in but]:
@@ -95,12 +96,12 @@ class BlockSums:
         return differ if all(looked_at) else differ & torch.tensor(looked_at, device=differ.device)
 
 
-def cut(shards: Sequence[Shard], kinds: Mapping[str, Sequence[Tensor]]) -> list[Block]:
-    """All blocks of a tower. kinds: kind of state -> its 1-D tensors, one a shard."""
+def cut(shards: Sequence[Shard], kinds: Mapping[str, Sequence[Tensor]], elements: int = BLOCK_ELEMENTS) -> list[Block]:
+    """All blocks of a tower. kinds: kind of state -> its 1-D tensors, one a shard. elements: of a block, about."""
     blocks: list[Block] = []
     for i, shard in enumerate(shards):
         flats = {kind: of_kind[i] for kind, of_kind in kinds.items()}
-        for part in blocks_of(shard.weight):
+        for part in parts_of(shard, elements):
             whole = _elements(shard, flats, part)
             blocks.append(
                 Block(
@@ -111,19 +112,34 @@ def cut(shards: Sequence[Shard], kinds: Mapping[str, Sequence[Tensor]]) -> list[
                     stop=part.stop,
                     words={kind: words_of(flat[part]) for kind, flat in flats.items()},
                     segments=[
-                        Segment(*_elements(shard, flats, slice(start, stop)), piece.tensor)
+                        Segment(*(whole if own == part else _elements(shard, flats, own)), piece.tensor)
                         for piece in shard.pieces
-                        for start, stop in [_within(piece, part)]
-                        if start < stop
+                        for own in [slice(max(piece.start, part.start), min(piece.stop, part.stop))]
+                        if own.start < own.stop
                     ],
                 )
             )
     return blocks
 
 
+def parts_of(shard: Shard, elements: int) -> list[slice]:
+    """A shard by parts of about so many elements, short enough for the passes over one to hit the cache (GPU: one
+    part); none of an empty one. A part ends where whole vectors of a tensor end, or where the next tensor begins.
+    """
+    length, starts = shard.weight.numel(), [piece.start for piece in shard.pieces]
+    if not is_near_a_core(shard.weight):
+        elements = max(1, length)
+    parts, start = [], 0
+    while start < length:
+        stop = start + elements
+        after = bisect_right(starts, stop)
+        if after:
+            stop += (starts[after - 1] - stop) % _WHOLE_VECTORS
+        stop = min(stop, *starts[after : after + 1], length)
+        parts.append(slice(start, stop))
+        start = stop
+    return parts
+
+
 def _elements(shard: Shard, flats: Mapping[str, Tensor], part: slice) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return shard.gradient[part], shard.weight[part], {kind: flat[part] for kind, flat in flats.items()}
-
-
-def _within(piece: Piece, part: slice) -> tuple[int, int]:
-    return max(piece.start, part.start), min(piece.stop, part.stop)

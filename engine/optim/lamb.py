@@ -30,10 +30,6 @@ class Lamb(Rule):
     def __init__(self) -> None:
         self._fixed: dict[OwnedState, Fixed] = {}
 
-    def sums_on_its_way(self, state: OwnedState) -> tuple[str, ...]:
-        """Masters and moments, where blocks of them are near a core (not a GPU's)."""
-        return (WEIGHT, *state.moments) if self.sums_on_a_cpu and state.shards.counted.is_cpu else ()
-
     def update(
         self, state: OwnedState, optim: OptimConfig, *, gradient_scale: float, rates: Mapping[str, float], t: int
     ) -> Iterator[None]:

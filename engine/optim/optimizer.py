@@ -42,7 +42,10 @@ class ShardedOptimizer:
         self.rule = RULES[optim.name]()
         self.moments = MOMENTS[optim.name]
         """Kinds of state beside the weights, as checkpoints name them."""
-        self.towers = [OwnedState(shards, groups, self.moments) for shards, groups in towers]
+        self.towers = [
+            OwnedState(shards, groups, self.moments, block_elements=self.rule.block_elements)
+            for shards, groups in towers
+        ]
         """What is trained, one a part of the model; some of them may have nothing here."""
         self.frozen = [OwnedState(shards, [], (), trained=False) for shards in frozen]
         """What is not, of parts that have some."""
@@ -75,9 +78,10 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def apply(self, norm: float, go_on: Callable[[], bool] = lambda: True) -> bool:
-        """Update as `step` does, where the gradient norm is known; whether weights have moved.
+        """Update as `step` does, where the gradient norm is known; whether it counts.
 
-        go_on: asked when moments have moved and no weight has; where it says no, none does.
+        go_on: asked when all has been summed that the update finds; where it says no, the state is at fault, and left
+        as it is then: to be loaded anew.
         """
         clip = self.optim.clip_grad_norm
         scale = clip / norm if 0 < clip < norm else 1.0

@@ -7,20 +7,13 @@ a block that an update needs anyway, or has just written, it costs a third.
 import torch
 from torch import Tensor
 
-_BLOCK_ELEMENTS = 1 << 18
+BLOCK_ELEMENTS = 1 << 18
 """Four fp32 vectors of so many elements (4 MB) stay near one CPU core; more and smaller blocks cost more calls."""
 
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
-def blocks_of(flat: Tensor) -> list[slice]:
-    """A vector by parts short enough for the passes over one to hit the cache (GPU: one part); none of an empty one."""
-    elements = flat.numel()
-    size = _BLOCK_ELEMENTS if _is_near_a_core(flat) else max(1, elements)
-    return [slice(start, min(start + size, elements)) for start in range(0, elements, size)]
-
-
-def _is_near_a_core(flat: Tensor) -> bool:
+def is_near_a_core(flat: Tensor) -> bool:
     """Whether parts of it can be: not on a GPU, and not of what only stands for a vector of one, as in a dry run."""
     return flat.is_cpu and type(flat) is Tensor
 

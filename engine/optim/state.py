@@ -12,7 +12,7 @@ from engine.checkpoint.format.manifest import AVERAGE, WEIGHT
 from engine.config.read import OptimConfig
 from engine.optim.blocks import Block, BlockSums, cut
 from engine.optim.groups import TensorGroup
-from engine.optim.passes import words_of
+from engine.optim.passes import BLOCK_ELEMENTS, words_of
 from engine.parallel.shards import TowerShards
 
 
@@ -20,11 +20,18 @@ class OwnedState:
     """The state of one tower on this rank. Every list has one 1-D fp32 tensor a shard."""
 
     def __init__(
-        self, shards: TowerShards, groups: list[TensorGroup], moments: tuple[str, ...], *, trained: bool = True
+        self,
+        shards: TowerShards,
+        groups: list[TensorGroup],
+        moments: tuple[str, ...],
+        *,
+        trained: bool = True,
+        block_elements: int = BLOCK_ELEMENTS,
     ):
         """groups: of each tensor. moments: kinds of state that the rule keeps beside the weights; they start at 0.
 
         trained: False for weights that lie there as they are, in the model's dtype, without moments and average.
+        block_elements: of a block where it stays near a core, about.
         """
         self.shards = shards
         self.groups = groups
@@ -38,6 +45,7 @@ class OwnedState:
         """Moving average of the master weights; empty where none is kept (engine/optim/average.py)."""
         self.sums = Sums()
         """Where an update leaves sums of bits."""
+        self._block_elements = block_elements
         self._blocks: list[Block] = []
         self._cut: list[Tensor] = []
         """What they are views of."""
@@ -52,7 +60,7 @@ class OwnedState:
         kinds = self.kinds()
         flats = [flat for of_kind in kinds.values() for flat in of_kind]
         if len(flats) != len(self._cut) or any(known is not flat for known, flat in zip(self._cut, flats, strict=True)):
-            self._blocks, self._cut = cut(self.shards.shards, kinds), flats
+            self._blocks, self._cut = cut(self.shards.shards, kinds, self._block_elements), flats
         return self._blocks
 
     @contextmanager
@@ -64,8 +72,8 @@ class OwnedState:
             return
         near = []
         for block in self.blocks():
-            start, stop = max(part.start, block.start) - block.start, min(part.stop, block.stop) - block.start
-            if block.shard == shard and start < stop:
+            if block.shard == shard and block.start < part.stop and part.start < block.stop:
+                start, stop = max(part.start, block.start) - block.start, min(part.stop, block.stop) - block.start
                 near.append((block, words_of(block.held[WEIGHT], slice(start, stop))))
         before = [words.sum(dtype=torch.int64) for _, words in near]
         yield
@@ -105,14 +113,16 @@ class Sums:
 class Rule(ABC):
     """How weights move: an optimizer's mathematics over the owned elements of one tower."""
 
+    block_elements = BLOCK_ELEMENTS
+    """Elements of a block of the state, about: as many as stay near a core from one pass of the rule to the next."""
     sums_on_a_cpu = False
-    """Whether `sums_on_its_way` may name anything; the same on every rank. Whoever counts on a CPU what a GPU does
-    sets it to False.
+    """Whether `update` sums what it finds, where blocks of it are near a core (not a GPU's); the same on every rank.
+    Whoever counts on a CPU what a GPU does sets it to False.
     """
 
     def sums_on_its_way(self, state: OwnedState) -> tuple[str, ...]:
         """Kinds of state of which `update` sums in state.sums.found what it finds. Local, the same each step."""
-        return ()
+        return (WEIGHT, *state.moments) if self.sums_on_a_cpu and state.shards.counted.is_cpu else ()
 
     @abstractmethod
     def update(
@@ -120,7 +130,8 @@ class Rule(ABC):
     ) -> Iterator[None]:
         """Move master weights, moments and the weights themselves by update t = 1, 2, …; gradients may be written over.
 
-        Yields once: moments may have moved by then, no weight has; whoever iterates may leave it at that.
+        Yields once, when it has summed all that it finds: moments may have moved by then, and weights where one pass
+        moves both. Whoever iterates may leave it at that, and must not use the state any more.
         t: of the job; a tensor that was frozen at first is at its own t - began. gradient_scale: of clipping. rates:
         base rate by tower. Collective over the holders of the tower's tensors.
         """

@@ -8,7 +8,8 @@ where sums differ the tensors are looked at one by one. The copies of most ranks
 Parts whose weights are sharded have no copies to compare.
 
 What one rank alone owns (fp32 masters, moments, the average) is written by updates only. Sums of its bits are kept from
-the end of an update to the next one; that a rank found a difference, all hear with the gradient norm before an update.
+the end of an update to the next one; that a rank found a difference, all hear before that update counts: with the
+gradient norm, or, where the update itself looks, before it is recorded, saved or gathered.
 
 Cost: one pass over the weights and one exchange of a few integers each time, two passes over the owned state a step
 (docs/results/reliability.md).
@@ -47,8 +48,8 @@ class _Copy:
 class AtRest:
     """The owned state between two updates, when nobody may write it. Local; waits for no device.
 
-    Kinds that the optimizer's rule sums on its way through them are looked at by the update itself, before any weight
-    moves; the others before it. Those that the last update has summed while it wrote are not read again after it.
+    Kinds that the optimizer's rule sums on its way through them are looked at by the update itself, the others before
+    it. Those that the last update has summed while it wrote are not read again after it.
     """
 
     def __init__(self, optimizer: ShardedOptimizer, *, watched: bool):
@@ -107,8 +108,8 @@ class AtRest:
             tower.sums = Sums(found if later else None, left)
 
     def check_the_rest(self) -> int:
-        """Look at the kinds that were left to the update; how many have changed on all ranks. Called when moments have
-        moved and no weight has. Collective over all ranks.
+        """Look at the kinds that were left to the update, which has summed them; how many have changed on all ranks.
+        Collective over all ranks.
         """
         towers = self._optimizer.towers
         if not (self._watched and self._optimizer.rule.sums_on_a_cpu and towers[0].shards.counted.is_cpu):
@@ -189,6 +190,11 @@ class Audit:
         if not self._compare(self._whole_parts):
             return ""
         return self._compare(self._tensors) or self._compare(self._whole_parts)
+
+    @torch.no_grad()
+    def state(self) -> str:
+        """What of the state at rest was seen to have changed; an update under way may have moved some copies."""
+        return self._compare(list)
 
     def _wait_for_gathers_under_way(self) -> None:
         """Wait without starting new ones (as waiting for weights would), which would mend what is looked for."""

@@ -2,7 +2,8 @@
 
 A step is not sound if either number is not finite, or, where health.on_spike asks for it, if the loss or the gradient
 norm is above a factor of its median over the last good steps. An unsound step never touches weights, moments or the
-moving average, whatever the policy; its numbers do not enter the medians.
+moving average, whatever the policy; its numbers do not enter the medians. One thing is seen in the update only: state
+that has changed by itself, which is loaded anew or ends the job (engine/resilience/audit.py).
 """
 
 import math
@@ -16,7 +17,7 @@ from engine.config.read import HealthConfig
 
 
 class UnhealthyStep(Exception):
-    """A step that the policy does not bear; the weights are those before it."""
+    """A step that the policy does not bear; the weights are those before it, unless they are at fault themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)

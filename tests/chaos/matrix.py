@@ -43,8 +43,9 @@ Curve = list[tuple[Any, ...]]
 class Lab:
     """Folders, shards and the undisturbed curve of all cases."""
 
-    def __init__(self, root: Path):
-        self.root = root
+    def __init__(self, root: Path, *settings: str):
+        """settings: of every job, beside those of its case."""
+        self.root, self.settings = root, settings
         (root / "shards").mkdir()
         make_shards(root / "shards", [20, 28])
         place = self.place("undisturbed", "encode")
@@ -77,7 +78,7 @@ class Lab:
         own = [f"train.steps={STEPS}", f"checkpoint.every_steps={EVERY}", f"run_dir={run_dir or place.run_dir}"]
         if not any(setting.startswith("data.workers") for setting in overrides):
             own.append("data.workers=0")
-        settings = [*TINY, f"data.shards=[{shards}]", *own, *overrides]
+        settings = [*TINY, f"data.shards=[{shards}]", *own, *self.settings, *overrides]
         return launch(CONFIG, settings, ranks, place.scratch / log, prepare=prepare)
 
 

@@ -40,6 +40,19 @@ def test_what_comes_of_a_fault(name: str, phase: str, lab: Lab) -> None:
     assert run_case(lab, named(name), phase)["fault"] == name
 
 
+@pytest.fixture(scope="module")
+def lab_of_adamw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    yield Lab(tmp_path_factory.mktemp("adamw"), "optim.name=adamw")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["encode", "optimizer", "save"])
+@pytest.mark.parametrize("name", ["flipped weight", "flipped moment", "NaN master weight"])
+def test_what_comes_of_state_that_forgets_with_adamw(name: str, phase: str, lab_of_adamw: Lab) -> None:
+    """Its weights have moved when that is told."""
+    assert run_case(lab_of_adamw, named(name), phase)["fault"] == name
+
+
 OTHERWISE = {
     "optim.lr_vision=1e-3": "rank 1 on .* has optim.lr_vision 0.001, others ",
     "train.seed=5": "rank 1 on .* has train.seed 5, others ",

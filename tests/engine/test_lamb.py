@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.config.phases import first_phase
 from engine.config.read import Config, ConfigError, OptimConfig, ParallelConfig, preset_model, resolve
-from engine.optim import passes
+from engine.optim import blocks
 from engine.optim.groups import TensorGroup, base_rate, tensor_group
 from engine.optim.lamb import Lamb, _apply, _direction_of
 from engine.optim.rates import warmup_cosine
@@ -380,12 +380,14 @@ def test_always_adapt_needs_nvlamb(wrong: str) -> None:
 @pytest.mark.parametrize("size", [1, 3, 7, 20])
 def test_an_update_is_the_same_in_whatever_blocks_a_shard_is_passed(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors begin and end inside blocks, at their borders, and reach over several; one of them is younger."""
-    monkeypatch.setattr(passes, "_BLOCK_ELEMENTS", size)
+    monkeypatch.setattr(blocks, "_WHOLE_VECTORS", 1)
     optim = resolve({"model": "tiny-18b", "data": {"shards": ["-"]}}, ["optim.mode=nvlamb"]).optim
     pieces = [Piece(0, 2, 3, 0), Piece(1, 3, 9, 0), Piece(2, 12, 20, 0)]
     shard = Shard(torch.arange(1.0, 21), torch.linspace(-1, 1, 20), pieces, [], 20)
     tower: Any = SimpleNamespace(shards=[shard], counted=torch.zeros(1))
-    state = OwnedState(tower, [TensorGroup("vision", 1.0, decay) for decay in (0.5, 0.0, 0.125)], ("m", "v"))
+    state = OwnedState(
+        tower, [TensorGroup("vision", 1.0, decay) for decay in (0.5, 0.0, 0.125)], ("m", "v"), block_elements=size
+    )
     state.began = [0, 0, 3]
     weight, gradient = shard.weight.clone(), shard.gradient.clone()
     _direction_of(state, optim, 0.5, 5)

@@ -30,6 +30,11 @@ def flip_owned(trainer: Trainer) -> None:
     shard.weight.view(torch.int16)[0] ^= 1 << 7
 
 
+def flip_moment(trainer: Trainer) -> None:
+    """The same of a moment, which has no copy."""
+    trainer.optimizer.towers[0].moments["moment2"][0].view(torch.int32)[0] ^= 1 << 20
+
+
 def flip_during_a_step(trainer: Trainer, flipped: Callable[[], None]) -> None:
     """After the forward passes: before them the weights of another rank's shard are gathered anew."""
     update = trainer.training_step.update
@@ -57,7 +62,14 @@ def step_of_all(trainer: Trainer) -> str:
 
 SMALL = ("train.global_batch_size=24", "train.micro_batch_size=8", "model.vision.depth=1", "model.text.depth=1")
 OWNED = "bf16, its owner's"
-LAYOUTS = {"dp3": (), "bf16": ("train.precision=bf16",), OWNED: ("train.precision=bf16",)}
+MOMENT = "adamw, a moment"
+LAYOUTS = {
+    "dp3": (),
+    "bf16": ("train.precision=bf16",),
+    OWNED: ("train.precision=bf16",),
+    MOMENT: ("optim.name=adamw",),
+}
+FLIPS: dict[str, Callable[[Trainer], None]] = {OWNED: flip_owned, MOMENT: flip_moment}
 
 
 def audited(folder: str) -> dict[str, Any]:
@@ -72,10 +84,8 @@ def audited(folder: str) -> dict[str, Any]:
             quiet = step_of_all(trainer)
             if mesh.world.rank == 1:
                 name = next(n for n in names_of(trainer) if n.startswith("text.") and n.endswith("weight"))
-                flip_during_a_step(
-                    trainer,
-                    partial(flip_owned, trainer) if layout == OWNED else partial(flip, trainer, name, owned=False),
-                )
+                own = FLIPS.get(layout, partial(flip, name=name, owned=False))
+                flip_during_a_step(trainer, partial(own, trainer))
             said = step_of_all(trainer)
             after = step_of_all(trainer) if policy != "stop" else ""
             position = trainer.position
@@ -96,7 +106,11 @@ def audited(folder: str) -> dict[str, Any]:
 def test_the_rank_is_named_and_the_policy_followed(tmp_path) -> None:
     ranks = run_distributed(audited, 3, folder=str(tmp_path))
     assert ranks[0] == ranks[1] == ranks[2]
-    for layout in LAYOUTS:
+    said = ranks[0].pop(f"{MOMENT}-stop")[1]
+    assert "state has changed between two updates: moment2 of rank 1 on " in said and "copies" not in said
+    for policy in ("repair", "rewind"):  # no owner can mend it
+        assert ranks[0].pop(f"{MOMENT}-{policy}") == ["", "", "", 0, 1, ""]
+    for layout in LAYOUTS.keys() - {MOMENT}:
         assert ranks[0][f"{layout}-repair"] == ["", "", "", 1, 0, ""]
         if layout == OWNED:  # its master is right
             continue
