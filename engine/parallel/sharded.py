@@ -106,6 +106,11 @@ class ShardedPart:
         """What of the weights is here between turns, where they are sharded."""
         return [*self.weights, *self._outer, *(resident.parameter.data for resident in self._resident)]
 
+    @property
+    def copies(self) -> list[Tensor]:
+        """Slices that neighbours gather from this rank, beside its own: all ranks of the outer axis have the same."""
+        return self._outer
+
     # --- weights -------------------------------------------------------------------------------------------------
 
     def publish(self) -> None:

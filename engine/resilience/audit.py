@@ -5,7 +5,8 @@ Every rank sums the bits of its weight buffers as integers, just before an updat
 host: of a part of the model over its data-parallel owners, and of tensors that every tensor rank holds whole over the
 tensor axis. Where fp32 masters exist beside the weights, their rounding is compared with the weights as well. Only
 where sums differ the tensors are looked at one by one. The copies of most ranks are taken to be right; of two, either.
-Parts whose weights are sharded have no copies to compare.
+Parts whose weights are sharded have no copies to compare but those from which groups of neighbours gather them
+(parallel.shard_ranks).
 
 What one rank alone owns (fp32 masters, moments, the average) is written by updates only. Sums of its bits are kept from
 the end of an update to the next one; that a rank found a difference, all hear before that update counts: with the
@@ -21,6 +22,7 @@ from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from data.batch import sum_of_bits
@@ -230,7 +232,7 @@ class Audit:
             if self._has_tensor_copies(part, local)
         ]
         copies.append(_Copy("tensors that are not cut", self._tensor_copies(), sum(whole)))
-        return [*copies, *self._masters()]
+        return [*copies, *self._slices_of_others(), *self._masters()]
 
     def _tensors(self) -> list[_Copy]:
         copies = []
@@ -241,7 +243,18 @@ class Audit:
                 copies.append(_Copy(tensor.name, self._owners_of(number), bits))
                 if self._has_tensor_copies(part, local):
                     copies.append(_Copy(tensor.name, self._tensor_copies(), bits))
-        return [*copies, *self._masters()]
+        return [*copies, *self._slices_of_others(), *self._masters()]
+
+    def _slices_of_others(self) -> list[_Copy]:
+        """Of sharded weights what each group of gathering ranks has of the other groups' slices."""
+        copies = []
+        for number, part in enumerate(self.towers.parts):
+            axes = part.sharded.axes if part.sharded is not None else None
+            if part.sharded is not None and axes is not None and axes.outer is not None:
+                same_on = ("gathered from", number, *dist.get_process_group_ranks(axes.outer.group))
+                bits = sum(sum_of_bits(slices) for slices in part.sharded.copies)
+                copies.append(_Copy(f"gathered slices of {self._name(number)}", same_on, bits))
+        return copies
 
     def _has_tensor_copies(self, part: Part, local: str) -> bool:
         """Whether every tensor rank holds this tensor of the vision tower whole."""

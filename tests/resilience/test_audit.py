@@ -135,11 +135,42 @@ def tensor_copies(folder: str) -> list[str]:
     return [whole, *said, trainer.audit(), str(trainer.position.rewinds)]
 
 
-@pytest.mark.dist
-def test_a_tensor_that_every_tensor_rank_holds_whole(tmp_path) -> None:
-    ranks = run_distributed(tensor_copies, 2, folder=str(tmp_path))
+def slices_of_others(folder: str) -> list[str]:
+    """Replicas that hold their weights whole for themselves; a slice that another one owns, flipped on one of them."""
+    mesh = build_mesh(1, 1, world())
+    sharded = ("parallel.shard=weights", "parallel.shard_ranks=1", "train.freeze=[text.*]", "train.logit_scale=20")
+    trainer = build(job_config(folder, *sharded, "health.on_divergence=repair", "health.audit_every_steps=1"), mesh)
+    run_steps(trainer, 1)
+    if mesh.world.rank == 1:
+        sharded_text = trainer.towers.parts[-1].sharded
+        assert sharded_text is not None  # frozen: no update would ever send it again
+        sharded_text.copies[0].view(torch.int32)[0] ^= 1 << 23
+    said = [trainer.audit(), step_of_all(trainer)]
+    return [*said, trainer.audit(), str(trainer.position.skipped_steps)]
+
+
+def on_two_ranks(folder: str) -> list[list[str]]:
+    """Both, in one launch."""
+    return [tensor_copies(f"{folder}/tensors"), slices_of_others(f"{folder}/slices")]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    ranks = run_distributed(on_two_ranks, 2, folder=str(tmp_path_factory.mktemp("two")))
     assert ranks[0] == ranks[1]
-    whole, said, raised, after, rewinds = ranks[0]
+    return ranks[0]
+
+
+@pytest.mark.dist
+def test_a_tensor_that_every_tensor_rank_holds_whole(two_ranks: list[list[str]]) -> None:
+    whole, said, raised, after, rewinds = two_ranks[0]
     assert said.startswith("state has changed between two updates: weight of rank 1 on ")
     assert f"copies of weights are not equal: {whole} differs between rank 0 on " in said and "and rank 1 on" in said
     assert (raised, after, rewinds) == ("", "", "1")  # the owner's own is wrong: back to the checkpoint
+
+
+@pytest.mark.dist
+def test_what_groups_of_neighbours_gather_their_weights_from(two_ranks: list[list[str]]) -> None:
+    said, raised, after, skipped = two_ranks[1]
+    assert said.startswith("copies of weights are not equal: gathered slices of text tower differs between rank 0 on ")
+    assert (raised, after, skipped) == ("", "", "1")  # the owner has sent it again
