@@ -60,9 +60,9 @@ def block_seconds(
     outputs.
     """
     rows, behind = samples * tokens, samples * (1 if is_last else tokens)
-    products = _product_seconds(block, rows, behind, tensor, hardware, kernels.fp8)
+    products = _product_seconds(block, rows, behind, tensor, hardware, element, kernels.fp8)
     scores = samples * attention_flops(tokens, block.width, queries=1 if is_last else tokens) / tensor
-    attention = scores / (hardware.bf16_flops * hardware.attention_efficiency)
+    attention = scores / (hardware.peak_flops(element) * hardware.attention_efficiency)
     moved = elementwise_bytes(
         block, rows, behind, element=element, tensor=tensor, splits_tokens=splits_tokens, kernels=kernels
     )
@@ -77,7 +77,7 @@ def block_seconds(
 
 
 def _product_seconds(
-    block: VisionConfig, rows: int, behind: int, tensor: int, hardware: Hardware, fp8: bool
+    block: VisionConfig, rows: int, behind: int, tensor: int, hardware: Hardware, element: int, fp8: bool
 ) -> dict[str, float]:
     """Seconds of each kind of product (models/tensors/kept.py)."""
     h, f = block.width, block.mlp_hidden / tensor
@@ -85,7 +85,7 @@ def _product_seconds(
     shapes = {"qkv": (rows, 3 * h / tensor, 1), "proj": (behind, h / tensor, 1), "fc1": (behind, f, gates)}
     shapes["fc2"] = behind, f, 1
     return {
-        kind: times * 2 * n * side * h / hardware.gemm_flops(n, min(side, h), fp8)
+        kind: times * 2 * n * side * h / hardware.gemm_flops(n, min(side, h), element, fp8)
         for kind, (n, side, times) in shapes.items()
     }
 
@@ -113,11 +113,12 @@ def stage_seconds(model: ModelConfig, layout: Layout, stage: Stage, hardware: Ha
         total = total.plus(once, blocks)
     if stage.has_embedding:
         shared = layout.tensor if layout.splits_tokens else 1
-        rate = hardware.gemm_flops(samples * tokens, 3 * vision.patch_size**2)
+        rate = hardware.gemm_flops(samples * tokens, 3 * vision.patch_size**2, layout.element_bytes)
         embedding = samples * embedding_flops(vision, tokens) / shared / rate
         total = total.plus(PassSeconds(forward=embedding, backward=embedding))  # images want no gradient
     if stage.has_head:
-        head = samples * head_flops(model, tokens) / hardware.gemm_flops(samples, model.embed_dim)
+        head = samples * head_flops(model, tokens)
+        head /= hardware.gemm_flops(samples, model.embed_dim, layout.element_bytes)
         total = total.plus(PassSeconds(forward=head, backward=2 * head))
     sums = _sum_bytes(stage_parameters(model, layout, stage), layout.element_bytes, layout.kernels)
     return total.plus(PassSeconds(backward=sums / hardware.memory_bytes_s))

@@ -1,11 +1,17 @@
-"""What the contrastive losses take of one rank: memory, FLOPs and elementwise work (on the wire: traffic.py).
+"""What the contrastive losses take of one rank: memory, FLOPs, bytes moved and seconds (on the wire: traffic.py).
 
 Own rows x all rows of logits, in tiles, in two strips (engine/objectives/contrastive/softmax.py): own images with all
 captions, and own captions with all images. False negatives are told by identifiers of 64 bits; teachers bring losses of
 their own beside the job's (engine/objectives/contrastive/distill).
+
+A GPU adds up three products in bf16 in the place of each in fp32 (engine/objectives/contrastive/tiles.py): of both
+factors their bf16 halves are written first.
 """
 
+from dataclasses import dataclass
+
 from models.config import ModelConfig
+from tools.cost.hardware import Hardware
 from tools.cost.kernels import FP32
 from tools.cost.layout import FrozenModel, Layout
 
@@ -15,6 +21,20 @@ IDENTIFIER = 8
 """Bytes of an identifier of a pair."""
 LEFT_OUT_BYTES = 10
 """Read and written for a logit and kind of identifier: which of a tile are equal, and the tile with -inf there."""
+BF16_PRODUCTS = 3
+"""Products in bf16 that a GPU adds up for one in fp32."""
+_HALVES = 22
+"""Read and written for an element of a factor to have it as two numbers in bf16."""
+_LOGITS = 3 * FP32
+"""Of a tile's logits, each its bytes: set to 0, then scaled."""
+_SUMS = 12 * FP32
+"""Largest logits and sums of exponentials, by row and by column."""
+_WEIGHTS = 11 * FP32
+"""Two softmaxes, added up."""
+_SIGMOID = {"images": 11 * FP32, "captions": 4 * FP32}
+"""Bias and sigmoid; of the images' strip losses, maxima and the sum of weights, too."""
+_DIVERGENCE = 21 * FP32 + _WEIGHTS
+"""Beside the student's softmaxes the teacher's, the gap between both, its sum, and the difference of weights."""
 
 
 def loss_bytes(model: ModelConfig, layout: Layout) -> float:
@@ -85,28 +105,84 @@ def keeps_logits(layout: Layout) -> bool:
     return layout.own_rows * layout.global_batch * FP32 <= KEPT_LOGITS
 
 
-def loss_flops(model: ModelConfig, layout: Layout) -> float:
-    """Strips of own rows x all rows: logits of the sums, logits and gradient of the images' strip, the same of the
+@dataclass(frozen=True, kw_only=True)
+class LossWork:
+    """What a rank computes for one loss."""
+
+    flops: float
+    """Of its products, each counted once."""
+    moved: float
+    """Bytes read and written by all that is no product, on a GPU."""
+    width: float
+    """The narrowest embedding of a product."""
+
+    def seconds(self, layout: Layout, hardware: Hardware) -> float:
+        """Products and passes over tiles, one behind the other."""
+        rows = min(layout.own_rows, layout.loss_tile or GPU_TILE)
+        multiplied = BF16_PRODUCTS * self.flops / hardware.gemm_flops(rows, self.width)
+        return multiplied + self.moved / hardware.memory_bytes_s
+
+
+def loss_work(width: int, layout: Layout) -> LossWork:
+    """The job's own loss, of one width of the embedding.
+
+    Strips of own rows x all rows: logits of the sums, logits and gradient of the images' strip, the same of the
     captions' strip; the two strips share the own block. Logits are kept from the first to the second if they are few,
-    and a sigmoid needs no sums. Each width of the embedding has all of it.
+    and a sigmoid needs no sums.
     """
-    rows, batch = layout.own_rows, layout.global_batch
-    strips = 2 * rows * batch + rows * rows + 2 * rows * (batch - rows)
-    softmax = strips if keeps_logits(layout) else strips + rows * batch
-    of_kind = strips if layout.loss == "sigmoid" else softmax
-    crossed = 2 * sum(one.interactive for one in layout.teachers)  # images and captions of the teacher
-    return (
-        2 * sum(layout.loss_widths(model)) * of_kind
-        + crossed * 2 * model.embed_dim * of_kind
-        + sum(_relational_flops(one, model, layout) for one in layout.teachers if one.relational)
+    rows, batch, is_softmax = layout.own_rows, layout.global_batch, layout.loss == "softmax"
+    again = is_softmax and not keeps_logits(layout)
+    strips = 2 * rows * batch + rows * rows + 2 * rows * (batch - rows) + again * rows * batch
+    images = _LOGITS * (1 + again) + (_SUMS + _WEIGHTS if is_softmax else _SIGMOID["images"])
+    captions = _LOGITS + (_WEIGHTS if is_softmax else _SIGMOID["captions"])
+    tiles = images * rows * batch + captions * rows * (batch - rows)
+    halves = _halves_bytes(layout, width, width, logits=1 + again)
+    return LossWork(flops=2 * width * strips, moved=tiles + halves + left_out_bytes(layout), width=width)
+
+
+def relational_work(teacher: FrozenModel, model: ModelConfig, layout: Layout) -> LossWork:
+    """The same strips with the logits of both in both passes, and gradients of the student's embeddings."""
+    rows, others = layout.own_rows, layout.global_batch - layout.own_rows
+    taught, own = teacher.model.embed_dim, model.embed_dim
+    logits = (own + taught) * (2 * layout.global_batch + others)
+    of_both = 2 * _LOGITS
+    tiles = rows * layout.global_batch * (of_both + 2 * _SUMS) + rows * (layout.global_batch + others) * (
+        of_both + _DIVERGENCE
+    )
+    left_out = 2 * LEFT_OUT_BYTES * layout.copies * rows * (2 * layout.global_batch + others)
+    return LossWork(
+        flops=2 * rows * (logits + own * (layout.global_batch + rows + others)),
+        moved=tiles + _halves_bytes(layout, own + taught, own, logits=2) + left_out,
+        width=min(own, taught),
     )
 
 
-def _relational_flops(teacher: FrozenModel, model: ModelConfig, layout: Layout) -> float:
-    """The same strips with the logits of both in both passes, and gradients of the student's embeddings."""
-    rows, others = layout.own_rows, layout.global_batch - layout.own_rows
-    logits = (model.embed_dim + teacher.model.embed_dim) * (2 * layout.global_batch + others)
-    return 2 * rows * (logits + model.embed_dim * (layout.global_batch + rows + others))
+def _halves_bytes(layout: Layout, seen: int, trained: int, *, logits: int) -> float:
+    """Factors of the products, tile by tile: rows of both towers that logits are made of, `logits` times in the images'
+    strip, each `seen` wide; weights and the rows that they gather, `trained` wide.
+    """
+    rows, side = layout.own_rows, layout.loss_tile or GPU_TILE
+    in_a_block = rows if layout.loss_variant == "ring" else layout.global_batch - rows
+    blocks = (layout.global_batch - rows) // in_a_block if in_a_block else 0
+    heights = -(-rows // side)
+    """Tiles that own rows are cut into."""
+    there, own = rows * blocks * -(-in_a_block // side), rows * heights
+    """Own rows as factors, over all tiles with other ranks' rows, and of the own block."""
+    others = blocks * in_a_block * heights
+    """Other ranks' rows as factors."""
+    of_logits = seen * (logits * (there + others + 2 * own) + there + others)
+    gathered = trained * (2 * others + 2 * own) + rows * (layout.global_batch + blocks * in_a_block + rows)
+    return _HALVES * (of_logits + gathered)
+
+
+def loss_flops(model: ModelConfig, layout: Layout) -> float:
+    """FLOPs of the losses of a step, products counted once; the interactive loss of a teacher is two more of the job's
+    own.
+    """
+    crossed = 2 * sum(one.interactive for one in layout.teachers)  # images and captions of the teacher
+    widths = (*layout.loss_widths(model), *[model.embed_dim] * crossed)
+    related = (relational_work(one, model, layout) for one in layout.teachers if one.relational)
+    return sum(loss_work(width, layout).flops for width in widths) + sum(work.flops for work in related)
 
 
 def left_out_bytes(layout: Layout) -> float:

@@ -40,7 +40,7 @@ from tools.cost.layout import (
     trained_text_parameters,
     trains_images,
 )
-from tools.cost.loss import IDENTIFIER, left_out_bytes
+from tools.cost.loss import IDENTIFIER, LossWork, loss_work, relational_work
 from tools.cost.memory import optimizer_bytes_per_element, stage_parameters, stash_inputs
 from tools.cost.traffic import (
     RING_ROUNDS,
@@ -51,8 +51,6 @@ from tools.cost.traffic import (
     token_gradient_elements,
 )
 
-LOSS_PRODUCTS = {"softmax": 5, "sigmoid": 4}
-"""Strips of own rows x all rows x D: logits three times, of a sigmoid twice, and gradients twice."""
 BUCKET_ELEMENTS = 40_000_000
 OPTIMIZER_PASSES = {"lamb": 5, "adamw": 2}
 """Reads and writes of the optimizer's state, in units of it: LAMB has separate kernels, AdamW torch's fused one."""
@@ -418,43 +416,39 @@ def _turns(layout: Layout, unit: UnitTime, reduce: float, gather: float, again: 
 
 
 def loss_seconds(model: ModelConfig, layout: Layout, cluster: Cluster) -> float:
-    """Products in fp32, gathered embeddings and sums, false negatives left out, and the rows' way from the last stage
-    and back. The interactive loss of a teacher is two more of it, the relational one has the matrices of student and
-    teacher.
-
-    A GPU adds up three products in bf16 instead of one in fp32; with the work on the tiles, which is not charged, they
-    take about half as long for the 18B on A100s (derived), so a loss is no longer than this.
+    """Products and passes over tiles (loss.py), gathered embeddings and sums, and the rows' way from the last stage
+    and back. The interactive loss of a teacher is two more of it, the relational one has the matrices of student
+    and teacher.
     """
     local = layout.local_batch * model.embed_dim * FP32
     dealt = cluster.message_seconds(layout, local) if layout.pipeline > 1 and not layout.features else 0.0
-    losses = sum(_one_loss_seconds(width, layout.loss, layout, cluster) for width in layout.loss_widths(model))
+    crossed = 2 * sum(one.interactive for one in layout.teachers)
+    widths = (*layout.loss_widths(model), *[model.embed_dim] * crossed)
+    losses = sum(_one_loss_seconds(width, layout.loss, loss_work(width, layout), layout, cluster) for width in widths)
     for one in layout.teachers:
-        losses += 2 * one.interactive * _one_loss_seconds(model.embed_dim, layout.loss, layout, cluster)
         if one.relational:  # rows side by side; only the student's have gradients
-            losses += _one_loss_seconds(model.embed_dim + one.model.embed_dim, "softmax", layout, cluster)
+            width, work = model.embed_dim + one.model.embed_dim, relational_work(one, model, layout)
+            losses += _one_loss_seconds(width, "softmax", work, layout, cluster)
             losses += cluster.collective_seconds(layout, "world", 4 * layout.global_batch * FP32, 2)
     back = cluster.collective_seconds(layout, "replica", local) if trains_images(model, layout) else 0.0
     return losses + dealt + back
 
 
-def _one_loss_seconds(width: int, loss: str, layout: Layout, cluster: Cluster) -> float:
-    """One width of the embedding. A softmax gathers normalisers and sums over columns, a sigmoid has their maximum.
-    A ring's blocks travel beside the products.
+def _one_loss_seconds(width: int, loss: str, work: LossWork, layout: Layout, cluster: Cluster) -> float:
+    """Rows of one width. A softmax gathers normalisers and sums over columns, a sigmoid has their maximum. A ring's
+    blocks travel beside the products.
     """
-    rows, batch, hardware = layout.own_rows, layout.global_batch, cluster.hardware
-    products = LOSS_PRODUCTS[loss] * 2 * rows * batch * width
+    batch, worked = layout.global_batch, work.seconds(layout, cluster.hardware)
     normalised = loss == "softmax"
     tower, normalisers = batch * width * FP32, normalised * 2 * batch * FP32
     summed = (2 if normalised else 1) * batch * FP32
-    multiplied = products / (hardware.fp32_tflops * 1e12 * hardware.gemm_limit)
-    multiplied += left_out_bytes(layout) / hardware.memory_bytes_s
     normalisers += layout.copies * batch * IDENTIFIER
     sums = 2 * cluster.collective_seconds(layout, "world", summed, 2 + normalised)
     if layout.loss_variant == "gather":
-        return multiplied + cluster.collective_seconds(layout, "world", 2 * tower + normalisers, 2 + normalised) + sums
+        return worked + cluster.collective_seconds(layout, "world", 2 * tower + normalisers, 2 + normalised) + sums
     rounds = RING_ROUNDS[loss]
     travelling = cluster.collective_seconds(layout, "world", rounds * tower, rounds)
-    return max(multiplied, travelling) + cluster.collective_seconds(layout, "world", normalisers, normalised) + sums
+    return max(worked, travelling) + cluster.collective_seconds(layout, "world", normalisers, normalised) + sums
 
 
 def contrastive_optimizer_seconds(model: ModelConfig, layout: Layout, stage: Stage, hardware: Hardware) -> float:

@@ -5,18 +5,27 @@ and kept outputs; every collective of the step is there, in bytes. The buckets a
 """
 
 from collections import defaultdict
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.config.read import Config, resolve
+from engine.config.read import Config, preset_model, resolve
 from engine.objectives.contrastive.copies import Copies
+from engine.objectives.contrastive.distill.relational import relational_loss
+from engine.objectives.contrastive.sigmoid import sigmoid_loss
+from engine.objectives.contrastive.softmax import contrastive_loss
+from engine.objectives.contrastive.tiles import bfloat16_factors
+from tests.distributed import world
 from tools.cost.cluster import Cluster
 from tools.cost.hardware import load_hardware
-from tools.cost.layout import layout_of, stages_of
-from tools.cost.loss import left_out_bytes
+from tools.cost.layout import FrozenModel, Layout, layout_of, stages_of
+from tools.cost.loss import BF16_PRODUCTS, GPU_TILE, left_out_bytes, loss_work, relational_work
 from tools.cost.memory import phase_memory
 from tools.cost.time import loss_seconds, step_time
 from tools.cost.traffic import step_traffic
@@ -171,15 +180,72 @@ def large(*options: str) -> Config:
 
 
 class _Bytes(TorchDispatchMode):
-    """What operators read and write."""
+    """What operators read and write, products excepted."""
 
-    moved = 0
+    _NOTHING_READ: ClassVar = {"zero_", "fill_", "zeros", "zeros_like", "new_zeros", "full", "new_full"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved = 0
+        self.products: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        """Two factors, and what they are written to where they are not added."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            self.moved += sum(part.nbytes for part in (*args, result) if isinstance(part, torch.Tensor))
+        result, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        if name in ("mm", "addmm_"):
+            self.products.append((*args[-2:], result if name == "mm" else None))
+        elif not func.is_view and not name.startswith(("empty", "new_empty")) and func.namespace != "c10d":
+            read = args[1:] if name == "copy_" else () if name in self._NOTHING_READ else args
+            self.moved += sum(part.nbytes for part in (*read, result) if isinstance(part, torch.Tensor))
         return result
+
+    def multiply_as_a_gpu(self) -> None:
+        """Count what the other branches of engine/objectives/contrastive/tiles.py do, which no CPU takes."""
+        for a, b, written in self.products:
+            with self:
+                factors = bfloat16_factors(a, b)
+                if written is not None:
+                    written.zero_()
+            assert len(factors) == BF16_PRODUCTS
+
+
+OTHERS, OWN, WIDTH = 15, 128, 64
+"""Ranks beside this one, rows of each, and the embedding of a job whose losses are counted."""
+
+
+@pytest.fixture
+def ranks() -> Iterator[dist.ProcessGroup]:
+    """Ranks that answer with whatever is there."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=OTHERS + 1)
+    yield world()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("tile", [None, 96])
+@pytest.mark.parametrize("variant", ["gather", "ring"])
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid", "relational"])
+def test_the_charge_of_a_loss_is_what_a_gpu_moves(
+    loss: str, variant: Any, tile: int | None, ranks: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = Layout(data=OTHERS + 1, global_batch=(OTHERS + 1) * OWN, micro_batch=8, loss_variant=variant)
+    layout = replace(layout, loss_tile=tile, loss="sigmoid" if loss == "sigmoid" else "softmax")
+    rows, where = torch.rand(OWN, WIDTH), {"tile": tile or GPU_TILE, "row_counts": [OWN] * (OTHERS + 1)}
+    calls: dict[str, Callable[[], object]] = {
+        "softmax": lambda: contrastive_loss(rows, rows, 1.0, ranks, variant=variant, keep_bytes=0, **where),
+        "sigmoid": lambda: sigmoid_loss(rows, rows, 1.0, 0.0, ranks, variant=variant, **where),
+        "relational": lambda: relational_loss(
+            rows, rows, (rows[:, : WIDTH // 2],) * 2, 1.0, 1.0, ranks, variant=variant, **where
+        ),
+    }
+    with _Bytes() as counted:
+        calls[loss]()
+    counted.multiply_as_a_gpu()
+    student = replace(preset_model("tiny-18b"), embed_dim=WIDTH)
+    teacher = FrozenModel(replace(student, embed_dim=WIDTH // 2), "fp32", interactive=False, relational=True)
+    monkeypatch.setattr("tools.cost.loss.KEPT_LOGITS", 0)
+    work = relational_work(teacher, student, layout) if loss == "relational" else loss_work(WIDTH, layout)
+    assert work.flops == sum(2 * a.numel() * b.shape[1] for a, b, _ in counted.products)
+    assert work.moved == pytest.approx(counted.moved, rel=0.05)
 
 
 def test_the_charge_of_false_negatives_is_what_operators_move() -> None:

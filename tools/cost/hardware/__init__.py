@@ -7,9 +7,10 @@ from typing import Any
 import yaml
 
 from models.hashing import HashedOnce
-from tools.cost.layout import PlanError
+from tools.cost.layout import BYTES, PlanError
 
 PROFILES = Path(__file__).resolve().parent
+BF16, FP32 = BYTES["bf16"], BYTES["fp32"]
 HOPPER_TFLOPS = 1000
 """Peak in bf16 above which a GPU has the scaled formats of Blackwell."""
 
@@ -28,7 +29,7 @@ class Hardware(HashedOnce):
     bf16_tflops: float
     """Peak of dense matrix products, the denominator of MFU."""
     fp32_tflops: float
-    """Peak of fp32 products, which the loss uses."""
+    """Peak of fp32 products, of towers in fp32: none goes through TF32."""
     memory_gb_s: float
     """Peak bandwidth of the GPU's memory."""
     memory_efficiency: float
@@ -84,10 +85,14 @@ class Hardware(HashedOnce):
         """A model.fp8 for this GPU."""
         return "mxfp8" if self.bf16_tflops > HOPPER_TFLOPS else "current"
 
-    def gemm_flops(self, rows: float, width: float, fp8: bool = False) -> float:
+    def peak_flops(self, element: int) -> float:
+        """FLOP/s of products of numbers of `element` bytes."""
+        return self.fp32_tflops * 1e12 if element == FP32 else self.bf16_flops
+
+    def gemm_flops(self, rows: float, width: float, element: int = BF16, fp8: bool = False) -> float:
         """FLOP/s of a product of `rows` tokens with a weight whose smaller dimension is `width`."""
         saturation = rows / (rows + self.gemm_half_rows) * width / (width + self.gemm_half_width)
-        best = self.fp8_tflops * 1e12 * self.fp8_gemm_limit if fp8 else self.bf16_flops * self.gemm_limit
+        best = self.fp8_tflops * 1e12 * self.fp8_gemm_limit if fp8 else self.peak_flops(element) * self.gemm_limit
         return best * saturation
 
     def bus_bytes_s(self, ranks: int, ranks_per_node: int) -> float:
