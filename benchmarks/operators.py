@@ -111,7 +111,7 @@ class BlockCounts:
 
 def count_block(model: ModelConfig, mesh: Mesh) -> BlockCounts:
     """Count a block in the middle of the model's image tower. mesh: of one rank."""
-    model = replace(model, attention="sdpa")
+    model = replace(model, attention="sdpa" if model.attention == "auto" else model.attention)
     vision = model.vision
     tokens = vision.kept_tokens(DROPOUT)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, Absent(fake):

@@ -1,4 +1,4 @@
-"""What autograd keeps of a forward, derived from models/blocks/spec.py: local kernels, attention without S × S.
+"""What autograd keeps of a forward, derived from models/blocks/spec.py: local kernels.
 
 With T tokens, width H, MLP width F, element size e, a block keeps (t: divided by TP; s: divided by TP where sequence
 parallelism splits the tokens):
@@ -8,6 +8,8 @@ parallelism splits the tokens):
 - MLP: its input e T H (s), the input of GELU e T F and its output e T F (t); SwiGLU: gate, silu(gate), up, product (t).
 Post-norm and pre-norm blocks keep the same amount: a linear keeps the residual stream there, the norm's output here.
 - a norm of q and k keeps both as it answers, and a number a token and tensor; rope keeps them turned;
+- an attention of two products (model.attention=matmul) keeps copies of q, k, v by heads in the place of all these, and
+  the S × S weights of its softmax in fp32 and once more as they are multiplied;
 - LayerScale keeps what it scales, twice e T H (s).
 In bf16 with GELU that is (16 H + 4 F) T bytes, 36 H T at F = 5 H. Dropout is 0 and keeps nothing.
 The last block of a tower keeps that of the qkv projection for all tokens, what is behind it for the pooled ones
@@ -35,15 +37,26 @@ def block_saved_bytes(
     lse: bool = True,
     pooled: int | None = None,
     kernels: Kernels | None = None,
+    scores: float = 0.0,
 ) -> float:
-    """One block on one tensor rank; lse: keep the attention's log-sum-exp (recompute "selective" drops only that).
+    """One block on one tensor rank; lse: keep the attention's log-sum-exp, or its scores (recompute "selective" drops
+    only these).
 
-    pooled: rows of the tokens that go on behind the attention of a tower's last block; None: all.
+    pooled: rows of the tokens that go on behind the attention of a tower's last block; None: all. scores: S × S of all
+    samples and heads, where the kernels keep them.
     """
     fused = kernels is not None and kernels.elementwise == "fused"
     behind = tokens if pooled is None else pooled
-    attention = _attention_bytes(block, tokens, element, tensor, splits_tokens, lse, pooled, fused)
+    products = kernels is not None and kernels.keeps_scores
+    attention = _attention_bytes(block, tokens, element, tensor, splits_tokens, lse, pooled, fused, products)
+    if products and lse:
+        attention.append(scores * _score_bytes(element))
     return sum(attention) + sum(_mlp_bytes(block, behind, element, tensor, splits_tokens, fused))
+
+
+def _score_bytes(element: int) -> int:
+    """Of the weights of a softmax, in fp32 and, where that is another dtype, as they are multiplied."""
+    return FP32 + (element if element < FP32 else 0)
 
 
 def norm_saved_bytes(block: VisionConfig, tokens: float, element: int) -> float:
@@ -60,26 +73,40 @@ def _attention_bytes(
     lse: bool,
     pooled: int | None,
     fused: bool,
+    products: bool,
 ) -> list[float]:
     asking, row = tokens if pooled is None else pooled, block.width * element
     share = tensor if splits_tokens else 1
     normed = asking if block.post_norm else tokens
-    kept = [tokens / share * row, 3 * tokens * row / tensor, asking * row / tensor]
+    kept = [tokens / share * row, asking * row / tensor]
     kept.append(norm_saved_bytes(block, normed / share, element))
-    if lse:
+    if products and lse:
+        kept.append((asking + 2 * tokens) * row / tensor)
+        kept.append(3 * tokens * row / tensor * block.qk_norm)
+    else:
+        kept += _one_kernel_bytes(block, tokens, row / tensor, pooled, fused)
+    if lse and not products:
         kept.append(FP32 * asking * block.heads / tensor)
-    # Where q and k are tensors of their own, the fused kernel keeps them once, as they are turned.
-    turned = block.qk_norm or (block.rope and not (fused and block.separate_qkv))
-    if turned:
-        kept.append(tokens * row / tensor)  # k turned or normed
-    if turned or pooled is not None:
-        kept.append(asking * row / tensor)  # q turned, normed or picked
     if block.qk_norm:
         kept.append(2 * FP32 * tokens)
     if block.layer_scale is not None:
         kept.append(asking / share * row)
     if block.attention_norm:
         kept += _split_norm_bytes(asking * row, asking, tensor)
+    return kept
+
+
+def _one_kernel_bytes(block: VisionConfig, tokens: int, row: float, pooled: int | None, fused: bool) -> list[float]:
+    """q, k and v of an attention that keeps them as they come."""
+    asking = tokens if pooled is None else pooled
+    # Where q and k are tensors of their own, the fused kernel keeps them once, as they are turned; q only once picked.
+    apart = fused and block.separate_qkv
+    kept = [(2 if apart and block.rope and pooled is not None else 3) * tokens * row]
+    turned = block.qk_norm or (block.rope and not apart)
+    if turned:
+        kept.append(tokens * row)  # k turned or normed
+    if turned or pooled is not None:
+        kept.append(asking * row)  # q turned, normed or picked
     return kept
 
 
@@ -90,12 +117,13 @@ def _mlp_bytes(
     rows = tokens / tensor if splits_tokens else tokens
     kept = [rows * block.width * element, norm_saved_bytes(block, rows, element)]
     if fused and block.mlp == "swiglu" and tensor == 1:  # gate, up, and what the kernel makes of them
-        return [*kept, 3 * hidden, 2 * FP32 * tokens * block.mlp_norm]
-    # With a sub-LN over ranks, SwiGLU's product is not kept itself: the norm keeps the gathered one.
-    gathered = block.mlp_norm and tensor > 1
-    kept.append((4 - gathered if block.mlp == "swiglu" else 2) * hidden / tensor)
-    if block.mlp_norm:
-        kept += _split_norm_bytes(hidden, tokens, tensor)
+        kept += [3 * hidden, 2 * FP32 * tokens * block.mlp_norm]
+    else:
+        # With a sub-LN over ranks, SwiGLU's product is not kept itself: the norm keeps the gathered one.
+        gathered = block.mlp_norm and tensor > 1
+        kept.append((4 - gathered if block.mlp == "swiglu" else 2) * hidden / tensor)
+        if block.mlp_norm:
+            kept += _split_norm_bytes(hidden, tokens, tensor)
     if block.layer_scale is not None:
         kept.append(rows * block.width * element)
     return kept
@@ -134,9 +162,9 @@ def micro_batch_saved_bytes(model: ModelConfig, layout: Layout, stage: Stage) ->
         blocks: float = stage.blocks * layout.message_bytes(vision)
     else:
         lse = layout.recompute == "none"
-        blocks = stage.whole_blocks * _vision_block_bytes(vision, layout, lse=lse)
+        blocks = stage.whole_blocks * vision_block_bytes(vision, layout, lse=lse)
         if stage.last_blocks:
-            blocks += _vision_block_bytes(
+            blocks += vision_block_bytes(
                 vision, layout, lse=lse, pooled=layout.pooled_rows if vision.reads_one_token else None
             )
         if vision.rope:
@@ -147,7 +175,7 @@ def micro_batch_saved_bytes(model: ModelConfig, layout: Layout, stage: Stage) ->
     return blocks + embedding + (head_saved_bytes(model, layout) if stage.has_head else 0)
 
 
-def _vision_block_bytes(vision: VisionConfig, layout: Layout, lse: bool = True, pooled: int | None = None) -> float:
+def vision_block_bytes(vision: VisionConfig, layout: Layout, lse: bool = True, pooled: int | None = None) -> float:
     return block_saved_bytes(
         vision,
         layout.packed_tokens(vision),
@@ -157,7 +185,15 @@ def _vision_block_bytes(vision: VisionConfig, layout: Layout, lse: bool = True, 
         lse=lse,
         pooled=pooled,
         kernels=layout.kernels,
+        scores=_scores(vision, layout, layout.packed_tokens(vision) if pooled is None else layout.micro_batch),
     )
+
+
+def _scores(vision: VisionConfig, layout: Layout, queries: int) -> float:
+    """Elements of S × S of a micro-batch on a tensor rank, of the tokens that ask."""
+    if not layout.kernels.keeps_scores:
+        return 0.0
+    return queries * layout.packed_tokens(vision) / layout.micro_batch * vision.heads / layout.tensor
 
 
 def text_saved_bytes(model: ModelConfig, captions: int, element: int) -> float:
@@ -233,13 +269,22 @@ def outputs_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> tuple[flo
 
 
 def backward_temporary_bytes(
-    block: VisionConfig, tokens: int, *, element: int, tensor: int, splits_tokens: bool, kernels: Kernels
+    block: VisionConfig,
+    tokens: int,
+    *,
+    element: int,
+    tensor: int,
+    splits_tokens: bool,
+    kernels: Kernels,
+    scores: float = 0.0,
+    again: bool = False,
 ) -> float:
-    """Live in the backward of the last block beyond what autograd kept: the higher of two moments.
+    """Live in the backward of the last block beyond what autograd kept: the highest of three moments.
 
     In the norm: the gradient of the stream, and of an eager RMSNorm its fp32 copy and two fp32 products. In fc2, when
     the norm's share has been freed: the stream's and the branch's gradient, the gathered one, the gradient of fc2's
-    input and of its weight.
+    input and of its weight. In the softmax of scores that are kept, when the MLP's share has been freed: gradients of
+    weights and of scores in fp32, and those of the stream, of the answer and of v. again: they are computed there.
     """
     rows = tokens / tensor if splits_tokens else tokens
     wide = 3 * FP32 if has_copies(block, kernels) else element
@@ -247,7 +292,16 @@ def backward_temporary_bytes(
     gathered = tokens * block.width * element if splits_tokens else 0
     hidden = tokens * block.mlp_hidden * element / tensor
     in_mlp = 2 * rows * block.width * element + gathered + hidden + block.width * block.mlp_hidden * element / tensor
-    return max(in_norm, in_mlp - norm_saved_bytes(block, rows, element))
+    in_mlp -= norm_saved_bytes(block, rows, element)
+    if not scores:
+        return max(in_norm, in_mlp)
+    in_softmax = scores * (2 * FP32 - (element if element < FP32 else 0))
+    in_softmax += (rows + 2 * tokens / tensor) * block.width * element
+    fused = kernels.elementwise == "fused"
+    if again:
+        in_softmax += scores * _score_bytes(element) + 3 * tokens * block.width * element / tensor
+    in_softmax -= sum(_mlp_bytes(block, tokens, element, tensor, splits_tokens, fused))
+    return max(in_norm, in_mlp, in_softmax)
 
 
 def has_copies(block: VisionConfig, kernels: Kernels) -> bool:
@@ -264,24 +318,23 @@ def forward_temporary_bytes(
     splits_tokens: bool,
     kernels: Kernels,
     pooled: int | None = None,
+    scores: float = 0.0,
 ) -> float:
     """Live in a forward with grad through the last block of a chunk, beyond what autograd keeps of the whole chunk.
 
     In the norm behind the MLP, when all is kept already: two fp32 copies of RMSNorm, or the streams around LayerNorm.
     While keys are turned: five fp32 copies, when what comes behind is not kept yet; of a tower's last block that is
-    little (pooled).
+    little (pooled). While scores become weights: both in fp32, and the scores.
     """
     rows = (tokens if pooled is None else pooled) / (tensor if splits_tokens else 1)
     in_norm = rows * block.width * (2 * FP32 + element if has_copies(block, kernels) else 4 * element)
-    if not block.rope or kernels.elementwise == "fused":
+    turns = block.rope and kernels.elementwise != "fused"
+    if not turns and not scores:
         return in_norm
-    turning = tokens * block.width * (5 * FP32 + 2 * element) / tensor
-    behind = tokens if pooled is None else pooled
-    later = (
-        sum(_mlp_bytes(block, behind, element, tensor, splits_tokens, fused=False))
-        + behind * block.width * element / tensor
-    )
-    return max(in_norm, turning - later)
+    behind, fused = tokens if pooled is None else pooled, kernels.elementwise == "fused"
+    later = sum(_mlp_bytes(block, behind, element, tensor, splits_tokens, fused))
+    turning = turns * tokens * block.width * (5 * FP32 + 2 * element) / tensor
+    return max(in_norm, turning - later - behind * block.width * element / tensor, FP32 * scores - later)
 
 
 def text_forward_temporary_bytes(model: ModelConfig, captions: int, element: int) -> float:
@@ -310,6 +363,10 @@ def locked_forward_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> fl
     if vision.rope and not fused:
         turning = tokens * vision.width * (5 * FP32 + 2 * element) / layout.tensor
         needed = max(needed, turning + 5 * stream)
+    # Queries scaled and laid out by heads, keys and values; scores, which become weights in fp32.
+    by_heads = 4 * tokens * vision.width * element / layout.tensor
+    scores = _scores(vision, layout, tokens)
+    needed = max(needed, scores * (element + 2 * FP32) + by_heads + 4 * stream) if scores else needed
     pixels = layout.micro_batch * 3 * vision.image_size**2 * element if stage.has_embedding else 0
     return needed + pixels
 
@@ -324,6 +381,7 @@ def vision_forward_temporary_bytes(model: ModelConfig, layout: Layout, stage: St
         splits_tokens=layout.splits_tokens,
         kernels=layout.kernels,
         pooled=layout.pooled_rows if stage.has_head else None,
+        scores=_scores(model.vision, layout, layout.packed_tokens(model.vision)) * (layout.recompute == "none"),
     )
 
 
@@ -338,9 +396,11 @@ def vision_temporary_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> 
         tensor=layout.tensor,
         splits_tokens=layout.splits_tokens,
         kernels=layout.kernels,
+        scores=_scores(vision, layout, tokens),
+        again=layout.recompute == "selective",
     )
     if layout.recompute == "full":
-        live += _vision_block_bytes(vision, layout)
+        live += vision_block_bytes(vision, layout)
     if stage.has_embedding:  # normalised pixels, cut into patches
         live += layout.micro_batch * 3 * vision.image_size**2 * 2 * layout.element_bytes
     return live

@@ -1,6 +1,6 @@
 """Seconds of compute on one GPU: matrix products at the profile's efficiency, all else at its bandwidth (kernels.py).
 
-A backward has twice the products of its forward (scores 2.5 x, as flash attention computes them again), and adds the
+A backward has twice the products of its forward (scores that are not kept 2.5 x: they are computed again), and adds the
 weight gradients of each micro-batch to the fp32 sums, unless the product does. A replay is spared the products whose
 outputs were kept. All of it is projected.
 """
@@ -61,17 +61,24 @@ def block_seconds(
     """
     rows, behind = samples * tokens, samples * (1 if is_last else tokens)
     products = _product_seconds(block, rows, behind, tensor, hardware, element, kernels.fp8)
-    scores = samples * attention_flops(tokens, block.width, queries=1 if is_last else tokens) / tensor
-    attention = scores / (hardware.peak_flops(element) * hardware.attention_efficiency)
+    scored = samples * attention_flops(tokens, block.width, queries=1 if is_last else tokens) / tensor
+    attention = scored / (hardware.peak_flops(element) * hardware.attention_efficiency)
     moved = elementwise_bytes(
-        block, rows, behind, element=element, tensor=tensor, splits_tokens=splits_tokens, kernels=kernels
+        block,
+        rows,
+        behind,
+        element=element,
+        tensor=tensor,
+        splits_tokens=splits_tokens,
+        kernels=kernels,
+        scores=behind * tokens * block.heads / tensor,
     )
     multiplied = sum(products.values())
     return PassSeconds(
         forward=multiplied + attention + moved.forward / hardware.memory_bytes_s,
         spared=sum(products[kind] for kind in LEVELS[level]),
         backward=BACKWARD_PRODUCTS * multiplied
-        + BACKWARD_ATTENTION * attention
+        + (BACKWARD_PRODUCTS if kernels.keeps_scores else BACKWARD_ATTENTION) * attention
         + moved.backward / hardware.memory_bytes_s,
     )
 
@@ -181,10 +188,10 @@ def teachers_seconds(layout: Layout, hardware: Hardware) -> float:
 
 
 def frozen_images_seconds(model: ModelConfig, precision: str, layout: Layout, hardware: Hardware) -> float:
-    """Forward of a whole frozen image tower over the images of the pairs that a rank owns; its products are in fp8
-    where its own settings say so, whatever the student's are.
+    """Forward of a whole frozen image tower over the images of the pairs that a rank owns; its products are in fp8, and
+    its scores kept, where its own settings say so, whatever the student's are.
     """
-    whole = Stage(rank=0, chunks=(model.vision.depth,), has_embedding=True, has_head=True)
+    whole, own = Stage(rank=0, chunks=(model.vision.depth,), has_embedding=True, has_head=True), kernels_of(model)
     alone = replace(
         layout,
         tensor=1,
@@ -194,7 +201,7 @@ def frozen_images_seconds(model: ModelConfig, precision: str, layout: Layout, ha
         precision=precision,
         layers=None,
         teachers=(),
-        kernels=replace(layout.kernels, fp8=kernels_of(model).fp8),
+        kernels=replace(layout.kernels, fp8=own.fp8, keeps_scores=own.keeps_scores),
     )
     once = stage_seconds(model, alone, whole, hardware)
     return once.forward * layout.own_rows * layout.frames / layout.micro_batch

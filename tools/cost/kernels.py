@@ -34,9 +34,12 @@ class Kernels(HashedOnce):
     """
     fp8: bool = False
     """Products of the blocks in fp8."""
+    keeps_scores: bool = False
+    """Attention is two products with S x S weights between them (model.attention=matmul), not one kernel."""
 
     def __str__(self) -> str:
         parts = [self.elementwise, "sums in the product" if self.sums else "", "fp8" if self.fp8 else ""]
+        parts.append("attention by products" if self.keeps_scores else "")
         return ", ".join(part for part in parts if part)
 
 
@@ -58,8 +61,11 @@ def elementwise_bytes(
     tensor: int = 1,
     splits_tokens: bool = False,
     kernels: Kernels,
+    scores: float = 0.0,
 ) -> Moved:
-    """One block over `rows` tokens on one tensor rank; behind: those that go on behind its attention."""
+    """One block over `rows` tokens on one tensor rank; behind: those that go on behind its attention. scores: of all
+    samples and heads there, where the kernels keep them.
+    """
     share = tensor if splits_tokens else 1
     first = behind if block.post_norm else rows
     stream = [sum(pair) * block.width / share for pair in ((first, behind), (behind, behind))]
@@ -72,6 +78,7 @@ def elementwise_bytes(
         (hidden, _nonlinearity(block, element, kernels)),
         (heads, _qkv(block, element, kernels)),
         (heads + asking, (2 * element, 4 * element)),  # the attention's own
+        *_products_of_attention(heads, asking, scores, element, kernels),
         (asking * block.attention_norm, (2 * element, 3 * element)),
         (heads + asking if block.rope else 0, _rope(element, kernels)),
         (heads + asking if block.qk_norm else 0, _eager_rms(element)),
@@ -91,6 +98,19 @@ def elementwise_bytes(
 
 Bytes = tuple[float, float]
 """Bytes of a token and channel, forward and backward."""
+
+
+def _products_of_attention(
+    heads: float, asking: float, scores: float, e: int, kernels: Kernels
+) -> list[tuple[float, Bytes]]:
+    """What model.attention=matmul moves beside q, k, v and its answer: copies of them by heads, queries scaled; scores
+    written by a product, turned into fp32 weights, which are read, and cast, for another product.
+    """
+    if not kernels.keeps_scores:
+        return []
+    cast = 2 * (e + FP32) if e < FP32 else 0
+    by_heads = (heads, (4 * e, 4 * e)), (asking, (6 * e, 6 * e))
+    return [*by_heads, (scores, (2 * e + 2 * FP32 + cast, 4 * e + 3 * FP32 + cast))]
 
 
 def _norm(block: VisionConfig, e: int, kernels: Kernels) -> Bytes:

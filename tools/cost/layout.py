@@ -302,11 +302,13 @@ def layout_of(config: Config, ranks: int) -> Layout:
 
 def kernels_of(model: ModelConfig) -> Kernels:
     """What the settings of a model choose on a GPU (models/blocks/kernels.py)."""
+    keeps_scores = model.attention == "matmul"
     if model.backend == "transformer_engine":
-        return Kernels(elementwise="compiled", fp8=model.fp8 != "none")
+        return Kernels(elementwise="compiled", fp8=model.fp8 != "none", keeps_scores=keeps_scores)
     if model.block_kernels == "fused" or (model.block_kernels == "auto" and model.norm_kernel == "auto"):
-        return Kernels(elementwise="fused", sums=True)
-    return Kernels(elementwise="compiled" if model.norm_kernel in ("compiled", "apex") else "eager", sums=True)
+        return Kernels(elementwise="fused", sums=True, keeps_scores=keeps_scores)
+    elementwise = "compiled" if model.norm_kernel in ("compiled", "apex") else "eager"
+    return Kernels(elementwise=elementwise, sums=True, keeps_scores=keeps_scores)
 
 
 @dataclass(frozen=True, kw_only=True)

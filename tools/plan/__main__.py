@@ -15,7 +15,7 @@ from tools.cli import amount, answer, check_folder, command_parser, complain, po
 from tools.cost.cluster import Cluster
 from tools.cost.hardware import Hardware, load_hardware, profile_names
 from tools.cost.kernels import ELEMENTWISE, Kernels
-from tools.cost.layout import FrozenModel, PlanError, layout_of
+from tools.cost.layout import FrozenModel, PlanError, kernels_of, layout_of
 from tools.plan.given import given_config, left_out
 from tools.plan.mim import as_json_mim, mim_config, search_mim, show_mim
 from tools.plan.search import Found, Job, search
@@ -151,9 +151,11 @@ def _kernels(arguments: argparse.Namespace, hardware: Hardware, model: ModelConf
             f"--kernels compiled is a fused RMSNorm, but the norms of {arguments.model} are {model.vision.norm}: take "
             "fused or eager"
         )
+    keeps_scores = kernels_of(model).keeps_scores
     if arguments.fp8:  # Transformer Engine's linears, and its norms
-        return Kernels(elementwise="eager" if arguments.kernels == "eager" else "compiled", fp8=True)
-    return Kernels(elementwise=arguments.kernels, sums=True)
+        elementwise = "eager" if arguments.kernels == "eager" else "compiled"
+        return Kernels(elementwise=elementwise, fp8=True, keeps_scores=keeps_scores)
+    return Kernels(elementwise=arguments.kernels, sums=True, keeps_scores=keeps_scores)
 
 
 def _plan_mim(arguments: argparse.Namespace, cluster: Cluster, kernels: Kernels, samples: float) -> int:

@@ -50,12 +50,10 @@ UNPRICED = {
     "checkpoint.local_every_steps": "a step without saves",
     "health.audit_every_steps": "a step without audits",
     "evaluate.*": "a step without evaluations",
-    "model.attention": "but an attention that keeps no S x S",
     "model.backend": "but local linears",
 }
 """Pattern -> what is priced instead."""
 _PRICED_VALUES = {
-    "model.attention": ("auto", "sdpa", "flash", "flash3", "te"),
     "model.backend": ("local", "transformer_engine"),
 }
 """Values of unpriced settings that are what is priced."""

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from models.config import ModelConfig
 from tools.cost.activations import (
     FP32,
-    block_saved_bytes,
     locked_forward_bytes,
     micro_batch_saved_bytes,
     text_saved_bytes,
+    vision_block_bytes,
     vision_temporary_bytes,
 )
 from tools.cost.cluster import Cluster
@@ -79,9 +79,7 @@ def zero3_memory(model: ModelConfig, layout: Layout, zero3: Zero3) -> Memory:
     vision, text = model.vision, model.text
     one, whole = _whole_tower(model, layout, zero3)
     if zero3.checkpoints:
-        live = block_saved_bytes(
-            vision, one.packed_tokens(vision), element=layout.element_bytes, kernels=layout.kernels
-        )
+        live = vision_block_bytes(vision, one)
         kept = whole.above.blocks * one.message_bytes(vision) + live
         rows = zero3.pairs_at_once * text.context_length
         text_kept: float = text.depth * rows * text.width * layout.element_bytes

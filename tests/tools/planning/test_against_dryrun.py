@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from engine.config.read import Config, resolve
+from tools.cost.activations import micro_batch_saved_bytes
 from tools.cost.layout import layout_of, stages_of
 from tools.cost.memory import phase_memory
 from tools.cost.work import rank_flops
@@ -40,6 +41,8 @@ class Case:
 
 OFFLOADED = ("train.keep_outputs=all", "train.offload_outputs=true", "train.offload_stash=true")
 FUSED = "model.block_kernels=fused"
+PRODUCTS = "model.attention=matmul"
+LONG = ("train.patch_dropout=0", "train.micro_batch_size=8")
 TEACHER = (
     "{path: '-', model: {preset: 18b, block_kernels: torch, vision: {image_size: 196, width: 1024, head_width: 64, "
     "mlp_hidden: 4096, depth: 3}, text: {depth: 2}}, relational: 1}"
@@ -68,6 +71,8 @@ FAST = [
         "upper-blocks", 8, 1, (*SHORT, "parallel.tensor=2", "parallel.pipeline=2", "train.freeze="
         "[vision.embed.*,vision.blocks.0-2.*,text.*]"),
     ),
+    Case("scores-kept", 2, 0, (*LARGE, PRODUCTS, *LONG, "parallel.pipeline=2", "train.keep_activations=1"), "18b-336"),
+    Case("scores-computed-again", 1, 0, (*LARGE, PRODUCTS, *LONG, "train.recompute=selective", FUSED), "l14"),
     Case("8b-full-virtual", 8, 1, (*SHORT, "parallel.pipeline=2", "parallel.virtual=2", "train.recompute=full"), "8b"),
 ]
 PAPER = ("train.global_batch_size=108000", "train.text_micro_batch_size=25")
@@ -136,6 +141,28 @@ def text_of(phase: str) -> str:
 @pytest.mark.parametrize("case", FAST, ids=lambda case: case.name)
 def test_a_few_blocks(case: Case) -> None:
     check(case)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "matmul"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("model.preset=18b", "parallel.tensor=2"),
+        ("model.preset=b16", FUSED),
+        ("model.preset=dinov3-7b", FUSED),
+        pytest.param(("model.preset=internvit-6b",), marks=pytest.mark.slow),
+        pytest.param(("model.preset=b16", "model.block_kernels=torch"), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_what_a_micro_batch_keeps(options: tuple[str, ...], attention: str) -> None:
+    short = ("model.vision.depth=3", "model.text.depth=1", "train.micro_batch_size=4", "train.global_batch_size=8")
+    given = [*options, f"model.attention={attention}", *short, "train.precision=bf16"]
+    config = resolve({"data": {"shards": ["-"]}}, given)
+    ranks = config.parallel.tensor
+    layout = layout_of(config, ranks)
+    kept = micro_batch_saved_bytes(config.model, layout, stages_of(config.model, layout)[0])
+    assert kept == pytest.approx(dry_run(config, ranks, 0).activation_bytes, rel=0.002)
 
 
 @pytest.mark.slow

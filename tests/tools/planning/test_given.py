@@ -23,6 +23,7 @@ LOCKED, WHOLE = "train.freeze=[vision.*]", "train.patch_dropout=0"
 # fmt: off
 SAMPLES = {
     "model.embed_dim": "1024", "model.norm_kernel": "torch", "model.block_kernels": "torch",
+    "model.attention": "matmul",
     "model.fp8": "current model.backend=transformer_engine train.micro_batch_size=16",
     "model.fp8_bf16_blocks": "2 model.backend=transformer_engine model.fp8=current train.micro_batch_size=16",
     "model.vision.norm": "rms", "model.vision.post_norm": "true", "model.vision.embed_norm": "true",
@@ -113,9 +114,7 @@ def test_what_is_distilled_from_changes_the_price(key: str) -> None:
 
 
 def test_what_is_not_priced_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert left_out(job()) == left_out(job("model.attention=flash")) == []
-    line = "not priced: model.attention=matmul (but an attention that keeps no S x S)"
-    assert left_out(job("model.attention=matmul")) == [line]
+    assert left_out(job()) == left_out(job("model.attention=matmul")) == []
     file = tmp_path / "job.yaml"
     file.write_text("model: b16\ndata: {shards: x, workers: 3}\ncheckpoint: {every_steps: 9}\n")
     assert load_config(file).data.workers == 3
