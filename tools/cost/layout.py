@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
-from engine.config.read import Config, check_layout
+from engine.config.read import Config, HealthConfig, check_layout
 from engine.config.sections.freeze import Frozen, frozen_parts
 from engine.config.stages import even_layers, stage_layers
 from models.config import ModelConfig, TextConfig, VisionConfig
@@ -106,6 +106,8 @@ class Layout(HashedOnce):
     """Largest side of a tile of logits; None: the engine's on a GPU."""
     bucket_size: int | None = None
     """Elements of one bucket of gradients; None: the engine's choice."""
+    audit_every_steps: int = HealthConfig.audit_every_steps
+    """Steps from one look at copies of weights to the next; 0: nobody looks at what lies in memory."""
     features: bool = False
     """Whether embeddings of the images are read in the place of pixels (data.features): no image tower runs."""
 
@@ -296,6 +298,7 @@ def layout_of(config: Config, ranks: int) -> Layout:
         told_by=COPIES[train.mask_false_negatives],
         loss_tile=train.loss_tile,
         bucket_size=parallel.bucket_size,
+        audit_every_steps=config.health.audit_every_steps,
         features=bool(config.data.features),
     )
 

@@ -18,7 +18,14 @@ from tools.cost.compute import frozen_images_seconds
 from tools.cost.counts import vision_parameters
 from tools.cost.layout import BYTES, Layout, stages_of, telling_stages
 from tools.cost.memory import buffer_bytes, stage_parameters, state_bytes
-from tools.cost.time import UnitTime, input_seconds, optimizer_seconds, unit_time, vision_state_seconds
+from tools.cost.time import (
+    UnitTime,
+    input_seconds,
+    optimizer_seconds,
+    unit_time,
+    vision_state_seconds,
+    watched_bytes,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +85,8 @@ def mim_costs(config: Config, layout: Layout, cluster: Cluster, *, every_stage: 
         teacher_s=_teacher_seconds(config, layout, cluster),
         exchange_s=_exchange_seconds(config, layout, cluster),
         state_s=vision_state_seconds(student, layout, slow, unit, cluster),
-        optimizer_s=optimizer_seconds(held / layout.data, held, layout, hardware),
+        optimizer_s=optimizer_seconds(held / layout.data, held, layout, hardware)
+        + watched_bytes(held / layout.data, held, 0.0, layout) / hardware.memory_bytes_s,
     )
 
 

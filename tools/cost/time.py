@@ -22,6 +22,7 @@ stages, f and b the forward and backward of one micro-batch on a stage (collecti
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
+from engine.config.sections.optim import MOMENTS
 from engine.config.sections.parallel import LINK_BLOCKS
 from engine.pipeline.program import Alone
 from models.config import ModelConfig
@@ -452,10 +453,15 @@ def _one_loss_seconds(width: int, loss: str, work: LossWork, layout: Layout, clu
 
 
 def contrastive_optimizer_seconds(model: ModelConfig, layout: Layout, stage: Stage, hardware: Hardware) -> float:
-    """Update of both towers on a stage."""
-    vision = stage_parameters(model, layout, stage.above)
-    text = trained_text_parameters(model, layout.freeze)
-    return optimizer_seconds(vision / layout.data + text / layout.ranks, vision + text, layout, hardware)
+    """Update of both towers on a stage, and looks at what lies in memory between two updates."""
+    vision, held = (stage_parameters(model, layout, part) for part in (stage.above, stage))
+    text, text_held = trained_text_parameters(model, layout.freeze), text_parameters(model)
+    owned = vision / layout.data + text / layout.ranks
+    frozen = (held - vision) / layout.data + (text_held - text) / layout.ranks
+    shares = layout.shard == "weights"
+    compared = held * (not shares or layout.data == 1) + text_held * (not shares or layout.ranks == 1)
+    looked_at = watched_bytes(owned, compared, frozen, layout) / hardware.memory_bytes_s
+    return optimizer_seconds(owned, vision + text, layout, hardware) + looked_at
 
 
 def optimizer_seconds(owned: float, gradients: float, layout: Layout, hardware: Hardware) -> float:
@@ -463,6 +469,20 @@ def optimizer_seconds(owned: float, gradients: float, layout: Layout, hardware: 
     state = optimizer_bytes_per_element(replace(layout, averages=False)) + FP32
     moved = state * OPTIMIZER_PASSES[layout.optimizer] + layout.averages * AVERAGE_PASSES * FP32
     return (owned * moved + gradients * FP32) / hardware.memory_bytes_s
+
+
+def watched_bytes(owned: float, compared: float, frozen: float, layout: Layout) -> float:
+    """Read in a step, taking one with another, for sums of bits (engine/resilience/audit.py): of the state of the
+    `owned` elements behind an update and before the next; each layout.audit_every_steps of `compared` weights, which
+    have copies elsewhere, of masters' roundings beside the weights, and twice of `frozen` ones.
+    """
+    every, element = layout.audit_every_steps, layout.element_bytes
+    if not every:
+        return 0.0
+    kinds = 1 + len(MOMENTS[layout.optimizer]) + layout.averages
+    rounded = owned * (FP32 + 3 * element) if element < FP32 else 0.0  # a copy is written and read, and the weight
+    now_and_then = compared * element + rounded + min(2, every) * frozen * element
+    return 2 * owned * kinds * FP32 + now_and_then / every
 
 
 def input_seconds(model: ModelConfig, layout: Layout, rest_s: float, cluster: Cluster, nodes: int) -> float:

@@ -48,7 +48,6 @@ UNPRICED = {
     "checkpoint.every_steps": "a step without saves",
     "checkpoint.async_save": "a step without saves",
     "checkpoint.local_every_steps": "a step without saves",
-    "health.audit_every_steps": "a step without audits",
     "evaluate.*": "a step without evaluations",
     "model.backend": "but local linears",
 }

@@ -54,7 +54,7 @@ SAMPLES = {
     "train.offload_outputs": "true train.keep_outputs=all", "train.patch_dropout": "0.25", "train.freeze": "[text.*]",
     "train.precision": "fp32", "train.loss": "sigmoid", "train.mask_false_negatives": "captions",
     "train.matryoshka": "[128,512]", "train.loss_variant": "ring", "train.loss_tile": "32", "optim.name": "adamw",
-    "optim.ema_decay": "0.9",
+    "optim.ema_decay": "0.9", "health.audit_every_steps": "0",
 }
 TEACHERS = {"model": ("l14", 0, "feature: 0, relational: 1"), "precision": ("b16", 0, "precision: fp32"),
             "feature": ("b16", 0, "feature: 0, relational: 1"), "interactive": ("b16", 1, "feature: 1"),

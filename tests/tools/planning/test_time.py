@@ -3,18 +3,24 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.config.read import preset_model
 from engine.objectives.contrastive.program import ContrastiveProgram
 from models.config import ModelConfig
+from tests.checkpoint.jobs import alone, build, job_config, release, run_steps
 from tools.cost.cluster import Cluster
 from tools.cost.compute import block_seconds, stage_seconds, teachers_seconds
+from tools.cost.counts import text_parameters
 from tools.cost.hardware import load_hardware
 from tools.cost.kernels import Kernels
-from tools.cost.layout import FrozenModel, Layout, stages_of
-from tools.cost.time import step_time, text_step, unit_time
+from tools.cost.layout import FrozenModel, Layout, layout_of, stages_of, trained_text_parameters
+from tools.cost.memory import stage_parameters
+from tools.cost.time import step_time, text_step, unit_time, watched_bytes
 from tools.plan.estimate import estimate
 from tools.simulate.events import StageCosts, durations_of, simulate
 
@@ -86,6 +92,16 @@ def test_a_block_is_never_faster_than_its_products_allow() -> None:
     assert forward / 2 < halves[0] < halves[1] < forward
 
 
+def test_products_in_fp32_take_as_long_as_the_data_sheet_says() -> None:
+    """What is no product moves twice the bytes, and fp32 weights and activations are multiplied without TF32."""
+    fast, slow = (
+        block_seconds(MODEL.vision, 48, 129, A100, element=element, kernels=Kernels(elementwise="fused"))
+        for element in (2, 4)
+    )
+    ratio = A100.bf16_tflops / A100.fp32_tflops
+    assert 0.9 * ratio < slow.forward / fast.forward < ratio
+
+
 def test_collectives_between_nodes_share_the_network_cards() -> None:
     gigabyte = 1e9
     within = CLUSTER.collective_seconds(BASE, "tensor", gigabyte)
@@ -98,6 +114,48 @@ def test_collectives_between_nodes_share_the_network_cards() -> None:
         gigabyte * 15 / 16 / (8 * 25e9 * 0.8), rel=0.05
     )
     assert CLUSTER.collective_seconds(replace(BASE, data=1, tensor=1), "data", gigabyte) == 0
+
+
+class _Summed(TorchDispatchMode):
+    """What sums of bits read, and the roundings that they are made of."""
+
+    moved = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        if name == "sum" and args[0].dtype == torch.int64:
+            self.moved += args[0].nbytes
+        elif (
+            name == "_to_copy" and args[0].ndim == 1 and (args[0].dtype, result.dtype) == (torch.float, torch.bfloat16)
+        ):
+            self.moved += args[0].nbytes + result.nbytes
+        return result
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("train.precision=bf16", "optim.ema_decay=0.9"),
+        ("train.precision=bf16", "optim.name=adamw", "train.freeze=[vision.*]"),
+        ("train.precision=fp32", "health.audit_every_steps=0"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_read_to_see_that_memory_forgets_nothing(options: tuple[str, ...], tmp_path: Path) -> None:
+    config = job_config(tmp_path, "checkpoint.every_steps=1000", "health.audit_every_steps=2", *options)
+    layout, model = layout_of(config, 1), config.model
+    with alone() as mesh:
+        trainer = build(config, mesh)
+        trainer.optimizer.rule.sums_on_a_cpu = False  # as on a GPU
+        run_steps(trainer, 2)
+        with _Summed() as counted:
+            run_steps(trainer, 2)
+        release(trainer)
+    (stage,) = stages_of(model, layout)
+    whole = stage_parameters(model, layout, stage) + text_parameters(model)
+    owned = stage_parameters(model, layout, stage.above) + trained_text_parameters(model, layout.freeze)
+    planned = watched_bytes(owned, whole, whole - owned, layout)
+    assert planned == pytest.approx(counted.moved / 2, rel=0.06)  # a toy's buffers are padded
 
 
 def test_kept_outputs_spare_a_replay_their_products() -> None:
