@@ -118,11 +118,13 @@ def test_gradients_in_bf16_take_half_the_bytes_and_room_for_their_copies(shard: 
     stage = stages_of(model, fp32)[0]
     reduced, halved = (vision_transfer_seconds(model, one, stage, cluster)[0] for one in (fp32, bf16))
     assert halved == pytest.approx(reduced / 2, rel=0.05)
-    travelling = travelling_bytes(model, bf16, stage)
-    gained = [phase_memory(model, one, stage)["backprop"].total for one in (fp32, bf16, bare)]
-    assert gained[1] - gained[0] == pytest.approx(travelling) and gained[2] <= gained[0]
-    parts = stage_parameters(model, bf16, stage) / (4 if shard == "weights" else 1)
-    assert travelling == pytest.approx(4 * (parts + counts.text_parameters(model)), rel=0.05)
+    chunks, text = travelling_bytes(model, bf16, stage)
+    assert travelling_bytes(model, fp32, stage) == ([0, 0, 0, 0], 0)
+    assert sum(chunks) + text == 4 * (stage_parameters(model, bf16, stage) + counts.text_parameters(model))
+    # Copies of a chunk stay to the step's end beside those of the others, or until the next one's are made.
+    peaks = [max(m.total for m in phase_memory(model, one, stage).values()) for one in (fp32, bf16, bare)]
+    assert peaks[0] + (chunks[1] if shard == "weights" else sum(chunks[1:])) == pytest.approx(peaks[1], rel=0.01)
+    assert peaks[2] <= peaks[1]
 
 
 def test_a_locked_image_tower_costs_one_forward_and_lower_blocks_theirs() -> None:

@@ -262,17 +262,38 @@ def buffer_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
     return messages + gathered + pixels
 
 
-def travelling_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
-    """Copies in bf16 of gradients on their way, those that leave and those that come, where all travel at once.
-
-    Without overlap a bucket travels at a time, when the activations are gone.
+def travelling_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> tuple[list[float], float]:
+    """(of each chunk, of the captions) copies in bf16 of gradients on their way, those that leave and those that come;
+    0 where they travel as they are.
     """
-    if layout.reduce_dtype == "fp32" or not layout.overlap:
-        return 0.0
+    each = 0 if layout.reduce_dtype == "fp32" else 2 * layout.reduced_bytes
     chunks = [stage_parameters(model, layout, chunk) for chunk in single_chunks(stage.above)]
-    vision = (sum(chunks) if layout.shard == "optimizer" else max(chunks)) if layout.data > 1 else 0
-    text = trained_text_parameters(model, layout.freeze) if layout.ranks > 1 else 0
-    return 2 * layout.reduced_bytes * (vision + text)
+    text = trained_text_parameters(model, layout.freeze)
+    return [each * (layout.data > 1) * chunk for chunk in chunks], each * (layout.ranks > 1) * text
+
+
+def _under_way(
+    model: ModelConfig, layout: Layout, stage: Stage, *, live: float, left: float, late: bool
+) -> dict[str, float]:
+    """Phase -> what copies of gradients add to its peak.
+
+    A bucket travels when the last backward has all of its gradients, so copies come as activations go; they stay to the
+    step's end, or where more than states is shared until the next chunk's last backward. Without overlap a part travels
+    at a time, when the activations are gone. live: activations at the peak of backprop. left: of what the captions'
+    backward finds there at first, what is gone at the step's end. late: whether captions have a backward then.
+    """
+    (first, *others), text = travelling_bytes(model, layout, stage)
+    if not layout.overlap:
+        return {"backprop": max(0.0, max(first, *others, text) - live)}
+    one, captions = single_chunks(stage.above)[0], _text_pass_bytes(model, layout)
+    last_turn = max(layout.keep, 1) * own_saved_bytes(model, layout, one)
+    if layout.shard == "optimizer":
+        vision, to_the_end = max(0.0, sum(others) + max(first, last_turn) - live), first + sum(others)
+    else:
+        vision, to_the_end = max(first if others else 0.0, first - last_turn), first
+    ends = late * to_the_end + max(captions.working, captions.table + text)
+    early = 0.0 if late else text
+    return {"backprop": early + vision, "text": max(0.0, ends - left - captions.total)}
 
 
 def teacher_bytes(layout: Layout) -> float:
@@ -317,7 +338,7 @@ def phase_memory(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, 
         "encode_text": (kept if behind else 0, encoding, dealt),
         "loss": (kept, text_kept, loss_bytes(model, layout)),
         **({"teacher": (kept if stage.has_embedding else 0, 0, dealt)} if teaching else {}),
-        "text": (0 if stage.has_head else kept, text_kept + _text_pass_bytes(model, layout), gradients_of_rows),
+        "text": (0 if stage.has_head else kept, text_kept + _text_pass_bytes(model, layout).total, gradients_of_rows),
         "backprop": (
             live + max(forward, vision_temporary_bytes(model, layout, above)) if above.trains else 0,
             text_kept,
@@ -325,7 +346,14 @@ def phase_memory(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, 
         ),
     }
     stash, buffers = stash_bytes(model, layout, stage), buffer_bytes(model, layout, stage)
-    travelling = travelling_bytes(model, layout, stage)
+    under_way = _under_way(
+        model,
+        layout,
+        stage,
+        live=phases["backprop"][0],
+        left=0 if stage.has_head else kept + stash,
+        late=stage.has_head or layout.deals_captions,
+    )
     without = {*(("text",) if stage.has_head else ()), *(() if behind else ("encode_text",))}
     without |= set() if stage.has_embedding else {"teacher"}  # the others are taught before their first unit
     return {
@@ -338,9 +366,7 @@ def phase_memory(model: ModelConfig, layout: Layout, stage: Stage) -> dict[str, 
             activations=activations,
             text=text_states + text + whole[phase].text + text_outputs + text_stash,
             loss=loss,
-            buffers=buffers
-            + (moving if phase in ("encode", "backprop") else 0)
-            + (travelling if phase in ("text", "backprop") else 0),
+            buffers=buffers + (moving if phase in ("encode", "backprop") else 0) + under_way.get(phase, 0),
             teachers=teacher_bytes(layout) + (teaching if phase == "teacher" else 0),
         )
         for phase, (activations, text, loss) in phases.items()
@@ -392,12 +418,25 @@ def own_saved_bytes(model: ModelConfig, layout: Layout, stage: Stage) -> float:
     return micro_batch_saved_bytes(model, layout, stage) - stage.stashed_inputs * layout.message_bytes(model.vision)
 
 
-def _text_pass_bytes(model: ModelConfig, layout: Layout) -> float:
-    """Replay and backward of the captions of one pass. The token table's gradient is dense; it comes last."""
+@dataclass(frozen=True, kw_only=True)
+class _TextPass:
+    """Replay and backward of the captions of one pass."""
+
+    working: float = 0.0
+    table: float = 0.0
+    """The token table's gradient, which is dense; it comes last."""
+
+    @property
+    def total(self) -> float:
+        """The higher of both moments."""
+        return max(self.working, self.table)
+
+
+def _text_pass_bytes(model: ModelConfig, layout: Layout) -> _TextPass:
     text, element = model.text, layout.element_bytes
     trained, captions = text_above(model, layout), layout.captions_at_once
     if trained is None:
-        return 0
+        return _TextPass()
     temporary = backward_temporary_bytes(
         text_blocks(text),
         captions * text.context_length,
@@ -409,7 +448,7 @@ def _text_pass_bytes(model: ModelConfig, layout: Layout) -> float:
     is_learned = not layout.freeze or "text.token_embedding" not in frozen_in(model, layout.freeze).names
     table = is_learned * text.vocab_size * text.width * element
     saved = 0 if layout.keep >= layout.micro_batches else text_saved_bytes(trained, captions, element)
-    return max(saved + temporary, table)
+    return _TextPass(working=saved + temporary, table=table)
 
 
 @lru_cache(maxsize=256)

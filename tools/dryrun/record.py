@@ -52,6 +52,7 @@ def record_step(step: TrainingStep, batch: LocalBatch, *, every: bool) -> Record
     every: run every micro-batch, as real tensors must. Those of 1F1B all run: they are few, and their masks differ.
     """
     recorder = Recorder(step.mesh, _folding(step, every), step.config.objective)
+    _as_a_later_step(step)
     step.executor.products = nullcontext  # as the model has them, whatever this CPU makes of them
     _adopt(recorder, step, batch)
     if isinstance(step, MimStep):
@@ -71,6 +72,14 @@ def record_step(step: TrainingStep, batch: LocalBatch, *, every: bool) -> Record
     with recorder:
         step(batch, RecordedPhases(recorder))
     return recorder
+
+
+def _as_a_later_step(step: TrainingStep) -> None:
+    """From its second step on megatron-core reduces a bucket as soon as the last backward has all of its gradients."""
+    for part in step.towers.parts:
+        for group in part.ddp.bucket_groups:
+            group.golden_per_param_grad_ready_counts = dict.fromkeys(group.params, 1)
+            group.is_first_batch = False
 
 
 def _folding(step: TrainingStep, every: bool) -> Folding:

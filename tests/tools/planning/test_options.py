@@ -158,6 +158,39 @@ def test_teaching_can_be_the_peak(model: str) -> None:
     assert planned["teacher"].total == pytest.approx(report.peak.total, rel=0.05)
 
 
+COPIES = (
+    *("parallel.reduce_dtype=bf16", "train.text_micro_batch_size=16", "train.micro_batch_size=4"),
+    *("train.precision=bf16", "model.block_kernels=torch"),
+)
+TINY = ("model.preset=tiny-18b", "model.vision.depth=4", "model.text.depth=2", "train.global_batch_size=32")
+LARGE = ("train.micro_batch_size=16", "train.global_batch_size=64")
+QUARTERS = (CHUNKS.replace("2", "4"), "parallel.shard=weights")
+FULL = ("model.preset=18b", "model.text.depth=2", *LARGE)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "rank", "options"),
+    [
+        (4, 0, TINY),
+        (4, 0, (*TINY, "parallel.overlap=false")),
+        (8, 0, (*TINY, "parallel.pipeline=2")),
+        (8, 7, (*TINY, "parallel.pipeline=2")),
+        (4, 0, ("model.preset=b16", *LARGE)),
+        pytest.param(4, 0, ("model.preset=l14", *LARGE), marks=pytest.mark.slow),
+        pytest.param(4, 0, ("model.preset=b16", *LARGE, *QUARTERS), marks=pytest.mark.slow),
+        pytest.param(4, 0, (*FULL, "model.vision.depth=4"), marks=pytest.mark.slow),
+        pytest.param(
+            4, 0, (*FULL, "model.vision.depth=8", QUARTERS[0], "parallel.shard=gradients"), marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_room_for_copies_of_gradients(ranks: int, rank: int, options: tuple[str, ...]) -> None:
+    config = resolve({"data": {"shards": ["-"]}}, [*COPIES, *options])
+    layout, report = layout_of(config, ranks), dry_run(config, ranks, rank)
+    planned = phase_memory(config.model, layout, stages_of(config.model, layout)[report.stage])
+    assert max(memory.total for memory in planned.values()) == pytest.approx(report.peak.total, rel=0.015)
+
+
 def test_a_tower_that_is_read_needs_no_room_to_work() -> None:
     config = job(*FEATURES)
     layout = layout_of(config, 8)
