@@ -1,6 +1,7 @@
 """The same global batches at every layout, after a resume at another one, with bad samples listed once."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import torch.distributed as dist
 from data.config import DataConfig, SourceConfig
 from data.errors import DataError
 from data.reader import SampleReader
-from data.shards.storage import Storage
 from data.shards.write import write_shard
 from engine.config.read import Config, ConfigError, resolve
 from engine.feed import Feed, list_together
@@ -31,7 +31,7 @@ LAYOUTS = [(1, 1), (2, 1), (2, 2), (1, 2), (4, 1), (1, 4)]
 
 def _config(folder: str, tensor: int = 1, pipeline: int = 1, **data: Any) -> Config:
     sources = [
-        {"name": "laion", "shards": f"{folder}/laion-{{0..2}}.tar", "weight": 3, "subset": f"{folder}/subset.npy"},
+        {"name": "laion", "shards": f"{folder}/laion-[0-2].tar", "weight": 3, "subset": f"{folder}/subset.npy"},
         {"name": "coyo", "shards": f"{folder}/coyo.tar", "weight": 1},
     ]
     vision = {"image_size": SIDE, "patch_size": 6, "depth": 4, "width": 16, "head_width": 4, "mlp_hidden": 32}
@@ -74,17 +74,32 @@ def _feed_all(folder: str, run_dir: str) -> list[dict[str, Any]]:
     ]
 
 
+def _counted(patch: pytest.MonkeyPatch, call: str) -> Counter[str]:
+    """Path -> how often this process asks the file system by this function of os."""
+    asked, original = Counter[str](), getattr(os, call)
+
+    def ask(path: Any = ".", *args: Any, **kwargs: Any) -> Any:
+        asked[str(path)] += 1
+        return original(path, *args, **kwargs)
+
+    patch.setattr(os, call, ask)
+    return asked
+
+
 def _feed_steps(folder: str, run_dir: Path, mesh: Mesh, *, first: int) -> dict[str, Any]:
     cpu = torch.device("cpu")
     config = _config(folder, mesh.tensor.size, mesh.pipeline.size, workers=0)
-    asked: Counter[str] = Counter()
     with pytest.MonkeyPatch.context() as patch:
-        stamp = Storage.stamp
-        patch.setattr(Storage, "stamp", lambda self, shard: asked.update([shard]) or stamp(self, shard))
+        statuses, listings = (_counted(patch, call) for call in ("stat", "scandir"))
         listing = list_together(config.data, mesh)
         feed = Feed(config, mesh, cpu, start_position=first * BATCH, steps=STEPS // 2, listing=listing)
-        of_all = everyone(asked, mesh.control)
-    assert set(sum(of_all, Counter()).values()) == {1}  # each shard once, whatever the number of ranks
+        of_all = everyone((statuses, listings), mesh.control)
+    # Whatever the number of ranks: the first lists the folder and asks whether each shard is there (and whether a name
+    # is a folder's), one reader asks how large it is.
+    whole = sum((of_rank for of_rank, _ in of_all), Counter[str]())
+    asked = {name: whole[f"{folder}/{name}.tar"] for name in ("laion-0", "laion-1", "laion-2", "coyo")}
+    assert asked == {"laion-0": 2, "laion-1": 2, "laion-2": 2, "coyo": 3}
+    assert [of_rank[folder] for _, of_rank in of_all] == [1, *[0] * (len(of_all) - 1)]
     quarantine = Quarantine(run_dir, mesh, start_position=first * BATCH, max_bad_fraction=0.5)
     roll_call = RollCall(run_dir, mesh, None)
     result: dict[str, Any] = {"place": (mesh.data.rank, mesh.pipeline.rank, mesh.tensor.rank), "steps": []}
