@@ -124,8 +124,8 @@ def stage_seconds(model: ModelConfig, layout: Layout, stage: Stage, hardware: Ha
         embedding = samples * embedding_flops(vision, tokens) / shared / rate
         total = total.plus(PassSeconds(forward=embedding, backward=embedding))  # images want no gradient
     if stage.has_head:
-        head = samples * head_flops(model, tokens)
-        head /= hardware.gemm_flops(samples, model.embed_dim, layout.element_bytes)
+        rate = hardware.gemm_flops(samples, model.embed_dim, layout.element_bytes)
+        head = samples * head_flops(model, tokens) / rate
         total = total.plus(PassSeconds(forward=head, backward=2 * head))
     sums = _sum_bytes(stage_parameters(model, layout, stage), layout.element_bytes, layout.kernels)
     return total.plus(PassSeconds(backward=sums / hardware.memory_bytes_s))

@@ -262,7 +262,8 @@ def test_the_charge_of_a_loss_is_what_a_gpu_moves(
 ) -> None:
     layout = Layout(data=OTHERS + 1, global_batch=(OTHERS + 1) * OWN, micro_batch=8, loss_variant=variant)
     layout = replace(layout, loss_tile=tile, loss="sigmoid" if loss == "sigmoid" else "softmax")
-    rows, where = torch.rand(OWN, WIDTH), {"tile": tile or GPU_TILE, "row_counts": [OWN] * (OTHERS + 1)}
+    rows = torch.rand(OWN, WIDTH)
+    where: dict[str, Any] = {"tile": tile or GPU_TILE, "row_counts": [OWN] * (OTHERS + 1)}
     calls: dict[str, Callable[[], object]] = {
         "softmax": lambda: contrastive_loss(rows, rows, 1.0, ranks, variant=variant, keep_bytes=0, **where),
         "sigmoid": lambda: sigmoid_loss(rows, rows, 1.0, 0.0, ranks, variant=variant, **where),
