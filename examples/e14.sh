@@ -13,7 +13,7 @@
 # Expected on A100-40 (tools.plan, projected; not run on a GPU):
 #   NODES=1                   batch 2,048, 341 samples/s, 35 GB a GPU, 33.4 days for 0.98 B samples
 #   NODES=8                   batch 16,384, 2,728 samples/s, 29 GB a GPU, 4.2 days for 0.98 B samples
-#   NODES=1 MODEL=e14-plus    batch 2,048, 325 samples/s, 38 GB a GPU, 35.0 days for 0.98 B samples
+#   NODES=1 MODEL=e14-plus    batch 2,048, 325 samples/s, 38 GB a GPU, 35.1 days for 0.98 B samples
 #   NODES=8 MODEL=e14-plus    batch 16,384, 2,598 samples/s, 31 GB a GPU, 4.4 days for 0.98 B samples
 #
 # NODES, HEAD_NODE, PORT, JOB_ID, GPUS_PER_NODE, DRY_RUN: examples/launch.sh. On another number of nodes give the batch.
