@@ -55,7 +55,7 @@ def block_saved_bytes(
 
 
 def _score_bytes(element: int) -> int:
-    """Of the weights of a softmax, in fp32 and, where that is another dtype, as they are multiplied."""
+    """Bytes of a softmax's weight, in fp32 and, where that is another dtype, as it is multiplied."""
     return FP32 + (element if element < FP32 else 0)
 
 

@@ -26,7 +26,7 @@ BF16_PRODUCTS = 3
 _HALVES = 22
 """Read and written for an element of a factor to have it as two numbers in bf16."""
 _LOGITS = 3 * FP32
-"""Of a tile's logits, each its bytes: set to 0, then scaled."""
+"""Read and written for a logit that is computed: set to 0, then scaled."""
 _SUMS = 12 * FP32
 """Largest logits and sums of exponentials, by row and by column."""
 _WEIGHTS = 11 * FP32
@@ -110,7 +110,7 @@ class LossWork:
     """What a rank computes for one loss."""
 
     flops: float
-    """Of its products, each counted once."""
+    """FLOPs of the products, each counted once."""
     moved: float
     """Bytes read and written by all that is no product, on a GPU."""
     width: float

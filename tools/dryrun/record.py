@@ -75,7 +75,7 @@ def record_step(step: TrainingStep, batch: LocalBatch, *, every: bool) -> Record
 
 
 def _as_a_later_step(step: TrainingStep) -> None:
-    """From its second step on megatron-core reduces a bucket as soon as the last backward has all of its gradients."""
+    """Have buckets reduced as from the second step on: as soon as the last backward has all gradients of one."""
     for part in step.towers.parts:
         for group in part.ddp.bucket_groups:
             group.golden_per_param_grad_ready_counts = dict.fromkeys(group.params, 1)
