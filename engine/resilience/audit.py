@@ -10,7 +10,7 @@ Parts whose weights are sharded have no copies to compare but those from which g
 
 What one rank alone owns (fp32 masters, moments, the average) is written by updates only. Sums of its bits are kept from
 the end of an update to the next one; that a rank found a difference, all hear before that update counts: with the
-gradient norm, or, where the update itself looks, before it is recorded, saved or gathered.
+gradient norm, or, where the update itself looks, before anything of it is averaged, recorded or saved.
 
 Cost: one pass over the weights and one exchange of a few integers each time, two passes over the owned state a step
 (docs/results/reliability.md).
