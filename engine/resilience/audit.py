@@ -246,7 +246,7 @@ class Audit:
         return [*copies, *self._slices_of_others(), *self._masters()]
 
     def _slices_of_others(self) -> list[_Copy]:
-        """Of sharded weights what each group of gathering ranks has of the other groups' slices."""
+        """What each group of gathering ranks has of the other groups' slices of sharded weights."""
         copies = []
         for number, part in enumerate(self.towers.parts):
             axes = part.sharded.axes if part.sharded is not None else None
