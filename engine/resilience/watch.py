@@ -16,6 +16,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import signal
 import socket
 import statistics
 import sys
@@ -148,10 +149,16 @@ class Watch:
             return
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         why = f"nothing has moved for {self.limit_s:.0f} s and torchrun's store at {where} does not answer"
-        if self._is_first_of_host():  # the hosts cannot agree on one
+        first = self._is_first_of_host()  # the hosts cannot agree on one
+        if first:
             who = f"rank {self.rank} on {socket.gethostname()}"
             print(f"error: {who}: {why}: its host stands still or cannot be reached", file=sys.stderr, flush=True)
-        self._end(why)
+        self._leave_word(why)
+        if first and "TORCHELASTIC_RUN_ID" in os.environ:
+            os.kill(
+                self._parent, signal.SIGKILL
+            )  # torchrun would ask that store on, deaf to signals, and the job not end
+        leave(HUNG)
 
     def _notice_absence(self, last_s: float) -> None:
         """A job that a scheduler has stopped for a while, and torchrun with its store: nobody spoke, nobody is late."""
@@ -203,7 +210,8 @@ class Watch:
             return
         self._store.set(f"{self.rank}", json.dumps({"beat": beat, **self._place()}))
         if self._store.check(["verdict"]):
-            self._end(self._store.get("verdict").decode())
+            self._leave_word(self._store.get("verdict").decode())
+            leave(HUNG)
 
     def _hear(self) -> None:
         if self._store is None or self.rank > 1:
@@ -282,7 +290,8 @@ class Watch:
                         flush=True,
                     )
 
-    def _end(self, why: str) -> None:
+    def _leave_word(self, why: str) -> None:
+        """Stacks, collectives and the status; then a moment in which others do so, too."""
         folder = self.run_dir / "hang"
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -293,7 +302,6 @@ class Watch:
         leave_collectives(folder)
         self._say_why(why)
         time.sleep(2 * _BEAT_S)  # the others hear of it as well before the store may go
-        leave(HUNG)
 
     def _say_why(self, why: str) -> None:
         """The job's status; the training thread, which would write it, stands still."""

@@ -1,7 +1,9 @@
 """Who is late when a job stands still, judged from what the ranks say of themselves."""
 
 import json
+import multiprocessing
 import os
+import signal
 import socket
 import threading
 import time
@@ -13,7 +15,7 @@ import torch.distributed as dist
 
 from engine.resilience.failures import tell
 from engine.resilience.status import read_status
-from engine.resilience.watch import LOOKS_AROUND, Pulse, Watch, stacks_of_threads
+from engine.resilience.watch import HUNG, LOOKS_AROUND, Pulse, Watch, stacks_of_threads
 
 LIMIT_S = 60.0
 
@@ -110,6 +112,38 @@ def test_a_rank_that_lost_others_names_those_that_have_fallen_silent(
     assert capsys.readouterr().err.endswith(f"Connection reset by peer): {who}\n")
     lost.told_elsewhere = True  # type: ignore[attr-defined]
     assert tell(lost) == 1 and not capsys.readouterr().err
+
+
+def _rank_under_an_agent(run_dir: Path, environment: dict[str, str], moved_ago_s: float) -> None:
+    os.environ.update(environment)
+    rank = os.fork()
+    if rank == 0:
+        judge = Watch(Pulse(part="wait"), run_dir, 1, 2, LIMIT_S, None)
+        judge._asked_s = judge._began_s = time.monotonic() - 2 * LIMIT_S
+        judge.pulse.since_s = time.monotonic() - moved_ago_s
+        judge._notice_mute_store()
+        os._exit(0)
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]))
+
+
+@pytest.mark.parametrize(
+    ("environment", "moved_ago_s", "status"),
+    [
+        ({}, 0.0, 0),  # its steps go on
+        ({}, 2 * LIMIT_S, HUNG),
+        ({"TORCHELASTIC_RUN_ID": "x"}, 2 * LIMIT_S, -signal.SIGKILL),
+    ],
+)
+def test_a_rank_that_stands_still_with_the_store_ends_and_takes_torchrun_with_it(
+    environment: dict[str, str], moved_ago_s: float, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    monkeypatch.setattr("engine.resilience.watch._BEAT_S", 0.0)
+    arguments = (tmp_path, environment, moved_ago_s)
+    agent = multiprocessing.get_context("fork").Process(target=_rank_under_an_agent, args=arguments)
+    agent.start()
+    agent.join()
+    assert agent.exitcode == status
+    assert ("torchrun's store at" in capfd.readouterr().err) == (status != 0)
 
 
 def test_of_ranks_that_stand_still_those_that_wait_for_nobody_are_late() -> None:
