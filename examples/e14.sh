@@ -11,10 +11,10 @@
 # MODEL          e14, or e14-plus with the larger caption tower
 #
 # Expected on A100-40 (tools.plan, projected; not run on a GPU):
-#   NODES=1                   batch 2,048, 341 samples/s, 35 GB a GPU, 33.4 days for 0.98 B samples
-#   NODES=8                   batch 16,384, 2,728 samples/s, 29 GB a GPU, 4.2 days for 0.98 B samples
-#   NODES=1 MODEL=e14-plus    batch 2,048, 325 samples/s, 38 GB a GPU, 35.1 days for 0.98 B samples
-#   NODES=8 MODEL=e14-plus    batch 16,384, 2,598 samples/s, 31 GB a GPU, 4.4 days for 0.98 B samples
+#   NODES=1                   batch 2,048, 341 samples/s, 35 GB a GPU, 33.3 days for 0.98 B samples
+#   NODES=8                   batch 16,384, 2,735 samples/s, 29 GB a GPU, 4.2 days for 0.98 B samples
+#   NODES=1 MODEL=e14-plus    batch 2,048, 327 samples/s, 38 GB a GPU, 34.8 days for 0.98 B samples
+#   NODES=8 MODEL=e14-plus    batch 16,384, 2,618 samples/s, 31 GB a GPU, 4.3 days for 0.98 B samples
 #
 # NODES, HEAD_NODE, PORT, JOB_ID, GPUS_PER_NODE, DRY_RUN: examples/launch.sh. On another number of nodes give the batch.
 set -euo pipefail

@@ -10,8 +10,8 @@
 # RUN_DIR        what is written, on storage that all nodes share
 #
 # Expected on A100-40 (tools.plan, projected; not run on a GPU):
-#   NODES=1                   batch 2,048, 4,232 samples/s, 27 GB a GPU, 4.5 days for 1.64 B samples
-#   NODES=8                   batch 16,384, 33,644 samples/s, 26 GB a GPU, 0.6 days for 1.64 B samples
+#   NODES=1                   batch 2,048, 4,322 samples/s, 27 GB a GPU, 4.4 days for 1.64 B samples
+#   NODES=8                   batch 16,384, 34,407 samples/s, 26 GB a GPU, 0.6 days for 1.64 B samples
 #
 # NODES, HEAD_NODE, PORT, JOB_ID, GPUS_PER_NODE, DRY_RUN: examples/launch.sh. On another number of nodes give the batch.
 set -euo pipefail

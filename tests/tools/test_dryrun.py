@@ -18,6 +18,7 @@ from models.tensors.flops import block_flops, last_block_flops
 from models.tensors.kept import kept_elements, spared_flops
 from tools.cost import counts
 from tools.cost.activations import text_saved_bytes
+from tools.cost.kernels import Kernels
 from tools.cost.layout import layout_of, stages_of
 from tools.cost.traffic import step_traffic
 from tools.dryrun import __main__ as dryrun
@@ -278,7 +279,7 @@ def test_a_budget_of_memory_keeps_as_many_micro_batches_as_fit() -> None:
 
 def test_a_budget_counts_the_captions_where_all_micro_batches_are_kept() -> None:
     images = 8 * run_small((), 1, 0).activation_bytes
-    captions = text_saved_bytes(small().model, 32, element=4)
+    captions = text_saved_bytes(small().model, 32, element=4, kernels=Kernels())
     for budget, keep in ((images + 0.9 * captions, 7), (images + 1.1 * captions, 8)):
         assert dry_run(small(f"train.activation_budget_gb={budget / 1e9}"), 1, 0).keep == keep
 

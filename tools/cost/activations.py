@@ -196,7 +196,7 @@ def _scores(vision: VisionConfig, layout: Layout, queries: int) -> float:
     return queries * layout.packed_tokens(vision) / layout.micro_batch * vision.heads / layout.tensor
 
 
-def text_saved_bytes(model: ModelConfig, captions: int, element: int) -> float:
+def text_saved_bytes(model: ModelConfig, captions: int, element: int, kernels: Kernels) -> float:
     """`captions` of full length through the caption tower (padding is cut off: real ones keep less)."""
     text = model.text
     blocks = text_blocks(text)
@@ -207,8 +207,10 @@ def text_saved_bytes(model: ModelConfig, captions: int, element: int) -> float:
     )
     if not text.depth:
         return head
-    whole = (text.depth - 1) * block_saved_bytes(blocks, tokens, element=element)
-    return whole + block_saved_bytes(blocks, tokens, element=element, pooled=pooled) + tokens * INDEX + head
+    whole, last = (
+        block_saved_bytes(blocks, tokens, element=element, pooled=rows, kernels=kernels) for rows in (None, pooled)
+    )
+    return (text.depth - 1) * whole + last + tokens * INDEX + head
 
 
 @lru_cache(maxsize=256)

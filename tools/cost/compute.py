@@ -157,8 +157,10 @@ def text_seconds(
     hardware: Hardware,
     element: int,
     level: str = "none",
+    *,
+    kernels: Kernels,
 ) -> PassSeconds:
-    """`captions` of full length through the caption tower, `at_once` a pass; on torch's kernels and our linears."""
+    """`captions` of full length through the caption tower, `at_once` a pass."""
     text = model.text
     inner, last = (
         block_seconds(
@@ -168,7 +170,7 @@ def text_seconds(
             hardware,
             element=element,
             is_last=is_last,
-            kernels=Kernels(),
+            kernels=kernels,
             level=level,
         )
         for is_last in (False, text.pool != "mean")
@@ -182,7 +184,8 @@ def teachers_seconds(layout: Layout, hardware: Hardware) -> float:
     total = 0.0
     for one in layout.teachers:
         at_once = min(layout.own_rows, layout.micro_batch // layout.frames)
-        captions = text_seconds(one.model, layout.own_rows, at_once, hardware, BYTES[one.precision])
+        kernels = kernels_of(one.model).of_captions
+        captions = text_seconds(one.model, layout.own_rows, at_once, hardware, BYTES[one.precision], kernels=kernels)
         total += frozen_images_seconds(one.model, one.precision, layout, hardware) + captions.forward
     return total
 

@@ -22,7 +22,7 @@ CAST_BYTES = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels(HashedOnce):
-    """Kernels of the image tower."""
+    """Kernels of the image tower; `of_captions` are the caption tower's."""
 
     __hash__ = HashedOnce.__hash__
 
@@ -36,6 +36,11 @@ class Kernels(HashedOnce):
     """Products of the blocks in fp8."""
     keeps_scores: bool = False
     """Attention is two products with S x S weights between them (model.attention=matmul), not one kernel."""
+
+    @property
+    def of_captions(self) -> "Kernels":
+        """Those of the caption tower, whose blocks are fused where the image tower's are, and torch's otherwise."""
+        return Kernels(elementwise="fused", sums=True) if self.elementwise == "fused" else Kernels()
 
     def __str__(self) -> str:
         parts = [self.elementwise, "sums in the product" if self.sums else "", "fp8" if self.fp8 else ""]

@@ -40,7 +40,6 @@ from tools.cost.activations import (
     vision_temporary_bytes,
 )
 from tools.cost.counts import text_parameters, vision_parameters
-from tools.cost.kernels import Kernels
 from tools.cost.layout import (
     BYTES,
     FrozenModel,
@@ -379,7 +378,7 @@ def _kept_text_bytes(model: ModelConfig, layout: Layout) -> tuple[float, float]:
     if trained is None:
         return 0, 0
     if keeps:
-        return text_saved_bytes(trained, layout.own_rows, layout.element_bytes), 0
+        return text_saved_bytes(trained, layout.own_rows, layout.element_bytes, layout.kernels.of_captions), 0
     divided = trained.text.depth < model.text.depth
     return 0, divided * layout.own_rows * model.text.context_length * model.text.width * layout.element_bytes
 
@@ -433,7 +432,7 @@ class _TextPass:
 
 
 def _text_pass_bytes(model: ModelConfig, layout: Layout) -> _TextPass:
-    text, element = model.text, layout.element_bytes
+    text, element, kernels = model.text, layout.element_bytes, layout.kernels.of_captions
     trained, captions = text_above(model, layout), layout.captions_at_once
     if trained is None:
         return _TextPass()
@@ -443,11 +442,11 @@ def _text_pass_bytes(model: ModelConfig, layout: Layout) -> _TextPass:
         element=element,
         tensor=1,
         splits_tokens=False,
-        kernels=Kernels(),
+        kernels=kernels,
     )
     is_learned = not layout.freeze or "text.token_embedding" not in frozen_in(model, layout.freeze).names
     table = is_learned * text.vocab_size * text.width * element
-    saved = 0 if layout.keep >= layout.micro_batches else text_saved_bytes(trained, captions, element)
+    saved = 0 if layout.keep >= layout.micro_batches else text_saved_bytes(trained, captions, element, kernels)
     return _TextPass(working=saved + temporary, table=table)
 
 

@@ -248,6 +248,7 @@ def _captions(model: ModelConfig, layout: Layout, hardware: Hardware) -> PassSec
         hardware,
         layout.element_bytes,
         layout.keep_outputs,
+        kernels=layout.kernels.of_captions,
     )
 
 

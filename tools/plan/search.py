@@ -246,7 +246,7 @@ def _with_captions(job: Job, layout: Layout) -> Layout:
         micro_batch_saved_bytes(job.model, layout, stage) + vision_temporary_bytes(job.model, layout, stage)
         for stage in stages
     )
-    each = text_saved_bytes(job.model, 1, layout.element_bytes)
+    each = text_saved_bytes(job.model, 1, layout.element_bytes, layout.kernels.of_captions)
     fitting = max(1, int(live / each))
     passes = -(-layout.own_rows // fitting)
     return replace(layout, text_micro_batch=-(-layout.own_rows // passes))

@@ -85,7 +85,7 @@ def zero3_memory(model: ModelConfig, layout: Layout, zero3: Zero3) -> Memory:
         text_kept: float = text.depth * rows * text.width * layout.element_bytes
     else:
         kept = micro_batch_saved_bytes(model, one, whole.above)
-        text_kept = text_saved_bytes(model, zero3.pairs_at_once, layout.element_bytes)
+        text_kept = text_saved_bytes(model, zero3.pairs_at_once, layout.element_bytes, layout.kernels.of_captions)
     if not whole.above.trains:
         kept = 0 if layout.features else locked_forward_bytes(model, one, whole)
     if text_above(model, layout) is None:
@@ -114,8 +114,9 @@ def zero3_time(model: ModelConfig, layout: Layout, zero3: Zero3, cluster: Cluste
     above = stage_seconds(model, one, whole.above, cluster.hardware) if whole.above.trains else PassSeconds()
     forward, backward = vision.forward, above.backward
     captions = zero3.pairs, zero3.pairs_at_once, cluster.hardware, layout.element_bytes
-    text, trained = text_seconds(model, *captions), text_above(model, layout)
-    text_again = PassSeconds() if trained is None else text_seconds(trained, *captions)
+    kernels = layout.kernels.of_captions
+    text, trained = text_seconds(model, *captions, kernels=kernels), text_above(model, layout)
+    text_again = PassSeconds() if trained is None else text_seconds(trained, *captions, kernels=kernels)
     again = zero3.forwards - TRAINING_FORWARDS
     forward_s, backward_s = zero3.chunks * forward, zero3.chunks * backward
     elements = vision_parameters(model) + text_parameters(model)
