@@ -59,8 +59,9 @@ def save_for_ever(pipe: Connection, run_dir: Path) -> None:
 
 
 def hold_lock(pipe: Connection, run_dir: Path) -> None:
-    """Take the lock of a run folder and keep it. Says "locked"."""
+    """Take the lock of a run folder, look who has it, and keep it. Says "locked"."""
     lock = RunLock(run_dir)
+    assert lock.taken_by() == ""
     pipe.send("locked")
     pipe.recv()
     lock.release()

@@ -79,8 +79,8 @@ class RunLock:
         """Who has taken the folder from this holder, which was thought to be gone; empty: nobody."""
         if not self._taken_by:
             try:
-                holder = _holder_in(self._path.read_bytes())  # by name, as above
-            except OSError:  # removed with the folder, which is no reason to end, or the file system is away
+                holder = self._holder()  # not by name: who closes any descriptor of the file gives up the lock
+            except OSError:  # released meanwhile, or the file system is away
                 return ""
             if holder and holder != self._held_by:
                 self._taken_by = f"process {holder['pid']} on {holder['host']}"
