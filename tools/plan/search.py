@@ -9,7 +9,7 @@ the 18B. All else is as the job's settings say (tools/plan/given.py).
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -31,8 +31,10 @@ MOST_IMAGES = 1024
 """Sizes of a micro-batch that are tried."""
 FEWEST_TOKENS = 500
 """Packed tokens below which no product is worth a pass, where the batch allows for more."""
-MOST_PRICED = 24
+MOST_PRICED = 48
 """Ways to run that fit and are priced for each TP × PP, those with the least work first."""
+REFINED = 4
+"""Of them the fastest, which are tried with fewer captions a pass."""
 HIDDEN = 0.95
 """Share of a phase that copies to the host may take."""
 
@@ -114,14 +116,14 @@ class Found:
 def search(job: Job) -> Found:
     """Raises PlanError where no layout divides GPUs, model and batch."""
     job.check()
-    best: dict[tuple[int, int], Estimate] = {}
+    leading: dict[tuple[int, int], list[Estimate]] = defaultdict(list)
     priced_of: Counter[tuple[int, int]] = Counter()
     smallest: tuple[Memory, Layout] | None = None
     tried = 0
     for least, candidate in counted("filling memory", _promising_first(job), "layouts"):
         tried += 1
         place = candidate.tensor, candidate.pipeline
-        if place in best and (least > best[place].time.total or priced_of[place] >= MOST_PRICED):
+        if leading[place] and (least > leading[place][0].time.total or priced_of[place] >= MOST_PRICED):
             continue
         for layout, memory in filled(job, _with_recompute(job, _with_captions(job, candidate))):
             if memory.total > job.cluster.hardware.usable_bytes:
@@ -130,14 +132,13 @@ def search(job: Job) -> Found:
                 continue
             found = priced(job.model, layout, job.cluster, memory)
             priced_of[place] += 1
-            if place not in best or speed(found) < speed(best[place]):
-                best[place] = found
+            leading[place] = sorted([*leading[place], found], key=speed)[:REFINED]
     if not tried:
         raise PlanError(_nothing_divides(job))
-    nearest = None
-    if not best and smallest is not None:
+    fitting, nearest = [entries for entries in leading.values() if entries], None
+    if not fitting and smallest is not None:
         nearest = priced(job.model, smallest[1], job.cluster, smallest[0])
-    refined = [with_fewer_captions(job, entry) for entry in best.values()]
+    refined = [min((with_fewer_captions(job, entry) for entry in entries), key=speed) for entries in fitting]
     return Found(best=sorted(refined, key=speed), tried=tried, nearest=nearest)
 
 

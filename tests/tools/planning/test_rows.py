@@ -18,6 +18,7 @@ from tools.cost.hardware import load_hardware
 from tools.cost.kernels import Kernels
 from tools.cost.layout import Layout
 from tools.plan.estimate import Estimate, estimate
+from tools.plan.search import Job, search
 from tools.plan.zero3 import best_zero3
 from tools.simulate.stage_costs import simulate_config
 
@@ -127,6 +128,26 @@ def test_a_row_is_what_the_planner_says(row: Row) -> None:
     assert printed == (gigabytes, step_s, mfu)
     assert zero3_s in ("", f"{row.zero3.time.total:.2f}")
     assert ratio == f"{row.zero3.time.total / planned.time.total:.2f}"
+
+
+@pytest.mark.slow
+def test_a_search_finds_what_the_page_says() -> None:
+    """The job whose pipelines differ least, so that few captions a pass decide between them."""
+    rows = [row for row in ROWS if "256 H200, fp8" in row.job]
+    layout = rows[0].layout
+    found = search(
+        Job(
+            model=rows[0].model,
+            cluster=rows[0].cluster,
+            global_batch=layout.global_batch,
+            patch_dropout=layout.patch_dropout,
+            kernels=layout.kernels,
+        )
+    )
+    best = {(entry.layout.tensor, entry.layout.pipeline): entry.time.total for entry in found.best if entry.layout}
+    for row in rows:
+        planned = estimate(row.model, row.layout, row.cluster)
+        assert best[row.layout.tensor, row.layout.pipeline] <= planned.time.total + 1e-6
 
 
 def test_the_goals_of_the_sharded_step_are_reached() -> None:
