@@ -4,13 +4,13 @@ The model is EVA-CLIP-18B's shape scaled down (benchmarks/step_sides.py), one th
 process and they take turns within a round: the table holds medians over rounds and their range. `ours` keeps all
 activations, `ours_stash` none (k = 0, two micro-batches), `ours_stash_fc2` and `ours_stash_all` none but outputs of
 products (train.keep_outputs); `_unwatched` have health.audit_every_steps=0; `plain_checkpoint` computes every block
-again in backward; `ours_lamb` has the paper's optimizer where all others run AdamW; `ours_compiled` has
+again in backward; `ours_lamb` has the paper's optimizer where all others run AdamW; `ours_compiled` and its kin have
 model.norm_kernel=compiled and `ours_fused` model.block_kernels=fused, both of which torch.compile writes, as it does
-all of `plain_compiled`: the first steps of a side, when it compiles, are not timed. With `_before` behind the name a
-side of ours is that of another checkout (--before), where it has one of that name. `plain` and its kin multiply bf16
-as autocast has it; with `_wide` behind the name bf16 products are computed in fp32 and rounded once, as the engine
-does on a CPU without bf16. Before anything is timed, the first losses of ours and plain must agree. A share of the
-peak is useful operations (3 forwards) over a large matrix product's rate.
+all of `plain_compiled`: the first steps of a side, when it compiles, are not timed. With `_before`
+behind the name a side of ours is that of another checkout (--before), where it has one of that name. `plain` and its
+kin multiply bf16 as autocast has it; with `_wide` behind the name bf16 products are computed in fp32 and rounded once,
+as the engine does on a CPU without bf16. Before anything is timed, the first losses of ours and plain must agree. A
+share of the peak is useful operations (3 forwards) over a large matrix product's rate.
 """
 
 import argparse
@@ -52,14 +52,20 @@ GOALS = (
     ("ours_stash_fc2", "ours_stash", "bf16", 1.05),
     ("ours_stash_all", "ours_stash", "fp32", 1.2),
     ("ours_stash_all", "ours_stash", "bf16", 1.2),
-    ("ours_unwatched", "ours_before", "fp32", 1.0),
-    ("ours_unwatched", "ours_before", "bf16", 1.0),
-    ("ours_stash_unwatched", "ours_stash_before", "fp32", 1.0),
-    ("ours_stash_unwatched", "ours_stash_before", "bf16", 1.0),
-    ("ours_stash_fc2", "ours_stash_before", "fp32", 1.05),
-    ("ours_stash_fc2", "ours_stash_before", "bf16", 1.05),
-    ("ours_stash_all", "ours_stash_before", "fp32", 1.2),
-    ("ours_stash_all", "ours_stash_before", "bf16", 1.2),
+    *(
+        (side, before, precision, goal)
+        for precision in ("fp32", "bf16")
+        for side, before, goal in (
+            ("ours", "ours_before", 1.0),
+            ("ours_unwatched", "ours_before", 1.0),
+            ("ours_stash", "ours_stash_before", 1.0),
+            ("ours_stash_unwatched", "ours_stash_before", 1.0),
+            ("ours_stash_fc2", "ours_stash_before", 1.05),
+            ("ours_stash_fc2_compiled", "ours_stash_before", 1.05),
+            ("ours_stash_all", "ours_stash_before", 1.2),
+            ("ours_stash_all_compiled", "ours_stash_before", 1.2),
+        )
+    ),
 )
 SAME_MODEL = (
     "ours",
@@ -70,6 +76,8 @@ SAME_MODEL = (
     "ours_stash",
     "ours_stash_fc2",
     "ours_stash_all",
+    "ours_stash_fc2_compiled",
+    "ours_stash_all_compiled",
     "ours_unwatched",
     "ours_stash_unwatched",
     "plain_checkpoint",

@@ -283,6 +283,7 @@ class Gemm:
         return 0.0
 
 
+_COMPILED_NORMS = {"norm_kernel": "compiled"}
 SIDES: dict[str, Callable[[Workload, str], Side]] = {
     "ours": lambda w, p: Ours(w, p, keep_all=True),
     "ours_fused": lambda w, p: Ours(w, p, keep_all=True, kernels={"block_kernels": "fused"}),
@@ -291,6 +292,8 @@ SIDES: dict[str, Callable[[Workload, str], Side]] = {
     "ours_stash": lambda w, p: Ours(w, p, keep_all=False),
     "ours_stash_fc2": lambda w, p: Ours(w, p, keep_all=False, outputs="fc2"),
     "ours_stash_all": lambda w, p: Ours(w, p, keep_all=False, outputs="all"),
+    "ours_stash_fc2_compiled": lambda w, p: Ours(w, p, keep_all=False, outputs="fc2", kernels=_COMPILED_NORMS),
+    "ours_stash_all_compiled": lambda w, p: Ours(w, p, keep_all=False, outputs="all", kernels=_COMPILED_NORMS),
     "ours_unwatched": lambda w, p: Ours(w, p, keep_all=True, watched=False),
     "ours_stash_unwatched": lambda w, p: Ours(w, p, keep_all=False, watched=False),
     "plain_checkpoint": lambda w, p: Plain(w, p, checkpointing=True),
@@ -298,7 +301,7 @@ SIDES: dict[str, Callable[[Workload, str], Side]] = {
     "plain_compiled_wide": lambda w, p: Plain(w, p, compiled=True, wide=True),
     "plain_checkpoint_wide": lambda w, p: Plain(w, p, checkpointing=True, wide=True),
     "ours_lamb": lambda w, p: Ours(w, p, keep_all=True, optimizer="lamb"),
-    "ours_compiled": lambda w, p: Ours(w, p, keep_all=True, kernels={"norm_kernel": "compiled"}),
+    "ours_compiled": lambda w, p: Ours(w, p, keep_all=True, kernels=_COMPILED_NORMS),
     "open_clip": OpenClip,
     "gemm": lambda w, p: Gemm(p),
 }
