@@ -10,6 +10,7 @@ kernel's poll counts the seconds that pass.
 import contextlib
 import os
 import select
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -50,8 +51,11 @@ class Flag:
 
 def answer_of(question: Callable[[], T], otherwise: T) -> T:
     """What a store answers. One whose host has gone raises RuntimeError, one whose host stands still or cannot be
-    reached says nothing, for minutes or for ever: `otherwise`, then.
+    reached says nothing, for minutes or for ever: `otherwise`, then. Nobody is asked when the interpreter ends (a
+    script that has never left its job), because threads no longer start: starting one would wait for ever.
     """
+    if sys.is_finalizing():
+        return otherwise
     answers, over = list[T](), Flag()
 
     def ask() -> None:

@@ -3,6 +3,8 @@
 import gc
 import os
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -43,3 +45,16 @@ def test_the_engine_waits_for_nothing_that_the_clock_of_the_machine_prolongs() -
     assert [
         str(path) for path in sorted((ROOT / "engine").rglob("*.py")) if waits.search(path.read_text(encoding="utf-8"))
     ] == []
+
+
+def test_a_script_that_never_left_its_job_ends() -> None:
+    """The job's end asks its store when the interpreter collects it, where a thread would never start."""
+    script = (
+        "from engine.waits import answer_of\n"
+        "class Job:\n"
+        "    def __del__(self, answer_of=answer_of, tell=print):\n"
+        "        tell(answer_of(lambda: 'answered', 'not asked'), flush=True)\n"
+        "job = Job()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (ended.returncode, ended.stdout) == (0, "not asked\n"), ended.stderr
