@@ -34,7 +34,7 @@ FEWEST_TOKENS = 500
 MOST_PRICED = 48
 """Ways to run that fit and are priced for each TP × PP, those with the least work first."""
 REFINED = 4
-"""Of them the fastest, which are tried with fewer captions a pass."""
+"""How many of these, the fastest, are tried with fewer captions a pass."""
 HIDDEN = 0.95
 """Share of a phase that copies to the host may take."""
 
