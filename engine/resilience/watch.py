@@ -154,10 +154,9 @@ class Watch:
             who = f"rank {self.rank} on {socket.gethostname()}"
             print(f"error: {who}: {why}: its host stands still or cannot be reached", file=sys.stderr, flush=True)
         self._leave_word(why)
-        if first and "TORCHELASTIC_RUN_ID" in os.environ:
-            os.kill(
-                self._parent, signal.SIGKILL
-            )  # torchrun would ask that store on, deaf to signals, and the job not end
+        if first and "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() == self._parent:  # no other has its number
+            # torchrun would ask that store on, deaf to signals, and the job not end
+            os.kill(self._parent, signal.SIGKILL)
         leave(HUNG)
 
     def _notice_absence(self, last_s: float) -> None:

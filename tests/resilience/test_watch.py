@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -144,6 +146,27 @@ def test_a_rank_that_stands_still_with_the_store_ends_and_takes_torchrun_with_it
     agent.join()
     assert agent.exitcode == status
     assert ("torchrun's store at" in capfd.readouterr().err) == (status != 0)
+
+
+def _rank_without_its_agent(run_dir: Path, number: int) -> None:
+    os.environ["TORCHELASTIC_RUN_ID"] = "x"
+    judge = Watch(Pulse(part="wait"), run_dir, 1, 2, LIMIT_S, None)
+    judge._asked_s = judge._began_s = judge.pulse.since_s = time.monotonic() - 2 * LIMIT_S
+    judge._parent = number
+    judge._notice_mute_store()
+
+
+def test_who_has_the_number_of_a_torchrun_that_is_gone_is_not_killed_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.resilience.watch._BEAT_S", 0.0)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        arguments = (tmp_path, other.pid)
+        rank = multiprocessing.get_context("fork").Process(target=_rank_without_its_agent, args=arguments)
+        rank.start()
+        rank.join()
+        other.communicate(b"\n")
+    assert (rank.exitcode, other.returncode) == (HUNG, 0)
 
 
 def test_of_ranks_that_stand_still_those_that_wait_for_nobody_are_late() -> None:
