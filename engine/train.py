@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.errors import DataError
+from engine.config.errors import require
 from engine.config.phases import Job, naming
 from engine.config.read import Config, ConfigError, check_layout, check_vocabulary, read_job, to_dict
 from engine.output import lose_lines_and_no_more
@@ -29,6 +30,7 @@ def main(arguments: list[str]) -> int:
         return _help(arguments)
     crashes_leave_stacks()
     try:
+        require(sys.platform == "linux", f"training needs Linux: {sys.platform} lacks its signals, locks and clocks")
         job = read_job(arguments[0], arguments[1:])
         came = working = int(os.environ.get("WORLD_SIZE", "1"))
         if job.config.parallel.elastic:

@@ -147,6 +147,15 @@ def test_the_other_ranks_leave_the_word_to_the_first() -> None:
     assert waiting.communicate(timeout=300)[1] == ""
 
 
+def test_another_system_than_linux_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything asks for what only Linux has: a signal when torchrun ends, its clocks, a flag between threads."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert main([str(ROOT / "examples" / "b16.yaml"), "data.shards=gone.tar"]) == 1
+    assert capsys.readouterr().err == "error: training needs Linux: darwin lacks its signals, locks and clocks\n"
+
+
 def test_what_only_a_machine_can_refuse_is_one_line_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
