@@ -5,7 +5,8 @@ gradient that autograd has left, cast to fp32 where it is none. For a weight tha
 every micro-batch, for a table of tokens a fill and an add of all its rows where a few hundred have a gradient.
 
 Every product of a tower with one of its weights comes here, in its blocks (models/blocks/outputs.py) and beside them.
-What autograd adds are tables of positions and registers, which are sums over samples, and what is one-dimensional.
+What autograd adds are tables of positions and registers, which are sums over samples, what is one-dimensional, and a
+patch projection whose gradient is scaled (mim.patch_gradient_scale).
 """
 
 from typing import Any
