@@ -15,16 +15,16 @@ def write_status(run_dir: Path, outcome: str, *, step: int | None = None, reason
     content = {"outcome": outcome, "step": step, "reason": reason, "time": time.time(), "start": _start()}
     text, path, hidden = json.dumps(content) + "\n", run_dir / STATUS_FILE, run_dir / f".{STATUS_FILE}"
     try:
+        hidden.write_text(text, encoding="utf-8")
+        hidden.replace(path)
+    except OSError as error:  # a full disk has no room for another file, but for what this one has
         try:
-            hidden.write_text(text, encoding="utf-8")
-            hidden.replace(path)
-        except OSError:  # a full disk has no room for another file, but for what this one has
             hidden.unlink(missing_ok=True)
             with path.open("r+", encoding="utf-8") as file:
                 file.write(text)
                 file.truncate()
-    except OSError as error:  # the run does not end for it
-        print(f"WARNING: {path} could not be written: {error.strerror}", file=sys.stderr, flush=True)
+        except OSError:  # the run does not end for it
+            print(f"WARNING: {path} could not be written: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def read_status(run_dir: Path) -> dict:

@@ -102,7 +102,7 @@ def test_a_disk_without_room_for_another_file_takes_the_status_all_the_same(
     write_status(tmp_path, FAILED, step=3, reason="short")
     status = read_status(tmp_path)
     assert (status.get("outcome"), status.get("reason")) == (("failed", "short") if there else (None, None))
-    assert ("could not be written" in capfd.readouterr().err) == (not there)
+    assert ("could not be written: No space left on device\n" in capfd.readouterr().err) == (not there)
     assert len(list(tmp_path.iterdir())) == there
 
 
