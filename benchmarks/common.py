@@ -1,4 +1,4 @@
-"""What every benchmark needs: the machine's description, memory of a process, medians, results as JSON."""
+"""What every benchmark needs: the machine's description, memory of a process, medians, results as JSON and charts."""
 
 import ctypes
 import json
@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tools.benchmark.machine import machine as machine
 from tools.benchmark.result import Spread as Spread
+
+if TYPE_CHECKING:  # a side whose memory is measured loads no matplotlib
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -66,4 +69,13 @@ def write_json(result: dict[str, Any], path: Path) -> None:
     """Raw results, readable in a diff."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+def save_chart(figure: "Figure", path: Path) -> None:
+    """A chart without frames above and beside its axes."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
     print(f"wrote {path}")

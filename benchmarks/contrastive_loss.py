@@ -22,7 +22,7 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.common import CHILD_ENVIRONMENT, RESULTS, machine, write_json
+from benchmarks.common import CHILD_ENVIRONMENT, RESULTS, machine, save_chart, write_json
 from benchmarks.contrastive_forms import FORMS, Case, Measurement, computed_bytes, measure
 from tools.cli import command_parser
 
@@ -217,8 +217,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_xlabel("global batch B")
     axes[0][0].legend(fontsize=7)
     figure.suptitle("Contrastive loss, forward and backward, float32 on the CPU")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    save_chart(figure, path)
 
 
 def parse_options() -> argparse.Namespace:
@@ -248,7 +247,6 @@ def main() -> None:
     output: Path = bench.options.output
     write_json(result, output)
     plot(result["medians"], output.with_suffix(".png"))
-    print(f"wrote {output.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

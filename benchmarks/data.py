@@ -24,7 +24,6 @@ wall time it does).
 """
 
 import importlib.util
-import json
 import os
 import random
 import resource
@@ -42,7 +41,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.common import RESULTS, Spread, machine
+from benchmarks.common import RESULTS, Spread, machine, save_chart, write_json
 from benchmarks.data_further import (
     CLIPS,
     FRAMES_SEEN,
@@ -313,12 +312,12 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
         "tab:grey" if name.startswith("webdataset") else "tab:orange" if "DALI" in name else "tab:blue"
         for name in names
     ]
-    figure, axes = plt.subplots(figsize=(7, 3.6), constrained_layout=True)
+    figure, axes = plt.subplots(figsize=(7, 3.6))
     bars = axes.barh(names, rates, color=colours)
     axes.bar_label(bars, fmt="%.0f", padding=3)
     axes.set_xlabel(f"images per CPU-second ({WIDTH} x {HEIGHT} JPEG to {SIDE} x {SIDE})")
     axes.margins(x=0.12)
-    figure.savefig(path, dpi=130)
+    save_chart(figure, path)
 
 
 def main() -> None:
@@ -352,8 +351,7 @@ def main() -> None:
         "images_per_cpu_second_over_webdataset": round(ratio, 2),
         "decision_rule": {"mfu": MFU, "rows": decision_rule(ours)},
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{options.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(report, options.out / f"{options.name}.json")
     draw(results, options.out / f"{options.name}.png")
     for name, values in results.items():
         cpu, wall = values["cpu_ms_per_image"], values["wall_ms_per_image"]

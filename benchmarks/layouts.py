@@ -16,7 +16,7 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.common import RESULTS, Spread, machine, run_ranks, write_json
+from benchmarks.common import RESULTS, Spread, machine, run_ranks, save_chart, write_json
 from tools.cli import command_parser
 
 matplotlib.use("Agg")
@@ -133,11 +133,7 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
     present = [axis for axis in AXIS_COLOURS if any(axis in row["sent_bytes"] for row in table)]
     right.legend([plt.Rectangle((0, 0), 1, 1, color=AXIS_COLOURS[axis]) for axis in present], present, frameon=False)
     right.set(title="sent in one step, over all ranks", xlabel="MB")
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    print(f"wrote {path}")
+    save_chart(figure, path)
 
 
 def parse_options() -> argparse.Namespace:

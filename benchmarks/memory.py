@@ -18,7 +18,7 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.common import RESULTS, machine, python_module, write_json
+from benchmarks.common import RESULTS, machine, python_module, save_chart, write_json
 from tools.cli import command_parser
 
 matplotlib.use("Agg")
@@ -139,11 +139,7 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
     right.invert_yaxis()
     right.margins(x=0.15)
     right.set(xlabel="peak of a step, GB; beside it the error of the promise")
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    print(f"wrote {path}")
+    save_chart(figure, path)
 
 
 def parse_options() -> argparse.Namespace:

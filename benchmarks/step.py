@@ -24,7 +24,7 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.common import RESULTS, ROOT, Spread, machine, python_module, write_json
+from benchmarks.common import RESULTS, ROOT, Spread, machine, python_module, save_chart, write_json
 from benchmarks.step_sides import GEMM_REPEATS, GEMM_SIDE, SIDES, Workload, workload_of
 from tools.cli import command_parser
 
@@ -292,11 +292,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axis.set(title=precision, xlabel="images per CPU-second (peak memory beside the bar)")
         axis.margins(x=0.28)
         axis.set_xlim(left=0)
-        axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle("One training step, one thread: the same model and batch")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    print(f"wrote {path}")
+    save_chart(figure, path)
 
 
 def parse_options() -> argparse.Namespace:
