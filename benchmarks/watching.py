@@ -6,8 +6,8 @@ every update and the comparison of all copies once a round; then with none of it
 what else runs as seconds do, but differ by several percent from round to round: so the work of each part is also added
 up by itself, on the CPU clock of its thread. The goal is for that sum, with each optimizer. The watch's thread works by
 the second and not by the step, however long one takes on a busy machine: its share is of seconds. Sums of the owned
-state are taken inside the update, of what it has just written: theirs is the difference of updates with and without,
-which take turns.
+state are taken inside the update, block by block, of what it finds and of what it leaves: theirs is the difference of
+updates with and without, which take turns.
 """
 
 import argparse

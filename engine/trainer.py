@@ -1,7 +1,7 @@
 """The training loop. Reads top to bottom: set up, then feed -> step -> report, until the last step.
 
 Notable choices: data, schedule, loss and optimizer are parts with no knowledge of each other; this file is where they
-meet. The hot path asks the device for numbers once a step, after the optimizer has been launched.
+meet. The hot path asks the device for numbers twice a step: before the update, and for the record.
 """
 
 import sys
