@@ -9,6 +9,7 @@ grow with the weights and not with the tokens, are counted apart, in bytes an el
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -158,7 +159,7 @@ def main() -> None:
     mesh = build_mesh(1, 1, dist.distributed_c10d._get_default_group())
     columns = f"{'products':>9}{'others':>8}{'B a token, channel':>20}{'sums, B an element':>20}"
     print(f"{'block':<18}{'kernels':<9}{'pass':<10}{columns}")
-    for name, count in ((name, count) for name in options.models for count in (count_block, count_caption_block)):
+    for name, count in product(options.models, (count_block, count_caption_block)):
         block = name if count is count_block else f"{name}, text"
         for kernels in ("torch", "fused"):
             found = count(replace(preset_model(name), block_kernels=kernels), mesh)

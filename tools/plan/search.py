@@ -5,7 +5,8 @@ or within a node) × micro-batch × sequence parallelism on or off × recomputat
 each the best of: k, the most micro-batches that fit with their activations; outputs of products as far as memory goes;
 as many of them in host memory as the copies hide, the stash there or here, with k of what is left. `selective`
 recomputation is left out: with an attention that keeps no S × S it saves the log-sum-exp alone, 0.05 % of a block of
-the 18B. All else is as the job's settings say (tools/plan/given.py).
+the 18B; with model.attention=matmul, which keeps it, a job has to ask for it itself. All else is as the job's settings
+say (tools/plan/given.py).
 """
 
 import math
