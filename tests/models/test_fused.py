@@ -24,6 +24,7 @@ from models.blocks.outputs import ColumnLinear, RowLinear
 from models.blocks.rope import rope_tables, rotate_both
 from models.blocks.transformer_config import vision_transformer_config
 from models.config import VisionConfig
+from models.towers.vision import VisionTower
 
 T, C = 30, 48
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -246,6 +247,29 @@ def test_launches_and_bytes_between_products(preset: str, mesh: Mesh) -> None:
     counted = (*launches, *found.per_channel())
     assert all(number <= limit for number, limit in zip(counted, LIMITS[preset], strict=True)), counted
     assert min(counted) > 1
+
+
+def test_gradients_of_fused_blocks_in_bf16_are_nearer_to_fp32_than_those_of_separate_operators(mesh: Mesh) -> None:
+    """Their curves part after a few steps at a high rate: it is the separate operators that round more often."""
+    found: dict[tuple[str, torch.dtype], Tensor] = {}
+    for kernels, dtype in (("torch", torch.float32), ("torch", torch.bfloat16), ("fused", torch.bfloat16)):
+        model = replace(preset_model("tiny-18b"), block_kernels=kernels)
+        tower = VisionTower(model, groups=mesh.vision_groups(), layers=range(4), dtype=dtype)
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda *shape, own=generator: torch.randn(*shape, generator=own).bfloat16()  # noqa: E731
+        with torch.no_grad():
+            for parameter in tower.parameters():
+                parameter.copy_(draw(*parameter.shape) / (10 if parameter.dim() > 1 else 1))
+        x = draw(4 * model.vision.tokens, 1, model.vision.width).to(dtype).requires_grad_()
+        out = tower.run_blocks(x, tower._tokens(4, None, torch.device("cpu")))
+        out.backward(draw(*out.shape).to(dtype))
+        gradients = [x.grad, *(parameter.grad for parameter in tower.parameters())]
+        found[kernels, dtype] = torch.cat(
+            [g.double().flatten() / g.double().norm() for g in gradients if g is not None]
+        )
+    exact = found["torch", torch.float32]
+    separate, fused = ((found[kernels, torch.bfloat16] - exact).norm() for kernels in ("torch", "fused"))
+    assert fused < 0.85 * separate, (fused, separate)
 
 
 def test_launches_and_bytes_of_a_captions_block(mesh: Mesh) -> None:
