@@ -59,9 +59,11 @@ def answer_of(question: Callable[[], T], otherwise: T) -> T:
     answers, over = list[T](), Flag()
 
     def ask() -> None:
-        with contextlib.suppress(RuntimeError):
-            answers.append(question())
-        over.set()
+        try:
+            with contextlib.suppress(RuntimeError):
+                answers.append(question())
+        finally:
+            over.set()
 
     threading.Thread(target=ask, name="asks the store", daemon=True).start()
     over.wait(ANSWER_S)

@@ -195,7 +195,7 @@ def test_a_budget_is_not_exceeded() -> None:
         (("train.keep_outputs=all", "train.outputs_budget_gb=1"), "give one of them"),
         (("train.outputs_budget_gb=-1",), "must be at least 0"),
         (("train.offload_outputs=true",), "nothing to move"),
-        (("train.keep_outputs=all", "train.keep_activations=-1"), "no product is repeated"),
+        (("train.keep_outputs=all", "train.keep_activations=-1"), "repeated: set train.keep_activations=0, or"),
         (("train.keep_outputs=all", "train.keep_activations=4"), "all 4 micro-batches"),
         (("train.outputs_budget_gb=1", "train.keep_activations=4"), r"outputs_budget_gb=1\.0 .* all 4 micro-batches"),
         (("train.keep_outputs=all", "model.backend=transformer_engine", "train.precision=bf16"), "model.backend=local"),

@@ -183,7 +183,7 @@ def _check_outputs(config: "Config") -> None:
     require(
         train.recompute == "full" or train.keep_activations != -1,
         f"{asked} has nothing to keep with train.keep_activations=-1 and train.recompute={train.recompute}: no product "
-        "is repeated",
+        f"is repeated: set train.keep_activations=0, or leave {asked.split('=')[0]} out",
     )
 
 
