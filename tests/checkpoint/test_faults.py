@@ -459,6 +459,19 @@ def test_a_holder_that_was_taken_for_gone_ends_and_leaves_the_folder_to_the_next
     assert (tmp_path / "run" / LOCK_FILE).read_text() == other
 
 
+def test_a_second_lock_of_the_same_process_is_no_stranger(tmp_path: Path) -> None:
+    """A process that never gave its folder back, and takes it again, does not end; nor does one that gave it back."""
+    kept = RunLock(tmp_path)
+    again = RunLock(tmp_path)
+    assert (kept.taken_by(), again.taken_by()) == ("", "")
+    again.release()
+    other = tmp_path / "other"
+    other.write_text('{"host": "elsewhere", "pid": 7}')
+    with other.open() as file:  # whatever number it has: that of the lock that was given back is free
+        assert again.taken_by() == "", file
+    kept.release()
+
+
 def test_a_lock_that_somebody_removes_while_it_is_watched_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,8 @@ _TOUCH_EVERY_S = 15.0
 PATIENCE_S = 120.0
 """A holder on another machine whose file stands still for so long is gone; file systems show changes a minute late."""
 _POLL_S = 0.5
+_PROCESS = uuid.uuid4().hex
+"""A second lock of the same process, which the kernel grants, has not been taken by a stranger."""
 
 
 class RunLock:
@@ -41,7 +43,7 @@ class RunLock:
         Raises CheckpointError when the folder cannot be written or another job holds it.
         """
         self._path, self._patience_s, self._named = run_dir / LOCK_FILE, patience_s, named
-        self._released = Flag()
+        self._released, self._closing = Flag(), threading.RLock()
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -68,23 +70,23 @@ class RunLock:
         if holder and holder.get("machine") != machine and not _same_job(holder):
             self._watch(run_dir, holder)
         held_by = {"host": socket.gethostname(), "pid": os.getpid(), "machine": machine, "job": _job()}
-        self._held_by = held_by | {"start": uuid.uuid4().hex}
         os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(self._held_by).encode(), 0)
+        os.pwrite(self._descriptor, json.dumps(held_by | {"process": _PROCESS}).encode(), 0)
 
     def _holder(self) -> dict[str, object]:
         return _holder_in(os.pread(self._descriptor, 4096, 0))
 
     def taken_by(self) -> str:
         """Who has taken the folder from this holder, which was thought to be gone; empty: nobody."""
-        if not self._taken_by:
-            try:
-                holder = self._holder()  # not by name: who closes any descriptor of the file gives up the lock
-            except OSError:  # released meanwhile, or the file system is away
-                return ""
-            if holder and holder != self._held_by:
-                self._taken_by = f"process {holder['pid']} on {holder['host']}"
-        return self._taken_by
+        with self._closing:  # a closed descriptor's number may be another file's by then
+            if not self._taken_by and not self._released.is_set():
+                try:
+                    holder = self._holder()  # not by name: who closes any descriptor of the file gives up the lock
+                except OSError:  # the file system is away
+                    return ""
+                if holder and holder.get("process") != _PROCESS:
+                    self._taken_by = f"process {holder['pid']} on {holder['host']}"
+            return self._taken_by
 
     def _watch(self, run_dir: Path, holder: dict[str, object]) -> None:
         """Until the holder's file has stood still for long enough. Raises CheckpointError if it is touched."""
@@ -117,10 +119,9 @@ class RunLock:
         while not self._released.wait(_TOUCH_EVERY_S):
             if who := self.taken_by():
                 self._end(who)
-            try:
-                os.utime(self._descriptor)
-            except OSError:  # released meanwhile, or the file system is away: the next touch tells
-                continue
+            with self._closing, suppress(OSError):  # the file system is away: the next touch tells
+                if not self._released.is_set():
+                    os.utime(self._descriptor)
 
     def _end(self, who: str) -> None:
         folder = f"{self._named} {self._path.parent}"
@@ -132,12 +133,13 @@ class RunLock:
         """Give the folder back; a second time does nothing. Where the file cannot be emptied any more, that is left to
         the next holder, who will find out that nobody lives.
         """
-        if not self._released.is_set():
-            self._released.set()
-            with suppress(OSError):
-                if not self.taken_by():
-                    os.ftruncate(self._descriptor, 0)
-            os.close(self._descriptor)  # closing drops the lock
+        with self._closing:
+            if not self._released.is_set():
+                with suppress(OSError):
+                    if not self.taken_by():
+                        os.ftruncate(self._descriptor, 0)
+                self._released.set()
+                os.close(self._descriptor)  # closing drops the lock
 
 
 def _holder_in(content: bytes) -> dict[str, object]:
