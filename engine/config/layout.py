@@ -59,17 +59,13 @@ def check_layout(config: Config, world_size: int) -> int:
         "replica: lower it",
     )
     repeats = keep < local or config.train.recompute == "full"
+    asked = config.train.asked_outputs
     require(
-        repeats or (config.train.keep_outputs == "none" and config.train.outputs_budget_gb is None),
-        f"{_asked(config)} has nothing to keep with train.keep_activations {keep}, all {local} micro-batches of a "
+        repeats or not asked,
+        f"{asked} has nothing to keep with train.keep_activations {keep}, all {local} micro-batches of a "
         "replica: lower it",
     )
     return data
-
-
-def _asked(config: Config) -> str:
-    budget = config.train.outputs_budget_gb
-    return f"train.keep_outputs={config.train.keep_outputs}" if budget is None else f"train.outputs_budget_gb={budget}"
 
 
 def check_vocabulary(config: Config) -> None:

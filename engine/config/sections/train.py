@@ -73,6 +73,13 @@ class TrainConfig:
     loss_tile: int | None = None
     """Largest side of a tile of the logit matrix, in rows; null: chosen for the device."""
 
+    @property
+    def asked_outputs(self) -> str:
+        """The option that asks for kept outputs, as it is written; empty: none does."""
+        if self.outputs_budget_gb is not None:
+            return f"train.outputs_budget_gb={self.outputs_budget_gb}"
+        return f"train.keep_outputs={self.keep_outputs}" if self.keep_outputs != "none" else ""
+
 
 _LIMITS: Limits = {
     "steps": (1, MOST_STEPS),
@@ -167,13 +174,13 @@ def _check_outputs(config: "Config") -> None:
         budget is None or level == "none",
         f"train.outputs_budget_gb {budget} replaces train.keep_outputs {level}: give one of them",
     )
-    if level == "none" and budget is None:
+    asked = train.asked_outputs
+    if not asked:
         require(
             not train.offload_outputs,
             "train.offload_outputs has nothing to move: set train.keep_outputs or train.outputs_budget_gb",
         )
         return
-    asked = f"train.keep_outputs={level}" if budget is None else f"train.outputs_budget_gb={budget}"
     fp8 = "" if model.fp8 == "none" else " and model.fp8=none"
     require(
         model.backend != "transformer_engine",
